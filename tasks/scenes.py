@@ -1,0 +1,192 @@
+"""Coloured shapes on a grid: name them, count them, point at them.
+
+The three categories share the painter and, in demonstrations, the picture: each instance asks its
+own question first and then up to four of its siblings'. A question is asked only where it has one
+right answer, and never where an earlier turn has given that answer away.
+"""
+from dataclasses import dataclass
+
+from .base import IMAGE, Obs, OneShot, box, middle, pick
+from .draw import CELL, COLORS, GRID, PAIRS, SHAPES, TRAIN_PAIRS, Canvas, plain, shades
+
+COLOR_OF = ("What color is the {}?", "Color of the {}?")
+SHAPE_OF = ("What shape is the {} one?", "Shape of the {} one?")
+HOW_MANY = ("How many {}?", "Count the {}.")
+POINT_AT = ("Point at the {}.", "Where is the {}?")
+
+
+@dataclass(frozen=True)
+class Item:
+    color: str
+    shape: str
+    area: tuple                 # x0, y0, x1, y1 in 0-999
+
+    @property
+    def name(self):
+        return f"{self.color} {self.shape}"
+
+
+def plural(word: str) -> str:
+    return word + ("es" if word.endswith("s") else "s")
+
+
+def ask_attribute(rng, item, items):
+    """(question, answer) for the colour or the shape of an item, or None where neither the
+    shape nor the colour singles it out."""
+    by_shape = sum(other.shape == item.shape for other in items) == 1
+    by_color = sum(other.color == item.color for other in items) == 1
+    if by_shape and (not by_color or rng.integers(2)):
+        return pick(rng, COLOR_OF).format(item.shape), item.color
+    return (pick(rng, SHAPE_OF).format(item.color), item.shape) if by_color else None
+
+
+def ask_count(rng, color, shape, items):
+    """(question, answer); color or shape may be None, for any."""
+    count = sum(color in (None, i.color) and shape in (None, i.shape) for i in items)
+    what = " ".join(filter(None, (color, plural(shape) if shape else "ones")))
+    return pick(rng, HOW_MANY).format(what), count
+
+
+class Scene(OneShot):
+    """Shapes on a plain ground, one in a cell, moved by up to two units."""
+    objects = ((1, 3), (2, 4), (4, 6), (6, 9), (9, 13))         # least and most, by level
+
+    def paint(self, pairs):
+        """Draw (color, shape) pairs in random cells -> (picture, items in the pairs' order)."""
+        rng, n = self.rng, len(pairs)
+        colors = shades(rng, self.heldout)
+        canvas = Canvas(self.pixels, plain(rng, self.heldout)[0])
+        cells = rng.permutation(GRID * GRID)[:n].tolist()
+        sizes, moves = rng.integers(11, 14, n).tolist(), rng.integers(-2, 3, (n, 2)).tolist()
+        items = []
+        for (color, shape), cell, size, (dx, dy) in zip(pairs, cells, sizes, moves):
+            room = (CELL - size) / 2
+            x = cell % GRID * CELL + room + max(-room, min(room, dx))
+            y = cell // GRID * CELL + room + max(-room, min(room, dy))
+            items.append(Item(color, shape, canvas.shape(shape, x, y, size, colors[color])))
+        return canvas.image, items
+
+    def others(self, n, allowed, close):
+        """n (color, shape) distractors that `allowed` admits; from level 2 on, half of them,
+        where there are such, are also `close` to the target."""
+        pool = [pair for pair in self.pairs() if allowed(pair)]
+        near = [pair for pair in pool if close(pair)] if self.level >= 2 else []
+        near = near or pool
+        return [pick(self.rng, near if i % 2 else pool) for i in range(n)]
+
+    def pairs(self):
+        return PAIRS if self.heldout else TRAIN_PAIRS
+
+    def number(self):
+        low, high = self.objects[self.level]
+        return int(self.rng.integers(low, high + 1))
+
+    def follow_up(self, items, own, named):
+        """Up to four more (question, reply) after `own`; `named` are items whose colour and
+        shape the dialogue has already told."""
+        rng, asked, more = self.rng, {own}, []
+        for kind in rng.integers(3, size=8).tolist():
+            item = pick(rng, items)
+            if kind == 0 and item not in named and (found := ask_attribute(rng, item, items)):
+                question, reply = found[0], box(found[1])
+                named = [*named, item]
+            elif kind == 1:
+                color, shape = (item.color, None) if rng.integers(2) else (None, item.shape)
+                question, count = ask_count(rng, color, shape, items)
+                if count == 1 and rng.integers(4):      # else nearly every count would be one
+                    continue
+                reply = box(count)
+            elif kind == 2 and sum(other.name == item.name for other in items) == 1:
+                question, reply = pick(rng, POINT_AT).format(item.name), box(list(middle(item.area)))
+                named = [*named, item]
+            else:
+                continue
+            if question not in asked and len(more) < 4:
+                asked.add(question)
+                more.append((question, reply))
+        return more
+
+
+class ShapeAttr(Scene):
+    """The colour of the star, the shape of the red one."""
+    tier, verifier = 0, "EX"
+
+    @classmethod
+    def chance(cls, level):
+        return (len(SHAPES) + len(COLORS)) / len(TRAIN_PAIRS) / 2
+
+    def make(self):
+        rng = self.rng
+        color, shape = pick(rng, self.pairs())
+        by_color, n = bool(rng.integers(2)), self.number()
+        if by_color:
+            rest = self.others(n - 1, lambda p: p[0] != color, lambda p: p[1] == shape)
+        else:
+            rest = self.others(n - 1, lambda p: p[1] != shape, lambda p: p[0] == color)
+        image, self.items = self.paint([(color, shape), *rest])
+        question = pick(rng, SHAPE_OF if by_color else COLOR_OF).format(color if by_color else shape)
+        self.by_color = by_color
+        self.more = self.follow_up(self.items, question, self.items[:1])
+        return Obs(IMAGE + question, [image]), shape if by_color else color
+
+    def glance(self, rng):
+        item = pick(rng, self.items)
+        return box(item.shape if self.by_color else item.color)
+
+
+class Counting(Scene):
+    """How many circles, how many red ones, from level 2 on also how many red circles."""
+    tier, verifier = 0, "NUM"
+    most = (4, 5, 6, 7, 8)
+    distractors = ((0, 2), (1, 3), (2, 5), (3, 6), (4, 8))
+
+    @classmethod
+    def chance(cls, level):
+        return 1 / cls.most[level]
+
+    def make(self):
+        rng = self.rng
+        color, shape = pick(rng, self.pairs())
+        kind = int(rng.integers(2 if self.level < 2 else 3))
+        color, shape = ((color, None), (None, shape), (color, shape))[kind]
+        count = 1 + int(rng.integers(self.most[self.level]))
+        low, high = self.distractors[self.level]
+
+        def matches(pair):
+            return color in (None, pair[0]) and shape in (None, pair[1])
+
+        wanted = [pair for pair in self.pairs() if matches(pair)]
+        rest = self.others(int(rng.integers(low, high + 1)), lambda p: not matches(p),
+                           lambda p: kind == 2 and (p[0] == color or p[1] == shape))
+        pairs = [pick(rng, wanted) for _ in range(count)] + rest
+        image, items = self.paint(pairs)
+        question, gold = ask_count(rng, color, shape, items)
+        self.more = self.follow_up(items, question, [])
+        return Obs(IMAGE + question, [image]), gold
+
+    def glance(self, rng):
+        return box(1 + int(rng.integers(self.most[self.level])))
+
+
+class Point(Scene):
+    """A point on the red star."""
+    tier, verifier = 1, "HIT"
+
+    @classmethod
+    def chance(cls, level):
+        return 1 / GRID ** 2
+
+    def make(self):
+        target = pick(self.rng, self.pairs())
+        rest = self.others(self.number() - 1, lambda p: p != target,
+                           lambda p: p[0] == target[0] or p[1] == target[1])
+        image, self.items = self.paint([target, *rest])
+        question = pick(self.rng, POINT_AT).format(self.items[0].name)
+        self.more = self.follow_up(self.items, question, self.items[:1])
+        return Obs(IMAGE + question, [image]), self.items[0].area
+
+    def reply(self, gold):
+        return box(list(middle(gold)))
+
+    def glance(self, rng):
+        return self.reply(pick(rng, self.items).area)
