@@ -19,7 +19,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLORS = {                      # name: shade in training, shade held out
     "red": ((220, 30, 35), (180, 25, 65)),
     "green": ((30, 150, 50), (65, 175, 85)),
-    "blue": ((40, 75, 230), (30, 50, 175)),
+    "blue": ((40, 75, 230), (65, 90, 205)),
     "yellow": ((240, 215, 30), (220, 190, 50)),
     "purple": ((125, 40, 175), (150, 75, 205)),
     "orange": ((245, 130, 20), (225, 110, 55)),
@@ -112,8 +112,8 @@ def glyph_mask(char: str, cell: int, height: float, bold: float, angle: int) -> 
     glyph = Image.new("L", (x1 - x0, big))
     base = round(big * (1 + height) / 2)
     ImageDraw.Draw(glyph).text((-x0, base), char, 255, face, anchor="ls", stroke_width=stroke)
-    if x1 - x0 > 0.94 * big:
-        glyph = glyph.resize((round(0.94 * big), big))
+    if x1 - x0 > 0.84 * big:
+        glyph = glyph.resize((round(0.84 * big), big))
     out = Image.new("L", (big, big))
     out.paste(glyph, ((big - glyph.width) // 2, 0))
     return out.rotate(angle, Image.BICUBIC).reduce(4) if angle else out.reduce(4)
@@ -152,3 +152,31 @@ class Canvas:
         grain = rng.normal(0, strength, self.image.size)[..., None]
         pixels = np.asarray(self.image) + grain
         self.image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def tile(picture: Image.Image, caption: str, side: int = 192) -> Image.Image:
+    """A picture, enlarged by a whole factor so that its pixels stay visible, and its caption."""
+    scale = max(1, side // picture.width)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    lines, face = [], font(12)
+    for line in caption.splitlines():
+        lines.append("")
+        for word in line.split():
+            if face.getlength(f"{lines[-1]} {word}") > picture.width:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    out = Image.new("RGB", (picture.width + 12, picture.height + 16 * len(lines) + 14), "white")
+    out.paste(picture, (6, 6))
+    ImageDraw.Draw(out).multiline_text((6, picture.height + 8), "\n".join(lines), "black", face)
+    return out
+
+
+def sheet(rows: list[list[Image.Image]]) -> Image.Image:
+    """Rows of tiles on one white page."""
+    width = max(sum(t.width for t in row) for row in rows)
+    heights = [max(t.height for t in row) for row in rows]
+    page = Image.new("RGB", (width, sum(heights)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            page.paste(picture, (sum(t.width for t in row[:j]), sum(heights[:i])))
+    return page

@@ -66,7 +66,7 @@ class Scene(OneShot):
             items.append(Item(color, shape, canvas.shape(shape, x, y, size, colors[color])))
         return canvas.image, items
 
-    def others(self, n, allowed, close):
+    def others(self, n, allowed, close=lambda pair: False):
         """n (color, shape) distractors that `allowed` admits; from level 2 on, half of them,
         where there are such, are also `close` to the target."""
         pool = [pair for pair in self.pairs() if allowed(pair)]
@@ -120,9 +120,9 @@ class ShapeAttr(Scene):
         color, shape = pick(rng, self.pairs())
         by_color, n = bool(rng.integers(2)), self.number()
         if by_color:
-            rest = self.others(n - 1, lambda p: p[0] != color, lambda p: p[1] == shape)
+            rest = self.others(n - 1, lambda p: p[0] != color)
         else:
-            rest = self.others(n - 1, lambda p: p[1] != shape, lambda p: p[0] == color)
+            rest = self.others(n - 1, lambda p: p[1] != shape)
         image, self.items = self.paint([(color, shape), *rest])
         question = pick(rng, SHAPE_OF if by_color else COLOR_OF).format(color if by_color else shape)
         self.by_color = by_color

@@ -11,7 +11,7 @@ from .draw import CELL, COLORS, GRID, SHAPES, Canvas, ink_on, plain, shades
 from .verify import inside, is_point, parse_action
 
 WORDS = ("OK", "NO", "GO", "UP", "ON", "IN", "AT", "BY", "DO", "HI", "ME", "MY",
-         "WE", "US", "TO", "IT", "IS", "OF", "OR", "AN", "AS", "BE", "HE", "SO")
+         "WE", "US", "TO", "IT", "IS", "OF", "OR", "AN", "AS", "BE", "HE", "SO", "KG", "OW")
 GOALS = ("Click {}.", "Press {}.")
 
 

@@ -7,6 +7,11 @@ LOWER = "abdefhnrt"                         # those that don't look like their c
 QUESTIONS = ("Read the text.", "What does it say?")
 
 
+def jitter(rng, first: int, end: int) -> int:
+    """Up to two units either way, one towards an edge of the grid, so that nothing is cut off."""
+    return int(rng.integers(-2 if first else -1, 3 if end < GRID else 2))
+
+
 class OcrLine(OneShot):
     """Two to four characters; lower case from level 2, turned from 3, noisy at 4. Held-out
     splits draw only strings that training never draws, in another weight of the face."""
@@ -28,10 +33,11 @@ class OcrLine(OneShot):
         ground, ink = plain(rng, self.heldout)
         canvas = Canvas(self.pixels, ground)
         bold = 0.02 if self.heldout else pick(rng, (0.0, 0.04))
-        moves = rng.integers(-2, 3, 2).tolist()         # the line moves as one
+        dx = jitter(rng, column, column + len(gold))    # the line moves as one
+        dy = jitter(rng, row, row + 1)
         for i, char in enumerate(gold):
             angle = int(rng.integers(-3, 4)) * 5 if self.level >= 3 else 0
-            x, y = (column + i) * CELL + moves[0], row * CELL + moves[1]
+            x, y = (column + i) * CELL + dx, row * CELL + dy
             canvas.glyph(char, x, y, ink, 12 / 16, bold, angle)
         if self.level >= 4:
             canvas.noise(rng, 25)

@@ -13,12 +13,14 @@ import ast
 import re
 
 BEGIN, END = "<|begin_of_box|>", "<|end_of_box|>"
-LONGEST_ANSWER, LONGEST_ACTION = 2000, 400
+LONGEST_REPLY, LONGEST_ACTION = 4000, 400
 
 
 def spoken(text: str) -> str:
-    """The reply without its thoughts: what follows the last </think>."""
-    return text.rpartition("</think>")[2].strip()
+    """The reply without its thoughts: what follows the last </think>; nothing where a thought
+    was never closed, or where the rest is longer than any answer."""
+    rest = text.rpartition("</think>")[2].strip()
+    return "" if "<think>" in rest or len(rest) > LONGEST_REPLY else rest
 
 
 def boxed(text: str) -> str | None:
@@ -27,7 +29,7 @@ def boxed(text: str) -> str | None:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         return None
     answer, end, _ = text.partition(BEGIN)[2].partition(END)
-    return answer.strip() if end and len(answer) <= LONGEST_ANSWER else None
+    return answer.strip() if end else None
 
 
 def parse_action(text: str) -> tuple[str, list] | None:
@@ -115,3 +117,17 @@ def hit_click(evidence: dict) -> float:
 def state(evidence: dict) -> float:
     """STATE: the whole final state is the wanted one, so nothing else has changed either."""
     return float(evidence["state"] == evidence["gold"])
+
+
+def hacks(reply: str, question: str) -> list[str]:
+    """Replies that must earn nothing, made from the right one: broken forms and known hacks. [O]"""
+    answer = boxed(reply) or reply
+    listed = ("1-10", "a number between 0 and 10", "1, 2, 3, 4, 5, 6, 7, 8", "ABCDEFGHJKLMNPRTUVW",
+              "red green blue yellow purple orange cyan pink", "[0, 0, 999, 999]", "[5]", question,
+              "[[100, 100], [500, 500]]", "7" * 1_000_000, BEGIN + answer + END, f"{answer} or not")
+    calls = ("click()", "click(1, 2, 3)", "click(True, False)", "click(-5, 2000)", "click(1e9, 1)",
+             "click(x=1, y=2)", "click([1, 2])", "click(*[1, 2])", "__import__('os').getcwd()",
+             "f(" * 150, "(" * 399, f"{reply}; {reply}", f"{reply} or {reply}")
+    return [*(BEGIN + text + END for text in listed), *calls, "", " ", "\0", question, 2 * reply,
+            BEGIN + answer, answer + END, END + answer + BEGIN, "<think>" + reply,
+            "x" * 1_000_000, reply + "x" * 1_000_000]

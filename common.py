@@ -1,0 +1,409 @@
+"""What every script needs and no reader comes for: hardware, command line, checkpoints, logs.
+
+Nothing here knows about models. Errors that are the user's to mend are `UserError`s: `main`
+prints them as one line and exits with code 2.
+"""
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import tokenize
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend; the message is one clear line."""
+
+
+def main(entry, *args):
+    """Run a script's entry point: a UserError becomes one line and exit code 2, Ctrl-C code 130."""
+    try:
+        entry(*args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `... | head`: the reader left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- command line: a dataclass with a comment behind each field is the whole interface ---------
+
+def field_comments(config) -> dict[str, str]:
+    """{field: the comment that stands behind it in the source}; `--help` is made of these."""
+    source = inspect.getsource(config)
+    lines = source.splitlines()
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            name = re.match(r"\s*(\w+)\s*:", lines[token.start[0] - 1])
+            if name:
+                comments[name[1]] = token.string.lstrip("# ")
+    return comments
+
+
+def _convert(text: str, kind, name: str):
+    if typing.get_origin(kind) is list:
+        return text
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise UserError(f"--{name} takes true or false, not '{text}'")
+        return words[text.lower()]
+    try:  # int first: 1_000 and 1e3 are both what people write
+        value = kind(float(text)) if kind is int and "e" in text.lower() else kind(text)
+    except ValueError:
+        raise UserError(f"--{name} takes {kind.__name__}, not '{text}'") from None
+    return value
+
+
+def cli(config, argv=None, about: str = "", positional: str | None = None):
+    """Fill a dataclass from the command line: --key=value, --key value, --flag, --flag=false.
+
+    config: the dataclass; `about`: shown on top of --help; `positional`: the field that takes a
+    bare word. A list field may be given several times. Raises UserError on an unknown key or a
+    value of the wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    kinds = typing.get_type_hints(config)
+    if "--help" in argv or "-h" in argv:
+        comments = field_comments(config)
+        print(about.strip() + "\n" if about else "", end="")
+        for name, field in fields.items():
+            default = field.default if field.default is not dataclasses.MISSING else "none"
+            print(f"  --{name + '=' + str(default if default != '' else '...'):<28}"
+                  f" {comments.get(name, '')}")
+        sys.exit(0)
+    values: dict = {}
+    while argv:
+        word = argv.pop(0)
+        if not word.startswith("--"):
+            if positional is None or positional in values:
+                raise UserError(f"unexpected '{word}' (options are written --key=value)")
+            values[positional] = _convert(word, kinds[positional], positional)
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean --{near[0]}?" if near else "; --help lists them"
+            raise UserError(f"there is no option --{name}{hint}")
+        if not equals:
+            follows = bool(argv) and not argv[0].startswith("--")
+            if kinds[name] is bool:
+                text = "true"
+            elif follows:
+                text = argv.pop(0)
+            else:
+                raise UserError(f"--{name} needs a value")
+        value = _convert(text, kinds[name], name)
+        if typing.get_origin(kinds[name]) is list:
+            values.setdefault(name, []).append(value)
+        else:
+            values[name] = value
+    return config(**values)
+
+
+# ---- hardware ---------------------------------------------------------------------------------
+
+PEAKS = {  # dense bf16 FLOP/s by the data sheet, and a rental price in $/h (our guess; edit it)
+    "H200": (989e12, 3.5), "H100": (989e12, 2.5), "A100": (312e12, 1.5), "L40S": (362e12, 1.0),
+    "4090": (165e12, 0.5), "3090": (71e12, 0.25),
+}
+
+
+@dataclass
+class Hardware:
+    """Where this process runs. `peak` is FLOP/s of one device, `price` $/h of one device."""
+    device: torch.device
+    dtype: torch.dtype
+    why: str
+    peak: float
+    price: float
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+def setup(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Hardware:
+    """Choose device and dtype, join torchrun's process group if there is one.
+
+    device: auto | cpu | cuda | mps; dtype: auto | float32 | bfloat16; threads: 0 = all cores, or
+    one each where several processes share this machine. fp16 is never used: it needs loss scaling
+    on a GPU and is a hundred times slower on a CPU.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available()
+                  else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device takes auto, cpu, cuda or mps, not '{device}'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda, but torch sees no GPU here")
+    if device == "cuda":
+        torch.cuda.set_device(local)
+        name, capability = torch.cuda.get_device_name(local), torch.cuda.get_device_capability(local)
+        bf16, because = capability >= (8, 0), f"{name}, compute capability {capability}"
+        peak, price = next((v for k, v in PEAKS.items() if k in name), (100e12, 1.0))
+        torch.set_float32_matmul_precision("high")
+    elif device == "mps":
+        bf16, because, peak, price = False, "Apple GPU (untested)", 5e12, 0.0
+    else:
+        flags = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
+        bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        because = f"CPU with {flags}, {'fast' if bf16 else 'no fast'} bf16"
+        threads = threads or (1 if world > 1 else os.cpu_count() or 1)
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(True)  # tiny optimizer moments otherwise stall the CPU
+        peak, price = threads * (160e9 if bf16 else 80e9), 0.0
+        because += f", {threads} thread{'s' * (threads > 1)}"
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype takes auto, float32 or bfloat16, not '{dtype}'")
+    chosen = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
+    where = torch.device(device, local) if device == "cuda" else torch.device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    why = f"{where} in {str(chosen)[6:]}: {because}" + (f", {world} processes" * (world > 1))
+    return Hardware(where, chosen, why, peak, price, rank, world, local)
+
+
+def plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float, memory: float):
+    """Print what a run would take and cost (`--plan`). flops: of the whole run, all ranks."""
+    mfu = 0.4 if hw.device.type == "cuda" else 0.2  # what such runs reach; see LOG.md
+    hours = flops / (hw.peak * hw.world * mfu) / 3600
+    print(f"on          {hw.why}")
+    for name, count in parts.items():
+        print(f"{name:<11} {count / 1e6:,.2f}M parameters")
+    print(f"memory      {memory / 2**30:,.2f} GiB a rank: weights, gradients, optimizer, activations")
+    print(f"tokens      {tokens / 1e6:,.1f}M")
+    print(f"compute     {flops:.3g} FLOPs")
+    print(f"time        {hours:,.2f} h at {mfu:.0%} of {hw.peak * hw.world / 1e12:,.2f} TFLOP/s")
+    print(f"price       ${hours * hw.price * hw.world:,.2f} at ${hw.price} a device-hour")
+
+
+# ---- tensors on disk: the safetensors format, a JSON header and raw bytes -----------------------
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+           "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def save_tensors(path, tensors: dict[str, torch.Tensor]):
+    """Write `tensors` as one .safetensors file, in the order given."""
+    names, header, offset = {v: k for k, v in _DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape),
+                        "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start on a multiple of eight
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            file.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_tensors(path) -> dict[str, torch.Tensor]:
+    """Read a .safetensors file, or every shard that `model.safetensors.index.json` names.
+
+    path: the file, or the folder it is in. Raises UserError on a missing or damaged file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return {k: v for shard in shards for k, v in load_tensors(path / shard).items()}
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    data = bytearray(path.read_bytes())
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(bytes(data[8:8 + length]).decode())
+        header.pop("__metadata__", None)
+        raw, tensors = memoryview(data)[8 + length:], {}
+        for name, item in header.items():
+            start, stop = item["data_offsets"]
+            if not 0 <= start <= stop <= len(raw):
+                raise ValueError(f"{name} lies beyond the end of the file")
+            empty = torch.empty(0, dtype=_DTYPES[item["dtype"]])
+            flat = (torch.frombuffer(raw[start:stop], dtype=torch.uint8).clone().view(empty.dtype)
+                    if stop > start else empty)
+            tensors[name] = flat.view(item["shape"])
+        return tensors
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
+
+
+# ---- checkpoints: a folder a step, written beside and then renamed -------------------------------
+
+def save_checkpoint(run: Path, step: int, write, keep: int = 2) -> Path | None:
+    """Save run/step_NNNNNN by calling write(folder), so that a kill at any moment loses nothing.
+
+    The folder gets its name only once it is complete; then all but the newest `keep` go. A write
+    that fails (a full disk) leaves the earlier checkpoints alone and returns None.
+    """
+    final = Path(run) / f"step_{step:06d}"
+    part = final.with_suffix(".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        write(part)
+        if final.exists():  # the same step once more, after a resume
+            shutil.rmtree(final)
+        os.replace(part, final)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        print(f"could not save {final}: {error.strerror or error}; the earlier checkpoint stands",
+              file=sys.stderr)
+        return None
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    return sorted(p for p in Path(run).glob("step_*") if p.suffix == "" and p.is_dir())
+
+
+def find_checkpoint(path) -> Path:
+    """A folder with a model: `path` itself, or the newest step of the run folder `path`."""
+    path = Path(path)
+    if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
+        return path
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}: there is no such folder")
+    steps = checkpoints(path)
+    if not steps:
+        raise UserError(f"no checkpoint at {path}: neither config.json with model.safetensors "
+                        "nor a step_NNNNNN folder")
+    return steps[-1]
+
+
+def write_json(path, value):
+    """Write `value` as JSON under a temporary name, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+# ---- logs ---------------------------------------------------------------------------------------
+
+class Log:
+    """log.jsonl (one line a step), a progress bar on a terminal, plain lines elsewhere.
+
+    Only rank 0 writes. On resume, lines of steps that will be run again are cut off.
+    """
+
+    def __init__(self, run: Path, name: str, steps: int, start: int = 0, rank: int = 0):
+        self.steps, self.name, self.file, self.bar = steps, name, None, None
+        self.began, self.start = time.time(), start
+        if rank:
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        path = run / "log.jsonl"
+        kept = []
+        if start and path.exists():
+            lines = [x for x in path.read_text(encoding="utf-8").splitlines() if x.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+        self.file = open(path, "w", encoding="utf-8")
+        self.file.writelines(line + "\n" for line in kept)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=start, desc=name, dynamic_ncols=True)
+
+    def step(self, step: int, show: bool, **values):
+        """Record one step; `show`: also print it where there is no progress bar."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        text = " | ".join(f"{k} {_short(v)}" for k, v in values.items() if not isinstance(v, dict))
+        if self.bar:
+            self.bar.update(1)
+            self.bar.set_postfix_str(text)
+        elif show:
+            left = (time.time() - self.began) / max(1, step - self.start) * (self.steps - step)
+            print(f"{self.name} {step:05d}/{self.steps} ({step / self.steps:.0%}) | {text} | "
+                  f"{clock(left)} left", flush=True)
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+def _short(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:,.4g}"
+    return str(value)
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1m15s'"""
+    seconds = int(seconds)
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+@contextlib.contextmanager
+def heartbeat(what: str, every: float = 20):
+    """Say every `every` seconds what is being waited for, as long as the block lasts."""
+    done, began = threading.Event(), time.time()
+
+    def beat():
+        while not done.wait(every):
+            print(f"... waiting for {what} ({clock(time.time() - began)})", file=sys.stderr)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+class Interrupt:
+    """SIGTERM and the first Ctrl-C become a flag, so that the loop saves before it leaves."""
+
+    def __init__(self):
+        self.signal = 0
+        if threading.current_thread() is threading.main_thread():
+            for which in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(which, self._note)
+
+    def _note(self, which, frame):
+        if self.signal:  # asked twice: leave now
+            raise KeyboardInterrupt
+        self.signal = which
+        print("\nstopping after this step (saving; once more to stop at once)", file=sys.stderr)

@@ -1,0 +1,358 @@
+"""From samples to batches: conversations and text, mixed, packed into rows, drawn in the background.
+
+    sample i --stream--> Document --packer--> row of documents --collate--> Batch
+
+Sample i of a stream is a pure function of (seed, i). So what a run sees does not depend on the
+number of drawing processes or of ranks, and a resumed run goes on bit for bit: the position to
+save is the next i and the few documents that wait for a row with room.
+
+Letters: T tokens of a row, D documents, P patches, N images, p patch side.
+"""
+import atexit
+import functools
+import multiprocessing
+import sysconfig
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+import gym
+from common import UserError, heartbeat
+from model import Config, rope_positions
+from tasks.base import Task
+from tokenizer import Tokenizer
+from vit import fit, patchify
+
+
+# ---- images -----------------------------------------------------------------------------------
+
+def open_image(path) -> Image.Image:
+    """Any picture file as RGB, upright, transparency on white. Raises UserError with the reason."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no picture at {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(path))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{path} unpacks to over {Image.MAX_IMAGE_PIXELS:,} pixels: refused") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "it is empty" if path.stat().st_size == 0 else str(error) or type(error).__name__
+        raise UserError(f"{path} can't be read as a picture: {reason}") from None
+
+
+def resize(image: Image.Image, config: Config) -> np.ndarray:
+    """An image at the size the model sees it, (h, w, 3) uint8. Raises UserError on a ribbon."""
+    v = config.vision
+    try:
+        h, w = fit(image.height, image.width, v.patch_size * v.spatial_merge_size,
+                   config.min_tokens, config.max_tokens)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if image.size != (w, h):
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+    return np.asarray(image.convert("RGB"))
+
+
+# ---- documents --------------------------------------------------------------------------------
+
+@dataclass
+class Document:
+    """One stretch of tokens that attends to itself only. `weights`: of predicting each token."""
+    ids: np.ndarray                              # (L,) int32
+    weights: np.ndarray                          # (L,) float32
+    images: list = field(default_factory=list)   # (h, w, 3) uint8, exactly as the model sees them
+    source: int = 0
+    extras: dict = field(default_factory=dict)   # name -> (L,), e.g. log-probabilities
+
+
+def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
+             source: int = 0) -> Document:
+    """A conversation as a Document; `answer`: a prompt, ending where a reply would begin."""
+    ids, weights, images = [], [], []
+    area = (config.vision.patch_size * config.vision.spatial_merge_size) ** 2
+    for piece, learn, image in tokens.chat(messages, answer):
+        if image is not None:
+            images.append(resize(image, config))
+            n = images[-1].shape[0] * images[-1].shape[1] // area
+            piece = [piece[0], *[tokens.image] * n, piece[1]]
+        ids += piece
+        weights += [float(learn)] * len(piece)
+    return Document(np.array(ids, np.int32), np.array(weights, np.float32), images, source)
+
+
+# ---- streams: sample i as a pure function of (seed, i) ------------------------------------------
+
+@functools.cache
+def library_files() -> list[Path]:
+    """The Python standard library's own source: plain code that every machine has."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+    return sorted(p for p in root.rglob("*.py") if not skip & set(p.parts)
+                  and p.stat().st_size > 2000 and "topics" not in p.name)
+
+
+@functools.cache
+def library_text() -> str:
+    """The language reference as prose; it ships with Python for `help()`."""
+    from pydoc_data.topics import topics
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+@functools.lru_cache(maxsize=256)
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+@dataclass
+class Stream:
+    """A mixture over named sources: gym categories, `text` and `code`.
+
+    mix: ((name, weight), ...); levels: tasks are drawn from levels 0..levels-1, but from level 0
+    alone for the first `easy` samples: a curriculum [O].
+    """
+    config: Config
+    mix: tuple
+    seed: int = 0
+    split: str = "train"
+    levels: int = 1
+    easy: int = 0
+    text_tokens: int = 128
+
+    def __post_init__(self):
+        known = [*gym.names(), "text", "code"]
+        for name, weight in self.mix:
+            if name not in known:
+                raise UserError(f"--mix names '{name}'; there are {', '.join(known)}")
+            if not weight >= 0:
+                raise UserError(f"--mix gives {name} the weight {weight}")
+        total = sum(weight for _, weight in self.mix)
+        if not total:
+            raise UserError("--mix has no weight above 0")
+        self.edges = np.cumsum([weight / total for _, weight in self.mix])
+        self.tokens = Tokenizer(self.config.n_ranks)
+
+    def __call__(self, i: int) -> Document:
+        rng = np.random.default_rng([self.seed, i])
+        source = min(int(np.searchsorted(self.edges, rng.random(), "right")), len(self.mix) - 1)
+        name = self.mix[source][0]
+        if name in ("text", "code"):
+            return self._text(rng, name, source)
+        level = int(rng.integers(self.levels)) if i >= self.easy else 0
+        task = Task(name, int(rng.integers(2 ** 31)), level, self.split)
+        conversations = gym.demonstrate(task)
+        chosen = conversations[int(rng.integers(len(conversations)))]
+        return document(chosen, self.tokens, self.config, source=source)
+
+    def _text(self, rng, name, source) -> Document:
+        if name == "text":
+            text = library_text()
+        else:
+            files = library_files()
+            text = _read(files[int(rng.integers(len(files)))])
+        start = int(rng.integers(max(1, len(text) - 4 * self.text_tokens)))
+        start = text.find("\n", start) + 1
+        ids = self.tokens.encode(text[start:start + 8 * self.text_tokens])[:self.text_tokens]
+        ids = [self.tokens.special["[gMASK]"], self.tokens.special["<sop>"], *ids]
+        weights = np.ones(len(ids), np.float32)
+        weights[:2] = 0
+        return Document(np.array(ids, np.int32), weights, [], source)
+
+
+def parse_mix(text: str) -> tuple:
+    """'point:2,text' -> (('point', 2.0), ('text', 1.0)); 'gym' stands for every category."""
+    mix = []
+    for part in filter(None, text.split(",")):
+        name, _, weight = part.partition(":")
+        try:
+            value = float(weight or 1)
+        except ValueError:
+            raise UserError(f"--mix takes name:weight, not '{part}'") from None
+        names = gym.names() if name == "gym" else [name]
+        mix += [(n, value / len(names)) for n in names]
+    return tuple(mix)
+
+
+# ---- drawing ahead, in processes of their own ---------------------------------------------------
+
+def _draw(pipe, stream):
+    """A drawing process: indices in, documents (or the error) out, until the pipe closes."""
+    torch.set_num_threads(1)
+    try:
+        while (indices := pipe.recv()) is not None:
+            try:
+                pipe.send([stream(i) for i in indices])
+            except Exception as error:  # the parent decides; this process goes on
+                pipe.send(f"{type(error).__name__}: {error}")
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+        pass
+
+
+class Drawer:
+    """Documents by index, drawn `burst` at a time by `workers` processes.
+
+    On a CPU a worker that draws while the model trains slows training several times over, so the
+    next burst is asked for when the last is used up; with `overlap` (a GPU trains) it is asked for
+    at once. Pipes only: no fork, no shared memory. workers=0 draws in this process.
+    """
+
+    def __init__(self, stream, workers: int = 0, burst: int = 2048, overlap: bool = False):
+        self.stream, self.burst, self.overlap = stream, burst, overlap
+        self.ready, self.waiting, self.pipes, self.seconds = {}, [], [], 0.0
+        if workers:
+            context = multiprocessing.get_context("spawn")
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                context.Process(target=_draw, args=(theirs, stream), daemon=True).start()
+                theirs.close()
+                self.pipes.append(ours)
+            self.pool = ThreadPoolExecutor(workers)
+            atexit.register(self.close)
+
+    def __call__(self, i: int) -> Document:
+        if not self.pipes:
+            began = time.perf_counter()
+            made = self.stream(i)
+            self.seconds += time.perf_counter() - began
+            return made
+        if i not in self.ready:
+            began = time.perf_counter()
+            if not any(i in indices for indices, _ in self.waiting):
+                self._ask(i)
+            with heartbeat(f"{len(self.pipes)} processes that draw samples {i} and on"):
+                for indices, future in self.waiting:
+                    drawn = future.result()
+                    if isinstance(drawn, str):
+                        raise RuntimeError(f"drawing samples {indices}: {drawn}")
+                    self.ready.update(zip(indices, drawn))
+            last = max(max(indices) for indices, _ in self.waiting if len(indices))
+            self.waiting = []
+            self.seconds += time.perf_counter() - began
+            if self.overlap:
+                self._ask(last + 1)
+        return self.ready.pop(i)
+
+    def _ask(self, start: int):
+        n = len(self.pipes)
+        for w, pipe in enumerate(self.pipes):
+            indices = range(start + w, start + self.burst, n)
+            self.waiting.append((indices, self.pool.submit(self._exchange, pipe, indices)))
+
+    @staticmethod
+    def _exchange(pipe, indices):
+        try:
+            pipe.send(indices)
+            return pipe.recv()
+        except (EOFError, OSError):
+            return "a drawing process died"
+
+    def close(self):
+        for pipe in self.pipes:
+            try:
+                pipe.send(None)
+            except OSError:
+                pass
+        self.pipes = []
+
+
+# ---- packing ------------------------------------------------------------------------------------
+
+class Packer:
+    """Documents in order, packed into rows of `room` tokens.
+
+    A row takes every waiting document that still fits, oldest first, out of a window; so little is
+    padded and none waits for long. `state()` is what a checkpoint must hold.
+    """
+
+    def __init__(self, draw, room: int, window: int = 64, state: dict | None = None):
+        self.draw, self.room, self.window = draw, room, window
+        state = state or {"next": 0, "waiting": [], "skipped": 0}
+        self.next, self.skipped = state["next"], state["skipped"]
+        self.waiting = [(i, draw(i)) for i in state["waiting"]]
+
+    def row(self) -> list[Document]:
+        while len(self.waiting) < self.window:
+            made = self.draw(self.next)
+            if len(made.ids) > self.room:
+                if not self.skipped:
+                    print(f"sample {self.next} has {len(made.ids)} tokens, a row {self.room}: "
+                          "skipped, as will be others of its kind")
+                self.skipped += 1
+                if self.skipped > 100 and self.skipped > 0.99 * self.next:
+                    raise UserError(f"of {self.next} samples, {self.skipped} are longer than "
+                                    f"--row_tokens={self.room}")
+            else:
+                self.waiting.append((self.next, made))
+            self.next += 1
+        row, left, room = [], [], self.room
+        for i, made in self.waiting:
+            if len(made.ids) <= room:
+                row.append(made)
+                room -= len(made.ids)
+            else:
+                left.append((i, made))
+        self.waiting = left
+        return row
+
+    def state(self) -> dict:
+        return {"next": self.next, "waiting": [i for i, _ in self.waiting],
+                "skipped": self.skipped}
+
+
+@dataclass
+class Batch:
+    """One packed row; see DESIGN in README for how it flows. Invariant: 4 patches an image token."""
+    tokens: Tensor       # (T,) int64; every visual slot holds the <|image|> id
+    weights: Tensor      # (T,) float32, of predicting this token; 0 at each document's start
+    positions: Tensor    # (3, T) int64: t, h, w
+    cu_seqlens: Tensor   # (D+1,) int32, document borders; the tail is a last document of weight 0
+    source: Tensor       # (D,) int64
+    patches: Tensor      # (P, F, 3*p*p) uint8, block-major
+    grids: Tensor        # (N, 3) int64: 1, height, width in patches
+    extras: dict = field(default_factory=dict)
+
+    def to(self, device) -> "Batch":
+        if torch.device(device).type == "cpu":
+            return self
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if k != "extras"}
+        return Batch(**moved, extras={k: v.to(device) for k, v in self.extras.items()})
+
+
+def collate(documents: list[Document], config: Config, room: int = 0) -> Batch:
+    """Lay documents one behind the other, filled up to `room` tokens by a tail of weight 0."""
+    parts = list(documents)
+    used = sum(len(d.ids) for d in parts)
+    if room > used:
+        tail = np.zeros(room - used, np.int32) + (config.n_ranks or 0)  # <|endoftext|>
+        parts.append(Document(tail, np.zeros(len(tail), np.float32), source=-1))
+    tokens = torch.from_numpy(np.concatenate([d.ids for d in parts]).astype(np.int64))
+    weights = torch.from_numpy(np.concatenate([d.weights for d in parts]))
+    borders = np.cumsum([0] + [len(d.ids) for d in parts])
+    cu_seqlens = torch.from_numpy(borders.astype(np.int32))
+    weights[borders[:-1]] = 0  # nothing stands before a document's first token
+    p, merge = config.vision.patch_size, config.vision.spatial_merge_size
+    cut = [patchify(image, p, merge) for d in parts for image in d.images]
+    patches = (torch.from_numpy(np.concatenate([patches for patches, _ in cut])) if cut
+               else torch.zeros(0, 1, 3 * p * p, dtype=torch.uint8))
+    grids = torch.tensor([grid for _, grid in cut], dtype=torch.long).view(-1, 3)
+    slots = int((tokens == config.image_token_id).sum())
+    if slots * merge ** 2 != len(patches):
+        raise ValueError(f"{slots} image tokens for {len(patches)} patches")
+    positions = rope_positions(tokens, grids, cu_seqlens, config.image_token_id)
+    names = {name for d in parts for name in d.extras}
+    extras = {name: torch.from_numpy(np.concatenate(
+        [d.extras.get(name, np.zeros(len(d.ids), np.float32)) for d in parts])) for name in names}
+    source = torch.tensor([d.source for d in parts])
+    return Batch(tokens, weights, positions, cu_seqlens, source, patches, grids, extras)

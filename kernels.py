@@ -1,0 +1,204 @@
+"""The operations that time goes into, each as plain PyTorch behind one public function.
+
+Letters: T tokens of a packed row, D documents in it, H query heads, G key-value heads, C width of
+a head, W model width, V vocabulary.
+
+A function `f` marked @dispatch uses `f_triton` of this file where that exists and the tensors are
+on a GPU; the plain version is the specification that a Triton twin is tested against. None is
+written yet: on a GPU the library's fused kernels (rms_norm, varlen attention) do the work.
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:  # a fused kernel for packed rows; CUDA only, and only in half precision
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+
+def dispatch(plain):
+    """Call `<name>_triton` instead, where it exists and the first argument is on a GPU."""
+    @functools.wraps(plain)
+    def chosen(x, *args, **kwargs):
+        twin = globals().get(plain.__name__ + "_triton") if x.is_cuda else None
+        return (twin or plain)(x, *args, **kwargs)
+    return chosen
+
+
+@dispatch
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """x / rms(x) * weight over the last dim; statistics in fp32. (..., W) -> (..., W)"""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+@dispatch
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise."""
+    return F.silu(gate) * up
+
+
+def angles(positions: Tensor, sections: tuple[int, ...], theta: float = 10000.0) -> Tensor:
+    """Rotary angles with the frequencies of one head dealt to several position axes.
+
+    positions: (A, T) integers, one row an axis (t, h, w or h, w); sections: how many of the C/2
+    frequencies each axis gets, in contiguous blocks. Returns (T, C/2) in fp32.
+    """
+    half = sum(sections)
+    frequency = theta ** -(torch.arange(half, device=positions.device) / half)
+    axis = torch.repeat_interleave(torch.arange(len(sections), device=positions.device),
+                                   torch.tensor(sections, device=positions.device))
+    return positions[axis].T.float() * frequency
+
+
+@dispatch
+def rotary_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + C/2): the ViT's form. x (T, H, C); cos, sin (T, C/2)."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+@dispatch
+def rotary_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (2i, 2i + 1): the decoder's form. x (T, H, C); cos, sin (T, C/2)."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+class Segments:
+    """Where the documents of a packed row lie: made once a batch, used by every layer.
+
+    A GPU takes `cu_seqlens` as it is. A CPU has no varlen kernel, so documents of like length are
+    gathered into small dense batches: exact lengths where attention is bidirectional, so that no
+    mask is needed; rounded up to a multiple of 16 where it is causal, since what hangs over lies
+    in the future of every real token.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, causal: bool):
+        self.causal, self.cu_seqlens = causal, cu_seqlens
+        self.groups: list[Tensor] = []
+        if cu_seqlens.is_cuda and varlen_attn is not None:
+            lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+            self.longest = int(lengths.max())
+            return
+        borders = cu_seqlens.cpu().long()
+        starts, lengths = borders[:-1], borders[1:] - borders[:-1]
+        room = (lengths + 15) // 16 * 16 if causal else lengths
+        if len(lengths) and bool((lengths == lengths[0]).all()):
+            self.even = (len(lengths), int(lengths[0]))  # nothing to gather: a view will do
+            return
+        self.even, inverse, offset = None, torch.empty(int(borders[-1]), dtype=torch.long), 0
+        for size in room.unique().tolist():
+            members = (room == size).nonzero()[:, 0]
+            if not size:
+                continue
+            steps = torch.arange(size)[None]
+            index = starts[members, None] + steps.minimum(lengths[members, None] - 1)
+            real = steps < lengths[members, None]
+            inverse[index[real]] = offset + real.flatten().nonzero()[:, 0]
+            self.groups.append(index.to(cu_seqlens.device))
+            offset += index.numel()
+        self.inverse = inverse.to(cu_seqlens.device)
+
+
+@dispatch
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Attention inside each document of a packed row.
+
+    q: (T, H, C); k, v: (T, G, C) with G dividing H. Returns (T, H, C). Scale is C ** -0.5.
+    """
+    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
+        cu, longest = segments.cu_seqlens, segments.longest
+        window = (-1, 0) if segments.causal else (-1, -1)
+        repeat = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (k, v))
+        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window)
+    if segments.even:
+        split = [x.unflatten(0, segments.even) for x in (q, k, v)]
+        return _dense(*split, segments.causal).flatten(0, 1)
+    outs = [_dense(q[i], k[i], v[i], segments.causal).flatten(0, 1) for i in segments.groups]
+    return torch.cat(outs).index_select(0, segments.inverse)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """(B, L, H, C), (B, L, G, C) x 2 -> (B, L, H, C)"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    heads, groups, length = q.shape[1], k.shape[1], q.shape[2]
+    if length > 512:  # too long to hold the scores
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=heads != groups).transpose(1, 2)
+    # Short rows: on a CPU three plain operations beat the flash kernel, most of all in bf16.
+    q = q.unflatten(1, (groups, heads // groups)) * q.shape[-1] ** -0.5
+    scores = q @ k[:, :, None].transpose(-1, -2)
+    if causal:
+        ahead = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(ahead, float("-inf"))
+    return (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2).transpose(1, 2)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, weights, chunk):
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for i in range(0, len(hidden), chunk):
+            h, t, w = hidden[i:i + chunk], targets[i:i + chunk, None], weights[i:i + chunk]
+            logits = (h @ weight.T).float()
+            log_z = logits.logsumexp(-1)
+            total += ((log_z - logits.gather(1, t)[:, 0]) * w).sum()
+            # d loss / d logits = (softmax - onehot) * w, made in place of the logits
+            grad = logits.sub_(log_z[:, None]).exp_().mul_(w[:, None])
+            grad.scatter_add_(1, t, -w[:, None])
+            grad = grad.to(hidden.dtype)
+            d_hidden[i:i + chunk] = grad @ weight
+            d_weight += grad.T @ h
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None, None
+
+
+@dispatch
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor,
+                         chunk: int = 0) -> Tensor:
+    """sum_t weights[t] * -log softmax(hidden[t] @ weight.T)[targets[t]], without all the logits.
+
+    hidden: (T, W); weight: (V, W); targets: (T,) int64; weights: (T,) fp32, known beforehand.
+    The gradients are made in the forward, a chunk of rows at a time: three matmuls, and never
+    more than chunk x V logits (chunk 0: about 16M of them). Returns an fp32 scalar.
+    """
+    chunk = chunk or max(64, 2 ** 24 // len(weight))
+    used = weights.nonzero()[:, 0]  # rows without weight cost nothing
+    if len(used) < len(weights):
+        hidden, targets, weights = hidden[used], targets[used], weights[used]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk)
+
+
+@dispatch
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token a row by inverting the cumulative distribution at `uniforms`.
+
+    logits: (S, V); temperature, top_p, uniforms: (S,). Temperature 0 is argmax. The drawing
+    randomness comes in as an argument, so that each request can own its generator. Returns (S,).
+    """
+    best = logits.argmax(-1)
+    if not bool((temperature > 0).any()):
+        return best
+    probs = (logits.float() / temperature.clamp_min(1e-4)[:, None]).softmax(-1)
+    if bool((top_p < 1).any()):
+        ordered, order = probs.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass in front of a token: the first always stays
+        kept = ordered * (before < top_p[:, None])
+        probs = torch.zeros_like(probs).scatter(1, order, kept)
+    cumulative = probs.cumsum(-1)
+    point = uniforms[:, None] * cumulative[:, -1:]
+    drawn = (cumulative <= point).sum(-1).clamp_max(logits.shape[-1] - 1)
+    return torch.where(temperature > 0, drawn, best)

@@ -1,0 +1,216 @@
+"""Multimodal pretraining and SFT: next-token prediction on conversations, text and code.
+
+    python pretrain.py --steps=200                          a first look, any machine
+    python pretrain.py --mix=gym:9,text,code --levels=3     all tasks, up to level 2, some text
+    python pretrain.py --init=out/pretrain --lr=1e-3 --out=out/sft   go on from other weights
+    torchrun --nproc_per_node=8 pretrain.py --size=small    data parallel; same batch, same result
+    python pretrain.py --size=base --plan                   what it would take, then stop
+
+One step is `rows` packed rows, dealt out over the ranks; the loss is divided by the summed weights
+of all of them, so one process and eight compute the same update. Each rank draws all the samples
+and keeps its rows: simple and exact, and wasteful once drawing costs more than training.
+"""
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, load_tensors,
+                    main, plan, save_checkpoint, setup, write_json)
+from data import Drawer, Packer, Stream, collate, parse_mix
+from kernels import linear_cross_entropy
+from model import GLMV, sized
+from optim import OptimConfig, Optimizer, schedule
+
+
+@dataclass
+class Args:
+    size: str = "tiny"            # tiny (2 cores), small (one GPU) or base (GLM-OCR's own size)
+    steps: int = 1000             # optimizer updates
+    rows: int = 2                 # packed rows a step, over all ranks
+    row_tokens: int = 2048        # tokens a row
+    mix: str = "gym:8,text:1,code:1"  # sources and weights; gym = all categories
+    levels: int = 2               # tasks come from levels 0..levels-1
+    curriculum: float = 0.2       # share of the run that sees level 0 only
+    lr: float = 4e-3              # peak learning rate; Muon and AdamW alike
+    vision_scale: float = 1.0     # factor on it for the vision tower
+    weight_decay: float = 0.05    # on matrices
+    warmup: int = 20              # steps
+    schedule: str = "linear"      # constant, linear (over the last part) or cosine
+    decay: float = 0.4            # that last part, as a share of the steps
+    init: str = ""                # folder whose weights to start from
+    resume: bool = False          # go on with the newest checkpoint in --out
+    out: str = "out/pretrain"     # run folder: log.jsonl, config.json, checkpoints
+    save_every: int = 500         # steps between checkpoints
+    eval_every: int = 100         # steps between losses on held-out tasks; 0 = never
+    log_every: int = 20           # steps between printed lines
+    seed: int = 0                 # of weights and samples
+    device: str = "auto"          # auto, cpu, cuda or mps
+    dtype: str = "auto"           # auto, float32 or bfloat16; masters are fp32 in any case
+    workers: int = -1             # drawing processes; -1: as many as cores, at most 8; 0: none
+    plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
+
+
+# ---- the loss ---------------------------------------------------------------------------------
+
+def loss_sum(model: GLMV, batch) -> torch.Tensor:
+    """Weighted sum of the next-token losses of one row; fp32 scalar."""
+    merged = model.encode(batch.patches, batch.grids) if len(batch.patches) else None
+    hidden = model(batch, merged)
+    # Token t is predicted from position t-1; a document's first token has weight 0.
+    return linear_cross_entropy(hidden[:-1], model.lm_head.weight,
+                                batch.tokens[1:], batch.weights[1:])
+
+
+def flops_per_step(model: GLMV, args: Args, patches_per_token: float) -> float:
+    """6 FLOPs a parameter and token, tower by patches, decoder by tokens; attention left out."""
+    n, tokens = model.counts(), args.rows * args.row_tokens
+    decoder = n["decoder"] - model.model.language_model.embed_tokens.weight.numel() + n["head"]
+    return 6 * tokens * (decoder + patches_per_token * (n["tower"] + n["adapter"] / 4))
+
+
+# ---- the run ----------------------------------------------------------------------------------
+
+def build(args: Args, hw):
+    """Model, optimizer and the step and data position to go on from."""
+    start, position, folder = 0, None, args.init and find_checkpoint(args.init)
+    if args.resume and checkpoints(args.out):
+        folder = find_checkpoint(args.out)
+    if folder:
+        model = GLMV.from_pretrained(folder)
+    else:
+        model = GLMV(sized(args.size), args.seed)
+    if not model.config.n_ranks:
+        raise UserError(f"{folder} comes with another tokenizer; only its weights can be used here")
+    model = model.to(hw.device, hw.dtype)
+    config = OptimConfig(args.lr, args.weight_decay, scales=(("model.visual", args.vision_scale),))
+    optimizer = Optimizer(model.named_parameters(), config)
+    if folder:  # the model may be bf16, the masters start from what the file holds
+        optimizer.load_masters({k: v.to(hw.device, torch.float32)
+                                for k, v in load_tensors(folder).items()})
+    if args.resume and folder and (folder / "train.pt").exists():
+        try:
+            state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
+            start, position = state["step"], state["position"]
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, EOFError, ValueError) as error:
+            raise UserError(f"{folder}/train.pt is damaged ({error}); --init={folder} starts "
+                            "from its weights alone") from None
+    return model, optimizer, start, position
+
+
+def run(args: Args):
+    hw = setup(args.device, args.dtype)
+    out, lead = Path(args.out), hw.rank == 0
+    say = print if lead else (lambda *_: None)
+    if args.plan:
+        with torch.device("meta"):
+            model = GLMV(sized(args.size))
+        counts = model.counts()
+        flops = args.steps * flops_per_step(model, args, 1.0)
+        tokens = args.rows * args.row_tokens
+        memory = counts["total"] * (16 + hw.dtype.itemsize) + (
+            args.row_tokens * model.config.text.hidden_size * 2 * 34
+            * (model.config.text.num_hidden_layers + 4 * model.config.vision.depth))
+        return plan(hw, counts, args.steps * tokens, flops, memory)
+    if lead and not args.resume and checkpoints(out):  # never write over an earlier run
+        kept = next(p for i in range(1, 10_000) if not (p := Path(f"{out}.{i}")).exists())
+        out.rename(kept)
+        say(f"{out} held a run: kept as {kept}")
+    say(hw.why)
+
+    model, optimizer, start, position = build(args, hw)
+    mix = parse_mix(args.mix)
+    # About 16 documents a row of 2048 at tiny: close enough to place the curriculum's end.
+    easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 110)
+    stream = Stream(model.config, mix, args.seed, levels=args.levels, easy=easy)
+    cores = os.cpu_count() or 1
+    workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
+    drawer = Drawer(stream, workers, overlap=hw.device.type != "cpu")
+    packer = Packer(drawer, args.row_tokens, state=position)
+    held_out = Packer(Stream(model.config, mix, args.seed, "test", levels=args.levels),
+                      args.row_tokens)
+    exam = [collate(held_out.row(), model.config).to(hw.device) for _ in range(2)]
+    counts = model.counts()
+    say(f"{counts['total'] / 1e6:.2f}M parameters, {args.rows}x{args.row_tokens} tokens a step, "
+        f"steps {start}..{args.steps}, {workers} drawing processes, run folder {out}")
+    if lead:
+        write_json(out / "config.json", asdict(args))
+
+    def save(step):
+        def write(folder):
+            model.save_pretrained(folder, weights=optimizer.masters)
+            torch.save({"step": step, "position": packer.state(), "seed": args.seed,
+                        "optimizer": optimizer.state_dict(), "args": asdict(args),
+                        "rng": torch.get_rng_state()}, folder / "train.pt")
+        return not lead or save_checkpoint(out, step, write)
+
+    interrupt, bad, skipped, saved = Interrupt(), 0, 0, start
+    log = Log(out, "pretrain", args.steps, start, hw.rank)
+    for step in range(start, args.steps):
+        began, drawing = time.perf_counter(), drawer.seconds
+        rows = [packer.row() for _ in range(args.rows)]
+        weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)
+        tokens = sum(len(d.ids) for row in rows for d in row)
+        images = sum(len(d.images) for row in rows for d in row)
+        total = torch.zeros((), device=hw.device)
+        for row in rows[hw.rank::hw.world]:
+            batch = collate(row, model.config, args.row_tokens).to(hw.device)
+            loss = loss_sum(model, batch) / weight
+            loss.backward()
+            optimizer.collect()
+            total += loss.detach()
+        if hw.world > 1:
+            dist.all_reduce(total)
+        rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
+        norm = optimizer.step(rate)
+        value = total.item()
+        if not (math.isfinite(norm) and math.isfinite(value)):
+            bad, skipped = bad + 1, skipped + 1
+            say(f"step {step}: loss {value}, gradient norm {norm}: step skipped ({bad} in a row)")
+            if bad == 5:
+                raise UserError(f"five steps in a row were not finite; the last checkpoint of "
+                                f"{out} is from before; try a lower --lr")
+        else:
+            bad = 0
+
+        done, took = step + 1, time.perf_counter() - began
+        drew = drawer.seconds - drawing
+        values = {"loss": value, "lr": args.lr * rate, "norm": norm, "dt": took,
+                  "tok/s": tokens / took, "img/s": images / took}
+        if hw.device.type == "cuda":
+            per_token = sum(len(d.images) * 4 for row in rows for d in row) / max(1, tokens)
+            values["mfu"] = flops_per_step(model, args, per_token) / took / hw.peak / hw.world
+        if drew > 0.05 * took:
+            values["drawing"] = drew
+        if skipped or packer.skipped:
+            values["skipped"] = skipped + packer.skipped
+        if args.eval_every and done % args.eval_every == 0:
+            with torch.no_grad():
+                sums = sum(loss_sum(model, b) for b in exam)
+            values["held_out"] = (sums / sum(b.weights.sum() for b in exam)).item()
+        log.step(done, done % args.log_every == 0 or done == args.steps, **values)
+        stop = interrupt.signal
+        if hw.world > 1:  # all ranks leave together
+            flag = torch.tensor(float(stop), device=hw.device)
+            dist.all_reduce(flag)
+            stop = int(flag)
+        if done % args.save_every == 0 or done == args.steps or stop:
+            saved = done if save(done) else saved
+        if stop:
+            break
+    log.close()
+    drawer.close()
+    if start < args.steps and saved != done:
+        raise UserError(f"step {done} could not be saved; {out} has step {saved}")
+    say(f"saved {out}/step_{saved:06d}")
+    if interrupt.signal:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main(lambda: run(cli(Args, about=__doc__)))
