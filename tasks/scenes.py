@@ -68,7 +68,7 @@ class Scene(OneShot):
 
     def others(self, n, allowed, close=lambda pair: False):
         """n (color, shape) distractors that `allowed` admits; from level 2 on, half of them,
-        where there are such, are also `close` to the target."""
+        where there are such, are also `close` to the target. Equal ones may come twice."""
         pool = [pair for pair in self.pairs() if allowed(pair)]
         near = [pair for pair in pool if close(pair)] if self.level >= 2 else []
         near = near or pool
@@ -97,7 +97,8 @@ class Scene(OneShot):
                     continue
                 reply = box(count)
             elif kind == 2 and sum(other.name == item.name for other in items) == 1:
-                question, reply = pick(rng, POINT_AT).format(item.name), box(list(middle(item.area)))
+                question = pick(rng, POINT_AT).format(item.name)
+                reply = box(list(middle(item.area)))
                 named = [*named, item]
             else:
                 continue
@@ -118,16 +119,13 @@ class ShapeAttr(Scene):
     def make(self):
         rng = self.rng
         color, shape = pick(rng, self.pairs())
-        by_color, n = bool(rng.integers(2)), self.number()
-        if by_color:
-            rest = self.others(n - 1, lambda p: p[0] != color)
-        else:
-            rest = self.others(n - 1, lambda p: p[1] != shape)
+        self.by_color = bool(rng.integers(2))           # the colour is given, the shape asked
+        given, gold, forms = (color, shape, SHAPE_OF) if self.by_color else (shape, color, COLOR_OF)
+        rest = self.others(self.number() - 1, lambda pair: given not in pair)
         image, self.items = self.paint([(color, shape), *rest])
-        question = pick(rng, SHAPE_OF if by_color else COLOR_OF).format(color if by_color else shape)
-        self.by_color = by_color
+        question = pick(rng, forms).format(given)
         self.more = self.follow_up(self.items, question, self.items[:1])
-        return Obs(IMAGE + question, [image]), shape if by_color else color
+        return Obs(IMAGE + question, [image]), gold
 
     def glance(self, rng):
         item = pick(rng, self.items)

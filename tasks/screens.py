@@ -149,8 +149,9 @@ class GuiForm(Env):
         self.max_turns = 2 * (n + 1) + 2
         labels = [*self.letters, *SHAPES]
         names = [labels[i] for i in rng.permutation(len(labels))[:n].tolist()]
-        # Where OK stands; NO takes the other half of that row.
-        ok_row, ok_column = (0, 2) if self.heldout else pick(rng, ((3, 0), (3, 2), (0, 0)))
+        # where OK stands, as (row, column); NO, from level 3 on, takes the other half of that row
+        corners = ((0, 2), (3, 1)) if self.heldout else ((3, 0), (3, 2), (0, 0))
+        ok_row, ok_column = corners[0] if self.heldout and self.level >= 3 else pick(rng, corners)
         rows = [row for row in range(GRID) if row != ok_row]
         slots = rng.permutation(6)[:n].tolist()
         self.spots = {name: (s % 2 * 2, rows[s // 2]) for name, s in zip(names, slots)}

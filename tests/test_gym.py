@@ -64,8 +64,8 @@ def test_training_never_draws_what_is_held_out():
 def test_boxed():
     assert verify.boxed(box("7")) == "7"
     assert verify.boxed("<think>" + box("3") + "</think> It is " + box(" 7 ")) == "7"
-    for text in ("7", "", box("7") * 2, box(box("7")), verify.BEGIN + "7", verify.END + verify.BEGIN,
-                 "<think>" + box("7"), box("7" * 100_000)):
+    for text in ("7", "", box("7") * 2, box(box("7")), verify.BEGIN + "7", "<think>" + box("7"),
+                 verify.END + verify.BEGIN, box("7" * 100_000)):
         assert verify.boxed(text) is None
 
 
@@ -109,7 +109,8 @@ def test_a_failing_verifier_is_an_error_and_not_a_zero():
 def test_aggregation():
     assert gym.combine("mean", [1, 0], [3, 1]) == 0.75
     assert gym.combine("product", [0.5, 0.5], [1, 2]) == 0.125
-    assert gym.combine("gate", [1, 0.5], [1, 1]) == 0.5 and gym.combine("gate", [0.9, 1], [1, 1]) == 0
+    assert gym.combine("gate", [1, 0.5], [1, 1]) == 0.5
+    assert gym.combine("gate", [0.9, 1], [1, 1]) == 0
     with pytest.raises(ValueError, match="median"):
         gym.combine("median", [1], [1])
 
@@ -198,8 +199,8 @@ def test_placeholders_must_match_images():
 
 @pytest.mark.parametrize("fields,words", [
     (("countng", 0), "counting"), (("", 0), "unknown"), (("counting", -1), "seed"),
-    (("counting", 0, 5), "level"), (("counting", 0, "1"), "level"), (("counting", 0, 0, ""), "split"),
-    (("counting", 0, 0, "train", 63), "64"), (("counting", 0, 0, "train", -64), "64"),
+    (("counting", 0, 5), "level"), (("counting", 0, "1"), "level"),
+    (("counting", 0, 0, ""), "split"), (("counting", 0, 0, "train", 63), "64"), (("counting", 0, 0, "train", -64), "64"),
     (("counting", 0, 0, "train", 1025), "1024")])
 def test_bad_tasks_are_refused_in_one_line(fields, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -207,9 +208,9 @@ def test_bad_tasks_are_refused_in_one_line(fields, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line", ["", "show", "show countng", "show point --level 9", "fly", "check x",
-                                  "play point --pixels 3", "show point --count 0", "show point --out /",
-                                  "list --wat", "show point --level one"])
+@pytest.mark.parametrize("line", [
+    "", "show", "show countng", "show point --level 9", "show point --level one", "fly", "check x",
+    "play point --pixels 3", "show point --count 0", "show point --out /", "list --wat"])
 def test_bad_command_lines_end_with_one_line_and_2(line, capsys):
     assert gym.main(line.split()) == 2
     err = capsys.readouterr().err
