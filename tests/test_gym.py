@@ -200,7 +200,8 @@ def test_placeholders_must_match_images():
 @pytest.mark.parametrize("fields,words", [
     (("countng", 0), "counting"), (("", 0), "unknown"), (("counting", -1), "seed"),
     (("counting", 0, 5), "level"), (("counting", 0, "1"), "level"),
-    (("counting", 0, 0, ""), "split"), (("counting", 0, 0, "train", 63), "64"), (("counting", 0, 0, "train", -64), "64"),
+    (("counting", 0, 0, ""), "split"), (("counting", 0, 0, "train", 63), "64"),
+    (("counting", 0, 0, "train", -64), "64"),
     (("counting", 0, 0, "train", 1025), "1024")])
 def test_bad_tasks_are_refused_in_one_line(fields, words):
     with pytest.raises(ValueError, match=words) as error:
