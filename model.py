@@ -133,17 +133,26 @@ class Cache:
         self.length = torch.zeros(slots, dtype=torch.long, device=device)
         self.position = torch.zeros(slots, dtype=torch.long, device=device)
 
-    def fill(self, slots: Tensor, cu_seqlens: Tensor) -> "Prefill":
-        """For a forward over whole prompts, one a slot: where each token's key will be kept."""
+    def fill(self, first: int, cu_seqlens: Tensor) -> "Prefill":
+        """For a forward over whole prompts, kept in the slots from `first` on."""
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        slots = torch.arange(first, first + len(lengths), device=lengths.device)
         self.length[slots] = lengths
-        place = torch.arange(int(cu_seqlens[-1]), device=slots.device)
+        place = torch.arange(int(cu_seqlens[-1]), device=lengths.device)
         place = place - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
         return Prefill(self, torch.repeat_interleave(slots, lengths), place)
 
-    def extend(self, slots: Tensor, n: int) -> "Extend":
-        """For a forward over n new tokens in each of `slots`, seeing what the slots hold."""
+    def extend(self, slots: int, n: int) -> "Extend":
+        """For a forward over n new tokens in each of the first `slots` slots."""
         return Extend(self, slots, n)
+
+    def move(self, source: int, target: int):
+        """Put slot `source` in the place of slot `target`."""
+        held = int(self.length[source])
+        for store in (self.keys, self.values):
+            store[:, target, :held] = store[:, source, :held]
+        self.length[target] = self.length[source]
+        self.position[target] = self.position[source]
 
 
 class Prefill:
@@ -159,35 +168,33 @@ class Prefill:
 
 
 class Extend:
-    """Attention of n new tokens a slot over the slot's whole past; (B*n, H, C) rows in, out."""
+    """Attention of n new tokens a slot over the slot's whole past; (S*n, H, C) rows in and out."""
 
     def __init__(self, cache, slots, n):
         self.cache, self.slots, self.n = cache, slots, n
-        held = cache.length[slots]
+        held = cache.length[:slots]
+        device = held.device
         self.reach = int(held.max()) + n
-        self.place = held[:, None] + torch.arange(n, device=slots.device)  # (B, n)
-        seen = torch.arange(self.reach, device=slots.device)
-        self.hidden = seen[None, None] > self.place[:, :, None]  # (B, n, reach): not yet written
-        cache.length[slots] = held + n
-        self.all = len(slots) == cache.keys.shape[1] and bool(
-            (slots == torch.arange(len(slots), device=slots.device)).all())
+        self.row = torch.arange(slots, device=device)[:, None]
+        self.place = held[:, None] + torch.arange(n, device=device)  # (S, n)
+        later = torch.arange(self.reach, device=device) > self.place[:, :, None]
+        self.mask = torch.zeros(later.shape, device=device, dtype=cache.keys.dtype)
+        self.mask = self.mask.masked_fill(later, float("-inf"))[:, None]  # (S, 1, n, reach)
+        held += n
 
     def attend(self, layer, q, k, v, segments):
-        cache, rows = self.cache, self.slots[:, None]
-        split = "(b n) h c -> b n h c"
-        q, k, v = (rearrange(x, split, n=self.n) for x in (q, k, v))
-        cache.keys[layer, rows, self.place] = k
-        cache.values[layer, rows, self.place] = v
-        keys, values = cache.keys[layer, :, :self.reach], cache.values[layer, :, :self.reach]
-        if not self.all:
-            keys, values = keys[self.slots], values[self.slots]
-        groups = keys.shape[2]
-        q = rearrange(q, "b n (g r) c -> b g (r n) c", g=groups) * q.shape[-1] ** -0.5
-        scores = q @ rearrange(keys, "b t g c -> b g c t")
-        repeat = scores.shape[2] // self.n
-        scores = scores.masked_fill(self.hidden.repeat(1, repeat, 1)[:, None], float("-inf"))
-        out = scores.softmax(-1) @ rearrange(values, "b t g c -> b g t c")
-        return rearrange(out, "b g (r n) c -> (b n) (g r) c", n=self.n)
+        cache = self.cache
+        q, k, v = (rearrange(x, "(s n) h c -> s n h c", n=self.n) for x in (q, k, v))
+        cache.keys[layer, self.row, self.place] = k
+        cache.values[layer, self.row, self.place] = v
+        keys = cache.keys[layer, :self.slots, :self.reach]
+        values = cache.values[layer, :self.slots, :self.reach]
+        repeat = q.shape[2] // keys.shape[2]
+        q = rearrange(q, "s n (g r) c -> s g (r n) c", r=repeat) * q.shape[-1] ** -0.5
+        scores = q @ rearrange(keys, "s t g c -> s g c t")
+        scores = scores + self.mask.repeat(1, 1, repeat, 1)
+        out = scores.softmax(-1) @ rearrange(values, "s t g c -> s g t c")
+        return rearrange(out, "s g (r n) c -> (s n) (g r) c", n=self.n)
 
 
 # ---- the decoder --------------------------------------------------------------------------------
