@@ -148,12 +148,12 @@ class Hardware:
     local_rank: int = 0
 
 
-def setup(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Hardware:
+def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
     """Choose device and dtype, join torchrun's process group if there is one.
 
-    device: auto | cpu | cuda | mps; dtype: auto | float32 | bfloat16; threads: 0 = all cores, or
-    one each where several processes share this machine. fp16 is never used: it needs loss scaling
-    on a GPU and is a hundred times slower on a CPU.
+    device: auto | cpu | cuda | mps; dtype: auto | float32 | bfloat16. A CPU process takes all
+    cores, or one where torchrun started several, or OMP_NUM_THREADS. fp16 is never used: it needs
+    loss scaling on a GPU and is a hundred times slower on a CPU.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -176,7 +176,8 @@ def setup(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Hardwa
         flags = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
         bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         because = f"CPU with {flags}, {'fast' if bf16 else 'no fast'} bf16"
-        threads = threads or (1 if world > 1 else os.cpu_count() or 1)
+        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or (
+            1 if world > 1 else os.cpu_count() or 1)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)  # tiny optimizer moments otherwise stall the CPU
         peak, price = threads * (160e9 if bf16 else 80e9), 0.0

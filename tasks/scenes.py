@@ -12,6 +12,7 @@ from .draw import CELL, COLORS, GRID, PAIRS, SHAPES, TRAIN_PAIRS, Canvas, plain,
 COLOR_OF = ("What color is the {}?", "Color of the {}?")
 SHAPE_OF = ("What shape is the {} one?", "Shape of the {} one?")
 HOW_MANY = ("How many {}?", "Count the {}.")
+LIST_ALL = "List all."
 POINT_AT = ("Point at the {}.", "Where is the {}?")
 
 
@@ -55,7 +56,7 @@ class Scene(OneShot):
         """Draw (color, shape) pairs in random cells -> (picture, items in the pairs' order)."""
         rng, n = self.rng, len(pairs)
         colors = shades(rng, self.heldout)
-        canvas = Canvas(self.pixels, plain(rng, self.heldout)[0])
+        canvas = Canvas(self.pixels, plain(rng, self.heldout, self.level)[0])
         cells = rng.permutation(GRID * GRID)[:n].tolist()
         sizes, moves = rng.integers(11, 14, n).tolist(), rng.integers(-2, 3, (n, 2)).tolist()
         items = []
@@ -105,6 +106,10 @@ class Scene(OneShot):
             if question not in asked and len(more) < 4:
                 asked.add(question)
                 more.append((question, reply))
+        import os
+        if len(items) <= 6 and not os.environ.get('NOLIST'):     # a caption asks for everything at once: the densest lesson
+            listed = sorted(items, key=lambda item: (item.area[1] // 250, item.area[0]))
+            more.append((LIST_ALL, box(", ".join(item.name for item in listed))))
         return more
 
 

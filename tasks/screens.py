@@ -57,7 +57,8 @@ class GuiClick(OneShot):
 
     def make(self):
         rng = self.rng
-        colors, (ground, ink) = shades(rng, self.heldout), plain(rng, self.heldout)
+        colors = shades(rng, self.heldout)
+        ground, ink = plain(rng, self.heldout, self.level)
         canvas = Canvas(self.pixels, ground)
         free = self.frame(canvas, ink)
         low, high = self.widgets[self.level]
@@ -163,7 +164,8 @@ class GuiForm(Env):
         wrong = rng.integers(2, size=n).tolist() if rng.integers(5) < 2 else [0] * n
         self.ticks = {name: bool(w) for name, w in zip(names, wrong)}
         self.submitted = self.closed = False
-        self.colors, (self.ground, self.ink) = shades(rng, self.heldout), plain(rng, self.heldout)
+        self.colors = shades(rng, self.heldout)
+        self.ground, self.ink = plain(rng, self.heldout, self.level)
         self.actions = []
         self.chosen = [name for name in names if self.wanted[name]]
         listed = " and ".join(filter(None, (", ".join(self.chosen[:-1]), self.chosen[-1])))

@@ -30,7 +30,7 @@ class OcrLine(OneShot):
         while not gold or held(gold) != self.heldout:
             gold = "".join(pick(rng, letters) for _ in range(int(rng.integers(low, high + 1))))
         row, column = int(rng.integers(GRID)), int(rng.integers(GRID - len(gold) + 1))
-        ground, ink = plain(rng, self.heldout)
+        ground, ink = plain(rng, self.heldout, self.level)
         canvas = Canvas(self.pixels, ground)
         bold = 0.02 if self.heldout else pick(rng, (0.0, 0.04))
         dx = jitter(rng, column, column + len(gold))    # the line moves as one

@@ -1,0 +1,57 @@
+"""Fixtures: small models with random weights, and batches over them. One thread, no network."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pytest
+import torch
+
+from data import Document
+from model import Config, GLMV, TextConfig
+from vit import VitConfig
+
+torch.set_num_threads(1)
+
+
+def odd_config(which: int = 0) -> Config:
+    """Three configurations with nothing in common and no round numbers."""
+    text, vision = [
+        (dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3,
+              num_key_value_heads=1, head_dim=16),
+         dict(depth=2, hidden_size=48, num_heads=3, intermediate_size=56, patch_size=6)),
+        (dict(hidden_size=72, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+              num_key_value_heads=2, head_dim=24),
+         dict(depth=1, hidden_size=64, num_heads=2, intermediate_size=100, patch_size=14)),
+        (dict(hidden_size=40, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+              num_key_value_heads=2, head_dim=32),
+         dict(depth=3, hidden_size=40, num_heads=5, intermediate_size=24, patch_size=8)),
+    ][which]
+    return Config(TextConfig(vocab_size=544, **text),
+                  VitConfig(out_hidden_size=text["hidden_size"], **vision),
+                  image_token_id=532, min_tokens=1, max_tokens=64, n_ranks=512)
+
+
+def random_document(config: Config, sizes=((4, 6),), length: int = 12, seed: int = 0) -> Document:
+    """Text around images whose sizes are given in patches."""
+    rng = np.random.default_rng(seed)
+    p = config.vision.patch_size
+    ids, images = rng.integers(0, 500, length).tolist(), []
+    for h, w in sizes:
+        images.append(rng.integers(0, 256, (h * p, w * p, 3)).astype(np.uint8))
+        ids += [522] + [config.image_token_id] * (h * w // 4) + [523]
+        ids += rng.integers(0, 500, length // 2).tolist()
+    return Document(np.array(ids, np.int32), np.ones(len(ids), np.float32), images)
+
+
+@pytest.fixture
+def config():
+    return odd_config()
+
+
+@pytest.fixture
+def model(config):
+    return GLMV(config, seed=1).eval()

@@ -1,0 +1,242 @@
+"""The model's own promises: packing, caching, sizes, folders, positions."""
+import pytest
+import torch
+
+from common import UserError, load_tensors, save_tensors
+from conftest import odd_config, random_document
+from data import collate
+from kernels import (Segments, attention, linear_cross_entropy, rotary_half, rotary_pairs,
+                     sample)
+from model import Cache, GLMV, rope_positions, sized
+from vit import fit, patchify
+
+SHAPES = [((4, 6),), (), ((2, 2), (6, 4)), ((4, 6), (4, 6))]
+
+
+@torch.no_grad()
+def test_packed_equals_one_by_one(model, config):
+    parts = [random_document(config, s, 9 + 5 * i, i) for i, s in enumerate(SHAPES)]
+    packed = collate(parts, config, room=200)
+    together = model(packed, model.encode(packed.patches, packed.grids))
+    at = 0
+    for part in parts:
+        one = collate([part], config)
+        merged = model.encode(one.patches, one.grids) if len(one.patches) else None
+        alone = model(one, merged)
+        assert torch.allclose(together[at:at + len(alone)], alone, atol=1e-5)
+        at += len(alone)
+
+
+@torch.no_grad()
+def test_cached_equals_uncached(model, config):
+    parts = [random_document(config, s, 9 + 5 * i, i) for i, s in enumerate(SHAPES)]
+    whole = collate(parts, config)
+    merged = model.encode(whole.patches, whole.grids)
+    want = model(whole, merged).split([len(p.ids) for p in parts])
+
+    import copy
+    prompts = [copy.copy(p) for p in parts]
+    for p in prompts:  # the last six tokens come later, two at a time
+        p.ids, p.weights = p.ids[:-4], p.weights[:-4]
+    batch = collate(prompts, config)
+    cache = Cache(config, 6, 64, "cpu", torch.float32)
+    got = model(batch, merged, cache.fill(0, batch.cu_seqlens))
+    ends = batch.cu_seqlens[1:].long() - 1
+    cache.position[:4] = batch.positions[0, ends] + 1
+    for i, (have, p) in enumerate(zip(got.split([len(p.ids) for p in prompts]), prompts)):
+        assert torch.allclose(have, want[i][:len(p.ids)], atol=1e-5)
+    for step in range(2):
+        tokens = [torch.from_numpy(p.ids[len(p.ids) - 4 + 2 * step:][:2]).long() for p in parts]
+        at = cache.position[:4, None] + torch.arange(2)
+        extended = type("Batch", (), {"tokens": torch.cat(tokens), "cu_seqlens": None,
+                                      "positions": at.flatten().expand(3, -1)})
+        got = model(extended, cache=cache.extend(4, 2)).view(4, 2, -1)
+        cache.position[:4] += 2
+        for i, p in enumerate(parts):
+            start = len(p.ids) - 4 + 2 * step
+            assert torch.allclose(got[i], want[i][start:start + 2], atol=1e-5)
+
+
+def test_released_counts():
+    """PAPER: tower 403M, with adapter 434M; decoder and embedding 582M; head 91M."""
+    with torch.device("meta"):
+        counts = GLMV(sized("base")).counts()
+    millions = {name: round(n / 1e6) for name, n in counts.items()}
+    assert millions["tower"] == 403 and round((counts["tower"] + counts["adapter"]) / 1e6) == 434
+    assert millions["decoder"] == 582 and millions["head"] == 91
+
+
+@pytest.mark.parametrize("size,least,most", [("tiny", 0.4e6, 0.8e6), ("small", 45e6, 75e6)])
+def test_sizes(size, least, most):
+    with torch.device("meta"):
+        assert least < GLMV(sized(size)).counts()["total"] < most
+
+
+def test_positions_by_hand():
+    """Two words, a 4x4-patch image (2x2 tokens), one word; then a second document."""
+    tokens = torch.tensor([5, 6, 9, 9, 9, 9, 7, 8, 5])
+    got = rope_positions(tokens, torch.tensor([[1, 4, 4]]), torch.tensor([0, 7, 9]), 9)
+    assert got[0].tolist() == [0, 1, 2, 2, 2, 2, 4, 0, 1]
+    assert got[1].tolist() == [0, 1, 2, 2, 3, 3, 4, 0, 1]
+    assert got[2].tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1]
+
+
+def test_patches_are_block_major():
+    import numpy as np
+    image = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 3)
+    patches, grid = patchify(image, 2)
+    assert patches.shape == (8, 1, 12) and grid == (1, 2, 4)
+    corner = patches[:, 0].reshape(8, 3, 2, 2)[:, :, 0, 0]
+    want = [image[y, x] for x0 in (0, 4) for y in (0, 2) for x in (x0, x0 + 2)]
+    assert np.array_equal(corner, want)
+
+
+@pytest.mark.parametrize("h,w,want", [
+    (64, 64, (64, 64)), (10, 10, (32, 32)), (800, 600, (64, 48)), (1, 150, (16, 256))])
+def test_fit(h, w, want):
+    assert fit(h, w, 16, 4, 16) == want
+
+
+def test_fit_refuses_ribbons():
+    with pytest.raises(ValueError, match="200"):
+        fit(1, 5000, 16, 4, 16)
+
+
+def test_a_video_patch_of_two_equal_frames_is_a_still():
+    config = odd_config()
+    model = GLMV(config, seed=3)
+    batch = collate([random_document(config)], config)
+    twice = batch.patches.expand(-1, 2, -1)
+    with torch.no_grad():
+        a, b = (model.model.visual(x, batch.grids) for x in (batch.patches, twice))
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(5, 17, 1, 17), (8, 8), (600, 3)])
+def test_attention_against_the_definition(causal, lengths):
+    torch.manual_seed(0)
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    q, k, v = (torch.randn(int(cu[-1]), n, 8, requires_grad=True) for n in (4, 2, 2))
+    out = attention(q, k, v, Segments(cu, causal))
+    out.pow(2).sum().backward()
+    grads = [x.grad.clone() for x in (q, k, v)]
+    for x in (q, k, v):
+        x.grad = None
+    rows = []
+    for a, b in zip(cu[:-1], cu[1:]):
+        keys, values = (x[a:b].repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
+        scores = q[a:b].transpose(0, 1) @ keys.mT / 8 ** 0.5
+        if causal:
+            scores = scores + torch.full_like(scores, -torch.inf).triu(1)
+        rows.append((scores.softmax(-1) @ values).transpose(0, 1))
+    want = torch.cat(rows)
+    want.pow(2).sum().backward()
+    assert torch.allclose(out, want, atol=1e-5)
+    for x, grad in zip((q, k, v), grads):
+        assert torch.allclose(x.grad, grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_linear_cross_entropy_against_the_definition(chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(23, 12, requires_grad=True)
+    weight = torch.randn(31, 12, requires_grad=True)
+    targets, weights = torch.randint(31, (23,)), torch.rand(23) * (torch.rand(23) > 0.3)
+    loss = linear_cross_entropy(hidden, weight, targets, weights, chunk)
+    (3 * loss).backward()
+    grads = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    want = (torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+            * weights).sum()
+    (3 * want).backward()
+    assert torch.allclose(loss, want, rtol=1e-5)
+    assert torch.allclose(grads[0], hidden.grad, atol=1e-5)
+    assert torch.allclose(grads[1], weight.grad, atol=1e-5)
+
+
+def test_rotations_keep_lengths_and_depend_on_distance_only():
+    torch.manual_seed(0)
+    for rotate in (rotary_half, rotary_pairs):
+        q, k = torch.randn(1, 1, 8).expand(9, 1, 8), torch.randn(1, 1, 8).expand(9, 1, 8)
+        freqs = torch.arange(9)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+        q, k = (rotate(x, freqs.cos(), freqs.sin()) for x in (q, k))
+        assert torch.allclose(q.norm(dim=-1), q[0].norm().expand(9, 1), atol=1e-5)
+        products = (q[:, 0] @ k[:, 0].T)
+        assert torch.allclose(products.diagonal(2), products[0, 2].expand(7), atol=1e-4)
+
+
+def test_a_triton_twin_is_taken_only_on_a_gpu(monkeypatch):
+    import kernels
+    monkeypatch.setattr(kernels, "swiglu_triton", lambda gate, up: "twin", raising=False)
+    x = torch.ones(2)
+    assert torch.is_tensor(kernels.swiglu(x, x))
+    on_gpu = type("OnGpu", (), {"is_cuda": True})()
+    assert kernels.swiglu(on_gpu, x) == "twin"
+
+
+def test_sampling_inverts_the_distribution():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(5, 4)
+    uniforms = torch.tensor([0.0, 0.49, 0.51, 0.81, 0.96])
+    one = torch.ones(5)
+    assert sample(logits, one, one, uniforms).tolist() == [0, 0, 1, 2, 3]
+    assert sample(logits, one, 0.7 * one, uniforms).tolist() == [0, 0, 0, 1, 1]
+    assert sample(logits, 0 * one, one, uniforms).tolist() == [0] * 5
+
+
+# ---- folders ------------------------------------------------------------------------------------
+
+def test_a_folder_comes_back_bit_for_bit(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    back = GLMV.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in
+               zip(model.state_dict().values(), back.state_dict().values()))
+    assert back.config.n_ranks == 512 and back.config.min_tokens == 1
+
+
+def test_sharded_folders_and_an_mtp_layer_open_too(model, tmp_path):
+    import json
+    model.save_pretrained(tmp_path)
+    tensors = load_tensors(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    tensors["model.language_model.layers.2.eh_proj.weight"] = torch.zeros(2, 2)
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        save_tensors(tmp_path / shard, {n: tensors[n] for n in members})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {n: shard for shard, members in shards.items() for n in members}}))
+    GLMV.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "header", "other", "config"])
+def test_damaged_folders_say_so_in_one_line(model, tmp_path, damage):
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "header":
+        weights.write_bytes(b"\xff" * 100)
+    elif damage == "other":
+        GLMV(odd_config(1)).save_pretrained(tmp_path / "other")
+        (tmp_path / "config.json").write_bytes((tmp_path / "other/config.json").read_bytes())
+    else:
+        (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError) as error:
+        GLMV.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_safetensors_reads_ours_and_we_read_theirs(tmp_path):
+    peer = pytest.importorskip("safetensors.torch")
+    tensors = {"a": torch.randn(3, 5), "b": torch.arange(7), "c": torch.randn(4).bfloat16(),
+               "empty": torch.zeros(0, 3), "flag": torch.tensor([True, False])}
+    save_tensors(tmp_path / "ours.safetensors", tensors)
+    peer.save_file(tensors, tmp_path / "theirs.safetensors")
+    for got in (peer.load_file(tmp_path / "ours.safetensors"),
+                load_tensors(tmp_path / "theirs.safetensors")):
+        assert all(torch.equal(got[k], v) and got[k].dtype == v.dtype for k, v in tensors.items())

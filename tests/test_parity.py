@@ -1,0 +1,83 @@
+"""Same numbers as transformers' GlmOcr classes, and folders that travel both ways.
+
+Runs where requirements-peers.txt is installed.
+"""
+import pytest
+import torch
+
+from conftest import odd_config, random_document
+from data import collate
+from model import GLMV
+
+transformers = pytest.importorskip("transformers", exc_type=ImportError)
+SIZES = ((4, 6), (2, 2), (8, 4))
+
+
+def theirs(folder):
+    from transformers import GlmOcrForConditionalGeneration
+    return GlmOcrForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def shaken(which):
+    """A model whose norms and biases are random too, so that a swapped name shows."""
+    model = GLMV(odd_config(which), seed=which).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return model
+
+
+def their_pixels(batch):
+    """Our uint8 patches as transformers wants them: normalised, each frame doubled."""
+    from vit import MEAN, STD
+    area = batch.patches.shape[-1] // 3
+    mean, std = (torch.tensor(x).repeat_interleave(area) for x in (MEAN, STD))
+    pixels = (batch.patches[:, 0] / 255 - mean) / std
+    pixels = pixels.view(len(pixels), 3, 1, area).expand(-1, -1, 2, -1)
+    return pixels.reshape(len(pixels), -1)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@torch.no_grad()
+def test_tower_adapter_and_logits_agree(which, tmp_path):
+    ours = shaken(which)
+    ours.save_pretrained(tmp_path)
+    peer = theirs(tmp_path)
+    batch = collate([random_document(ours.config, SIZES, seed=which)], ours.config)
+    features = ours.model.visual(batch.patches, batch.grids)
+    merged = ours.model.visual.merge(features)
+    logits = ours.lm_head(ours(batch, merged))
+
+    pixels = their_pixels(batch)
+    kept = {}
+    peer.model.visual.post_layernorm.register_forward_hook(
+        lambda module, inputs, output: kept.update(tower=output))
+    out = peer.model.visual(pixels, batch.grids)
+    assert torch.allclose(kept["tower"], features, atol=1e-4)
+    assert torch.allclose(out.pooler_output, merged, atol=1e-4)
+    kinds = (batch.tokens == ours.config.image_token_id).int()[None]
+    want = peer(input_ids=batch.tokens[None], pixel_values=pixels, image_grid_thw=batch.grids,
+                mm_token_type_ids=kinds).logits[0]
+    assert (logits - want).abs().max() < 1e-4
+    positions, _ = peer.model.get_rope_index(batch.tokens[None], kinds, batch.grids)
+    assert torch.equal(positions[:, 0], batch.positions)
+
+
+@torch.no_grad()
+def test_a_folder_saved_by_transformers_opens_here(tmp_path):
+    shaken(0).save_pretrained(tmp_path / "ours")
+    theirs(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    back = GLMV.from_pretrained(tmp_path / "theirs")
+    for name, value in shaken(0).state_dict().items():
+        assert torch.equal(value, back.state_dict()[name]), name
+    assert back.config.sections == odd_config(0).sections
+
+
+def test_image_sizes_agree():
+    from transformers.models.glm46v.image_processing_glm46v import smart_resize
+    from vit import fit
+    for h, w in [(100, 100), (37, 900), (28, 28), (5, 13), (2000, 3000), (640, 481), (11, 1900)]:
+        want = smart_resize(2, h, w, 2, 28, 2 * 4 * 784, 2 * 900 * 784)
+        assert fit(h, w, 28, 4, 900) == want, (h, w)
