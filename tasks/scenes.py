@@ -106,8 +106,7 @@ class Scene(OneShot):
             if question not in asked and len(more) < 4:
                 asked.add(question)
                 more.append((question, reply))
-        import os
-        if len(items) <= 6 and not os.environ.get('NOLIST'):     # a caption asks for everything at once: the densest lesson
+        if len(items) <= 6:     # a caption asks for everything at once: the densest lesson
             listed = sorted(items, key=lambda item: (item.area[1] // 250, item.area[0]))
             more.append((LIST_ALL, box(", ".join(item.name for item in listed))))
         return more

@@ -1,5 +1,6 @@
 """The tokenizer: exact round trips, marks that stay text, a rank file that can be made again."""
 import random
+import re
 
 import pytest
 
@@ -69,9 +70,9 @@ def test_another_corpus_is_refused(tmp_path, monkeypatch):
 
 def test_the_trainer_agrees_with_counting_everything_again():
     text = "low low low lower lowest new newer newest wide wider widest " * 3 + "aaaa aaa"
-    words = [list(w.encode()) for w in __import__("re").findall(tokenizer.PATTERN, text)]
+    words = [list(w.encode()) for w in re.findall(tokenizer.PATTERN, text)]
     names = [bytes([i]) for i in range(256)]
-    while len(names) < 280:
+    while len(names) < 270:
         counts = {}
         for word in words:
             for pair in zip(word, word[1:]):
@@ -84,7 +85,7 @@ def test_the_trainer_agrees_with_counting_everything_again():
                 if (word[j], word[j + 1]) == best:
                     word[j:j + 2] = [len(names) - 1]
                 j += 1
-    assert train_bpe(text, 280) == names
+    assert train_bpe(text, 270) == names
 
 
 def test_the_chat_template():

@@ -1,0 +1,49 @@
+# make demo | test | test-all | ckpt | clean
+#
+# Each target makes .venv first when it is missing or its requirements changed. An installed torch
+# 2.11-2.13 (of the python3 on your PATH) is used as it is; otherwise 2.13.0 goes into .venv.
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu make demo     a smaller torch without CUDA
+#   PYTHON=python3.12 make test                                    another interpreter
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PY = .venv/bin/python
+HAVE = import torch, sys; sys.exit(not (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 13))
+
+.PHONY: demo test test-all ckpt clean
+
+demo: .venv/ready
+	$(PY) -m lab.demo $(ARGS)
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-all: .venv/peers
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 $(ARGS)
+
+ckpt: .venv/ready
+	$(PY) -m lab.demo --out=out/ckpt --keep=ckpt/demo $(ARGS)
+
+.venv/ready: requirements.txt
+	@if $(PYTHON) -c '$(HAVE)' 2>/dev/null; then \
+	    echo "making .venv on top of the torch that is installed"; \
+	    $(PYTHON) -m venv --system-site-packages .venv; \
+	    grep -v '^torch==' requirements.txt > .venv/requirements.txt; \
+	else \
+	    echo "making .venv with torch 2.13.0 (some minutes the first time)"; \
+	    $(PYTHON) -m venv .venv; \
+	    cp requirements.txt .venv/requirements.txt; \
+	    .venv/bin/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0; \
+	fi
+	.venv/bin/pip install -q -r .venv/requirements.txt
+	@touch $@
+
+# The pin keeps a peer from replacing torch by a newer one.
+.venv/peers: .venv/ready requirements-peers.txt
+	@echo "adding the packages that tests compare with"
+	$(PY) -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > .venv/pin.txt
+	.venv/bin/pip install -q -c .venv/pin.txt -r requirements-peers.txt
+	@touch $@
+
+clean:
+	rm -rf .venv out

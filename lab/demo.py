@@ -1,0 +1,121 @@
+"""The whole pipeline on a laptop: train, examine, answer, report.
+
+    python -m lab.demo                    about seven minutes on 2 cores, no network
+    python -m lab.demo --seed=1 --out=out/demo1
+    python -m lab.demo --keep=ckpt/demo   rebuild the checkpoint that stands in the repository
+
+What it trains stands for the big run in small: one pretraining stage on six categories of the gym
+and some text, from random weights. Interrupted, it goes on where it was. It writes report.json and
+report.html (curves, table, pictures) into the run folder.
+"""
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import gym
+import pretrain
+from common import UserError, checkpoints, clock, cli, find_checkpoint, main, setup, write_json
+from lab import report
+from model import GLMV
+from sample import evaluate, play, readable, show
+from tasks.base import Task
+from tokenizer import Tokenizer
+
+MIX = "gym:12,text:0.3,code:0.3"
+
+
+@dataclass
+class Args:
+    steps: int = 1700             # of pretraining, about five minutes on 2 cores
+    seed: int = 0                 # of weights and samples
+    count: int = 300              # held-out tasks a category in the examination
+    levels: int = 2               # levels trained and examined, from 0
+    out: str = "out/demo"         # run folder
+    keep: str = ""                # also write the weights here, in bf16
+    device: str = "auto"          # auto, cpu, cuda or mps
+
+
+def train(args: Args, hw) -> Path:
+    """Pretraining, or what is left of it."""
+    run = Path(args.out) / "pretrain"
+    done = [p for p in checkpoints(run) if p.name == f"step_{args.steps:06d}"]
+    if done:
+        print(f"pretraining is done: {done[0]}")
+        return done[0]
+    pretrain.run(pretrain.Args(
+        steps=args.steps, seed=args.seed, mix=MIX, levels=args.levels, out=str(run), resume=True,
+        save_every=200, eval_every=100, log_every=50, device=args.device))
+    return find_checkpoint(run)
+
+
+def answer(model, tokens, folder: Path, levels: int) -> list[dict]:
+    """Two held-out tasks a category: pictures on disk, question, answer and truth."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for name in gym.names():
+        tasks = [Task(name, 2_000_000 + i, i % levels, "test") for i in range(2)]
+        for task, played in zip(tasks, play(model, tokens, tasks)):
+            frames, goal, truth = frames_of(task, played.replies)
+            files = []
+            for i, frame in enumerate(frames):
+                files.append(f"{name}-{task.seed}-{i}.png")
+                frame.resize((192, 192), Image.Resampling.NEAREST).save(folder / files[-1])
+            samples.append({"category": name, "level": task.level, "pictures": files,
+                            "question": goal, "truth": truth, "reward": played.score.reward,
+                            "answer": " → ".join(readable(r) for r in played.replies)})
+    return samples
+
+
+def frames_of(task: Task, replies: list[str]):
+    """The pictures that were seen while `replies` were given, the goal, the oracle's replies."""
+    episode = gym.drive(gym.make(task))
+    messages = next(episode)
+    goal = messages[-1].text.replace("<|image|>", "")
+    frames = [messages[-1].images[0]]
+    for reply in replies[:-1]:
+        frames.append(episode.send(reply)[-1].images[0])
+    talks = gym.demonstrate(task)
+    one_shot = gym.make(task).max_turns == 1
+    truth = [talks[0][1]] if one_shot else [talk[-1] for talk in talks]
+    return frames, goal, " → ".join(readable(message.text) for message in truth)
+
+
+def demo(args: Args):
+    began, out = time.time(), Path(args.out)
+    hw = setup(args.device)
+    if hw.world > 1:
+        raise UserError("the demo is one process; `torchrun pretrain.py` trains with several")
+    print("1/3 pretraining: pictures, questions and answers, some text and code")
+    folder = train(args, hw)
+    trained = time.time() - began
+    model = GLMV.from_pretrained(folder, hw.device, hw.dtype)
+    tokens = Tokenizer(model.config.n_ranks)
+    print("2/3 examination: tasks of held-out seeds, words, shades and layouts")
+    table = evaluate(model, tokens, levels=args.levels, count=args.count)
+    show(table)
+    print("3/3 answers")
+    samples = answer(model, tokens, out / "pictures", args.levels)
+    for s in samples:
+        print(f"  {s['category']:<11} {s['question']}  {s['answer']}   (truth: {s['truth']})")
+    write_json(out / "report.json", {
+        "title": "nanoGLM-V demo", "hardware": hw.why, "machine": platform.platform(),
+        "torch": torch.__version__, "seed": args.seed, "steps": args.steps,
+        "parameters": model.counts(), "training_seconds": round(trained),
+        "seconds": round(time.time() - began), "table": table, "samples": samples})
+    page = report.write(out)
+    if args.keep:
+        model.save_pretrained(args.keep, torch.bfloat16)
+        write_json(Path(args.keep) / "report.json", {"table": table, "steps": args.steps,
+                                                     "seed": args.seed, "hardware": hw.why})
+        print(f"weights kept in {args.keep}")
+    print(f"{clock(time.time() - began)} in all; the report is {page}")
+    print(f'next: python sample.py ask --ckpt={out}/pretrain --image={out}/pictures/'
+          f'{samples[0]["pictures"][0]} "{samples[0]["question"]}"')
+
+
+if __name__ == "__main__":
+    main(lambda: demo(cli(Args, about=__doc__)))

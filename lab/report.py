@@ -1,0 +1,156 @@
+"""One self-contained HTML page of a run: curves, table, pictures with question and answer.
+
+    python -m lab.report out/demo
+    python -m lab.report out/pretrain
+
+Reads what scripts leave in a run folder: log.jsonl (also one folder down), report.json or
+eval.json, pictures/. Nothing is fetched; the page can be mailed.
+"""
+import base64
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import UserError, cli, main
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1d2733; background: #fff }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #dde3ea }
+small, .quiet { color: #66717f }
+table { border-collapse: collapse } td, th { padding: .25rem .9rem .25rem 0; text-align: right }
+td:first-child, th:first-child { text-align: left }
+.bar { position: relative; width: 16rem; height: 1rem; background: #edf1f5 }
+.bar i { position: absolute; height: 100% } .bar .got { background: #2f7dd1 }
+.bar .blank { background: #e0912f; height: 35%; bottom: 0 }
+.bar .chance { width: 2px; background: #1d2733 }
+.cards { display: flex; flex-wrap: wrap; gap: 1.2rem } .card { width: 13rem }
+.card img { width: 96px; image-rendering: pixelated; margin-right: 3px }
+.right { color: #16803c } .wrong { color: #bf2c2c }
+"""
+
+
+@dataclass
+class Args:
+    run: str = ""                 # run folder; also as a bare word
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; a last line cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def smooth(points: list, share: float = 0.02) -> list:
+    """Means over consecutive `share` of the points, so that a long run draws as few."""
+    size = max(1, int(len(points) * share))
+    return [tuple(sum(p[k] for p in points[i:i + size]) / len(points[i:i + size]) for k in (0, 1))
+            for i in range(0, len(points), size)]
+
+
+def curve(series: dict[str, list], title: str, wide: int = 620, high: int = 220) -> str:
+    """{name: [(x, y), ...]} as an SVG with axes from 0 to the largest x and y."""
+    colors = ("#2f7dd1", "#e0912f", "#16803c", "#8a4fbf")
+    drawn = {name: points for name, points in series.items() if points}
+    if not drawn:
+        return ""
+    right = max(x for points in drawn.values() for x, _ in points) or 1
+    # The first few losses tower over the rest: clip at four times the median.
+    ys = sorted(y for points in drawn.values() for _, y in points)
+    top = min(ys[-1], 4 * ys[len(ys) // 2]) or 1
+
+    def place(x, y):
+        return f"{45 + x / right * (wide - 60):.1f},{high - 25 - min(y, top) / top * (high - 45):.1f}"
+
+    parts = [f'<svg viewBox="0 0 {wide} {high}" width="{wide}" role="img" aria-label="{title}">',
+             f'<text x="45" y="12" font-size="13">{title}</text>']
+    for k in range(5):
+        y = high - 25 - k / 4 * (high - 45)
+        parts.append(f'<path d="M45 {y}H{wide - 15}" stroke="#e3e8ee"/>'
+                     f'<text x="40" y="{y + 4}" font-size="11" text-anchor="end">'
+                     f'{top * k / 4:.2g}</text>')
+    parts.append(f'<text x="{wide - 15}" y="{high - 8}" font-size="11" text-anchor="end">'
+                 f'step {right:,.0f}</text>')
+    for (name, points), color in zip(drawn.items(), colors):
+        line = " ".join(place(x, y) for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+    at = 45
+    for (name, _), color in zip(drawn.items(), colors):
+        parts.append(f'<text x="{at}" y="{high - 8}" font-size="12" fill="{color}">{name}</text>')
+        at += 9 * len(name) + 20
+    return "".join(parts) + "</svg>"
+
+
+def table_html(table: dict) -> str:
+    rows = ["<table><tr><th>category</th><th>accuracy</th><th>95% interval</th><th>blank picture"
+            "</th><th>chance</th><th>tasks</th><th></th></tr>"]
+    for name, r in table.items():
+        bar = (f'<div class="bar"><i class="got" style="width:{r["accuracy"]:.1%}"></i>'
+               f'<i class="blank" style="width:{r["blank"]:.1%}"></i>'
+               f'<i class="chance" style="left:{r["chance"]:.1%}"></i></div>')
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{r['accuracy']:.1%}</td>"
+                    f"<td>{r['low']:.1%} – {r['high']:.1%}</td><td>{r['blank']:.1%}</td>"
+                    f"<td>{r['chance']:.1%}</td><td>{r['n']}</td><td>{bar}</td></tr>")
+    return ("".join(rows) + '</table><p class="quiet">Blue: share of tasks wholly right, on seeds, '
+            "words, shades and layouts that training never saw. Orange: the same model and tasks "
+            "with the picture replaced by plain grey. Black line: the best guess that does not "
+            "look.</p>")
+
+
+def card(sample: dict, pictures: Path) -> str:
+    images = "".join(
+        '<img alt="" src="data:image/png;base64,'
+        + base64.b64encode((pictures / name).read_bytes()).decode() + '">'
+        for name in sample["pictures"][:6])
+    right = sample["reward"] > 0.999
+    verdict = "right" if right else "wrong"
+    return (f'<div class="card">{images}<br><small>{sample["category"]}, level {sample["level"]}'
+            f'</small><br><b>{html.escape(sample["question"])}</b><br>'
+            f'<span class="{verdict}">{html.escape(sample["answer"]) or "(nothing)"}</span><br>'
+            + ("" if right else f'<small>truth: {html.escape(sample["truth"])}</small>') + "</div>")
+
+
+def page(run: Path) -> str:
+    """The page's HTML. Raises UserError where the folder holds nothing to show."""
+    logs = {path.parent.name: read_log(path)
+            for path in sorted([*run.glob("log.jsonl"), *run.glob("*/log.jsonl")])}
+    found = next((run / n for n in ("report.json", "eval.json") if (run / n).exists()), None)
+    if not logs and not found:
+        raise UserError(f"nothing to show in {run}: no log.jsonl, report.json or eval.json")
+    facts = json.loads(found.read_text(encoding="utf-8")) if found else {}
+    parts = [f"<h1>{html.escape(facts.get('title', run.name))}</h1>"]
+    if "hardware" in facts:
+        parts.append(f'<p class="quiet">{html.escape(facts["hardware"])}; torch {facts["torch"]}; '
+                     f'seed {facts["seed"]}; {facts["parameters"]["total"] / 1e6:.2f}M parameters; '
+                     f'{facts["steps"]} steps in {facts["training_seconds"]} s, '
+                     f'{facts["seconds"]} s in all</p>')
+    if "table" in facts:
+        parts.append("<h2>Held-out tasks</h2>" + table_html(facts["table"]))
+    for name, lines in logs.items():
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        loss = smooth([(line["step"], line["loss"]) for line in lines if "loss" in line])
+        held = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
+        parts.append(curve({"training": loss, "held out": held}, "loss, nats a learnt token"))
+        for key, title in (("norm", "gradient norm"), ("tok/s", "tokens a second")):
+            points = smooth([(line["step"], line[key]) for line in lines if key in line])
+            parts.append(curve({key: points}, title, high=150))
+    if facts.get("samples"):
+        cards = "".join(card(sample, run / "pictures") for sample in facts["samples"])
+        parts.append(f'<h2>Asked and answered</h2><div class="cards">{cards}</div>')
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{run.name}</title>'
+            f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n")
+
+
+def write(run) -> Path:
+    """Make report.html in a run folder and return its path."""
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"there is no run folder {run}")
+    path = run / "report.html"
+    path.write_text(page(run), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    main(lambda: print(write(cli(Args, about=__doc__, positional="run").run)))
