@@ -313,7 +313,8 @@ class Packer:
 
 @dataclass
 class Batch:
-    """One packed row; see DESIGN in README for how it flows. Invariant: 4 patches an image token."""
+    """One packed row: all that a forward and a loss need. Four patches stand behind each visual
+    token; `collate` checks it."""
     tokens: Tensor       # (T,) int64; every visual slot holds the <|image|> id
     weights: Tensor      # (T,) float32, of predicting this token; 0 at each document's start
     positions: Tensor    # (3, T) int64: t, h, w

@@ -15,6 +15,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -77,9 +78,10 @@ def flops_per_step(model: GLMV, args: Args, patches_per_token: float) -> float:
 
 def build(args: Args, hw):
     """Model, optimizer and the step and data position to go on from."""
-    start, position, folder = 0, None, args.init and find_checkpoint(args.init)
-    if args.resume and checkpoints(args.out):
-        folder = find_checkpoint(args.out)
+    start, position = 0, None
+    resumed = args.resume and bool(checkpoints(args.out))
+    folder = (find_checkpoint(args.out) if resumed
+              else find_checkpoint(args.init) if args.init else None)
     if folder:
         model = GLMV.from_pretrained(folder)
     else:
@@ -92,13 +94,14 @@ def build(args: Args, hw):
     if folder:  # the model may be bf16, the masters start from what the file holds
         optimizer.load_masters({k: v.to(hw.device, torch.float32)
                                 for k, v in load_tensors(folder).items()})
-    if args.resume and folder and (folder / "train.pt").exists():
+    if resumed:
         try:
             state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
             start, position = state["step"], state["position"]
             optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, EOFError, ValueError) as error:
-            raise UserError(f"{folder}/train.pt is damaged ({error}); --init={folder} starts "
+        except (OSError, RuntimeError, KeyError, EOFError, ValueError, UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{folder}/train.pt is damaged ({reason}); --init={folder} starts "
                             "from its weights alone") from None
     return model, optimizer, start, position
 

@@ -1,0 +1,1 @@
+"""Measurements and small experiments beside the scripts; nothing here is imported by them."""
