@@ -155,3 +155,10 @@ class Engine:
             self.last[slot] = self.last[end]
             self.cache.move(end, slot)
         self.running.pop()
+
+
+# Exercises. Delete the body, write it again, run the test.
+# 1. Engine._release, so that the running requests stay in slots 0..n-1.
+#    pytest tests/test_engine.py; 15 minutes.
+# 2. Let `_admit` wait until half of the slots are free. What does that do to
+#    `python -m lab.bench decode`, and why would a server not want it?

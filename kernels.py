@@ -202,3 +202,10 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniforms: Tensor)
     point = uniforms[:, None] * cumulative[:, -1:]
     drawn = (cumulative <= point).sum(-1).clamp_max(logits.shape[-1] - 1)
     return torch.where(temperature > 0, drawn, best)
+
+
+# Exercises. Delete the body, write it again, run the test.
+# 1. rotary_pairs, from its docstring alone.
+#    pytest tests/test_model.py -k rotations; 15 minutes.
+# 2. _LinearCrossEntropy.forward: all gradients in one pass over chunks of rows, never more than
+#    `chunk` rows of logits at a time. pytest tests/test_model.py -k linear_cross; 45 minutes.

@@ -174,3 +174,9 @@ def schedule(step: int, steps: int, warmup: int, kind: str = "linear", decay: fl
         done = (step - warmup) / max(1, steps - warmup)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
     raise ValueError(f"schedule is constant, linear or cosine, not '{kind}'")
+
+
+# Exercises. Delete the body, write it again, run the test.
+# 1. newton_schulz. pytest tests/test_optim.py -k newton; 20 minutes.
+# 2. Let is_matrix return False, so that AdamW takes all, and train 800 steps with --lr=2e-3
+#    beside Muon; 5 minutes each. How many steps later does reading appear?

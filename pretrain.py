@@ -215,5 +215,12 @@ def run(args: Args):
         raise KeyboardInterrupt
 
 
+# Exercises. Write it again, run the test.
+# 1. loss_sum: which hidden state predicts which token, and with whose weight?
+#    pytest tests/test_pretrain.py; 20 minutes.
+# 2. Divide each row's loss by its own weight instead of the global sum, and run the test that two
+#    processes equal one. Why does it go red?
+
+
 if __name__ == "__main__":
     main(lambda: run(cli(Args, about=__doc__)))

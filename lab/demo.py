@@ -25,7 +25,7 @@ from sample import evaluate, play, readable, show
 from tasks.base import Task
 from tokenizer import Tokenizer
 
-MIX = "gym:12,text:0.3,code:0.3"
+MIX = "gym"
 
 
 @dataclass

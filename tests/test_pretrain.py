@@ -1,0 +1,339 @@
+"""Pretraining's promises: resume, ranks, kills, full disks, odd losses; and that it learns.
+
+Runs are in process, a few steps of a few hundred tokens; faults are set at fixed points by hooks.
+"""
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import pretrain
+from common import ROOT, UserError, checkpoints, find_checkpoint, load_tensors, save_checkpoint
+from model import GLMV, sized
+from pretrain import Args
+
+SMALL = dict(steps=10, rows=2, row_tokens=256, warmup=3, eval_every=0, workers=0,
+             device="cpu", dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run takes SIGTERM and SIGINT for itself; give them back."""
+    held = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for which, handler in held.items():
+        signal.signal(which, handler)
+
+
+def train(out, **changes) -> list[dict]:
+    """Run, and return the log."""
+    pretrain.run(Args(**{**SMALL, "out": str(out), **changes}))
+    return log_of(out)
+
+
+def log_of(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def after_step(monkeypatch, act):
+    """Call act(step) once each step is logged: the hook by which faults come at fixed points."""
+    log = common.Log.step
+
+    def step(self, step, show, **values):
+        log(self, step, show, **values)
+        act(step)
+    monkeypatch.setattr(common.Log, "step", step)
+
+
+def state_of(folder) -> dict:
+    return torch.load(folder / "train.pt", weights_only=True)
+
+
+def alike(a, b) -> bool:
+    """Whether two nests of dicts, lists, tensors and numbers are the same, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# ---- resume and ranks ---------------------------------------------------------------------------
+
+def test_ten_steps_are_five_and_resume_and_five(tmp_path, monkeypatch):
+    """Bit for bit; the first five stopped by SIGTERM, the last five drawn by another process."""
+    whole = train(tmp_path / "whole", eval_every=5)
+    with monkeypatch.context() as patch:
+        after_step(patch, lambda step: step == 5 and signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts")
+    assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000005"]
+    parts = train(tmp_path / "parts", resume=True, workers=1)
+    assert [x["loss"] for x in parts] == [x["loss"] for x in whole] and len(whole) == 10
+    a, b = tmp_path / "whole/step_000010", tmp_path / "parts/step_000010"
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    a, b = state_of(a), state_of(b)
+    assert all(alike(a[key], b[key]) for key in ("step", "position", "optimizer"))
+    assert ["held_out" in x for x in whole] == ([False] * 4 + [True]) * 2
+
+
+def test_a_bfloat16_run_resumes_from_its_fp32_masters(tmp_path):
+    train(tmp_path, dtype="bfloat16", steps=4, save_every=2)
+    whole = load_tensors(tmp_path / "step_000004")
+    (tmp_path / "step_000004").rename(tmp_path / "kept")
+    train(tmp_path, dtype="bfloat16", steps=4, save_every=2, resume=True)
+    assert alike(whole, load_tensors(tmp_path / "step_000004"))
+    assert any((w != w.bfloat16().float()).any() for w in whole.values())
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path):
+    train(tmp_path, steps=2)
+    before = (tmp_path / "step_000002/model.safetensors").read_bytes()
+    assert len(train(tmp_path, steps=2, resume=True)) == 2
+    assert (tmp_path / "step_000002/model.safetensors").read_bytes() == before
+
+
+def test_init_gives_weights_and_no_steps_even_with_resume(tmp_path):
+    """`--init --resume` is what one line of a restarted job says: at first there is no own run."""
+    train(tmp_path / "first", steps=2)
+    log = train(tmp_path / "second", steps=2, init=str(tmp_path / "first"), resume=True, lr=0.0)
+    assert [x["step"] for x in log] == [1, 2]
+    assert alike(*(load_tensors(tmp_path / run / "step_000002") for run in ("first", "second")))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    """The same losses and weights on gloo; what two saved, one resumes."""
+    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    alone = train(tmp_path / "one")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "pretrain.py", *options, f"--out={tmp_path / 'two'}", "--save_every=5"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout and done.stdout.count("saved") == 1
+
+    def same_as_alone():
+        for a, b in zip(alone, log_of(tmp_path / "two"), strict=True):
+            assert abs(a["loss"] - b["loss"]) < 1e-5
+        one, two = (load_tensors(tmp_path / run / "step_000010") for run in ("one", "two"))
+        assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
+
+    same_as_alone()
+    (tmp_path / "two/step_000010").rename(tmp_path / "two/saved_by_two")
+    train(tmp_path / "two", resume=True)
+    same_as_alone()
+
+
+# ---- kills and full disks -----------------------------------------------------------------------
+
+def child_dies(act) -> bool:
+    """Call act() in a fork of this process; whether it was ended before act() was through."""
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def killed_at(offset: int):
+    """From now on the kernel kills this process as a file of its grows beyond `offset` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
+
+
+def test_a_writer_killed_at_any_byte_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    """Weights come first and are 2.8 MB, then train.pt with 3.4 MB: ten offsets spread over both."""
+    offsets = [0, 1, 9, 5_000, 100_000, 1_000_000, 2_500_000, 2_800_000, 3_100_000, 3_380_000]
+    found = []
+
+    def perilous(run, step, write):
+        for offset in offsets if step == 2 else ():
+            assert child_dies(lambda: (killed_at(offset), save_checkpoint(run, step, write)))
+            folder = find_checkpoint(run)
+            GLMV.from_pretrained(folder)
+            found.append((folder.name, state_of(folder)["step"]))
+        return save_checkpoint(run, step, write)
+
+    monkeypatch.setattr(pretrain, "save_checkpoint", perilous)
+    train(tmp_path, steps=2, save_every=1)
+    assert found == [("step_000001", 1)] * 10
+    assert find_checkpoint(tmp_path).name == "step_000002"  # what the dead left is no obstacle
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_kill_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path, step):
+    """Also where a third checkpoint drives out the oldest, and where step 3 is saved once more."""
+    def write(folder):
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text(name)
+
+    def dies_before(operation: int):
+        def count(event, _):
+            nonlocal operation
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+                operation -= 1
+                if operation < 0:
+                    os._exit(9)
+        sys.addaudithook(count)
+
+    for operation in range(100):
+        run = tmp_path / str(operation)
+        for earlier in (2, 3):
+            save_checkpoint(run, earlier, write)
+        died = child_dies(lambda: (dies_before(operation), save_checkpoint(run, step, write)))
+        folder = find_checkpoint(run)
+        assert all((folder / name).read_text() == name for name in
+                   ("config.json", "model.safetensors"))
+        assert folder.name >= "step_000002"
+        if not died:
+            break
+    assert 5 < operation < 100
+
+
+def no_room_beyond(size: int):
+    """A disk with room for `size` bytes a file; -1: for all. The write fails as on a full disk."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+
+
+@pytest.mark.parametrize("room", [100_000, 3_000_000], ids=["weights", "train.pt"])
+def test_a_disk_full_for_a_while(tmp_path, monkeypatch, capsys, room):
+    """Step 2 can't be saved: said, nothing lost, nothing left, and on it goes."""
+    after_step(monkeypatch, lambda step: no_room_beyond(room if step == 2 else -1))
+    try:
+        log = train(tmp_path, steps=3, save_every=1)
+    finally:
+        no_room_beyond(-1)
+    assert len(log) == 3
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000001", "step_000003"]
+    assert not list(tmp_path.glob("*.part"))
+    assert "could not save" in capsys.readouterr().err
+
+
+def test_a_last_step_that_cant_be_saved_is_an_error(tmp_path, monkeypatch, capsys):
+    """The disk fills up behind step 1: exit code 2 and a line that names what there is."""
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    after_step(monkeypatch, lambda step: step == 2 and monkeypatch.setattr(os, "fsync", fsync))
+    with pytest.raises(SystemExit) as end:
+        common.main(
+            lambda: train(tmp_path, steps=3, save_every=1))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert "No space left" in lines[0] and lines[-1].startswith("error: step 3 could not be saved")
+    assert find_checkpoint(tmp_path).name == "step_000001"
+    assert not list(tmp_path.glob("*.part"))
+    assert len(log_of(tmp_path)) == 3
+
+
+# ---- what comes in the way ----------------------------------------------------------------------
+
+def spoil_losses(monkeypatch, bad):
+    """The loss of step i (from 0) becomes NaN where bad(i)."""
+    sound, calls = pretrain.loss_sum, []
+
+    def loss_sum(model, batch):
+        calls.append(1)
+        return sound(model, batch) * (float("nan") if bad(len(calls) - 1) else 1)
+    monkeypatch.setattr(pretrain, "loss_sum", loss_sum)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, capsys):
+    spoil_losses(monkeypatch, lambda i: i in (1, 3))
+    log = train(tmp_path, steps=4, save_every=1, rows=1)
+    assert [x.get("skipped", 0) for x in log] == [0, 1, 1, 2]
+    assert capsys.readouterr().out.count("step skipped (1 in a row)") == 2
+    third, fourth = (load_tensors(folder) for folder in checkpoints(tmp_path))
+    assert alike(third, fourth)
+    assert not alike(third, GLMV(sized("tiny"), 0).state_dict())
+    assert all(torch.isfinite(w).all() for w in fourth.values())
+
+
+def test_five_such_losses_in_a_row_end_the_run(tmp_path, monkeypatch):
+    spoil_losses(monkeypatch, lambda i: i >= 2)
+    with pytest.raises(UserError, match="five steps in a row") as error:
+        train(tmp_path, save_every=1, rows=1)
+    assert "\n" not in str(error.value)
+    assert len(log_of(tmp_path)) == 6
+
+
+def test_a_document_longer_than_the_row_is_skipped_and_said_once(tmp_path, capsys):
+    """Texts have 130 tokens, forms up to 70."""
+    log = train(tmp_path, steps=2, row_tokens=100, mix="gui_form,text", levels=1)
+    assert log[-1]["skipped"] > 2
+    assert capsys.readouterr().out.count("130 tokens, a row 100: skipped") == 1
+
+
+def test_only_documents_longer_than_the_row_end_the_run(tmp_path):
+    with pytest.raises(UserError, match="longer than --row_tokens=100"):
+        train(tmp_path, row_tokens=100, mix="text")
+
+
+def test_an_earlier_run_is_kept(tmp_path, capsys):
+    for _ in range(3):
+        train(tmp_path / "run", steps=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
+    assert capsys.readouterr().out.count("kept as") == 2
+    for run in tmp_path.iterdir():
+        GLMV.from_pretrained(find_checkpoint(run))
+
+
+@pytest.mark.parametrize("damage", [b"", b"text", b"garbage " * 50, bytes(100), "cut", "short"])
+def test_a_damaged_train_pt_says_so(tmp_path, damage):
+    train(tmp_path, steps=1)
+    state = tmp_path / "step_000001/train.pt"
+    whole = state.read_bytes()
+    cuts = {"cut": whole[:1_000_000], "short": whole[:-30]}
+    state.write_bytes(damage if isinstance(damage, bytes) else cuts[damage])
+    with pytest.raises(UserError, match="train.pt is damaged") as error:
+        train(tmp_path, resume=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(init="nowhere"), "no such folder"), (dict(size="huge"), "tiny, small or base"),
+    (dict(mix="pont"), "names 'pont'"), (dict(mix="point:-1"), "weight"),
+    (dict(mix="point:many"), "name:weight"), (dict(mix=""), "no weight above 0"),
+    (dict(schedule="square"), "constant, linear or cosine"), (dict(rows=0), "--rows"),
+    (dict(levels=0), "--levels"), (dict(levels=6), "--levels"), (dict(save_every=0), "--save_every"),
+    (dict(log_every=0), "--log_every"), (dict(steps=-1), "--steps"),
+    (dict(device="tpu"), "--device"), (dict(dtype="float16"), "--dtype")])
+def test_bad_options_end_before_the_first_step(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words) as error:
+        train(tmp_path / "run", **changes)
+    assert "\n" not in str(error.value)
+    assert not checkpoints(tmp_path / "run")
+
+
+# ---- plans, and learning ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size,millions", [("tiny", 0.69), ("small", 60), ("base", 1100)])
+def test_a_plan_prints_and_stops(tmp_path, capsys, size, millions):
+    pretrain.run(Args(size=size, plan=True, device="cpu", out=str(tmp_path / "run")))
+    printed = capsys.readouterr().out
+    rows = dict(line.split(None, 1) for line in printed.splitlines())
+    total = float(rows["total"].split("M")[0].replace(",", ""))
+    assert millions / 1.3 < total < millions * 1.3
+    assert rows.keys() >= {"memory", "tokens", "compute", "time", "price"}
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_learns(tmp_path):
+    log = train(tmp_path, steps=30, mix="gui_form", levels=1, row_tokens=512, eval_every=30)
+    assert log[-1]["loss"] < log[0]["loss"] / 4
+    assert log[-1]["held_out"] < log[0]["loss"] / 4
