@@ -273,14 +273,16 @@ def save_checkpoint(run: Path, step: int, write, keep: int = 2) -> Path | None:
     that fails (a full disk) leaves the earlier checkpoints alone and returns None.
     """
     final = Path(run) / f"step_{step:06d}"
-    part = final.with_suffix(".part")
+    part, old = final.with_suffix(".part"), final.with_suffix(".old")
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in (part, old):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
         write(part)
         if final.exists():  # the same step once more, after a resume
-            shutil.rmtree(final)
+            os.replace(final, old)
         os.replace(part, final)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         print(f"could not save {final}: {error.strerror or error}; the earlier checkpoint stands",

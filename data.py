@@ -276,8 +276,8 @@ class Packer:
     padded and none waits for long. `state()` is what a checkpoint must hold.
     """
 
-    def __init__(self, draw, room: int, window: int = 64, state: dict | None = None):
-        self.draw, self.room, self.window = draw, room, window
+    def __init__(self, draw, room: int, window: int = 64, state: dict | None = None, say=print):
+        self.draw, self.room, self.window, self.say = draw, room, window, say
         state = state or {"next": 0, "waiting": [], "skipped": 0}
         self.next, self.skipped = state["next"], state["skipped"]
         self.waiting = [(i, draw(i)) for i in state["waiting"]]
@@ -287,8 +287,8 @@ class Packer:
             made = self.draw(self.next)
             if len(made.ids) > self.room:
                 if not self.skipped:
-                    print(f"sample {self.next} has {len(made.ids)} tokens, a row {self.room}: "
-                          "skipped, as will be others of its kind")
+                    self.say(f"sample {self.next} has {len(made.ids)} tokens, a row {self.room}: "
+                             "skipped, as will be others of its kind")
                 self.skipped += 1
                 if self.skipped > 100 and self.skipped > 0.99 * self.next:
                     raise UserError(f"of {self.next} samples, {self.skipped} are longer than "

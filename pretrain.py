@@ -15,7 +15,6 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -99,14 +98,26 @@ def build(args: Args, hw):
             state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
             start, position = state["step"], state["position"]
             optimizer.load_state_dict(state["optimizer"])
-        except (OSError, RuntimeError, KeyError, EOFError, ValueError, UnpicklingError) as error:
+        except Exception as error:  # torch.load answers damage with some ten kinds of them
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{folder}/train.pt is damaged ({reason}); --init={folder} starts "
                             "from its weights alone") from None
     return model, optimizer, start, position
 
 
+def check(args: Args):
+    """Refuse at once what would fail, or do nothing, hours later."""
+    for name in ("steps", "rows", "row_tokens", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} takes 1 or more, not {getattr(args, name)}")
+    if not 1 <= args.levels <= 5:
+        raise UserError(f"--levels takes 1 to 5, not {args.levels}")
+    if args.schedule not in ("constant", "linear", "cosine"):
+        raise UserError(f"--schedule takes constant, linear or cosine, not '{args.schedule}'")
+
+
 def run(args: Args):
+    check(args)
     hw = setup(args.device, args.dtype)
     out, lead = Path(args.out), hw.rank == 0
     say = print if lead else (lambda *_: None)
@@ -134,9 +145,9 @@ def run(args: Args):
     cores = os.cpu_count() or 1
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
     drawer = Drawer(stream, workers, overlap=hw.device.type != "cpu")
-    packer = Packer(drawer, args.row_tokens, state=position)
+    packer = Packer(drawer, args.row_tokens, state=position, say=say)
     held_out = Packer(Stream(model.config, mix, args.seed, "test", levels=args.levels),
-                      args.row_tokens)
+                      args.row_tokens, say=lambda _: None)
     exam = [collate(held_out.row(), model.config).to(hw.device) for _ in range(2)]
     counts = model.counts()
     say(f"{counts['total'] / 1e6:.2f}M parameters, {args.rows}x{args.row_tokens} tokens a step, "
@@ -147,9 +158,16 @@ def run(args: Args):
     def save(step):
         def write(folder):
             model.save_pretrained(folder, weights=optimizer.masters)
-            torch.save({"step": step, "position": packer.state(), "seed": args.seed,
-                        "optimizer": optimizer.state_dict(), "args": asdict(args),
-                        "rng": torch.get_rng_state()}, folder / "train.pt")
+            state = {"step": step, "position": packer.state(), "seed": args.seed,
+                     "optimizer": optimizer.state_dict(), "args": asdict(args),
+                     "rng": torch.get_rng_state()}
+            with open(folder / "train.pt", "wb") as file:
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:  # torch hides a full disk's OSError behind one
+                    raise error.__context__ or error from None
+                file.flush()
+                os.fsync(file.fileno())
         return not lead or save_checkpoint(out, step, write)
 
     interrupt, bad, skipped, saved = Interrupt(), 0, 0, start
