@@ -3,6 +3,7 @@
 Runs are in process, a few steps of a few hundred tokens; faults are set at fixed points by hooks.
 """
 import errno
+import functools
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import torch
 import common
 import pretrain
 from common import ROOT, UserError, checkpoints, find_checkpoint, load_tensors, save_checkpoint
+from data import Drawer
 from model import GLMV, sized
 from pretrain import Args
 
@@ -76,6 +78,7 @@ def test_ten_steps_are_five_and_resume_and_five(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts")
     assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000005"]
+    monkeypatch.setattr(pretrain, "Drawer", functools.partial(Drawer, burst=64))
     parts = train(tmp_path / "parts", resume=True, workers=1)
     assert [x["loss"] for x in parts] == [x["loss"] for x in whole] and len(whole) == 10
     a, b = tmp_path / "whole/step_000010", tmp_path / "parts/step_000010"
@@ -231,8 +234,7 @@ def test_a_last_step_that_cant_be_saved_is_an_error(tmp_path, monkeypatch, capsy
 
     after_step(monkeypatch, lambda step: step == 2 and monkeypatch.setattr(os, "fsync", fsync))
     with pytest.raises(SystemExit) as end:
-        common.main(
-            lambda: train(tmp_path, steps=3, save_every=1))
+        common.main(lambda: train(tmp_path, steps=3, save_every=1))
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     assert "No space left" in lines[0] and lines[-1].startswith("error: step 3 could not be saved")
@@ -310,8 +312,8 @@ def test_a_damaged_train_pt_says_so(tmp_path, damage):
     (dict(mix="pont"), "names 'pont'"), (dict(mix="point:-1"), "weight"),
     (dict(mix="point:many"), "name:weight"), (dict(mix=""), "no weight above 0"),
     (dict(schedule="square"), "constant, linear or cosine"), (dict(rows=0), "--rows"),
-    (dict(levels=0), "--levels"), (dict(levels=6), "--levels"), (dict(save_every=0), "--save_every"),
-    (dict(log_every=0), "--log_every"), (dict(steps=-1), "--steps"),
+    (dict(levels=0), "--levels"), (dict(levels=6), "--levels"), (dict(steps=0), "--steps"),
+    (dict(save_every=0), "--save_every"), (dict(log_every=0), "--log_every"),
     (dict(device="tpu"), "--device"), (dict(dtype="float16"), "--dtype")])
 def test_bad_options_end_before_the_first_step(tmp_path, changes, words):
     with pytest.raises(UserError, match=words) as error:
