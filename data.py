@@ -40,8 +40,11 @@ def open_image(path) -> Image.Image:
         raise UserError(f"no picture at {path}")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata Pillow has much to say
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = ImageOps.exif_transpose(Image.open(path))
+            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips them at 255
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
