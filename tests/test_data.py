@@ -1,0 +1,324 @@
+"""Streams, drawing processes, packing, batches, and picture files of every kind."""
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gym
+from common import UserError
+from conftest import odd_config, random_document
+from data import (Document, Drawer, Packer, Stream, collate, document, open_image, parse_mix,
+                  resize)
+from model import sized
+from tasks.base import Message
+from tokenizer import Tokenizer
+
+TINY = sized("tiny")
+DEFAULT = parse_mix("gym:8,text:1,code:1")
+
+
+def stream(mix=DEFAULT, seed=0, **options) -> Stream:
+    return Stream(TINY, mix, seed, **options)
+
+
+def same(a: Document, b: Document) -> bool:
+    return (np.array_equal(a.ids, b.ids) and np.array_equal(a.weights, b.weights)
+            and a.source == b.source and len(a.images) == len(b.images)
+            and all(map(np.array_equal, a.images, b.images)))
+
+
+# ---- streams and drawing processes --------------------------------------------------------------
+
+def test_a_sample_depends_on_seed_and_index_only():
+    one, two = stream(levels=3), stream(levels=3)
+    forward, backward = ([s(i) for i in order] for s, order in
+                         ((one, range(20)), (two, reversed(range(20)))))
+    assert all(map(same, forward, reversed(backward)))
+    assert not any(same(forward[i], forward[i + 1]) for i in range(19))
+    assert sum(same(a, stream(seed=1, levels=3)(i)) for i, a in enumerate(forward)) == 0
+
+
+def test_drawing_processes_make_the_same_samples():
+    """Two processes, bursts of 16, some skipped by who resumes; at first one burst at a time, then
+    the next while the last is used."""
+    alone, drawer = stream(), Drawer(stream(), workers=2, burst=16)
+    try:
+        for i in [3, 5, *range(20, 60)]:
+            drawer.overlap = i > 40
+            assert same(drawer(i), alone(i)), i
+    finally:
+        drawer.close()
+
+
+class Broken:
+    """A stream with a sample that can't be made."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __call__(self, i):
+        if i == 5:
+            self.how()
+        return i
+
+
+def refuse():
+    raise ValueError("sample 5 is cursed")
+
+
+def die():
+    os._exit(1)
+
+
+@pytest.mark.parametrize("how,words", [(refuse, "ValueError: sample 5 is cursed"), (die, "died")])
+def test_a_drawing_process_that_fails_says_so(how, words):
+    drawer = Drawer(Broken(how), workers=1, burst=4)
+    try:
+        assert [drawer(i) for i in range(4)] == [0, 1, 2, 3]
+        for _ in range(2):  # asked again, it fails again
+            with pytest.raises(RuntimeError, match=words):
+                drawer(4)
+    finally:
+        drawer.close()
+
+
+def test_mixture_shares_follow_the_weights():
+    some = stream(parse_mix("gui_form:6,text:3,code:1,point:0"))
+    sources = [some(i).source for i in range(600)]
+    shares = np.bincount(sources, minlength=4) / 600
+    assert np.abs(shares - [0.6, 0.3, 0.1, 0]).max() < 0.06 and shares[3] == 0
+
+
+def test_gym_stands_for_every_category():
+    mix = dict(parse_mix("gym:8,text"))
+    assert list(mix) == [*gym.names(), "text"] and mix["text"] == 1
+    assert sum(mix.values()) == pytest.approx(9) and len({mix[n] for n in gym.names()}) == 1
+
+
+def test_levels_begin_with_the_easy_one(monkeypatch):
+    tasks, demonstrate = [], gym.demonstrate
+    monkeypatch.setattr(gym, "demonstrate", lambda task: tasks.append(task) or demonstrate(task))
+    some = stream(parse_mix("gui_form"), levels=3, easy=20, split="test")
+    for i in range(60):
+        some(i)
+    assert {t.level for t in tasks[:20]} == {0} and {t.level for t in tasks[20:]} == {0, 1, 2}
+    assert {t.split for t in tasks} == {"test"} and len({t.seed for t in tasks}) == 60
+
+
+def test_the_test_split_is_another():
+    mix = parse_mix("gym")
+    train, test = stream(mix), stream(mix, split="test")
+    assert not any(same(train(i), test(i)) for i in range(12))
+
+
+def test_only_replies_are_learnt():
+    tokens = Tokenizer(TINY.n_ranks)
+    picture = Image.new("RGB", (64, 64), "red")
+    made = document([Message("user", "<|image|>What?", (picture,)), Message("assistant", "Red.")],
+                    tokens, TINY)
+    assert tokens.decode(made.ids[made.weights > 0]) == "Red.<|user|>"
+    assert (made.ids == tokens.image).sum() == 16 and made.images[0].shape == (64, 64, 3)
+
+
+# ---- packing ------------------------------------------------------------------------------------
+
+def lengths(i: int) -> Document:
+    """Sample i: its own number, 1 to 90 times."""
+    n = int(np.random.default_rng(i).integers(1, 91))
+    return Document(np.full(n, i, np.int32), np.ones(n, np.float32))
+
+
+def contents(row) -> list[int]:
+    return [int(made.ids[0]) for made in row]
+
+
+def test_packing_loses_and_doubles_nothing():
+    packer = Packer(lengths, room=100, window=16)
+    rows = [packer.row() for _ in range(200)]
+    assert all(0 < sum(len(d.ids) for d in row) <= 100 for row in rows)
+    seen = sorted(i for row in rows for i in contents(row))
+    waiting = packer.state()["waiting"]
+    assert sorted(seen + waiting) == list(range(packer.next)) and len(waiting) < 16
+
+
+def test_the_oldest_goes_first():
+    packer = Packer(lengths, room=100, window=16)
+    for _ in range(50):
+        oldest = packer.state()["waiting"][:1]
+        assert contents(packer.row())[:1] == oldest or not oldest
+
+
+def test_packing_goes_on_from_its_state():
+    packer = Packer(lengths, room=80, window=16)  # some don't fit and are skipped
+    for _ in range(20):
+        packer.row()
+    state = json.loads(json.dumps(packer.state()))
+    other = Packer(lengths, room=80, window=16, state=state)
+    for _ in range(20):
+        assert contents(packer.row()) == contents(other.row())
+    assert packer.state() == other.state() and packer.skipped > 0
+
+
+def test_little_is_padded():
+    packer = Packer(stream(levels=2, easy=200), room=2048)
+    used = [sum(len(d.ids) for d in packer.row()) for _ in range(40)]
+    assert 1 - sum(used) / (40 * 2048) < 0.03
+
+
+# ---- batches ------------------------------------------------------------------------------------
+
+def test_a_batch_by_its_parts():
+    config = odd_config()
+    parts = [random_document(config, sizes, seed=i) for i, sizes in
+             enumerate([((4, 6), (2, 2)), (), ((2, 4),)])]
+    parts[1].extras["advantage"] = np.full(len(parts[1].ids), 2, np.float32)
+    sizes = [len(p.ids) for p in parts]
+    batch = collate(parts, config, room=100)
+    assert batch.cu_seqlens.tolist() == [0, *np.cumsum(sizes), 100]
+    assert batch.tokens[:sum(sizes)].tolist() == [i for p in parts for i in p.ids]
+    assert batch.grids.tolist() == [[1, 4, 6], [1, 2, 2], [1, 2, 4]] and len(batch.patches) == 36
+    assert batch.source.tolist() == [0, 0, 0, -1]
+    starts = batch.cu_seqlens[:-1].long()
+    assert (batch.weights[starts] == 0).all() and (batch.positions[:, starts] == 0).all()
+    assert batch.weights.sum() == sum(sizes) - 3
+    assert (batch.tokens[sum(sizes):] == config.n_ranks).all()
+    assert batch.extras["advantage"].sum() == 2 * sizes[1]
+
+
+@pytest.mark.parametrize("harm", ["image", "token"])
+def test_pictures_and_image_tokens_must_agree(harm):
+    config = odd_config()
+    made = random_document(config)
+    if harm == "image":
+        made.images.pop()
+    else:
+        made.ids[0] = config.image_token_id
+    with pytest.raises(ValueError, match="image tokens for"):
+        collate([made], config)
+
+
+# ---- picture files ------------------------------------------------------------------------------
+
+def colour(image, x=2, y=2) -> tuple:
+    assert image.mode == "RGB"
+    return image.getpixel((x, y))
+
+
+def near(a, b, most=12) -> bool:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) <= most
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tiff"])
+def test_plain_pictures(tmp_path, name):
+    Image.new("RGB", (9, 5), (200, 30, 60)).save(tmp_path / name)
+    image = open_image(tmp_path / name)
+    assert image.size == (9, 5) and near(colour(image), (200, 30, 60))
+
+
+def test_transparency_lies_on_white(tmp_path):
+    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    picture.paste((0, 0, 0, 128), (4, 4, 8, 8))
+    picture.save(tmp_path / "rgba.png")
+    grey = Image.new("LA", (8, 8), (0, 0))
+    grey.save(tmp_path / "la.png")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "p.png", transparency=1)
+    seen = open_image(tmp_path / "rgba.png")
+    assert colour(seen) == (255, 255, 255) and colour(seen, 6) == (255, 0, 0)
+    assert near(colour(seen, 6, 6), (127, 127, 127))
+    assert colour(open_image(tmp_path / "la.png")) == (255, 255, 255)
+    assert colour(open_image(tmp_path / "p.png")) == (255, 255, 255)
+
+
+def test_palettes_and_cmyk_and_one_bit(tmp_path):
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "p.png")
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    Image.new("1", (8, 8), 1).save(tmp_path / "1.png")
+    assert colour(open_image(tmp_path / "p.png")) == (40, 50, 60)
+    assert near(colour(open_image(tmp_path / "cmyk.jpg")), (255, 0, 0), 30)
+    assert colour(open_image(tmp_path / "1.png")) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tiff"])
+def test_sixteen_bits_become_eight(tmp_path, name):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    Image.fromarray(values).save(tmp_path / name)
+    image = open_image(tmp_path / name)
+    for x, y in ((0, 0), (3, 2), (7, 7)):
+        assert near(colour(image, x, y), (int(values[y, x]) >> 8,) * 3, 1)
+
+
+def test_a_turned_photo_stands_upright(tmp_path):
+    picture = Image.new("RGB", (16, 8), "white")
+    picture.paste("red", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn clockwise
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    image = open_image(tmp_path / "turned.jpg")
+    assert image.size == (8, 16)
+    assert near(colour(image, 4, 3), (255, 0, 0), 30) and near(colour(image, 4, 12), (255,) * 3, 30)
+
+
+def refused(path) -> str:
+    with pytest.raises(UserError) as error:
+        open_image(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("I am a picture\n")
+    assert "it is empty" in refused(tmp_path / "empty.png")
+    assert "can't be read as a picture" in refused(tmp_path / "text.png")
+    assert "no picture at" in refused(tmp_path / "missing.png")
+    assert "no picture at" in refused(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tiff", "webp", "ico", "ppm", "tga"])
+def test_damaged_pictures_are_refused_or_read(tmp_path, kind):
+    """Cut off at any byte, or with any byte changed: a picture or one clear line."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    refusals = 0
+    for at in sorted({*range(0, min(len(whole), 120)), *range(0, len(whole), 37)}):
+        for data in (whole[:at], whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1:]):
+            path.write_bytes(data)
+            try:
+                assert open_image(path).mode == "RGB"
+            except UserError as error:
+                refusals += 1
+                assert "\n" not in str(error)
+    assert refusals > 10
+
+
+@pytest.mark.parametrize("most", [60, 20])
+def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch, most):
+    """Pillow warns above the limit and raises above twice the limit; we refuse both."""
+    Image.new("RGB", (10, 10)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    assert f"over {most} pixels" in refused(tmp_path / "bomb.png")
+
+
+def test_a_ribbon_is_refused():
+    with pytest.raises(UserError, match="5000x1 pixels") as error:
+        resize(Image.new("RGB", (5000, 1)), TINY)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("w,h", [(1, 1), (1, 150), (3000, 2000), (64, 64), (70, 33)])
+def test_any_other_size_fits_the_model(w, h):
+    pixels = resize(Image.new("RGB", (w, h), (9, 8, 7)), TINY)
+    unit = TINY.vision.patch_size * 2
+    rows, columns = pixels.shape[0] / unit, pixels.shape[1] / unit
+    assert rows % 1 == columns % 1 == 0 and TINY.min_tokens <= rows * columns <= TINY.max_tokens
+    assert pixels.dtype == np.uint8 and (pixels == (9, 8, 7)).all()
