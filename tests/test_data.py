@@ -281,7 +281,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
     assert "no picture at" in refused(tmp_path)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tiff", "webp", "ico", "ppm", "tga"])
 def test_damaged_pictures_are_refused_or_read(tmp_path, kind):
     """Cut off at any byte, or with any byte changed: a picture or one clear line."""
