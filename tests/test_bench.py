@@ -1,0 +1,37 @@
+"""lab.bench does the same work on both sides and reports a ratio; how large is not tested."""
+import json
+
+import pytest
+
+from common import UserError
+from lab.bench import Args, run
+
+few = dict(dtype="float32", device="cpu", rounds=1, documents=4)
+
+
+def ratios(result, folder):
+    written = json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8"))
+    assert written["cases"].keys() == result["cases"].keys()
+    return [case["ratio"] for case in written["cases"].values()]
+
+
+def test_training_compares_equal_losses_and_gradients(tmp_path, capsys):
+    pytest.importorskip("transformers", exc_type=ImportError)
+    result = run(Args("train", out=str(tmp_path), **few))
+    for ours, theirs in (result["losses"], result["norms"]):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert all(ratio > 0 for ratio in ratios(result, tmp_path))
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_generation_compares_equal_replies(tmp_path):
+    pytest.importorskip("transformers", exc_type=ImportError)
+    result = run(Args("decode", out=str(tmp_path), **few))
+    found = result["agreement"]
+    assert found["different"] == 0 and sum(found.values()) == 3 * few["documents"]
+    assert len(ratios(result, tmp_path)) == 3
+
+
+def test_anything_else_is_refused_in_one_line():
+    with pytest.raises(UserError, match="train or decode"):
+        run(Args("fly"))
