@@ -72,11 +72,13 @@ def _convert(text: str, kind, name: str):
         if text.lower() not in words:
             raise UserError(f"--{name} takes true or false, not '{text}'")
         return words[text.lower()]
-    try:  # int first: 1_000 and 1e3 are both what people write
-        value = kind(float(text)) if kind is int and "e" in text.lower() else kind(text)
-    except ValueError:
+    try:  # 1_000 and 1e3 are both what people write
+        value = float(text) if kind is int and "e" in text.lower() else kind(text)
+        if kind(value) != value:
+            raise ValueError("1e-3 is no int")
+        return kind(value)
+    except (ValueError, OverflowError):
         raise UserError(f"--{name} takes {kind.__name__}, not '{text}'") from None
-    return value
 
 
 def cli(config, argv=None, about: str = "", positional: str | None = None):
@@ -166,7 +168,8 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
         raise UserError("--device=cuda, but torch sees no GPU here")
     if device == "cuda":
         torch.cuda.set_device(local)
-        name, capability = torch.cuda.get_device_name(local), torch.cuda.get_device_capability(local)
+        name = torch.cuda.get_device_name(local)
+        capability = torch.cuda.get_device_capability(local)
         bf16, because = capability >= (8, 0), f"{name}, compute capability {capability}"
         peak, price = next((v for k, v in PEAKS.items() if k in name), (100e12, 1.0))
         torch.set_float32_matmul_precision("high")
@@ -199,7 +202,8 @@ def plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float, memor
     print(f"on          {hw.why}")
     for name, count in parts.items():
         print(f"{name:<11} {count / 1e6:,.2f}M parameters")
-    print(f"memory      {memory / 2**30:,.2f} GiB a rank: weights, gradients, optimizer, activations")
+    print(f"memory      {memory / 2**30:,.2f} GiB a rank: weights, gradients, optimizer, "
+          "activations")
     print(f"tokens      {tokens / 1e6:,.1f}M")
     print(f"compute     {flops:.3g} FLOPs")
     print(f"time        {hours:,.2f} h at {mfu:.0%} of {hw.peak * hw.world / 1e12:,.2f} TFLOP/s")
@@ -215,7 +219,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 def save_tensors(path, tensors: dict[str, torch.Tensor]):
     """Write `tensors` as one .safetensors file, in the order given."""
-    names, header, offset = {v: k for k, v in _DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    names, offset = {v: k for k, v in _DTYPES.items()}, 0
+    header = {"__metadata__": {"format": "pt"}}
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape),

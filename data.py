@@ -1,4 +1,4 @@
-"""From samples to batches: conversations and text, mixed, packed into rows, drawn in the background.
+"""From samples to batches: conversations and text, mixed, packed into rows, drawn ahead.
 
     sample i --stream--> Document --packer--> row of documents --collate--> Batch
 
@@ -50,7 +50,8 @@ def open_image(path) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path} unpacks to over {Image.MAX_IMAGE_PIXELS:,} pixels: refused") from None
+        raise UserError(f"{path} unpacks to over {Image.MAX_IMAGE_PIXELS:,} pixels: "
+                        "refused") from None
     except (OSError, SyntaxError, ValueError) as error:
         reason = "it is empty" if path.stat().st_size == 0 else str(error) or type(error).__name__
         raise UserError(f"{path} can't be read as a picture: {reason}") from None

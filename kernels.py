@@ -178,13 +178,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(hidden), chunk):
-            h, t, w = hidden[i:i + chunk], targets[i:i + chunk, None], weights[i:i + chunk]
+            h, t, w = hidden[i:i + chunk], targets[i:i + chunk, None], weights[i:i + chunk, None]
             logits = (h @ weight.T).float()
-            log_z = logits.logsumexp(-1)
-            total += ((log_z - logits.gather(1, t)[:, 0]) * w).sum()
+            right, top = logits.gather(1, t), logits.amax(-1, keepdim=True)
+            powers = logits.sub_(top).exp_()
+            mass = powers.sum(-1, keepdim=True)
+            total += ((mass.log() + top - right) * w).sum()
             # d loss / d logits = (softmax - onehot) * w, made in place of the logits
-            grad = logits.sub_(log_z[:, None]).exp_().mul_(w[:, None])
-            grad.scatter_add_(1, t, -w[:, None])
+            grad = powers.mul_(w / mass)
+            grad.scatter_add_(1, t, -w)
             grad = grad.to(hidden.dtype)
             d_hidden[i:i + chunk] = grad @ weight
             d_weight += grad.T @ h
@@ -194,7 +196,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None, None
+        grads = d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype)
+        return *grads, None, None, None
 
 
 @dispatch

@@ -386,7 +386,8 @@ def save_config(config: Config, folder, dtype: str = "float32"):
 def load_config(folder) -> Config:
     """Read config.json (and preprocessor_config.json, if it is there)."""
     def known(kind, values):
-        return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
+        names = {f.name for f in dataclasses.fields(kind)} & values.keys()
+        return kind(**{name: values[name] for name in names})
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

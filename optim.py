@@ -96,7 +96,7 @@ class Optimizer:
         return views
 
     def _scale(self, name: str) -> float:
-        return next((factor for prefix, factor in self.config.scales if name.startswith(prefix)), 1.0)
+        return next((f for prefix, f in self.config.scales if name.startswith(prefix)), 1.0)
 
     def collect(self):
         """Add the parameters' gradients to the fp32 buffer and clear them."""

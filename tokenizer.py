@@ -104,7 +104,7 @@ def train() -> str:
 # ---- encoding -----------------------------------------------------------------------------------
 
 class Tokenizer:
-    """Text to ids and back. Marks in ordinary text are text: only `special` makes special tokens."""
+    """Text to ids and back. Marks in ordinary text are text; `special` makes special tokens."""
 
     def __init__(self, n_ranks: int = 512):
         lines = RANKS.read_text(encoding="ascii").split()
@@ -118,7 +118,8 @@ class Tokenizer:
         self.vocab_size = -(-(n_ranks + len(SPECIAL)) // 32) * 32  # padded for the matmuls
         self.image = self.special["<|image|>"]
         # GLM stops where another would speak, or at the end of the text.
-        self.stops = tuple(self.special[s] for s in ("<|endoftext|>", "<|user|>", "<|observation|>"))
+        stops = "<|endoftext|>", "<|user|>", "<|observation|>"
+        self.stops = tuple(self.special[mark] for mark in stops)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; "<|user|>" in it stays eight characters of text."""

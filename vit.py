@@ -7,7 +7,8 @@ images of a batch are one packed row; attention stays inside a frame.
 Letters: P patches of all images, N images, F frames a patch (1 still, 2 video), p patch side,
 W width, H heads, C width of a head.
 
-The sizes and names are those of the released relative GLM-OCR [R]; the class defaults are its CogViT-L, 403M parameters.
+The sizes and names are those of the released relative GLM-OCR [R]; the class defaults are its
+CogViT-L, 403M parameters.
 """
 import math
 from dataclasses import dataclass

@@ -207,7 +207,8 @@ def train(args: Args, hw) -> dict:
             if "image_grid_thw" in batch:
                 batch["position_ids"] = theirs.model.get_rope_index(**batch)[0]
         their_batches[size] = batches
-    losses = our_pass(our_rows["rows of 2048"]), their_pass(their_batches[max(their_batches)], "sdpa")
+    losses = (our_pass(our_rows["rows of 2048"]),
+              their_pass(their_batches[max(their_batches)], "sdpa"))
     norms = [float(sum(p.grad.float().norm() ** 2 for p in m.parameters()) ** 0.5)
              for m in (ours, theirs)]
     print(f"loss           ours {losses[0]:.6f}, theirs {losses[1]:.6f}")

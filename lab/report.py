@@ -61,7 +61,8 @@ def curve(series: dict[str, list], title: str, wide: int = 620, high: int = 220)
     top = min(ys[-1], 4 * ys[len(ys) // 2]) or 1
 
     def place(x, y):
-        return f"{45 + x / right * (wide - 60):.1f},{high - 25 - min(y, top) / top * (high - 45):.1f}"
+        return (f"{45 + x / right * (wide - 60):.1f},"
+                f"{high - 25 - min(y, top) / top * (high - 45):.1f}")
 
     parts = [f'<svg viewBox="0 0 {wide} {high}" width="{wide}" role="img" aria-label="{title}">',
              f'<text x="45" y="12" font-size="13">{title}</text>']

@@ -25,7 +25,8 @@ def shaken(which):
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:
-                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+                generator = torch.Generator().manual_seed(p.numel())
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
     return model
 
 

@@ -158,7 +158,7 @@ def killed_at(offset: int):
 
 
 def test_a_writer_killed_at_any_byte_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    """Weights come first and are 2.8 MB, then train.pt with 3.4 MB: ten offsets spread over both."""
+    """Weights come first and are 2.8 MB, then train.pt with 3.4 MB: ten offsets over both."""
     offsets = [0, 1, 9, 5_000, 100_000, 1_000_000, 2_500_000, 2_800_000, 3_100_000, 3_380_000]
     found = []
 

@@ -1,0 +1,118 @@
+"""The house rules: who imports whom, what is imported at all, how long lines and files are."""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import ROOT
+
+FLOORS = {
+    "common": 0, "tokenizer": 1, "kernels": 1, "tasks": 2, "vit": 2, "optim": 2, "teachers": 3,
+    "model": 3, "gym": 3, "data": 4, "mmtp": 4, "engine": 5, "pretrain": 6, "train_vit": 6,
+    "rl": 6, "sample": 6, "serve": 6, "lab": 7}
+PACKAGES = {"torch", "numpy", "einops", "tiktoken", "PIL", "tqdm", "triton", "pytest"}
+NOT_OURS = {".git", ".venv", "out", "__pycache__", ".pytest_cache"}
+
+
+def files() -> list[Path]:
+    """The files of the repository; where git is missing, whatever lies here."""
+    try:
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
+                                check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        listed = [p.relative_to(ROOT) for p in ROOT.rglob("*")
+                  if not NOT_OURS & set(p.relative_to(ROOT).parts)]
+    return [ROOT / name for name in listed if (ROOT / name).is_file()]
+
+
+SOURCES = sorted(p.relative_to(ROOT) for p in files() if p.suffix == ".py")
+HOUSE = [p for p in SOURCES if p.parts[0] != "tests"]
+
+
+def name_of(source: Path) -> str:
+    """The name under which others import it: pretrain, tasks, lab."""
+    return source.parts[0].removesuffix(".py")
+
+
+def imports(source: Path, everywhere: bool = True) -> set[str]:
+    """The first names of what a file imports; `everywhere`: also inside functions."""
+    def walk(node):
+        for child in ast.iter_child_nodes(node):
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            if everywhere or not inside:
+                yield child
+                yield from walk(child)
+    found = set()
+    for node in walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0] if not node.level else name_of(source))
+    return found
+
+
+def foreign(names: set[str]) -> set[str]:
+    return names - sys.stdlib_module_names - PACKAGES - FLOORS.keys()
+
+
+def test_there_is_something_to_read():
+    assert {"common.py", "model.py", "pretrain.py"} <= {str(p) for p in HOUSE}
+    assert imports(Path("gym.py")) >= {"tasks", "numpy", "PIL", "argparse"}
+
+
+@pytest.mark.parametrize("source", HOUSE, ids=str)
+def test_imports_go_down_the_floors(source):
+    floor = FLOORS[name_of(source)]
+    for other in imports(source) & FLOORS.keys() - {name_of(source)}:
+        assert FLOORS[other] < floor, f"{source} on floor {floor} imports {other}"
+
+
+@pytest.mark.parametrize("source", HOUSE, ids=str)
+def test_eight_packages_are_enough(source):
+    """lab/ may compare with peers, which it imports where they are used."""
+    assert not foreign(imports(source, everywhere=source.parts[0] != "lab"))
+
+
+@pytest.mark.parametrize("source", [p for p in HOUSE if name_of(p) in ("gym", "tasks")], ids=str)
+def test_tasks_know_no_torch(source):
+    assert not imports(source) & {"torch", "einops", "triton", "common"}
+
+
+def test_a_drawing_worker_starts_without_torch():
+    look = "import sys, gym; gym.demonstrate(gym.Task('point', 1)); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "gym" in loaded and not loaded & {"torch", "common", "data"}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_lines_fit(source):
+    lines = (ROOT / source).read_text(encoding="utf-8").splitlines()
+    assert [i for i, line in enumerate(lines, 1) if len(line) > 100 or line != line.rstrip()] == []
+
+
+def test_files_are_short():
+    for source in (p for p in HOUSE if len(p.parts) == 1):
+        assert len((ROOT / source).read_text(encoding="utf-8").splitlines()) <= 600, source
+
+
+def test_nothing_points_to_the_desk_it_was_made_on():
+    local = re.compile("/" + r"work/|/" + r"root/|/" + r"home/\w|/tmp" + r"/peers|issue" + r" #\d")
+    found = []
+    for path in files():
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        if "\0" not in text and path.name != "corpus.txt":
+            found += [(str(path.relative_to(ROOT)), m.group()) for m in local.finditer(text)]
+    assert found == []
+
+
+def test_debugging_stays_out():
+    """No environment variable but the launcher's is read, and nobody stops in a debugger."""
+    for source in HOUSE:
+        text = (ROOT / source).read_text(encoding="utf-8")
+        read = set(re.findall(r"environ(?:\.get\(|\[)\s*[\"'](\w+)", text))
+        assert read <= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"}, source
+        assert not re.search(r"\bbreakpoint\(\)|\bpdb\b", text), source
