@@ -54,8 +54,11 @@ class Args:
 # ---- the documents ------------------------------------------------------------------------------
 
 def roomy(size: str) -> Config:
-    """A size's configuration, with room for pictures of 64 tokens even at tiny."""
+    """A size's configuration, with room for pictures of 64 tokens even at tiny; at base, whose
+    tokenizer is not ours, our ids take the first places of its vocabulary."""
     config = sized(size)
+    if not config.n_ranks:
+        config.n_ranks, config.image_token_id = 4096, Tokenizer(4096).image
     config.max_tokens = max(config.max_tokens, 64)
     return config
 
@@ -63,7 +66,7 @@ def roomy(size: str) -> Config:
 def documents(config: Config, count: int, seed: int, prompts: bool = False) -> list[Document]:
     """Every other one a gym conversation (or its first question) with pictures of 16, 36 or 64
     tokens, every other one plain text of 32 to 400 tokens."""
-    rng, tokens, made = np.random.default_rng(seed), Tokenizer(config.n_ranks or 4096), []
+    rng, tokens, made = np.random.default_rng(seed), Tokenizer(config.n_ranks), []
     sides = [side * config.vision.patch_size // 8 for side in (64, 96, 128)]
     for i in range(count):
         if i % 2:
