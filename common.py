@@ -34,6 +34,8 @@ class UserError(Exception):
 
 def main(entry, *args):
     """Run a script's entry point: a UserError becomes one line and exit code 2, Ctrl-C code 130."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows question marks
+        stream.reconfigure(errors="replace")
     try:
         entry(*args)
     except UserError as error:

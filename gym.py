@@ -425,7 +425,7 @@ def main(argv=None) -> int:
             make(Task(name, getattr(args, "seed", 0), args.level or 0, args.split, args.pixels))
         return args.call(args) or 0
     except (ValueError, OSError) as error:
-        print(f"gym.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

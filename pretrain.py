@@ -110,6 +110,8 @@ def check(args: Args):
     for name in ("steps", "rows", "row_tokens", "save_every", "log_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} takes 1 or more, not {getattr(args, name)}")
+    if args.seed < 0:
+        raise UserError(f"--seed takes 0 or more, not {args.seed}")
     if not 1 <= args.levels <= 5:
         raise UserError(f"--levels takes 1 to 5, not {args.levels}")
     if args.schedule not in ("constant", "linear", "cosine"):

@@ -151,6 +151,8 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
     Accuracy is the share of full rewards. `blank`: the same model and tasks, the picture grey.
     """
     names = [name for name, _ in parse_mix(mix)]
+    if not names:
+        raise UserError("--mix names no category")
     unknown = [name for name in names if name not in gym.names()]
     if unknown:
         raise UserError(f"there is no category '{unknown[0]}'; there are {', '.join(gym.names())}")
@@ -184,8 +186,8 @@ def show(table: dict):
 
 
 def evaluation(args: Eval):
-    if args.count < 1 or not 1 <= args.levels <= 5:
-        raise UserError("--count takes 1 or more, --levels 1 to 5")
+    if min(args.count, args.slots) < 1 or not 1 <= args.levels <= 5 or args.seed < 0:
+        raise UserError("--count and --slots take 1 or more, --levels 1 to 5, --seed 0 or more")
     model, tokens, hw = load(args.ckpt, args.device, args.dtype)
     print(hw.why)
     began = time.time()

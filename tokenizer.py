@@ -186,6 +186,8 @@ if __name__ == "__main__":
         elif len(words) == 2 and words[0] == "show":
             tokens = Tokenizer(N_RANKS)
             print(" ".join(f"{i}:{tokens.decode([i])!r}" for i in tokens.encode(words[1])))
+        elif words and words[0] not in ("--help", "-h"):
+            raise ValueError(f"'{' '.join(words)}' is neither train nor show TEXT")
         else:
             print(__doc__)
     except ValueError as problem:

@@ -1,8 +1,8 @@
 """Small screens: click a named button; fill in a form, one action a turn.
 
 Widgets stand on the grid of draw.py: an icon button fills one cell, a word two, with one large
-letter in each (a smaller label can't be read at patch 8). Held-out splits use other words, bars
-and columns.
+letter in each (a smaller label can't be read at patch 8). Held-out splits use other words and
+other layouts: which widget stands where, not places that training never saw at all.
 """
 from dataclasses import dataclass
 
@@ -60,14 +60,16 @@ class GuiClick(OneShot):
         colors = shades(rng, self.heldout)
         ground, ink = plain(rng, self.heldout, self.level)
         canvas = Canvas(self.pixels, ground)
-        free = self.frame(canvas, ink)
         low, high = self.widgets[self.level]
-        self.shown = []
-        for label, color in self.labels(int(rng.integers(low, high + 1))):
-            spot = self.place(free, 1 if label in SHAPES else 2)
-            if spot:
-                area = button(canvas, *spot, colors[color], label)
-                self.shown.append(Widget(label, color, area))
+        labels = self.labels(int(rng.integers(low, high + 1)))
+        bar, spots = self.layout(labels)
+        if bar:
+            y = 0 if bar == "top" else (GRID - 1) * CELL + 4
+            canvas.plate(0, y, GRID * CELL, CELL - 4, (128, 134, 144), 0)
+            for i in range(3):
+                canvas.shape("circle", 3 + 6 * i, y + 4, 4, ink)
+        self.shown = [Widget(label, color, button(canvas, *spot, colors[color], label))
+                      for (label, color), spot in zip(labels, spots) if spot]
         goals = [(w, name) for w in self.shown if (name := self.call(w))]
         order = rng.permutation(len(goals)).tolist()
         # the first widget is the target: its label is one that the split may ask for
@@ -77,16 +79,16 @@ class GuiClick(OneShot):
         question, target = asked[0]
         return Obs(IMAGE + question, [canvas.image]), {"action": "click", "box": target.area}
 
-    def frame(self, canvas, ink):
-        """Draw the bar, if any; the free (column, row) cells."""
-        bar = "bottom" if self.heldout else pick(self.rng, (None, "top"))
-        rows = {None: range(GRID), "top": range(1, GRID), "bottom": range(GRID - 1)}[bar]
-        if bar:
-            y = 0 if bar == "top" else (GRID - 1) * CELL + 4
-            canvas.plate(0, y, GRID * CELL, CELL - 4, (128, 134, 144), 0)
-            for i in range(3):
-                canvas.shape("circle", 3 + 6 * i, y + 4, 4, ink)
-        return {(column, row) for row in rows for column in range(GRID)}
+    def layout(self, labels):
+        """(bar, spots): where the bar is, if any, and a (column, row) for each label that finds
+        room. Of all layouts, one in five is held out."""
+        while True:
+            bar = pick(self.rng, (None, "top", "bottom"))
+            rows = {None: range(GRID), "top": range(1, GRID), "bottom": range(GRID - 1)}[bar]
+            free = {(column, row) for row in rows for column in range(GRID)}
+            spots = [self.place(free, 1 if label in SHAPES else 2) for label, _ in labels]
+            if held(f"{bar} {spots}") == self.heldout:
+                return bar, spots
 
     def labels(self, n):
         """(label, colour) of n widgets, the target's first."""
@@ -108,9 +110,7 @@ class GuiClick(OneShot):
 
     def place(self, free, width):
         """Take a random free (column, row) with `width` cells; None where there is none."""
-        columns = (0, 1, 2) if self.heldout else (0, 2)
-        spots = sorted((c, r) for c, r in free
-                       if width == 1 or c in columns and (c + 1, r) in free)
+        spots = sorted((c, r) for c, r in free if width == 1 or (c + 1, r) in free)
         if not spots:
             return None
         column, row = pick(self.rng, spots)
@@ -151,10 +151,13 @@ class GuiForm(Env):
         labels = [*self.letters, *SHAPES]
         names = [labels[i] for i in rng.permutation(len(labels))[:n].tolist()]
         # where OK stands, as (row, column); NO, from level 3 on, takes the other half of that row
-        corners = ((0, 2), (3, 1)) if self.heldout else ((3, 0), (3, 2), (0, 0))
-        ok_row, ok_column = corners[0] if self.heldout and self.level >= 3 else pick(rng, corners)
+        corners = ((3, 0), (3, 2), (0, 0), (0, 2), (3, 1))[:4 if self.level >= 3 else 5]
+        while True:             # of all layouts, one in five is held out
+            ok_row, ok_column = pick(rng, corners)
+            slots = rng.permutation(6)[:n].tolist()
+            if held(f"{ok_row} {ok_column} {slots}") == self.heldout:
+                break
         rows = [row for row in range(GRID) if row != ok_row]
-        slots = rng.permutation(6)[:n].tolist()
         self.spots = {name: (s % 2 * 2, rows[s // 2]) for name, s in zip(names, slots)}
         self.buttons = {"OK": (ok_column, ok_row)}
         if self.level >= 3:

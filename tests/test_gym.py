@@ -215,7 +215,7 @@ def test_bad_tasks_are_refused_in_one_line(fields, words):
 def test_bad_command_lines_end_with_one_line_and_2(line, capsys):
     assert gym.main(line.split()) == 2
     err = capsys.readouterr().err
-    assert err.startswith("gym.py: ") and err.count("\n") == 1
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_the_verbs(tmp_path, capsys):

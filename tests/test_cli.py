@@ -1,0 +1,209 @@
+"""The command line: every form of an option, --help, and bad input as one line and exit code 2."""
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+
+import pytest
+from PIL import Image
+
+import pretrain
+import sample
+from common import ROOT, UserError, cli, field_comments
+from common import main as run_main
+from model import GLMV, sized
+
+
+@dataclass
+class Demo:
+    steps: int = 10             # how many
+    lr: float = 0.1             # how fast
+    name: str = ""              # who # and why
+    resume: bool = False        # go on
+    warm: bool = True           # begin slowly
+    image: list[str] = field(default_factory=list)  # pictures
+    save_every: int = 5         # how often
+
+
+@pytest.mark.parametrize("words,want", [
+    ("", {}),
+    ("--steps=20", {"steps": 20}), ("--steps 20", {"steps": 20}),
+    ("--steps=-3", {"steps": -3}), ("--steps -3", {"steps": -3}),
+    ("--steps=1e3", {"steps": 1000}), ("--steps=1_000", {"steps": 1000}),
+    ("--lr=4e-3", {"lr": 0.004}), ("--lr -2.5", {"lr": -2.5}), ("--lr=1", {"lr": 1.0}),
+    ("--name=a=b", {"name": "a=b"}), ("--name=", {"name": ""}), ("--name=7", {"name": "7"}),
+    ("--resume", {"resume": True}), ("--resume --steps=2", {"resume": True, "steps": 2}),
+    ("--resume=false", {"resume": False}), ("--resume=True", {"resume": True}),
+    ("--warm=0", {"warm": False}), ("--warm=no", {"warm": False}),
+    ("--image=a --image b", {"image": ["a", "b"]}),
+    ("--steps=1 --steps=2", {"steps": 2}),
+    ("--save-every=3", {"save_every": 3}), ("--save_every=3", {"save_every": 3})])
+def test_all_forms_of_an_option(words, want):
+    got = cli(Demo, words.split())
+    assert got == Demo(**want)
+    assert all(type(getattr(got, name)) is type(value) for name, value in want.items())
+
+
+@pytest.mark.parametrize("words,message", [
+    ("--stepz=3", "no option --stepz; did you mean --steps"), ("--xyzzy", "no option --xyzzy"),
+    ("--steps=ten", "--steps takes int, not 'ten'"), ("--steps=2.5", "--steps takes int"),
+    ("--steps=1e-3", "--steps takes int"), ("--steps=1e999", "--steps takes int"),
+    ("--steps=", "--steps takes int"), ("--lr=fast", "--lr takes float, not 'fast'"),
+    ("--lr=nan", "--lr takes float"), ("--resume=maybe", "--resume takes true or false"),
+    ("--steps", "--steps needs a value"), ("--name --resume", "--name needs a value"),
+    ("word", "unexpected 'word'"), ("-x", "unexpected '-x'"), ("--", "no option --")])
+def test_wrong_options_are_refused(words, message):
+    with pytest.raises(UserError) as error:
+        cli(Demo, words.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bare_word():
+    assert cli(Demo, ["--steps=2", "who is it?"], positional="name").name == "who is it?"
+    with pytest.raises(UserError, match="unexpected 'two'"):
+        cli(Demo, ["one", "two"], positional="name")
+
+
+def test_lists_are_not_shared():
+    cli(Demo, ["--image=a"])
+    assert cli(Demo, []).image == []
+
+
+def test_help_lists_every_field_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli(Demo, ["--steps=2", "--help"], about="What it is.")
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "What it is." and len(lines) == 1 + len(fields(Demo))
+    assert [line.split(None, 1)[1] for line in lines[1:]] == [
+        "how many", "how fast", "who # and why", "go on", "begin slowly", "pictures", "how often"]
+    assert lines[1].split()[0] == "--steps=10"
+
+
+@pytest.mark.parametrize("config", [pretrain.Args, sample.Ask, sample.Eval])
+def test_every_field_has_a_comment(config):
+    assert field_comments(config).keys() == {f.name for f in fields(config)}
+
+
+def test_how_a_script_ends(capsys):
+    def end_by(error):
+        def entry():
+            raise error
+        with pytest.raises(SystemExit) as end:
+            run_main(entry)
+        return end.value.code, capsys.readouterr().err
+    assert end_by(UserError("too bad")) == (2, "error: too bad\n")
+    assert end_by(KeyboardInterrupt())[0] == 130
+    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
+        run_main(lambda: 1 / 0)
+    assert run_main(lambda: None) is None
+
+
+# ---- the scripts themselves, in this process ----------------------------------------------------
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script("sample.py", "ask", ...) -> (exit code, stdout, stderr)"""
+    def call(file, *words):
+        monkeypatch.setattr(sys, "argv", [file, *map(str, words)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint that knows nothing, and a picture."""
+    folder = tmp_path_factory.mktemp("ckpt")
+    GLMV(sized("tiny")).save_pretrained(folder)
+    Image.new("RGB", (64, 48), "red").save(folder / "red.png")
+    (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:60])
+    return folder
+
+
+@pytest.mark.parametrize("words,expect", [
+    ("pretrain.py", "--row_tokens"), ("sample.py", "ask"), ("sample.py ask", "--top_p"),
+    ("sample.py eval", "--count"), ("gym.py", "play"), ("gym.py show", "--level"),
+    ("tokenizer.py", "train"), ("lab/demo.py", "--keep"), ("lab/bench.py", "--rounds"),
+    ("lab/report.py", "--run")])
+def test_help(script, words, expect):
+    code, out, err = script(*words.split(), "--help")
+    assert code == 0 and expect in out and err == ""
+
+
+@pytest.mark.parametrize("words,message", [
+    ("pretrain.py --stepz=3", "did you mean --steps"), ("pretrain.py 3", "unexpected '3'"),
+    ("pretrain.py --size=huge", "tiny, small or base"), ("pretrain.py --seed=-1", "--seed"),
+    ("pretrain.py --out=OUT --init=nowhere", "no such folder"),
+    ("pretrain.py --out=OUT --mix=pont", "names 'pont'"),
+    ("sample.py sing", "'sing' is not one of ask, eval"), ("sample.py ask", "nothing asked"),
+    ("sample.py ask What? --image=nowhere.png", "no picture at nowhere.png"),
+    ("sample.py ask What? --image=CKPT/broken.png", "can't be read as a picture"),
+    ("sample.py ask What? --image=CKPT/config.json", "can't be read as a picture"),
+    ("sample.py ask What? --ckpt=nowhere", "no such folder"),
+    ("sample.py ask What? --ckpt=OUT", "no checkpoint at"),
+    ("sample.py ask What? --dtype=int8", "--dtype takes"),
+    ("sample.py ask What? --device=tpu", "--device takes"),
+    ("sample.py eval --ckpt=CKPT --mix=pont", "no category 'pont'"),
+    ("sample.py eval --ckpt=CKPT --mix=text", "no category 'text'"),
+    ("sample.py eval --ckpt=CKPT --mix=", "--mix"),
+    ("sample.py eval --ckpt=CKPT --count=0", "--count"),
+    ("sample.py eval --ckpt=CKPT --levels=9", "--levels"),
+    ("sample.py eval --ckpt=CKPT --slots=0", "--slots"),
+    ("sample.py eval --ckpt=CKPT --seed=-1", "--seed"),
+    ("gym.py show pont", "did you mean point"), ("gym.py fly", "fly"),
+    ("gym.py show point --wat", "--wat"), ("tokenizer.py fly", "fly")])
+def test_bad_input_is_one_line_and_exit_code_2(script, folder, tmp_path, words, message):
+    words = words.replace("CKPT", str(folder)).replace("OUT", str(tmp_path)).split()
+    code, _, err = script(*words)
+    assert code == 2 and err.startswith("error: ") and message in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_a_prompt_longer_than_the_model_reads(script, folder):
+    code, _, err = script("sample.py", "ask", "why? " * 3000, f"--ckpt={folder}")
+    assert code == 2 and "leaves no room" in err and err.count("\n") == 1
+
+
+def test_asking(script, folder):
+    words = ["sample.py", "ask", f"--image={folder}/red.png", "What?", f"--ckpt={folder}",
+             "--max_new=5", "--dtype=float32"]
+    code, out, err = script(*words)
+    assert code == 0 and out.strip() and err.strip().endswith("is seen at 64x48 pixels")
+    assert script(*words)[1] == out
+    warm = [*words, "--temperature=1"]
+    assert script(*warm, "--seed=1")[1] == script(*warm, "--seed=1")[1] != script(*warm)[1]
+
+
+def test_examining(script, folder, tmp_path):
+    code, out, _ = script("sample.py", "eval", f"--ckpt={folder}", "--mix=counting,gui_form",
+                          "--count=2", "--dtype=float32", f"--out={tmp_path}/new/eval.json")
+    assert code == 0 and (tmp_path / "new/eval.json").is_file()
+    assert [line.split()[0] for line in out.splitlines()[2:4]] == ["counting", "gui_form"]
+
+
+# ---- and as one types them ----------------------------------------------------------------------
+
+def typed(*words, **env):
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, timeout=60,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def test_from_another_folder(tmp_path):
+    done = typed(ROOT / "pretrain.py", "--init=nowhere", f"--out={tmp_path}")
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert done.stderr == b"error: no checkpoint at nowhere: there is no such folder\n"
+
+
+def test_a_terminal_without_utf8(folder):
+    """An untrained model says any byte there is."""
+    plain = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+    done = typed(ROOT / "sample.py", "ask", "What?", f"--ckpt={folder}", "--max_new=40",
+                 "--temperature=2", **plain)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and done.stdout.strip()

@@ -1,0 +1,51 @@
+"""The README against what it speaks of: figures, files, commands."""
+import json
+import re
+
+import torch
+
+import gym
+from common import ROOT
+from model import GLMV
+from sample import DEMO, evaluate
+from tokenizer import Tokenizer
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_table() -> dict[str, list[float]]:
+    """{category: [accuracy of each seed, blank, chance]} in percent."""
+    rows = re.findall(r"^\| `(\w+)` \|(.+)\|$", README, re.M)
+    numbers = {name: [float(x) for x in re.findall(r"\d+\.\d", cells)] for name, cells in rows}
+    return {name: cells for name, cells in numbers.items() if name in gym.names()}
+
+
+def test_the_table_is_the_checkpoints_own_examination():
+    """The first column is the seed whose weights stand in ckpt/."""
+    kept = json.loads((DEMO / "report.json").read_text())["table"]
+    told = readme_table()
+    assert sorted(told) == sorted(gym.names())
+    for name, row in kept.items():
+        assert told[name][0] == round(100 * row["accuracy"], 1), name
+
+
+def test_the_checkpoint_scores_what_the_readme_says():
+    """100 tasks a category out of the 300 behind the table: within 10 points of it."""
+    torch.set_num_threads(1)
+    model = GLMV.from_pretrained(DEMO)
+    got = evaluate(model, Tokenizer(model.config.n_ranks), count=100)
+    for name, cells in readme_table().items():
+        assert abs(100 * got[name]["accuracy"] - cells[0]) <= 10, name
+    assert sum((DEMO / f).stat().st_size for f in ("model.safetensors", "config.json")) < 2e6
+
+
+def test_files_and_commands_that_it_names_exist():
+    for name in re.findall(r"^\| `([\w./]+)`", README, re.M):
+        assert name in gym.names() or (ROOT / name).exists() or name in (
+            "tokens", "weights", "positions", "cu_seqlens", "patches", "grids"), name
+    for script, words in re.findall(r"python (\w+\.py|-m lab\.\w+)((?: \S+)*)", README):
+        path = script.replace("-m lab.", "lab/") + (".py" if script.startswith("-m") else "")
+        assert (ROOT / path).exists(), script
+        for option in re.findall(r"--([\w-]+)", words.split("#")[0]):
+            text = (ROOT / path).read_text() + (ROOT / "gym.py").read_text()
+            assert option in ("help",) or option.replace("-", "_") in text, (script, option)
