@@ -356,8 +356,11 @@ class Log:
         """Record one step; `show`: also print it where there is no progress bar."""
         if self.file is None:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk must not end a run
+            print(f"step {step} is missing from the log: {error.strerror}", file=sys.stderr)
         text = " | ".join(f"{k} {_short(v)}" for k, v in values.items() if not isinstance(v, dict))
         if self.bar:
             self.bar.update(1)

@@ -284,7 +284,9 @@ class Packer:
         self.draw, self.room, self.window, self.say = draw, room, window, say
         state = state or {"next": 0, "waiting": [], "skipped": 0}
         self.next, self.skipped = state["next"], state["skipped"]
-        self.waiting = [(i, draw(i)) for i in state["waiting"]]
+        again = [(i, draw(i)) for i in state["waiting"]]
+        self.waiting = [(i, made) for i, made in again if len(made.ids) <= room]
+        self.skipped += len(again) - len(self.waiting)  # the rows have become shorter
 
     def row(self) -> list[Document]:
         while len(self.waiting) < self.window:

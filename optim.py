@@ -106,13 +106,14 @@ class Optimizer:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, rate: float) -> float:
+    def step(self, rate: float, apply: bool = True) -> float:
         """One update at `rate` times the configured learning rate, from the collected gradients,
-        summed over ranks. Returns the gradient norm; if that isn't finite, nothing is changed."""
+        summed over ranks. Returns the gradient norm; if that isn't finite, or without `apply`,
+        nothing is changed."""
         if dist.is_initialized():
             dist.all_reduce(self.flat_grad)
         norm = self.flat_grad.norm().item()
-        if math.isfinite(norm):
+        if apply and math.isfinite(norm):
             c = self.config
             if norm > c.clip:
                 self.flat_grad.mul_(c.clip / norm)

@@ -190,8 +190,8 @@ def run(args: Args):
         if hw.world > 1:
             dist.all_reduce(total)
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
-        norm = optimizer.step(rate)
         value = total.item()
+        norm = optimizer.step(rate, apply=math.isfinite(value))
         if not (math.isfinite(norm) and math.isfinite(value)):
             bad, skipped = bad + 1, skipped + 1
             say(f"step {step}: loss {value}, gradient norm {norm}: step skipped ({bad} in a row)")
