@@ -75,7 +75,7 @@ def sized(size: str) -> Config:
     n_ranks = 512 if size == "tiny" else 4096
     tokens = Tokenizer(n_ranks)
     if size == "tiny":
-        text = TextConfig(tokens.vocab_size, 96, 256, 2, 3, 1, 32, max_position_embeddings=4096)
+        text = TextConfig(tokens.vocab_size, 96, 256, 3, 3, 3, 32, max_position_embeddings=4096)
         vision = VitConfig(2, 96, 3, 256, patch_size=8, out_hidden_size=96)
         return Config(text, vision, tokens.image, 4, 16, n_ranks)
     text = TextConfig(tokens.vocab_size, 512, 1536, 8, 8, 4, 64, max_position_embeddings=32768)

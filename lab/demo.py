@@ -33,7 +33,7 @@ class Args:
     steps: int = 1700             # of pretraining, about five minutes on 2 cores
     seed: int = 0                 # of weights and samples
     count: int = 300              # held-out tasks a category in the examination
-    levels: int = 2               # levels trained and examined, from 0
+    levels: int = 1               # levels trained and examined, from 0
     out: str = "out/demo"         # run folder
     keep: str = ""                # also write the weights here, in bf16
     device: str = "auto"          # auto, cpu, cuda or mps

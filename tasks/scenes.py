@@ -31,6 +31,12 @@ def plural(word: str) -> str:
     return word + ("es" if word.endswith("s") else "s")
 
 
+def spot(area) -> list[int]:
+    """The middle of the cell that a thing stands in, always a point on it: of all right answers
+    the one that has nothing to do with chance, so that a lesson holds no noise. [O]"""
+    return [round((int(GRID * c / 1000) + 0.5) * 999 / GRID) for c in middle(area)]
+
+
 def ask_attribute(rng, item, items):
     """(question, answer) for the colour or the shape of an item, or None where neither the
     shape nor the colour singles it out."""
@@ -99,7 +105,7 @@ class Scene(OneShot):
                 reply = box(count)
             elif kind == 2 and sum(other.name == item.name for other in items) == 1:
                 question = pick(rng, POINT_AT).format(item.name)
-                reply = box(list(middle(item.area)))
+                reply = box(spot(item.area))
                 named = [*named, item]
             else:
                 continue
@@ -188,7 +194,7 @@ class Point(Scene):
         return Obs(IMAGE + question, [image]), self.items[0].area
 
     def reply(self, gold):
-        return box(list(middle(gold)))
+        return box(spot(gold))
 
     def glance(self, rng):
         return self.reply(pick(rng, self.items).area)
