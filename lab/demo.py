@@ -25,7 +25,7 @@ from sample import evaluate, play, readable, show
 from tasks.base import Task
 from tokenizer import Tokenizer
 
-MIX = "gym"
+MIX = "shape_attr:1.2,counting:1,ocr_line:0.5,point:1.5,gui_click:2,gui_form:1"
 
 
 @dataclass

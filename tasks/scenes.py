@@ -47,6 +47,15 @@ def ask_attribute(rng, item, items):
     return (pick(rng, SHAPE_OF).format(item.color), item.shape) if by_color else None
 
 
+def refer(rng, item, items):
+    """A way to call an item that fits no other: "star", "red one" or "red star"; None if none."""
+    ways = [(item.shape, lambda other: other.shape == item.shape),
+            (f"{item.color} one", lambda other: other.color == item.color),
+            (item.name, lambda other: other.name == item.name)]
+    fitting = [name for name, fits in ways if sum(map(fits, items)) == 1]
+    return pick(rng, fitting) if fitting else None
+
+
 def ask_count(rng, color, shape, items):
     """(question, answer); color or shape may be None, for any."""
     count = sum(color in (None, i.color) and shape in (None, i.shape) for i in items)
@@ -103,8 +112,8 @@ class Scene(OneShot):
                 if count == 1 and rng.integers(4):      # else nearly every count would be one
                     continue
                 reply = box(count)
-            elif kind == 2 and sum(other.name == item.name for other in items) == 1:
-                question = pick(rng, POINT_AT).format(item.name)
+            elif kind == 2 and (called := refer(rng, item, items)):
+                question = pick(rng, POINT_AT).format(called)
                 reply = box(spot(item.area))
                 named = [*named, item]
             else:
@@ -186,10 +195,10 @@ class Point(Scene):
 
     def make(self):
         target = pick(self.rng, self.pairs())
-        rest = self.others(self.number() - 1, lambda p: p != target,
+        rest = self.others(max(1, self.number() - 1), lambda p: p != target,
                            lambda p: p[0] == target[0] or p[1] == target[1])
         image, self.items = self.paint([target, *rest])
-        question = pick(self.rng, POINT_AT).format(self.items[0].name)
+        question = pick(self.rng, POINT_AT).format(refer(self.rng, self.items[0], self.items))
         self.more = self.follow_up(self.items, question, self.items[:1])
         return Obs(IMAGE + question, [image]), self.items[0].area
 
