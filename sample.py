@@ -5,7 +5,7 @@
     python sample.py eval --count=200                    every category, held-out tasks
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
 
-Without --ckpt the demo's checkpoint in ckpt/ answers: 0.7M parameters trained for minutes on
+Without --ckpt the demo's checkpoint in ckpt/ answers: 0.8M parameters trained for minutes on
 64-pixel drawings of shapes, characters and buttons. It knows nothing else.
 """
 import math

@@ -1,12 +1,12 @@
 """The whole pipeline on a laptop: train, examine, answer, report.
 
-    python -m lab.demo                    about seven minutes on 2 cores, no network
+    python -m lab.demo                    about eight minutes on 2 cores, no network
     python -m lab.demo --seed=1 --out=out/demo1
     python -m lab.demo --keep=ckpt/demo   rebuild the checkpoint that stands in the repository
 
 What it trains stands for the big run in small: one pretraining stage on six categories of the gym
-and some text, from random weights. Interrupted, it goes on where it was. It writes report.json and
-report.html (curves, table, pictures) into the run folder.
+at their easiest level, from random weights. Interrupted, it goes on where it was. It writes
+report.json and report.html (curves, table, pictures) into the run folder.
 """
 import platform
 import time
@@ -25,7 +25,7 @@ from sample import evaluate, play, readable, show
 from tasks.base import Task
 from tokenizer import Tokenizer
 
-MIX = "shape_attr:1.2,counting:1,ocr_line:0.5,point:1.5,gui_click:2,gui_form:1"
+MIX = "shape_attr:1.2,counting:0.8,ocr_line:0.8,point:0.9,gui_click:1.2,gui_form:1.3"
 
 
 @dataclass
@@ -89,7 +89,7 @@ def demo(args: Args):
     hw = setup(args.device)
     if hw.world > 1:
         raise UserError("the demo is one process; `torchrun pretrain.py` trains with several")
-    print("1/3 pretraining: pictures, questions and answers, some text and code")
+    print("1/3 pretraining: pictures, questions and answers")
     folder = train(args, hw)
     trained = time.time() - began
     model = GLMV.from_pretrained(folder, hw.device, hw.dtype)

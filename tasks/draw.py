@@ -17,14 +17,14 @@ from PIL import Image, ImageDraw, ImageFont
 GRID, CELL, UNITS = 4, 16, 64
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLORS = {                      # name: shade in training, shade held out
-    "red": ((220, 30, 35), (180, 25, 65)),
-    "green": ((30, 150, 50), (65, 175, 85)),
-    "blue": ((40, 75, 230), (65, 90, 205)),
-    "yellow": ((240, 215, 30), (220, 190, 50)),
-    "purple": ((125, 40, 175), (150, 75, 205)),
-    "orange": ((245, 130, 20), (225, 110, 55)),
-    "cyan": ((25, 195, 215), (75, 175, 190)),
-    "pink": ((255, 120, 190), (235, 140, 175)),
+    "red": ((220, 30, 35), (195, 25, 50)),
+    "green": ((30, 150, 50), (45, 165, 70)),
+    "blue": ((40, 75, 230), (55, 85, 215)),
+    "yellow": ((240, 215, 30), (230, 200, 40)),
+    "purple": ((125, 40, 175), (138, 55, 190)),
+    "orange": ((245, 130, 20), (235, 120, 38)),
+    "cyan": ((25, 195, 215), (50, 185, 200)),
+    "pink": ((255, 120, 190), (245, 130, 182)),
 }
 DARK = ((18, 18, 22), (34, 36, 44))         # plain backgrounds: training, held out
 LIGHT = ((246, 246, 242), (228, 232, 238))
@@ -35,7 +35,7 @@ PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 TRAIN_PAIRS = [pair for pair in PAIRS if pair not in HELD_PAIRS]
 
 
-def shades(rng, heldout: bool, spread: int = 10) -> dict:
+def shades(rng, heldout: bool, spread: int = 14) -> dict:
     """Colour name -> RGB, each channel moved by up to `spread`."""
     moves = rng.integers(-spread, spread + 1, (len(COLORS), 3)).tolist()
     return {name: tuple(min(255, max(0, c + d)) for c, d in zip(pair[heldout], move))

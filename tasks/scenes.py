@@ -195,7 +195,7 @@ class Point(Scene):
 
     def make(self):
         target = pick(self.rng, self.pairs())
-        rest = self.others(max(1, self.number() - 1), lambda p: p != target,
+        rest = self.others(self.number() - 1, lambda p: p != target,
                            lambda p: p[0] == target[0] or p[1] == target[1])
         image, self.items = self.paint([target, *rest])
         question = pick(self.rng, POINT_AT).format(refer(self.rng, self.items[0], self.items))
