@@ -57,11 +57,8 @@ class Args:
 # ---- the documents ------------------------------------------------------------------------------
 
 def roomy(size: str) -> Config:
-    """A size's configuration, with room for pictures of 64 tokens even at tiny; at base, whose
-    tokenizer is not ours, our ids take the first places of its vocabulary."""
+    """A size's configuration, with room for pictures of 64 tokens even at tiny."""
     config = sized(size)
-    if not config.n_ranks:
-        config.n_ranks, config.image_token_id = 4096, Tokenizer(4096).image
     config.max_tokens = max(config.max_tokens, 64)
     return config
 
