@@ -62,7 +62,7 @@ class GuiClick(OneShot):
         canvas = Canvas(self.pixels, ground)
         low, high = self.widgets[self.level]
         labels = self.labels(int(rng.integers(low, high + 1)))
-        bar, spots = self.layout(labels)
+        bar, spots = self.arrange(labels)
         if bar:
             y = 0 if bar == "top" else (GRID - 1) * CELL + 4
             canvas.plate(0, y, GRID * CELL, CELL - 4, (128, 134, 144), 0)
@@ -79,7 +79,7 @@ class GuiClick(OneShot):
         question, target = asked[0]
         return Obs(IMAGE + question, [canvas.image]), {"action": "click", "box": target.area}
 
-    def layout(self, labels):
+    def arrange(self, labels):
         """(bar, spots): where the bar is, if any, and a (column, row) for each label that finds
         room. Of all layouts, one in five is held out."""
         while True:
