@@ -7,7 +7,8 @@ import torch
 import gym
 from common import ROOT
 from model import GLMV
-from sample import DEMO, evaluate
+from sample import DEMO, play
+from tasks.base import Task
 from tokenizer import Tokenizer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,12 +31,14 @@ def test_the_table_is_the_checkpoints_own_examination():
 
 
 def test_the_checkpoint_scores_what_the_readme_says():
-    """100 tasks a category out of the 300 behind the table: within 10 points of it."""
+    """The same 300 tasks a category; 5 points of room, for the table was made in bf16."""
     torch.set_num_threads(1)
     model = GLMV.from_pretrained(DEMO)
-    got = evaluate(model, Tokenizer(model.config.n_ranks), count=100)
+    tokens = Tokenizer(model.config.n_ranks)
     for name, cells in readme_table().items():
-        assert abs(100 * got[name]["accuracy"] - cells[0]) <= 10, name
+        tasks = [Task(name, 1_000_000 + i, 0, "test") for i in range(300)]
+        right = sum(p.score.reward > 0.999 for p in play(model, tokens, tasks)) / 3
+        assert abs(right - cells[0]) <= 5, name
     assert sum((DEMO / f).stat().st_size for f in ("model.safetensors", "config.json")) < 2e6
 
 
