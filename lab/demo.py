@@ -91,7 +91,7 @@ def demo(args: Args):
         raise UserError("the demo is one process; `torchrun pretrain.py` trains with several")
     print("1/3 pretraining: pictures, questions and answers")
     folder = train(args, hw)
-    trained = time.time() - began
+    trained = sum(line["dt"] for line in report.read_log(folder.parent / "log.jsonl"))
     model = GLMV.from_pretrained(folder, hw.device, hw.dtype)
     tokens = Tokenizer(model.config.n_ranks)
     print("2/3 examination: tasks of held-out seeds, words, shades and layouts")

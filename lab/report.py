@@ -21,8 +21,8 @@ h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #dde3e
 small, .quiet { color: #66717f }
 table { border-collapse: collapse } td, th { padding: .25rem .9rem .25rem 0; text-align: right }
 td:first-child, th:first-child { text-align: left }
-.bar { position: relative; width: 16rem; height: 1rem; background: #edf1f5 }
-.bar i { position: absolute; height: 100% } .bar .got { background: #2f7dd1 }
+.bar { position: relative; width: 12rem; height: 1rem; background: #edf1f5 }
+.bar i { position: absolute; left: 0; height: 100% } .bar .got { background: #2f7dd1 }
 .bar .blank { background: #e0912f; height: 35%; bottom: 0 }
 .bar .chance { width: 2px; background: #1d2733 }
 .cards { display: flex; flex-wrap: wrap; gap: 1.2rem } .card { width: 13rem }
@@ -70,7 +70,7 @@ def curve(series: dict[str, list], title: str, wide: int = 620, high: int = 220)
         y = high - 25 - k / 4 * (high - 45)
         parts.append(f'<path d="M45 {y}H{wide - 15}" stroke="#e3e8ee"/>'
                      f'<text x="40" y="{y + 4}" font-size="11" text-anchor="end">'
-                     f'{top * k / 4:.2g}</text>')
+                     f'{f"{top * k / 4:,.0f}" if top > 100 else f"{top * k / 4:.2g}"}</text>')
     parts.append(f'<text x="{wide - 15}" y="{high - 8}" font-size="11" text-anchor="end">'
                  f'step {right:,.0f}</text>')
     for (name, points), color in zip(drawn.items(), colors):
