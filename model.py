@@ -121,14 +121,14 @@ def rope_positions(tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, image_toke
 class Cache:
     """Keys and values of S conversations side by side, each in its own slot.
 
-    keys, values: (layers, S, context, G, C). `length` (S,): tokens held; `position` (S,): the
+    keys, values: (layers, S, G, context, C). `length` (S,): tokens held; `position` (S,): the
     M-RoPE position of the next text token, which falls behind `length` by what images save.
     Going back in a conversation is setting these two integers back.
     """
 
     def __init__(self, config: Config, slots: int, context: int, device, dtype):
         c = config.text
-        shape = (c.num_hidden_layers, slots, context, c.num_key_value_heads, c.head_dim)
+        shape = (c.num_hidden_layers, slots, c.num_key_value_heads, context, c.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(slots, dtype=torch.long, device=device)
@@ -151,7 +151,7 @@ class Cache:
         """Put slot `source` in the place of slot `target`."""
         held = int(self.length[source])
         for store in (self.keys, self.values):
-            store[:, target, :held] = store[:, source, :held]
+            store[:, target, :, :held] = store[:, source, :, :held]
         self.length[target] = self.length[source]
         self.position[target] = self.position[source]
 
@@ -163,8 +163,8 @@ class Prefill:
         self.cache, self.slot, self.place = cache, slot, place
 
     def attend(self, layer, q, k, v, segments):
-        self.cache.keys[layer, self.slot, self.place] = k
-        self.cache.values[layer, self.slot, self.place] = v
+        self.cache.keys[layer, self.slot, :, self.place] = k
+        self.cache.values[layer, self.slot, :, self.place] = v
         return attention(q, k, v, segments)
 
 
@@ -186,15 +186,15 @@ class Extend:
     def attend(self, layer, q, k, v, segments):
         cache = self.cache
         q, k, v = (rearrange(x, "(s n) h c -> s n h c", n=self.n) for x in (q, k, v))
-        cache.keys[layer, self.row, self.place] = k
-        cache.values[layer, self.row, self.place] = v
-        keys = cache.keys[layer, :self.slots, :self.reach]
-        values = cache.values[layer, :self.slots, :self.reach]
-        repeat = q.shape[2] // keys.shape[2]
+        cache.keys[layer, self.row, :, self.place] = k
+        cache.values[layer, self.row, :, self.place] = v
+        keys = cache.keys[layer, :self.slots, :, :self.reach]
+        values = cache.values[layer, :self.slots, :, :self.reach]
+        repeat = q.shape[2] // keys.shape[1]
         q = rearrange(q, "s n (g r) c -> s g (r n) c", r=repeat) * q.shape[-1] ** -0.5
-        scores = q @ rearrange(keys, "s t g c -> s g c t")
+        scores = q @ keys.mT  # no copy: slots and heads lie evenly in memory
         scores = scores + self.mask.repeat(1, 1, repeat, 1)
-        out = scores.softmax(-1) @ rearrange(values, "s t g c -> s g t c")
+        out = scores.softmax(-1) @ values
         return rearrange(out, "s g (r n) c -> (s n) (g r) c", n=self.n)
 
 
