@@ -141,7 +141,7 @@ def run(args: Args):
 
     model, optimizer, start, position = build(args, hw)
     mix = parse_mix(args.mix)
-    # About 16 documents a row of 2048 at tiny: close enough to place the curriculum's end.
+    # About 110 tokens a document at tiny: close enough to place the curriculum's end.
     easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 110)
     stream = Stream(model.config, mix, args.seed, levels=args.levels, easy=easy)
     cores = os.cpu_count() or 1

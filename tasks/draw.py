@@ -45,8 +45,8 @@ def shades(rng, heldout: bool, spread: int = 14) -> dict:
 def plain(rng, heldout: bool, level: int) -> tuple:
     """A background and an ink that reads on it: light on dark, from level 3 on also dark on light.
 
-    Grounds of both kinds from the start held the smallest model back: the colour of a lone object
-    took it over three times as long to learn. [O]
+    Grounds of both kinds from the start held the smallest model back: after 150 steps it named the
+    colour of a lone object in 42-52% of the cases, on dark grounds in 93%. [O]
     """
     dark, light = DARK[heldout], LIGHT[heldout]
     moves = rng.integers(-8, 9, 4).tolist()
