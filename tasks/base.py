@@ -96,6 +96,7 @@ class Env:
     min_pixels = 64             # the least size at which a question has one right answer
     verifier = ""               # for the table: EX, NUM, ED, HIT, STATE, ...
     layout = "append"           # append: one growing stream; segment: a fresh prompt every turn
+    why = ""                    # the thought behind the oracle's last reply, where it has one
 
     def __init__(self, task: Task):
         self.task, self.level, self.rng = task, task.level, stream(task)

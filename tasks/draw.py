@@ -134,6 +134,41 @@ class Canvas:
     def px(self, units: float) -> int:
         return round(units * self.unit)
 
+    def at(self, *units):
+        """Units to pixels, for drawing with `pen`."""
+        return [u * self.unit for u in units]
+
+    @property
+    def pen(self):
+        return ImageDraw.Draw(self.image)
+
+    def area(self, x0, y0, x1, y1) -> tuple:
+        """A box in units as (x0, y0, x1, y1) in 0-999."""
+        return tuple(round(u * 999 / UNITS, 1) for u in (x0, y0, x1, y1))
+
+    def width(self, text: str, size: float, bold=False) -> float:
+        """How many units wide a line of text is; size is the font's, in units."""
+        return (font(self.px(size)).getlength(text) + bold) / self.unit
+
+    def text(self, text: str, x, y, color, size: float, anchor="la", bold=False):
+        """A line of text, anchored as Pillow does it (la: its left top at x, y) -> its box."""
+        face, at = font(self.px(size)), self.at(x, y)
+        self.pen.text(at, text, color, face, anchor, stroke_width=int(bold))
+        scale = 999 / self.image.width
+        corners = self.pen.textbbox(at, text, face, anchor, stroke_width=int(bold))
+        return tuple(round(c * scale, 1) for c in corners)
+
+    def wrap(self, text: str, size: float, width: float) -> list[str]:
+        """The lines that `text` makes in `width` units; a longer word gets a line of its own."""
+        lines = [""]
+        for word in text.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if lines[-1] and self.width(longer, size) > width:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        return lines
+
     def stamp(self, mask, x, y, color):
         left, top = self.px(x), self.px(y)
         self.image.paste(color, (left, top), mask)

@@ -101,6 +101,95 @@ def hit_point(evidence: dict) -> float:
     return float(bool(found) and inside([int(g) for g in found.groups()], evidence["gold"]))
 
 
+def boxes(text: str | None) -> list[list[int]] | None:
+    """Boxes [x0, y0, x1, y1] of integers in 0-999, each with an area, from a literal list of at
+    most 40 of them; a single box counts as a list of one. None where the form is broken."""
+    if not text or len(text) > LONGEST_REPLY or not re.fullmatch(r"[\[\], 0-9]+", text, re.ASCII):
+        return None
+    try:
+        found = ast.literal_eval(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    if isinstance(found, list) and found and all(type(n) is int for n in found):
+        found = [found]
+    if not isinstance(found, list) or len(found) > 40:
+        return None
+    good = all(isinstance(b, list) and len(b) == 4 and all(type(n) is int and n <= 999 for n in b)
+               and b[0] < b[2] and b[1] < b[3] for b in found)
+    return found if good else None
+
+
+def iou(a, b) -> float:
+    """Intersection over union of two boxes."""
+    overlap = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    size = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
+    return overlap / (sum(size) - overlap) if overlap else 0.0
+
+
+def hit_box(evidence: dict) -> float:
+    """IOU: the one boxed box and the gold box overlap by half or more."""
+    found = boxes(boxed(evidence["reply"]))
+    return float(bool(found) and len(found) == 1 and iou(found[0], evidence["gold"]) >= 0.5)
+
+
+def set_f1(found: int, gold: int, matched: int) -> float:
+    """F1 of a set of answers against a set of truths; 1 where both are empty."""
+    return 2 * matched / (found + gold) if found + gold else 1.0
+
+
+def match_boxes(evidence: dict) -> float:
+    """F1 over boxes, each truth matched to at most one answer that overlaps it by half: at that
+    threshold gold boxes that don't overlap leave no choice, so taking the first is exact."""
+    found, gold = boxes(boxed(evidence["reply"])), evidence["gold"]
+    if found is None:
+        return 0.0
+    free = list(found)
+    for truth in gold:
+        best = max(free, key=lambda b: iou(b, truth), default=None)
+        if best is not None and iou(best, truth) >= 0.5:
+            free.remove(best)
+    return set_f1(len(found), len(gold), len(found) - len(free))
+
+
+def near(evidence: dict, share: float = 0.025) -> float:
+    """NUM: one number within 2.5% of gold; integers from 1000 to 3000 may be years and must be
+    exact. [R] for both."""
+    answer, gold = boxed(evidence["reply"]), evidence["gold"]
+    if not answer or not re.fullmatch(r"-?[0-9]{1,12}(\.[0-9]{1,6})?", answer):
+        return 0.0
+    year = type(gold) is int and 1000 <= gold <= 3000
+    return float(abs(float(answer) - gold) <= (0 if year else share * abs(gold) + 1e-9))
+
+
+def listed(text: str | None) -> list[str]:
+    """A boxed, comma-separated list, normalised; at most 40 entries."""
+    found = [plain(part) for part in (text or "").split(",")]
+    return found if len(found) <= 40 else []
+
+
+def order(evidence: dict) -> float:
+    """LIS: the boxed list names each of gold's entries once; (longest increasing run - 1) over
+    (entries - 1), so that one right neighbour more is worth the same everywhere."""
+    found, gold = listed(boxed(evidence["reply"])), [plain(g) for g in evidence["gold"]]
+    if sorted(found) != sorted(gold) or len(gold) < 2:
+        return 0.0
+    ranks, longest = [gold.index(entry) for entry in found], []
+    for i, rank in enumerate(ranks):
+        longest.append(1 + max((longest[j] for j in range(i) if ranks[j] < rank), default=0))
+    return (max(longest) - 1) / (len(gold) - 1)
+
+
+def fields(evidence: dict) -> float:
+    """EX per field: boxed "name=value, name=value"; the share of gold's fields that are right, 0
+    where a name comes twice or does not exist."""
+    parts = [part.split("=") for part in listed(boxed(evidence["reply"]))]
+    gold = {plain(k): plain(str(v)) for k, v in evidence["gold"].items()}
+    found = {plain(p[0]): plain(p[1]) for p in parts if len(p) == 2}
+    if len(found) != len(parts) or not found.keys() <= gold.keys():
+        return 0.0
+    return sum(found.get(k) == v for k, v in gold.items()) / len(gold)
+
+
 def verb(evidence: dict) -> float:
     """The reply is an action of the right kind."""
     action = parse_action(evidence["reply"])
