@@ -10,10 +10,12 @@ and 10"), a list of all options, several boxes, marks within marks. [C] for the 
 for the limits.
 """
 import ast
+import json
 import re
 
 BEGIN, END = "<|begin_of_box|>", "<|end_of_box|>"
 LONGEST_REPLY, LONGEST_ACTION = 4000, 400
+KEYS = ("color", "shape", "size", "at")         # of a thing, in scene_to_json
 
 
 def spoken(text: str) -> str:
@@ -62,13 +64,20 @@ def plain(text: str) -> str:
 
 
 def distance(a: str, b: str) -> int:
-    """Levenshtein distance, O(len(a) len(b))."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
+    """Levenshtein distance after Myers and Hyyrö: a whole column of the table is two integers,
+    whose bits say where it steps up and where down; so a page takes no longer than a line did."""
+    where, full, last = {}, (1 << len(a)) - 1, 1 << len(a) >> 1
+    for i, char in enumerate(a):
+        where[char] = where.get(char, 0) | 1 << i
+    up, down, edits = full, 0, len(a)
+    for char in b if a else "":
+        same = where.get(char, 0)
+        level = (((same & up) + up) ^ up) | same | down     # no dearer than the cell across
+        rise, fall = down | full & ~(level | up), up & level
+        edits += bool(rise & last) - bool(fall & last)
+        rise, fall = rise << 1 | 1, fall << 1
+        up, down = (fall | ~(level | rise)) & full, rise & level & full
+    return edits if a else len(b)
 
 
 def exact(evidence: dict) -> float:
@@ -137,9 +146,10 @@ def set_f1(found: int, gold: int, matched: int) -> float:
     return 2 * matched / (found + gold) if found + gold else 1.0
 
 
-def match_boxes(evidence: dict) -> float:
+def match_boxes(evidence: dict, floor: float = 0.5) -> float:
     """F1 over boxes, each truth matched to at most one answer that overlaps it by half: at that
-    threshold gold boxes that don't overlap leave no choice, so taking the first is exact."""
+    threshold gold boxes that don't overlap leave no choice, so taking the first is exact. Below
+    `floor` nothing, so that a box in every place earns nothing. [O]"""
     found, gold = boxes(boxed(evidence["reply"])), evidence["gold"]
     if found is None:
         return 0.0
@@ -148,7 +158,50 @@ def match_boxes(evidence: dict) -> float:
         best = max(free, key=lambda b: iou(b, truth), default=None)
         if best is not None and iou(best, truth) >= 0.5:
             free.remove(best)
-    return set_f1(len(found), len(gold), len(found) - len(free))
+    score = set_f1(len(found), len(gold), len(found) - len(free))
+    return score if score >= floor else 0.0
+
+
+def keyed(pairs):
+    """A JSON object, for json.loads; a key that comes twice breaks it."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return dict(pairs)
+
+
+def things(text: str | None) -> list[dict] | None:
+    """A JSON list of at most 40 objects of these keys, "at" being a point; or None."""
+    try:
+        found = json.loads(text or "", object_pairs_hook=keyed)
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(found, list) and len(found) <= 40 and all(
+        isinstance(one, dict) and one.keys() == set(KEYS)
+        and isinstance(one["at"], list) and is_point(one["at"])
+        and all(type(one[key]) is str for key in KEYS[:-1]) for one in found)
+    return found if good else None
+
+
+def match_things(evidence: dict, floor: float = 0.5) -> float:
+    """F1 over the attributes of things, its place being one of them. Each truth is matched to
+    the best answer that lies in its box; gold boxes don't overlap, so that is exact. Below
+    `floor` nothing, so that a guess in every place earns nothing. [O]"""
+    found, gold, right = things(boxed(evidence["reply"])), evidence["gold"], 0
+    if found is None:
+        return 0.0
+
+    def worth(one, truth):
+        return 1 + sum(plain(one[key]) == truth[key] for key in KEYS[:-1])
+
+    free = list(found)
+    for truth in gold:
+        here = [one for one in free if inside(one["at"], truth["box"])]
+        if here:
+            best = max(here, key=lambda one: worth(one, truth))
+            right += worth(best, truth)
+            free.remove(best)
+    score = set_f1(4 * len(found), 4 * len(gold), right)
+    return score if score >= floor else 0.0
 
 
 def near(evidence: dict, share: float = 0.025) -> float:
@@ -159,6 +212,20 @@ def near(evidence: dict, share: float = 0.025) -> float:
         return 0.0
     year = type(gold) is int and 1000 <= gold <= 3000
     return float(abs(float(answer) - gold) <= (0 if year else share * abs(gold) + 1e-9))
+
+
+def value(evidence: dict) -> float:
+    """EX/NUM: a word as in `exact`, a number as in `near`."""
+    return (exact if isinstance(evidence["gold"], str) else near)(evidence)
+
+
+def cited(evidence: dict) -> float:
+    """EX + page: boxed "value, page 2". The value without its page is worth half, the page without
+    the value nothing. [O]"""
+    said, comma, page = (boxed(evidence["reply"]) or "").partition(",")
+    if not comma or plain(said) != plain(str(evidence["gold"]["value"])):
+        return 0.0
+    return 1.0 if plain(page) == f"page {evidence['gold']['page']}" else 0.5
 
 
 def listed(text: str | None) -> list[str]:
@@ -177,6 +244,26 @@ def order(evidence: dict) -> float:
     for i, rank in enumerate(ranks):
         longest.append(1 + max((longest[j] for j in range(i) if ranks[j] < rank), default=0))
     return (max(longest) - 1) / (len(gold) - 1)
+
+
+def moment(evidence: dict) -> float:
+    """LIS where gold is a list, the order of events; NUM where it is the number of a frame."""
+    return (order if isinstance(evidence["gold"], list) else number)(evidence)
+
+
+def reading(evidence: dict, floor: float = 0.4) -> float:
+    """LIS over words: the longest run of gold's words that the boxed text has in the same order
+    (others between them don't break it), over the longer text's words; below `floor` nothing."""
+    found, gold = (boxed(evidence["reply"]) or "").split(), evidence["gold"].split()
+    if len(found) > 4 * len(gold):
+        return 0.0
+    row = [0] * (len(gold) + 1)
+    for word in found:
+        last = row[:]
+        for j, other in enumerate(gold, 1):
+            row[j] = last[j - 1] + 1 if word == other else max(row[j - 1], last[j])
+    score = row[-1] / max(len(found), len(gold))
+    return score if score >= floor else 0.0
 
 
 def fields(evidence: dict) -> float:
