@@ -21,17 +21,15 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from tasks import CATEGORIES, verify
 from tasks.base import IMAGE, Env, Message, OneShot, Task, box
-from tasks.draw import sheet, tile
-from tasks.jury import Pool, attempt, told
+from tasks.draw import sheet, strip, tile
+from tasks.jury import Pool, Score, attempt, combine, told
 
 MOST_PIXELS = 1024
 
@@ -111,39 +109,39 @@ def demonstrate(task: Task, think: bool = False) -> list[list[Message]]:
 
 # ------------------------------------------------------------------------------------------ rewards
 
-@dataclass(frozen=True)
-class Score:
-    """A reward in [0, 1] and its parts; or an error, and then the reward means nothing."""
-    reward: float
-    parts: dict = field(default_factory=dict)
-    error: str | None = None
-
-
 # category: how the parts are put together, and the parts: (verifier, weight). A question in a
 # verifier's place is for the judge, and left out where there is none.
 RULES = {
     "shape_attr": ("mean", {"answer": (verify.exact, 1)}),
     "counting": ("mean", {"answer": (verify.number, 1)}),
     "ocr_line": ("mean", {"text": (verify.edit, 1)}),
+    "ocr_document": ("mean", {"text": (verify.edit, 1), "order": (verify.reading, 1)}),
+    "table_read": ("mean", {"answer": (verify.exact, 1)}),
     "chart_read": ("mean", {"number": (verify.near, 1)}),
+    "ground_box": ("mean", {"overlap": (verify.hit_box, 1)}),
+    "ground_multi": ("mean", {"boxes": (verify.match_boxes, 1)}),
     "point": ("mean", {"hit": (verify.hit_point, 1)}),
+    "ui_ground": ("mean", {"box": (verify.hit_box, 1)}),
+    "widget_state": ("mean", {"answer": (verify.exact, 1)}),
+    "spot_diff": ("mean", {"boxes": (verify.match_boxes, 1)}),
+    "video_events": ("mean", {"answer": (verify.moment, 1)}),
+    "scene_to_json": ("mean", {"things": (verify.match_things, 1)}),
     "chart_arith": ("mean", {"answer": (verify.value, 1)}),
+    "doc_qa": ("mean", {"cited": (verify.cited, 1)}),
+    "interleaved_qa": ("mean", {"answer": (verify.exact, 1)}),
+    "spatial_relation": ("mean", {"answer": (verify.exact, 1)}),
     "world_knowledge": ("mean", {"answer": (verify.exact, 1)}),
     "gui_click": ("product", {"verb": (verify.verb, 1), "hit": (verify.hit_click, 1)}),
+    "gui_next_action": ("product", {"verb": (verify.key_verb, 1), "place": (verify.key_place, 1),
+                                    "text": (verify.key_text, 1)}),
     "gui_form": ("mean", {"state": (verify.state, 1)}),
+    "gui_navigate": ("mean", {"state": (verify.state, 1)}),
+    "gui_multi_app": ("mean", {"state": (verify.state, 1)}),
+    "gui_critic": ("mean", {"answer": (verify.exact, 1)}),
+    "visual_tools": ("mean", {"answer": (verify.answered, 1)}),
+    "text_tools": ("mean", {"answer": (verify.answered, 1)}),
+    "image_mining": ("gate", {"seen": (verify.witnessed, 1), "answer": (verify.answered, 1)}),
 }
-
-
-def combine(how: str, scores: list[float], weights: list[float]) -> float:
-    """mean: weighted; product: each to the power of its weight; gate: the first must be 1 for
-    the weighted mean of the others to count. [C] for configurable aggregation, [O] for these."""
-    if how == "product":
-        return math.prod(s ** w for s, w in zip(scores, weights))
-    if how == "gate":
-        return combine("mean", scores[1:], weights[1:]) if scores[0] == 1 else 0.0
-    if how != "mean":
-        raise ValueError(f"unknown aggregation {how!r}")
-    return sum(s * w for s, w in zip(scores, weights)) / sum(weights)
 
 
 class Rewards:
@@ -192,29 +190,6 @@ class Rewards:
         """End the workers. They also end with this process."""
         if self.pool:
             self.pool.stop()
-
-
-def tally(groups: dict[Task, list[Score]], k: int = 1) -> dict[str, dict]:
-    """By category: tasks, mean reward, pass@k and errors, which count for neither.
-
-    pass@k is the unbiased estimate: of n samples c are right, and C(n - c, k) of the C(n, k) ways
-    to draw k of them hold no right one (Chen et al., 2021). Tasks with fewer than k valid samples
-    have none. [C] for watching rewards and pass@k by category.
-    """
-    table = {}
-    for task, scores in groups.items():
-        row = table.setdefault(task.category, {"tasks": 0, "reward": [], "pass": [], "errors": 0})
-        good = [score.reward for score in scores if not score.error]
-        n, right = len(good), sum(reward > 0.999 for reward in good)
-        row["tasks"] += 1
-        row["errors"] += len(scores) - n
-        row["reward"] += good
-        if n >= k:
-            row["pass"].append(1 - math.comb(n - right, k) / math.comb(n, k))
-    for row in table.values():
-        for name in ("reward", "pass"):
-            row[name] = float(np.mean(row[name])) if row[name] else math.nan
-    return table
 
 
 # ------------------------------------------------------------------------------------- the contract
@@ -283,7 +258,7 @@ class Exam:
     def __init__(self, category: str, level: int, split="train", pixels=0, count=200):
         self.one_shot = issubclass(CATEGORIES[category], OneShot)
         self.rewards, self.count, self.earned = Rewards(), count, {}
-        self.identity = category, level, split, pixels, count
+        self.identity = category, level, split, pixels
         self.task = lambda seed: Task(category, seed, level, split, pixels)
         self.known = [self.task(100_000 + i) for i in range(count * (4 if self.one_shot else 1))]
         self.tasks = [self.task(seed) for seed in range(count)]
@@ -310,21 +285,28 @@ class Exam:
     def mean(self, scripts):
         return float(np.mean([self.worth(*pair) for pair in zip(self.tasks, scripts)]))
 
-    def best_script(self, tasks):
-        """The script that earns most on some of these tasks: a blind answer."""
+    def best_script(self, tasks, few=16, seeds=200):
+        """(worth, script) of that which earns most on these tasks; few tasks prove little."""
+        if not self.one_shot:
+            few, seeds = 4, 10
         scripts = Counter(tuple(self.played[task][1]) for task in tasks)
-        few, seeds = (16, 200) if self.one_shot else (4, 10)
-        return max((script for script, _ in scripts.most_common(few)),
-                   key=lambda script: sum(self.worth(task, script) for task in tasks[:seeds]))
+        tasks = tasks[:seeds]
+        return max((sum(self.worth(task, script) for task in tasks) / len(tasks)
+                    - 0.5 / math.sqrt(len(tasks)), script)
+                   for script, _ in scripts.most_common(few))
 
     def blind(self):
-        """(majority, image-free): the best constant, and the best for each prompt's text."""
+        """(majority, image-free): the best constant; and the best script for the prompt, or for
+        one of its words, whichever promises most."""
+        clues = lambda prompt: dict.fromkeys([prompt, *prompt.split()])         # noqa: E731
         constant, groups = self.best_script(self.known), {}
-        for task in self.known:
-            groups.setdefault(self.played[task][0], []).append(task)
-        best = {prompt: self.best_script(g) for prompt, g in groups.items() if len(g) >= 10}
-        informed = [best.get(prompt, constant) for prompt, _, _ in self.solved]
-        return self.mean([constant] * self.count), self.mean(informed)
+        for task in self.known if self.sees else ():
+            for clue in clues(self.played[task][0]):
+                groups.setdefault(clue, []).append(task)
+        best = {c: self.best_script(g, 6, 50) for c, g in groups.items() if len(g) >= 10}
+        informed = [max([constant, *(best[c] for c in clues(prompt) if c in best)])[1]
+                    for prompt, _, _ in self.solved]
+        return self.mean([constant[1]] * self.count), self.mean(informed)
 
     def hacked(self):
         """The most that a hack earns; where there are many turns, a hack on each."""
@@ -340,13 +322,14 @@ class Exam:
         rng, scripts = np.random.default_rng(0), [replies for _, replies, _ in self.solved]
         noise = [[scramble(reply, rng) for reply in script] for script in scripts]
         majority, blind = self.blind()
-        category, level, *rest = self.identity
+        category, level, split, pixels = self.identity
+        look = [glance(category, at, split, pixels, max(40, self.count)) for at in (0, 4)]
         return {"chance": CATEGORIES[category].chance(level),
                 "oracle": self.mean(scripts), "other": self.mean(scripts[1:] + scripts[:1]),
                 "random": self.mean(noise), "majority": majority, "no image": blind,
                 "echo": self.mean([[prompt] for prompt, _, _ in self.solved]),
                 "empty": self.mean([[""]] * self.count), "hacks": self.hacked(),
-                "glance 0": glance(category, 0, *rest), "glance 4": glance(category, 4, *rest)}
+                "glance 0": look[0], "glance 4": look[1]}
 
     def violations(self, row: dict) -> list[str]:
         """The clauses of the contract that do not hold. Means over few seeds are noisy: bounds on
@@ -405,16 +388,6 @@ def verb_list(args):
 
 def levels(args, default):
     return range(5) if args.all_levels else [args.level] if args.level is not None else default
-
-
-def strip(images) -> Image.Image:
-    """All images of one observation on one picture; an empty line where there are none."""
-    if len(images) == 1:
-        return images[0]
-    framed = [ImageOps.expand(image, 2, "white") for image in images]
-    row = max(1, 1100 // framed[0].width) if framed else 1
-    return sheet([framed[i:i + row] for i in range(0, len(framed), row)]
-                 or [[Image.new("RGB", (384, 1), "white")]])
 
 
 def verb_show(args):

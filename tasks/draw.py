@@ -8,11 +8,12 @@ picture has the same layout, drawn sharper.
 Each form is drawn once, four times too large, reduced to a smooth mask and cached; a picture is
 then a few pastes, about a tenth of a millisecond.
 """
+import textwrap
 from functools import lru_cache
 from math import cos, pi, sin
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 GRID, CELL, UNITS = 4, 16, 64
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
@@ -60,6 +61,11 @@ def ink_on(color) -> tuple:
     return (255, 255, 255) if 0.30 * r + 0.59 * g + 0.11 * b < 140 else (0, 0, 0)
 
 
+def blend(a, b, share: float) -> tuple:
+    """The colour that lies `share` of the way from a to b."""
+    return tuple(round(x + (y - x) * share) for x, y in zip(a, b))
+
+
 def _ring(n, radius, start=-pi / 2, inner=None):
     """Corner points on a circle about (0.5, 0.5); with `inner`, every second one lies inside."""
     radii = [radius, inner or radius]
@@ -74,6 +80,8 @@ OUTLINES = {                    # corner points in the unit square
     "cross": [(.34, 0), (.66, 0), (.66, .34), (1, .34), (1, .66), (.66, .66),
               (.66, 1), (.34, 1), (.34, .66), (0, .66), (0, .34), (.34, .34)],
     "diamond": [(.5, 0), (.92, .5), (.5, 1), (.08, .5)],
+    "arrow": [(.5, 0), (1, .48), (.7, .48), (.7, 1), (.3, 1), (.3, .48), (0, .48)],
+    "chevron": [(.22, .1), (.36, 0), (.86, .5), (.36, 1), (.22, .9), (.6, .5)],
     "tick": [(.0, .5), (.16, .34), (.4, .58), (.84, .08), (1, .24), (.4, .9)],
 }
 
@@ -103,6 +111,15 @@ def plate_mask(width: int, height: int, radius: int) -> Image.Image:
 def font(size: int) -> ImageFont.FreeTypeFont:
     """Pillow's built-in face; printable ASCII only."""
     return ImageFont.load_default(size)
+
+
+@lru_cache(maxsize=8192)
+def text_mask(text: str, size: int) -> Image.Image:
+    """A line of text as a mask, as high as the face, so that all lines stand on one base."""
+    face = font(size)
+    mask = Image.new("L", (round(face.getlength(text)) + 2, sum(face.getmetrics())))
+    ImageDraw.Draw(mask).text((0, 0), text, 255, face)
+    return mask
 
 
 @lru_cache(maxsize=8192)
@@ -152,11 +169,20 @@ class Canvas:
 
     def text(self, text: str, x, y, color, size: float, anchor="la", bold=False):
         """A line of text, anchored as Pillow does it (la: its left top at x, y) -> its box."""
+        if not text.isascii():
+            raise ValueError(f"the font has no glyph for {ascii(text)}")
         face, at = font(self.px(size)), self.at(x, y)
         self.pen.text(at, text, color, face, anchor, stroke_width=int(bold))
         scale = 999 / self.image.width
         corners = self.pen.textbbox(at, text, face, anchor, stroke_width=int(bold))
         return tuple(round(c * scale, 1) for c in corners)
+
+    def word(self, text, x, y, color, size, anchor="l"):
+        """A short line from the cache, five times as fast as `text`: y is its middle, x its left,
+        middle or right (l, m, r)."""
+        mask = text_mask(text, self.px(size))
+        left = self.px(x) - {"l": 0, "m": (mask.width - 1) // 2, "r": mask.width - 2}[anchor]
+        self.image.paste(color, (left, self.px(y) - mask.height // 2), mask)
 
     def wrap(self, text: str, size: float, width: float) -> list[str]:
         """The lines that `text` makes in `width` units; a longer word gets a line of its own."""
@@ -199,11 +225,8 @@ def tile(picture: Image.Image, caption: str, side: int = 192) -> Image.Image:
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     lines, face = [], font(12)
     for line in caption.splitlines():
-        lines.append("")
-        for word in line.split():
-            if face.getlength(f"{lines[-1]} {word}") > picture.width:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
+        lines += textwrap.wrap(line, picture.width // 7) or [""]
+    lines = lines if len(lines) <= 16 else [*lines[:11], "...", *lines[-4:]]
     out = Image.new("RGB", (picture.width + 12, picture.height + 16 * len(lines) + 14), "white")
     out.paste(picture, (6, 6))
     ImageDraw.Draw(out).multiline_text((6, picture.height + 8), "\n".join(lines), "black", face)
@@ -219,3 +242,13 @@ def sheet(rows: list[list[Image.Image]]) -> Image.Image:
         for j, picture in enumerate(row):
             page.paste(picture, (sum(t.width for t in row[:j]), sum(heights[:i])))
     return page
+
+
+def strip(images) -> Image.Image:
+    """All images of one observation on one picture; an empty line where there are none."""
+    if len(images) == 1:
+        return images[0]
+    framed = [ImageOps.expand(image, 2, "white") for image in images]
+    row = max(1, 1100 // framed[0].width) if framed else 1
+    return sheet([framed[i:i + row] for i in range(0, len(framed), row)]
+                 or [[Image.new("RGB", (384, 1), "white")]])
