@@ -10,7 +10,7 @@ from math import cos, pi, sin
 from PIL import Image, ImageDraw
 
 from .base import IMAGE, Obs, OneShot, box, held, pick
-from .draw import DARK, LIGHT, Canvas, font, ink_on, shades
+from .draw import DARK, LIGHT, Canvas, blend, ink_on, shades
 from .words import MONTHS, THINGS, invent, some
 
 MEASURES = ("Sales", "Rain", "Guests", "Harvest", "Births", "Fires", "Weddings", "Repairs")
@@ -31,8 +31,7 @@ class Chart:
 
     @property
     def facts(self):
-        return [(series, name, value) for series, values in self.series.items()
-                for name, value in values.items()]
+        return [(s, name, value) for s in self.series for name, value in self.series[s].items()]
 
     def call(self, series, name):
         """the value of Belun in Mar"""
@@ -66,12 +65,11 @@ def draw_up(rng, level: int, heldout: bool) -> Chart:
     step, across = pick(rng, STEPS), pick(rng, STEPS) if kind == "scatter" else 0
     while True:                 # no two marks in one place, and each series has one peak
         heights = (2 + rng.random((n, 9)).argsort(1)[:, :k]).T.tolist()
-        columns = [sorted(rng.permutation(10)[:n].tolist()) if across else range(n)
-                   for _ in range(k)]
+        columns = [sorted(rng.permutation(10)[:n]) if across else range(n) for _ in range(k)]
         marks = {mark for xs, ys in zip(columns, heights) for mark in zip(xs, ys)}
         if len(marks) == n * k and all(ys.count(max(ys)) == 1 for ys in heights):
             break
-    series = {town: {(x + 1) * across if across else names[x]: y * step for x, y in zip(xs, ys)}
+    series = {town: {int(x + 1) * across if across else names[x]: y * step for x, y in zip(xs, ys)}
               for town, xs, ys in zip(towns if k > 1 else [""], columns, heights)}
     title = f"{title.split()[0]} by town" if k > 1 else title
     return Chart(kind, title, "at x =" if across else "in", series, step, across)
@@ -90,10 +88,10 @@ class Plot:
         if level >= 3 and rng.integers(4) == 0:
             self.ground, self.ink = self.ink, self.ground
         colors = shades(rng, heldout)
-        self.hues = [self.inked(0.15, colors[hue]) for hue in hues]
+        self.hues = [blend(colors[hue], self.ink, 0.15) for hue in hues]
         self.canvas = Canvas(pixels, self.ground)
         self.pen, self.at = self.canvas.pen, self.canvas.at
-        self.put(chart.title, x, 4.2, "lm" if x == LEFT else "mm", size=3.6)
+        self.put(chart.title, x, 4.2, "l" if x == LEFT else "m", size=3.6)
         if chart.kind == "pie":
             self.pie(*(24, 35, 20) if level >= 2 else (32, 35.5, 18))
             return
@@ -104,18 +102,13 @@ class Plot:
         for i, (values, hue) in enumerate(zip(chart.series.values(), self.hues)):
             self.marks(values, hue, i)
 
-    def inked(self, share, color=None):
-        """A colour, the ground's if none is named, with this share of ink."""
-        return tuple(round(c + (i - c) * share) for c, i in zip(color or self.ground, self.ink))
-
-    def put(self, text, x, y, anchor="mm", color=None, size=PRINT):
-        face = font(self.canvas.px(size))
-        self.pen.text(self.at(x, y), str(text), color or self.ink, face, anchor)
+    def put(self, text, x, y, anchor="m", color=None, size=PRINT):
+        self.canvas.word(str(text), x, y, color or self.ink, size, anchor)
 
     def legend(self, labels, x, y, right, down):
         for i, (label, hue) in enumerate(zip(labels, self.hues)):
             self.canvas.plate(x + i * right, y + i * down - 1.2, 2.4, 2.4, hue, 0.5)
-            self.put(label, x + i * right + 3.6, y + i * down, "lm")
+            self.put(label, x + i * right + 3.6, y + i * down, "l")
 
     def spot(self, name, value, i):
         """Where a figure stands: in the middle of the i-th slot, or at its number."""
@@ -126,15 +119,15 @@ class Plot:
     def axes(self, names):
         chart, every = self.chart, 1 if self.chart.step and self.level < 2 else 2
         step, self.slots = chart.step or 10, len(names)
-        lines = -(-max(value for _, _, value in chart.facts) // (every * step)) * every
-        self.top = lines * step
-        for i in range(lines + 1):
+        self.top = -(-max(value for _, _, value in chart.facts) // (every * step)) * every * step
+        lines = [blend(self.ground, self.ink, share) for share in (0.3, 0.12)]
+        for i in range(self.top // step + 1):
             y = self.spot(0, i * step, 0)[1]
-            self.pen.line(self.at(LEFT, y, RIGHT, y), self.inked(0.12 if i % every else 0.3))
-            self.put("" if i % every else i * step, LEFT - 1, y, "rm")
+            self.pen.line(self.at(LEFT, y, RIGHT, y), lines[i % every > 0])
+            self.put("" if i % every else i * step, LEFT - 1, y, "r")
         for i in range(11 if chart.across else 0):
             x = self.spot(i * chart.across, 0, 0)[0]
-            self.pen.line(self.at(x, self.head, x, FOOT), self.inked(0.12 if i % every else 0.3))
+            self.pen.line(self.at(x, self.head, x, FOOT), lines[i % every > 0])
             self.put("" if i % every else i * chart.across, x, FOOT + 2.6)
         for i, name in enumerate(() if chart.across else names):
             self.put(name, self.spot(name, 0, i)[0], FOOT + 2.6)
@@ -172,9 +165,9 @@ class Plot:
         for (name, value), hue in zip(values.items(), self.hues):
             turn = 2 * pi * (start + value / 2) / 100       # a full turn on from where it began
             right, down, start = sin(turn), -cos(turn), start + value
-            self.put(value, x + 0.74 * r * right, y + 0.74 * r * down, "mm", ink_on(hue))
+            self.put(value, x + 0.74 * r * right, y + 0.74 * r * down, "m", ink_on(hue))
             if self.level < 2:
-                self.put(name, x + (r + 1.5) * right, y + (r + 2.4) * down, "rl"[right > 0] + "m")
+                self.put(name, x + (r + 1.5) * right, y + (r + 2.4) * down, "rl"[right > 0])
         if self.level >= 2:
             self.legend(values, 47.5, y - 2.2 * (len(values) - 1), 0, 4.4)
 
