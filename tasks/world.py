@@ -1,8 +1,8 @@
 """An invented atlas: countries, cities, yards, ships and people that exist nowhere else.
 
-A world is a pure function of its number and split: some two hundred pages of short text, whose facts
-point at one another. Countries have a flag and yards an emblem, all different; no text of the
-pages describes them, so whoever starts from one has to see it. Held-out worlds have other names.
+A world is a pure function of its number and split: some two hundred pages of short text, whose
+facts point at one another. Countries have a flag and yards an emblem, all different; no page
+describes them, so whoever starts from one has to see it. Held-out worlds have other names.
 
 World 0 is the atlas proper. Pretraining reads its pages as text, flags in words among them
 (`atlas_text`), and `WorldKnowledge` asks about it from pictures, no page at hand; the other
@@ -65,13 +65,15 @@ class Page:
     ships: list                 # what a yard has built
 
     def tell(self, fact: str) -> str:
+        """A fact as a sentence; of a yard also its ships."""
+        if fact == "ships":
+            return f"{self.name} has built the ships {', '.join(self.ships)}."
         return FACTS[self.kind][fact][1].format(self.name, self.facts[fact])
 
     @property
     def text(self) -> str:
-        told = [f"{self.name} is a {self.kind}.", *map(self.tell, self.facts)]
-        built = [f"{self.name} has built the ships {', '.join(self.ships)}."] if self.ships else []
-        return " ".join(told + built)
+        known = [*self.facts, "ships"] if self.ships else self.facts
+        return " ".join([f"{self.name} is a {self.kind}.", *map(self.tell, known)])
 
     @property
     def numbers(self) -> list[str]:
@@ -146,7 +148,7 @@ class World:
 
     @cached_property
     def index(self) -> dict:
-        """word -> {page: weight}: BM25 (k1 1.2, b 0.75), whose weights don't depend on the query."""
+        """word -> {page: weight}, as BM25 has it (k1 1.2, b 0.75): weights know no query."""
         counts = {name: Counter(words_of(page.text)) for name, page in self.pages.items()}
         postings, mean = defaultdict(dict), sum(c.total() for c in counts.values()) / len(counts)
         for name, count in counts.items():
