@@ -296,7 +296,7 @@ class GridLogic(OneShot):
         for i, want in enumerate(wanted):
             for k, length in enumerate(want):
                 x, y = (2 - len(want) + k, i % n + 2)[::1 if i < n else -1]
-                mask = glyph_mask(str(length), self.canvas.px(cell), 12 / 16, 0.02, 0)
+                mask = glyph_mask(str(length), self.canvas.px(cell), 11 / 16, 0.02, 0)
                 self.canvas.stamp(mask, x * cell, y * cell, self.ink)
         told = [f"{names[i].capitalize()} ({' '.join(map(str, wanted[i]))}) can only be "
                 f"{' '.join(lines[i][0])}." for i in at_once[:2]]
