@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .base import IMAGE, Env, Obs, Step, held, middle, pick
-from .draw import CELL, COLORS, GRID, PAIRS, TRAIN_PAIRS, UNITS, Canvas, plain, shades
+from .draw import CELL, GRID, PAIRS, TRAIN_PAIRS, UNITS, Canvas, plain, shades
 from .verify import inside, iou, parse_action, plain as normal
 from .world import YEAR, breadth, draw_emblem, world
 
@@ -26,6 +26,7 @@ USES = {"crop": "crop(x0, y0, x1, y1)", "zoom": "zoom(x, y)",
         "draw_box": "draw_box(x0, y0, x1, y1)", "draw_point": "draw_point(x, y)",
         "search_image": "search_image(x0, y0, x1, y1)", "search_text": 'search_text("words")',
         "open": 'open("name")', "calc": 'calc("2*(3+4)")', "answer": 'answer("...")'}
+PAPER, INK = (250, 250, 246), (34, 36, 44)
 FINE = 1.7                      # height of fine print, in units: 3 pixels of 128, 14 in a zoom
 WORLDS = 64                     # that are looked things up in: too many to learn by heart
 SKY, LAND, SEA, WALL = (206, 226, 240), (150, 176, 120), (104, 150, 186), (228, 206, 170)
@@ -202,8 +203,7 @@ class Board(Toolbox):
         pairs = PAIRS if self.heldout else TRAIN_PAIRS
         chosen = [pairs[i] for i in rng.permutation(len(pairs))[:n].tolist()]
         self.names = [f"the {color} {shape}" for color, shape in chosen]
-        paper = (250, 250, 246) if sum(ground) < 384 else (40, 42, 50)
-        ink = (30, 30, 36) if sum(ground) < 384 else (240, 240, 236)
+        paper, ink = (PAPER, INK) if sum(ground) < 384 else (INK, PAPER)
         moves = rng.uniform(-0.8, 0.8, (n, 2)).tolist()
         for i, (cell, (dx, dy)) in enumerate(zip(self.cells, moves)):
             x, y = cell % GRID * CELL + 1 + dx, cell // GRID * CELL + 1 + dy
@@ -397,13 +397,12 @@ class ImageMining(Library, Board):
                 names.append(self.pages[names[-1]].facts[links[-1]])
         self.route = list(zip(names, [*links, None]))
         first = self.pages[names[0]]
-        listed = [n for n in self.world.named[first.kind] if n != first.name]
-        order = rng.permutation(len(listed))[:self.number() - 1].tolist()
-        self.others = [listed[i] for i in order]
-        shown = [self.pages[name] for name in (first.name, *self.others)]
-        photo = self.pin([page.name if self.level < 2 else str(page.facts[YEAR[page.kind]])
-                          for page in shown])
+        alike, n = self.world.named[first.kind], self.number()
+        order = rng.permutation(len(alike))[:n].tolist()
+        self.others = [alike[i] for i in order if alike[i] != first.name][:n - 1]
         clue = "name" if self.level < 2 else YEAR[first.kind]
+        photo = self.pin([str(self.pages[name].facts.get(clue, name))
+                          for name in (first.name, *self.others)])
         steps = [f"the {first.kind} whose {clue} stands under {self.names[0]}"]
         steps += ["the yard whose emblem hangs in its picture" if link == "emblem" else
                   f"its {link}" for link in links]
@@ -428,11 +427,11 @@ class ImageMining(Library, Board):
             canvas.pen.polygon(canvas.at(*corners), fill=color)
         flag = self.pages[owner]
         x = 61 - breadth(flag, 22)
-        canvas.plate(x - 1.5, 2, 1.5, 40, (90, 84, 80), 0.5)
+        canvas.plate(x - 1.5, 2, 1.5, 40, DARK, 0.5)
         area = draw_emblem(canvas, flag, x, 3, 22, self.colors)
         height = FINE if self.level >= 3 else 8
-        canvas.plate(38, 46, 24, 13, (252, 250, 240), 1)
-        sign = canvas.text(str(number), 50, 52.5, (30, 30, 36), height, "mm")
+        canvas.plate(38, 46, 24, 13, PAPER, 1)
+        sign = canvas.text(str(number), 50, 52.5, INK, height, "mm")
         self.photo = Photo(canvas.image, {f"sign of {page.name}": (sign, height)}, (owner, area))
         return Obs(IMAGE + page.text, [self.whole()])
 
@@ -446,7 +445,7 @@ class ImageMining(Library, Board):
         if not self.photo.emblem or iou(window, self.photo.emblem[1]) < 0.25:
             return Obs("No flag or emblem fills that part of the picture.")
         found = self.world.alike(self.pages[self.photo.emblem[0]].emblem)
-        canvas = Canvas(self.pixels, plain(self.rng, self.heldout, 0)[0])
+        canvas = Canvas(self.pixels, INK)
         for i, page in enumerate(found):
             x = (0.5 + i % 2) * UNITS / 2 - breadth(page, 21) / 2
             draw_emblem(canvas, page, x, (5, 38)[i // 2], 21, self.colors)
