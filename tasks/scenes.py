@@ -31,10 +31,15 @@ def plural(word: str) -> str:
     return word + ("es" if word.endswith("s") else "s")
 
 
+def cell(area) -> list[int]:
+    """Column and row of the cell that a thing stands in."""
+    return [int(GRID * c / 1000) for c in middle(area)]
+
+
 def spot(area) -> list[int]:
     """The middle of the cell that a thing stands in, always a point on it: of all right answers
     the one that has nothing to do with chance, so that a lesson holds no noise. [O]"""
-    return [round((int(GRID * c / 1000) + 0.5) * 999 / GRID) for c in middle(area)]
+    return [round((c + 0.5) * 999 / GRID) for c in cell(area)]
 
 
 def ask_attribute(rng, item, items):
@@ -47,12 +52,16 @@ def ask_attribute(rng, item, items):
     return (pick(rng, SHAPE_OF).format(item.color), item.shape) if by_color else None
 
 
-def refer(rng, item, items):
-    """A way to call an item that fits no other: "star", "red one" or "red star"; None if none."""
-    ways = [(item.shape, lambda other: other.shape == item.shape),
+def kinds(item):
+    """What an item may be called, with a test for each: whether another is that too."""
+    return [(item.shape, lambda other: other.shape == item.shape),
             (f"{item.color} one", lambda other: other.color == item.color),
             (item.name, lambda other: other.name == item.name)]
-    fitting = [name for name, fits in ways if sum(map(fits, items)) == 1]
+
+
+def refer(rng, item, items):
+    """A way to call an item that fits no other: "star", "red one" or "red star"; None if none."""
+    fitting = [name for name, fits in kinds(item) if sum(map(fits, items)) == 1]
     return pick(rng, fitting) if fitting else None
 
 
@@ -66,21 +75,38 @@ def ask_count(rng, color, shape, items):
 class Scene(OneShot):
     """Shapes on a plain ground, one in a cell, moved by up to two units."""
     objects = ((1, 3), (2, 4), (4, 6), (6, 9), (9, 13))         # least and most, by level
+    sizes, gap = (11, 12, 13), 0    # in units; least distance from the border of the cell
 
     def paint(self, pairs):
         """Draw (color, shape) pairs in random cells -> (picture, items in the pairs' order)."""
-        rng, n = self.rng, len(pairs)
-        colors = shades(rng, self.heldout)
-        canvas = Canvas(self.pixels, plain(rng, self.heldout, self.level)[0])
-        cells = rng.permutation(GRID * GRID)[:n].tolist()
-        sizes, moves = rng.integers(11, 14, n).tolist(), rng.integers(-2, 3, (n, 2)).tolist()
-        items = []
-        for (color, shape), cell, size, (dx, dy) in zip(pairs, cells, sizes, moves):
-            room = (CELL - size) / 2
-            x = cell % GRID * CELL + room + max(-room, min(room, dx))
-            y = cell // GRID * CELL + room + max(-room, min(room, dy))
-            items.append(Item(color, shape, canvas.shape(shape, x, y, size, colors[color])))
+        palette = self.palette()
+        cells = self.rng.permutation(GRID * GRID)[:len(pairs)].tolist()
+        canvas, items = self.draw(palette, pairs, self.place(cells))
         return canvas.image, items
+
+    def palette(self):
+        """(shade of each colour, ground, ink)"""
+        return shades(self.rng, self.heldout), *plain(self.rng, self.heldout, self.level)
+
+    def place(self, cells):
+        """(x, y, size) of something in each of these cells."""
+        rng, n, spots = self.rng, len(cells), []
+        sizes, moves = rng.integers(len(self.sizes), size=n), rng.integers(-2, 3, (n, 2))
+        for number, i, (dx, dy) in zip(cells, sizes.tolist(), moves.tolist()):
+            size = self.sizes[i]
+            room = (CELL - size) / 2
+            reach = room - self.gap
+            spots.append((number % GRID * CELL + room + max(-reach, min(reach, dx)),
+                          number // GRID * CELL + room + max(-reach, min(reach, dy)), size))
+        return spots
+
+    def draw(self, palette, pairs, spots):
+        """Draw a pair at each spot; None leaves it empty -> (canvas, items in that order)."""
+        colors, ground, _ = palette
+        canvas = Canvas(self.pixels, ground)
+        items = [pair and Item(*pair, canvas.shape(pair[1], x, y, size, colors[pair[0]]))
+                 for pair, (x, y, size) in zip(pairs, spots)]
+        return canvas, items
 
     def others(self, n, allowed, close=lambda pair: False):
         """n (color, shape) distractors that `allowed` admits; from level 2 on, half of them,
@@ -94,7 +120,11 @@ class Scene(OneShot):
         return PAIRS if self.heldout else TRAIN_PAIRS
 
     def number(self):
-        low, high = self.objects[self.level]
+        return self.between(self.objects)
+
+    def between(self, table):
+        """From the least to the most that a table allows at the level."""
+        low, high = table[self.level]
         return int(self.rng.integers(low, high + 1))
 
     def follow_up(self, items, own, named):
@@ -167,13 +197,12 @@ class Counting(Scene):
         kind = int(rng.integers(2 if self.level < 2 else 3))
         color, shape = ((color, None), (None, shape), (color, shape))[kind]
         count = 1 + int(rng.integers(self.most[self.level]))
-        low, high = self.distractors[self.level]
 
         def matches(pair):
             return color in (None, pair[0]) and shape in (None, pair[1])
 
         wanted = [pair for pair in self.pairs() if matches(pair)]
-        rest = self.others(int(rng.integers(low, high + 1)), lambda p: not matches(p),
+        rest = self.others(self.between(self.distractors), lambda p: not matches(p),
                            lambda p: kind == 2 and (p[0] == color or p[1] == shape))
         pairs = [pick(rng, wanted) for _ in range(count)] + rest
         image, items = self.paint(pairs)
