@@ -39,8 +39,8 @@ def test_a_box_on_every_cell_earns_nothing(level):
             assert Rewards().score(task, evidence).reward == 0
 
 
-def test_hard_scenes_are_found_and_things_never_touch():
-    for seed in (51, 1243):                 # scenes where nothing at first tells the target apart
+def test_crowded_scenes_come_to_an_end_and_things_never_touch():
+    for seed in range(300):                 # in a few of these nothing at first tells it apart
         make(Task("ground_box", seed, 4)).reset()
     for seed in range(20):
         env = make(Task("ground_multi", seed, 4))
