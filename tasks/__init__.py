@@ -7,11 +7,13 @@ from .documents import DocQa, InterleavedQa, OcrDocument, TableRead
 from .geometry import Geometry
 from .grounding import (GroundBox, GroundMulti, SceneToJson, SpatialRelation, SpotDiff,
                         VideoEvents)
+from .programs import CodeOutput, TextCode
 from .puzzles import GridLogic, MapRoute, MatrixPuzzle
 from .scenes import Counting, Point, ShapeAttr
 from .screens import GuiClick, GuiForm
 from .text import OcrLine
 from .tools import ImageMining, TextTools, VisualTools
+from .webdev import UiPolish, UiToCode
 from .world import WorldKnowledge
 
 CATEGORIES = {
@@ -37,13 +39,17 @@ CATEGORIES = {
     "map_route": MapRoute,
     "matrix_puzzle": MatrixPuzzle,
     "grid_logic": GridLogic,
+    "code_output": CodeOutput,
     "world_knowledge": WorldKnowledge,
+    "text_code": TextCode,
     "gui_click": GuiClick,
     "gui_next_action": GuiNextAction,
     "gui_form": GuiForm,
     "gui_navigate": GuiNavigate,
     "gui_multi_app": GuiMultiApp,
     "gui_critic": GuiCritic,
+    "ui_to_code": UiToCode,
+    "ui_polish": UiPolish,
     "visual_tools": VisualTools,
     "text_tools": TextTools,
     "image_mining": ImageMining,

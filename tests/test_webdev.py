@@ -1,0 +1,197 @@
+"""The HTML renderer, the measure of likeness, and what a page does when it is clicked."""
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from gym import Rewards, make, play_out
+from tasks import Task
+from tasks.base import box
+from tasks.pages import SIDE, Broken, Site, look
+from tasks.webdev import (Page, assign, ciede2000, edit_between, page_score, relative_rewards,
+                          run_workflow)
+from tasks.words import invent
+
+CARD = ('<style>.c{width:100px;margin:10px;padding:5px;background:#224488;color:#fff}</style>'
+        '<body><div class="c"><h1>Big</h1><p>small text</p></div></body>')
+SITE = ('<body><a href="#a">A</a> <a href="#b">B</a><div id="a"><p>first</p></div>'
+        '<div id="b"><label><input type="checkbox"> Tick me</label>'
+        '<details><summary>More</summary><p>inside</p></details></div></body>')
+
+
+def texts(html):
+    return [block.text for block in look(html).blocks]
+
+
+def spearman(a, b):
+    def ranks(values):
+        values = np.asarray(values, float)
+        return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
+    return np.corrcoef(ranks(a), ranks(b))[0, 1]
+
+
+# --------------------------------------------------------------------------------------- renderer
+
+def test_boxes_stand_where_the_style_puts_them():
+    view = look(CARD)
+    big, small = view.blocks
+    assert big.box[0] == small.box[0] == 15 and big.box[3] < small.box[1]
+    assert big.color == (255, 255, 255) and big.ground == (0x22, 0x44, 0x88)
+    picture = view.image(SIDE)
+    assert picture.getpixel((11, 12)) == (0x22, 0x44, 0x88)
+    assert picture.getpixel((9, 12)) == picture.getpixel((111, 12)) == (255, 255, 255)
+    assert view.image(4 * SIDE).getpixel((44, 48)) == (0x22, 0x44, 0x88)
+
+
+def test_rows_share_the_width_and_words_wrap():
+    row = '<div style="display:flex;gap:6px">{}</div>'
+    left, right = look(row.format('<p style="flex:1">l</p><p style="flex:1">r</p>')).blocks
+    assert right.box[0] - left.box[0] == (SIDE - 6) / 2 + 6
+    apart = row.replace("gap:6px", "justify-content:space-between")
+    left, right = look(apart.format("<p>l</p><p>r</p>")).blocks
+    assert left.box[0] == 0 and right.box[2] == SIDE
+    one, two = (look(f'<p style="width:{w}px">one two three</p>').blocks[0].box for w in (200, 40))
+    assert two[3] - two[1] > 2 * (one[3] - one[1])
+    assert texts("<table><tr><th>a<td>b<tr><td>c<td>d</table>") == ["a", "b", "c", "d"]
+    cell = [block.box for block in look("<table><tr><td>aaaa<td>b<tr><td>c<td>d</table>").blocks]
+    assert cell[0][0] == cell[2][0] and cell[1][0] == cell[3][0]
+
+
+def test_only_text_that_can_be_seen_counts():
+    for style in ("display:none", "font-size:1px", "color:#fff", "color:#fdfdfd", "padding:300px",
+                  "margin-left:250px", "color:#123456;background:#123456"):
+        assert texts(f'<p style="{style}">words</p><p>seen</p>') in (["seen"], []), style
+    assert texts("<details><summary>More</summary>inside</details>") == ["More"]
+    assert texts("<p>zero\u200bwidth \u0416</p>") == ["zero?width ?"]
+
+
+def test_what_is_unknown_is_counted_and_what_is_too_much_is_broken():
+    assert Site('<p style="float:left;color:#000">x</p><marquee>y</marquee></i>').unknown == 3
+    for html in ("<p>x</p> or not", "text", "<div>" * 17, "<p></p>" * 201, "<p>" + "x" * 4000):
+        with pytest.raises(Broken):
+            Site(html)
+    rng, alphabet = np.random.default_rng(0), ['<', '>', '/', '"', '=', 'p', 'div', 'table', 'td',
+        'tr', 'style', '{', '}', '.c', 'display:flex', ';', ' ', '&#0;', '<!', '[', '--', '99%',
+        'details', 'summary', 'li', 'img', 'input', 'font-size:999', 'width:0', 'id=a', '<body ']
+    for _ in range(600):
+        html = "<p>" + "".join(rng.choice(alphabet, int(rng.integers(1, 40))))
+        try:
+            look(html).image(64)
+        except Broken:
+            pass
+
+
+# ------------------------------------------------------------------------------------------ score
+
+@pytest.mark.parametrize("one,other,gold", [        # Sharma, Wu, Dalal (2005), table 1
+    ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+    ((50, -1.3802, -84.2814), (50, 0, -82.7485), 1.0), ((50, 0, 0), (50, -1, 2), 2.3669),
+    ((50, 2.49, -0.001), (50, -2.49, 0.0009), 7.1792),
+    ((50, 2.49, -0.001), (50, -2.49, 0.0011), 7.2195),
+    ((50, -0.001, 2.49), (50, 0.0011, -2.49), 4.7461), ((50, 2.5, 0), (50, 0, -2.5), 4.3065),
+    ((50, 2.5, 0), (73, 25, -18), 27.1492), ((50, 2.5, 0), (56, -27, -3), 31.9030),
+    ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644),
+    ((2.0776, 0.0795, -1.135), (0.9033, -0.0636, -0.5514), 0.9082)])
+def test_colour_difference(one, other, gold):
+    assert ciede2000(one, other) == pytest.approx(gold, abs=1e-4)
+    assert ciede2000(other, one) == pytest.approx(gold, abs=1e-4)
+
+
+def test_assignment_is_the_cheapest():
+    rng = np.random.default_rng(0)
+    for rows, columns in ((1, 1), (3, 3), (3, 5), (5, 5)) * 10:
+        cost = rng.integers(0, 6, (rows, columns)) / 5
+        best = min(sum(cost[i, way[i]] for i in range(rows))
+                   for way in itertools.permutations(range(columns), rows))
+        assert sum(cost[i, j] for i, j in assign(cost)) == pytest.approx(best)
+
+
+def damaged(rng, html, share):
+    """The page with this share of its texts, and of its colours, replaced."""
+    def name():
+        return f"{invent(rng, False)} {invent(rng, False)}"
+    for form, new in ((r"(?<=>)[^<>\n]+(?=<)", name),
+                      (r"#[0-9a-f]{6}", lambda: f"#{int(rng.integers(1 << 24)):06x}")):
+        found = list(re.finditer(form, html))
+        for i in sorted(rng.permutation(len(found))[:round(share * len(found))], reverse=True):
+            html = html[:found[i].start()] + new() + html[found[i].end():]
+    return html
+
+
+@pytest.mark.parametrize("pages", [60, pytest.param(500, marks=pytest.mark.slow)])
+def test_the_score_follows_the_damage(pages):
+    damage, score = [], []
+    for seed in range(pages):
+        rng = np.random.default_rng(seed)
+        gold = Page(rng, False, seed % 4).html
+        assert page_score(gold, gold) == 1
+        for share in (0, 0.2, 0.4, 0.6, 0.8):
+            damage.append(share)
+            score.append(page_score(damaged(rng, gold, share), gold))
+    assert spearman(damage, score) <= -0.9
+
+
+def test_empty_hidden_and_crammed_pages_earn_nothing():
+    gold = Page(np.random.default_rng(1), False, 2)
+    found = [block.text for block in gold.views[0].blocks]
+    said = " ".join(found)
+    for html in ("", "<p></p>", "<body></body>", f'<p style="color:#fff">{said}</p>',
+                 f'<p style="font-size:2px">{said}</p>', "<p>word</p>" * 150):
+        assert page_score(html, gold.html) == 0
+    assert 0 < page_score("".join(f"<p>{text}</p>" for text in found), gold.html) < 0.8
+
+
+def test_relative_rewards():
+    assert relative_rewards([0.5, None, 0.9, 0.5]) == [2.5, -1, 4, 2.5]
+    assert relative_rewards([0.5, None, 0.9, 0.6], reference=0.6) == [0, -1, 4, 3]
+    assert relative_rewards([]) == [] and relative_rewards([0.0]) == [1]
+
+
+# --------------------------------------------------------------------------------------- workflow
+
+def test_a_step_after_a_failed_one_is_blocked():
+    chains = [[("see", "first"), ("click", "B"), ("page", "b"), ("gone", "first"),
+               ("click", "Tick me"), ("ticked", "Tick me"), ("click", "More"), ("see", "inside")],
+              [("click", "nowhere"), ("see", "first")], [("see", "first")]]
+    assert run_workflow(SITE, chains) == ["passed"] * 8 + ["failed", "blocked", "passed"]
+    assert run_workflow("no page", chains)[:2] == ["failed", "blocked"]
+
+
+def test_look_and_workings_stay_apart():
+    task = Task("ui_to_code", 0, 4)
+    prompt, (reply,), evidence = play_out(task)
+    deaf = {**evidence, "reply": re.sub('href="#', 'href="', reply)}
+    whole, half = (Rewards().score(task, e).parts for e in (evidence, deaf))
+    assert whole == {"look": 1, "works": 1} and half["look"] == 0.5 and half["works"] < 1
+
+
+# ------------------------------------------------------------------------------------------ polish
+
+def test_an_edit_fits_one_place_only():
+    for old, new in (("aXbXc", "aXbYc"), ("aa", "aaa"), ("abcabc", "abc"), ("<p>x</p>", "")):
+        found = re.fullmatch(r"edit\('(.*)', '(.*)'\)", edit_between(old, new))
+        assert old.count(found[1]) == 1 and old.replace(*found.groups()) == new
+
+
+def test_polishing_pays_for_what_is_gained_and_not_for_what_is_lost():
+    task = Task("ui_polish", 3, 2)
+    env = make(task)
+    env.reset()
+    gold, draft = env.chain[0], env.chain[-1]
+    assert Rewards().score(task, play_out(task, [box(gold), "done()"])[2]).reward == 1
+    for page in (draft, "<p>other</p>", "not a page", "<p>" * 50):
+        assert Rewards().score(task, play_out(task, [box(page), "done()"])[2]).reward == 0
+    one = Rewards().score(task, play_out(task, [env.glance(None), "done()"])[2]).reward
+    assert 0 < one < 1
+
+
+def test_polishing_shows_what_came_of_a_round():
+    env = make(Task("ui_polish", 1, 4))
+    first = env.reset()
+    replies, seen = env.oracle(), [first.images[1].tobytes()]
+    while not (step := env.step(next(replies))).done:
+        assert "edits made" in step.obs.text
+        seen.append(step.obs.images[0].tobytes())
+    assert len(set(seen)) == len(seen) == 4 and seen[-1] == first.images[0].tobytes()
+    assert not step.truncated and env.step("done()").done
