@@ -10,6 +10,7 @@ Letters: T tokens of a row, D documents, P patches, N images, p patch side.
 """
 import atexit
 import functools
+import math
 import multiprocessing
 import sysconfig
 import time
@@ -26,7 +27,8 @@ from torch import Tensor
 import gym
 from common import UserError, heartbeat
 from model import Config, rope_positions
-from tasks.base import Task
+from tasks.base import IMAGE, Message, Task
+from tasks.world import atlas_text
 from tokenizer import Tokenizer
 from vit import fit, patchify
 
@@ -99,6 +101,21 @@ def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
 
 # ---- streams: sample i as a pure function of (seed, i) ------------------------------------------
 
+# The share of dialogues kept whole. With one question a picture, the smallest model found the one of
+# two things that was named in 68% of the cases after 800 steps; with dialogues of five turns in
+# 50%, which is either. [O]
+DIALOGUES = 0.15
+
+
+def one_turn(messages, turn: int) -> list[Message]:
+    """One question of a dialogue about its first message's pictures, and the reply."""
+    question, reply = messages[2 * turn:2 * turn + 2]
+    if turn:
+        images = messages[0].images
+        question = Message("user", IMAGE * len(images) + question.text, images)
+    return [question, reply]
+
+
 @functools.cache
 def library_files() -> list[Path]:
     """The Python standard library's own source: plain code that every machine has."""
@@ -122,10 +139,12 @@ def _read(path: Path) -> str:
 
 @dataclass
 class Stream:
-    """A mixture over named sources: gym categories, `text` and `code`.
+    """A mixture over named sources: gym categories, `text`, `code`, and `atlas`: the pages that
+    world_knowledge asks about.
 
     mix: ((name, weight), ...); levels: tasks are drawn from levels 0..levels-1, but from level 0
-    alone for the first `easy` samples: a curriculum [O].
+    alone for the first `easy` samples: a curriculum [O]; think: the share of conversations in which
+    the oracle states its reasons, where it has any.
     """
     config: Config
     mix: tuple
@@ -133,10 +152,11 @@ class Stream:
     split: str = "train"
     levels: int = 1
     easy: int = 0
+    think: float = 0.0
     text_tokens: int = 128
 
     def __post_init__(self):
-        known = [*gym.names(), "text", "code"]
+        known = [*gym.names(), "text", "code", "atlas"]
         for name, weight in self.mix:
             if name not in known:
                 raise UserError(f"--mix names '{name}'; there are {', '.join(known)}")
@@ -152,17 +172,21 @@ class Stream:
         rng = np.random.default_rng([self.seed, i])
         source = min(int(np.searchsorted(self.edges, rng.random(), "right")), len(self.mix) - 1)
         name = self.mix[source][0]
-        if name in ("text", "code"):
+        if name in ("text", "code", "atlas"):
             return self._text(rng, name, source)
         level = int(rng.integers(self.levels)) if i >= self.easy else 0
         task = Task(name, int(rng.integers(2 ** 31)), level, self.split)
-        conversations = gym.demonstrate(task)
+        conversations = gym.demonstrate(task, think=rng.random() < self.think)
         chosen = conversations[int(rng.integers(len(conversations)))]
+        if rng.random() >= DIALOGUES and all(m.role != "observation" for m in chosen):
+            chosen = one_turn(chosen, int(rng.integers(len(chosen) // 2)))
         return document(chosen, self.tokens, self.config, source=source)
 
     def _text(self, rng, name, source) -> Document:
         if name == "text":
             text = library_text()
+        elif name == "atlas":
+            text = "\n" + atlas_text(int(rng.integers(2 ** 31)))
         else:
             files = library_files()
             text = _read(files[int(rng.integers(len(files)))])
@@ -175,8 +199,15 @@ class Stream:
         return Document(np.array(ids, np.int32), weights, [], source)
 
 
-def parse_mix(text: str) -> tuple:
-    """'point:2,text' -> (('point', 2.0), ('text', 1.0)); 'gym' stands for every category."""
+def sight(config: Config) -> int:
+    """The side in pixels of the largest square picture that a model sees without reducing it."""
+    unit = config.vision.patch_size * config.vision.spatial_merge_size
+    return math.isqrt(config.max_tokens) * unit
+
+
+def parse_mix(text: str, pixels: int = 1024) -> tuple:
+    """'point:2,text' -> (('point', 2.0), ('text', 1.0)); 'gym' stands for every category whose
+    pictures can be read at this size."""
     mix = []
     for part in filter(None, text.split(",")):
         name, _, weight = part.partition(":")
@@ -184,7 +215,7 @@ def parse_mix(text: str) -> tuple:
             value = float(weight or 1)
         except ValueError:
             raise UserError(f"--mix takes name:weight, not '{part}'") from None
-        names = gym.names() if name == "gym" else [name]
+        names = gym.names(pixels) if name == "gym" else [name]
         mix += [(n, value / len(names)) for n in names]
     return tuple(mix)
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, load_tensors,
                     main, plan, save_checkpoint, setup, write_json)
-from data import Drawer, Packer, Stream, collate, parse_mix
+from data import Drawer, Packer, Stream, collate, parse_mix, sight
 from kernels import linear_cross_entropy
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
@@ -33,8 +33,9 @@ class Args:
     steps: int = 1000             # optimizer updates
     rows: int = 2                 # packed rows a step, over all ranks
     row_tokens: int = 2048        # tokens a row
-    mix: str = "gym:8,text:1,code:1"  # sources and weights; gym = all categories
+    mix: str = "gym:8,text:1,code:1"  # sources and weights; gym = all that it can see
     levels: int = 2               # tasks come from levels 0..levels-1
+    think: float = 0.0            # share of the gym's replies that state their reasons first
     curriculum: float = 0.2       # share of the run that sees level 0 only
     lr: float = 4e-3              # peak learning rate; Muon and AdamW alike
     vision_scale: float = 1.0     # factor on it for the vision tower
@@ -140,15 +141,15 @@ def run(args: Args):
     say(hw.why)
 
     model, optimizer, start, position = build(args, hw)
-    mix = parse_mix(args.mix)
-    # About 110 tokens a document at tiny: close enough to place the curriculum's end.
-    easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 110)
-    stream = Stream(model.config, mix, args.seed, levels=args.levels, easy=easy)
+    mix = parse_mix(args.mix, sight(model.config))
+    # About 50 tokens a document at tiny: close enough to place the curriculum's end.
+    easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 50)
+    stream = Stream(model.config, mix, args.seed, "train", args.levels, easy, args.think)
     cores = os.cpu_count() or 1
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
     drawer = Drawer(stream, workers, overlap=hw.device.type != "cpu")
     packer = Packer(drawer, args.row_tokens, state=position, say=say)
-    held_out = Packer(Stream(model.config, mix, args.seed, "test", levels=args.levels),
+    held_out = Packer(Stream(model.config, mix, args.seed, "test", args.levels, 0, args.think),
                       args.row_tokens, say=lambda _: None)
     exam = [collate(held_out.row(), model.config).to(hw.device) for _ in range(2)]
     counts = model.counts()

@@ -8,6 +8,7 @@
 Without --ckpt the demo's checkpoint in ckpt/ answers: 0.8M parameters trained for minutes on
 64-pixel drawings of shapes, characters and buttons. It knows nothing else.
 """
+import json
 import math
 import sys
 import time
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import gym
 from common import ROOT, UserError, cli, find_checkpoint, main, setup, write_json
-from data import document, open_image, parse_mix
+from data import document, open_image, parse_mix, sight
 from engine import Engine, Request
 from model import GLMV
 from tasks.base import Message, Task
@@ -84,7 +85,7 @@ def readable(reply: str) -> str:
 @dataclass
 class Eval:
     ckpt: str = ""                # checkpoint or run folder; default: the demo's
-    mix: str = "gym"              # categories, comma-separated; gym = all
+    mix: str = ""                 # categories; default: those in the checkpoint's report, or gym
     levels: int = 2               # tasks come from levels 0..levels-1, in turn
     count: int = 200              # tasks a category
     split: str = "test"           # test: held-out seeds and factors; train: as in training
@@ -150,12 +151,12 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
 
     Accuracy is the share of full rewards. `blank`: the same model and tasks, the picture grey.
     """
-    names = [name for name, _ in parse_mix(mix)]
+    names = [name for name, _ in parse_mix(mix, sight(model.config))]
     if not names:
         raise UserError("--mix names no category")
     unknown = [name for name in names if name not in gym.names()]
     if unknown:
-        raise UserError(f"there is no category '{unknown[0]}'; there are {', '.join(gym.names())}")
+        raise UserError(f"there is no category '{unknown[0]}'; `python gym.py list` shows them")
     table = {}
     bar = tqdm(total=2 * count * len(names), desc="eval", disable=not sys.stderr.isatty())
     for name in names:
@@ -190,9 +191,11 @@ def evaluation(args: Eval):
         raise UserError("--count and --slots take 1 or more, --levels 1 to 5, --seed 0 or more")
     model, tokens, hw = load(args.ckpt, args.device, args.dtype)
     print(hw.why)
+    own = find_checkpoint(args.ckpt or DEMO) / "report.json"
+    trained = json.loads(own.read_text())["table"] if own.exists() else ["gym"]
     began = time.time()
-    table = evaluate(model, tokens, args.mix, args.levels, args.count, args.split, args.seed,
-                     args.slots)
+    table = evaluate(model, tokens, args.mix or ",".join(trained), args.levels, args.count,
+                     args.split, args.seed, args.slots)
     show(table)
     write_json(args.out, {"ckpt": args.ckpt or "ckpt/demo", "split": args.split,
                           "levels": args.levels, "seed": args.seed, "table": table})

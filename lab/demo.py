@@ -19,6 +19,7 @@ from PIL import Image
 import gym
 import pretrain
 from common import UserError, checkpoints, clock, cli, find_checkpoint, main, setup, write_json
+from data import parse_mix
 from lab import report
 from model import GLMV
 from sample import evaluate, play, readable, show
@@ -56,7 +57,7 @@ def answer(model, tokens, folder: Path, levels: int) -> list[dict]:
     """Two held-out tasks a category: pictures on disk, question, answer and truth."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
-    for name in gym.names():
+    for name, _ in parse_mix(MIX):
         tasks = [Task(name, 2_000_000 + i, i % levels, "test") for i in range(2)]
         for task, played in zip(tasks, play(model, tokens, tasks)):
             frames, goal, truth = frames_of(task, played.replies)
@@ -95,7 +96,7 @@ def demo(args: Args):
     model = GLMV.from_pretrained(folder, hw.device, hw.dtype)
     tokens = Tokenizer(model.config.n_ranks)
     print("2/3 examination: tasks of held-out seeds, words, shades and layouts")
-    table = evaluate(model, tokens, levels=args.levels, count=args.count)
+    table = evaluate(model, tokens, MIX, args.levels, args.count)
     show(table)
     print("3/3 answers")
     samples = answer(model, tokens, out / "pictures", args.levels)

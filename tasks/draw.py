@@ -29,9 +29,8 @@ COLORS = {                      # name: shade in training, shade held out
 }
 DARK = ((18, 18, 22), (34, 36, 44))         # plain backgrounds: training, held out
 LIGHT = ((246, 246, 242), (228, 232, 238))
-# Two colours of each shape never occur in training; held-out scenes draw from all pairs.
-HELD_PAIRS = {(list(COLORS)[(3 * i + k) % 8], shape)
-              for i, shape in enumerate(SHAPES) for k in (1, 5)}
+# One colour of each shape never occurs in training; held-out scenes draw from all pairs.
+HELD_PAIRS = {(list(COLORS)[(3 * i + 1) % 8], shape) for i, shape in enumerate(SHAPES)}
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 TRAIN_PAIRS = [pair for pair in PAIRS if pair not in HELD_PAIRS]
 
@@ -148,6 +147,13 @@ class Canvas:
         self.unit = pixels / UNITS
         self.image = Image.new("RGB", (pixels, pixels), color)
 
+    @classmethod
+    def on(cls, image: Image.Image):
+        """A canvas to go on with a picture that is there."""
+        canvas = cls(1, (0, 0, 0))
+        canvas.unit, canvas.image = image.width / UNITS, image
+        return canvas
+
     def px(self, units: float) -> int:
         return round(units * self.unit)
 
@@ -223,11 +229,11 @@ def tile(picture: Image.Image, caption: str, side: int = 192) -> Image.Image:
     """A picture, enlarged by a whole factor so that its pixels stay visible, and its caption."""
     scale = max(1, side // picture.width)
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-    lines, face = [], font(12)
+    lines, face, width = [], font(12), max(192, picture.width)
     for line in caption.splitlines():
-        lines += textwrap.wrap(line, picture.width // 7) or [""]
+        lines += textwrap.wrap(line, width // 7) or [""]
     lines = lines if len(lines) <= 16 else [*lines[:11], "...", *lines[-4:]]
-    out = Image.new("RGB", (picture.width + 12, picture.height + 16 * len(lines) + 14), "white")
+    out = Image.new("RGB", (width + 12, picture.height + 16 * len(lines) + 14), "white")
     out.paste(picture, (6, 6))
     ImageDraw.Draw(out).multiline_text((6, picture.height + 8), "\n".join(lines), "black", face)
     return out

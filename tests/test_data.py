@@ -9,14 +9,15 @@ from PIL import Image
 import gym
 from common import UserError
 from conftest import odd_config, random_document
-from data import (Document, Drawer, Packer, Stream, collate, document, open_image, parse_mix,
-                  resize)
+from data import (Document, Drawer, Packer, Stream, collate, document, one_turn, open_image,
+                  parse_mix, resize, sight)
 from model import sized
-from tasks.base import Message
+from tasks.base import Message, Task
 from tokenizer import Tokenizer
 
 TINY = sized("tiny")
-DEFAULT = parse_mix("gym:8,text:1,code:1")
+DEFAULT = parse_mix("gym:8,text:1,code:1", sight(TINY))
+TOKENS = Tokenizer(TINY.n_ranks)
 
 
 def stream(mix=DEFAULT, seed=0, **options) -> Stream:
@@ -99,7 +100,8 @@ def test_gym_stands_for_every_category():
 
 def test_levels_begin_with_the_easy_one(monkeypatch):
     tasks, demonstrate = [], gym.demonstrate
-    monkeypatch.setattr(gym, "demonstrate", lambda task: tasks.append(task) or demonstrate(task))
+    monkeypatch.setattr(gym, "demonstrate",
+                        lambda task, think: tasks.append(task) or demonstrate(task))
     some = stream(parse_mix("gui_form"), levels=3, easy=20, split="test")
     for i in range(60):
         some(i)
@@ -108,9 +110,30 @@ def test_levels_begin_with_the_easy_one(monkeypatch):
 
 
 def test_the_test_split_is_another():
-    mix = parse_mix("gym")
+    mix = parse_mix("gym", sight(TINY))
     train, test = stream(mix), stream(mix, split="test")
     assert not any(same(train(i), test(i)) for i in range(12))
+
+
+def test_one_turn_of_a_dialogue_brings_the_pictures_along():
+    talk = gym.demonstrate(Task("point", 3))[0]
+    for turn in range(len(talk) // 2):
+        question, reply = one_turn(talk, turn)
+        assert question.images == talk[0].images and question.text.count("<|image|>") == 1
+        assert question.text.endswith(talk[2 * turn].text) and reply == talk[2 * turn + 1]
+    some = stream(parse_mix("point"))
+    turns = [(some(i).ids == TOKENS.special["<|assistant|>"]).sum() for i in range(200)]
+    assert 0.75 < np.mean(np.array(turns) == 1) < 0.95      # the rest are whole dialogues
+
+
+def test_gym_means_what_the_model_can_see():
+    assert sight(TINY) == 64 and "chart_read" not in dict(parse_mix("gym", 64))
+    assert set(gym.names(64)) < set(gym.names()) == set(dict(parse_mix("gym")))
+
+
+def test_the_atlas_is_a_source_of_text():
+    made = stream(parse_mix("atlas"))(3)
+    assert TOKENS.decode(made.ids.tolist()).strip().endswith(".") and not made.images
 
 
 def test_only_replies_are_learnt():
