@@ -1,0 +1,419 @@
+"""The device in use: what its screens say, where things are, what to do next, and whole errands.
+
+One set of screens serves all of it, from telling a switch to errands through several apps: the
+hierarchy of element perception, grounding, single actions and trajectories. [C]
+
+Only the current screen is shown, so what was read on an earlier one must be carried along in
+words: remember("37") changes nothing but stands among the earlier actions from then on. [O]
+"""
+import json
+from copy import deepcopy
+
+from .base import IMAGE, Env, Obs, OneShot, Step, box, click, pick, recap
+from .device import (FORMS, ROW, UNITS, Device, control, furnish, plain_text, some_of,
+                     write)
+from .verify import inside, parse_action, plain
+from .words import CONTROLS, DAYS, NAMES, THINGS, invent, some
+
+
+class Pilot(Device):
+    """A device with one who knows the way, from any state to any other. Steps are (the equally
+    good next actions, why)."""
+
+    def tap(self, label: str, choice=None) -> str:
+        """The click on what has this label, and this choice."""
+        return click(next(s[0] for s in self.spots() if s[1:3] == (label, choice)))
+
+    def poke(self, rng) -> str:
+        """A click on anything that can be clicked."""
+        spots = self.spots()
+        return click(pick(rng, spots)[0]) if spots else "back()"
+
+    def toward(self, app: str, path: list, label: str) -> tuple[list[str], str] | None:
+        """The next step on the way to a row; None where it is in sight, or nowhere."""
+        if self.app != app:
+            taps = [self.tap(app)] if self.app == "Home" else []
+            return [*taps, f'open("{app}")'], f"{label} is in {app}."
+        if path[:len(self.path)] != self.path:
+            return ["back()"], f"{label} is not under {self.path[-1]}."
+        name = [*path, label][len(self.path)]
+        # what is not there at all is looked for down to the end
+        place = next((i for i, row in enumerate(self.rows()) if row.label == name), 99)
+        up = place < self.scroll
+        if up or place >= self.scroll + self.visible and self.scroll < self.lowest():
+            return [f'scroll("{"up" if up else "down"}")'], f"{name} is not in sight."
+        if place < 99 and len(self.path) < len(path):
+            return [self.tap(name)], f"{label} is under {name}."
+        return None
+
+    def lack(self, gold: dict, first: list):
+        """What must be hit for the data to become gold, the settings named in `first` before all
+        others: (app, path, the equally good (label, choice), why); None where nothing differs."""
+        words, data = self.world["words"], self.data
+        for key in [*first, *gold["Settings"]]:
+            want, (*path, name) = gold["Settings"][key], key.split("/")
+            if data["Settings"][key] != want:
+                shown = want if type(want) is not bool else ("off", "on")[want]
+                spot = (name, want if self.world["controls"][key][0] == "slider" else None)
+                if self.world["controls"][key][0] == "choice":
+                    path, spot = [*path, name], (want, None)
+                return "Settings", path, [spot], f"{name} should be {shown}."
+        for app in ("Shop", *FORMS):
+            missing = [one for one in gold[app] if one not in data[app]]
+            extra = [one for one in data[app] if one not in gold[app]]
+            if app == "Shop" and missing + extra:
+                item, label = (extra + missing)[0], "Remove" if extra else words["add"]
+                return app, [item], [(label, None)], f"{label}: {item}."
+            if extra:                       # first, since no two records share a title
+                return app, extra[0][:1], [(words["delete"], None)], f"{extra[0][0]} must go."
+            if missing:
+                fields = dict(zip(FORMS[app], missing[0]))
+                unset = [(name, text if name == "Day" else None)
+                         for name, text in fields.items() if self.draft[name] != text]
+                why = f"The {unset[0][0]} is {fields[unset[0][0]]}." if unset else "All is in."
+                return app, [words["new"]], unset or [(words["save"], None)], why
+        return None
+
+    def mend(self, gold: dict, first=()) -> tuple[list[str], str] | None:
+        """The next step that brings the data nearer to gold; None where they are the same."""
+        if not (lack := self.lack(gold, first)):
+            return None
+        app, path, spots, why = lack
+        if way := self.toward(app, path, spots[0][0]):
+            return way
+        if (self.focus, None) in spots:
+            record = next(record for record in gold[app] if record not in self.data[app])
+            return [f'type("{record[FORMS[app].index(self.focus)]}")'], why
+        return [self.tap(*spot) for spot in spots], why
+
+
+class OnDevice(Env):
+    """What the categories of the device share. `odds`: what chance gives, a level each."""
+    family, min_pixels, odds = "agent", 128, ()
+
+    @classmethod
+    def chance(cls, level):
+        return cls.odds[level]
+
+
+class Errand(OnDevice):
+    """Something to be done on the device. `legs` are the things to look up first, as (app, path,
+    label, value), value None for what is not there; then the data must become as `due`, with
+    nothing else changed. A subclass says in `plan` what is due, and the goal in words."""
+    tier, verifier, layout, max_turns = 3, "STATE", "segment", 40
+
+    def begin(self):
+        """Everything but the picture."""
+        self.actions, self.kept, self.seen, self.answer, self.end = [], [], set(), None, None
+        self.legs, self.first, self.start, self.asked, self.aim = [], [], ("Home", []), None, "done"
+        world, data = furnish(self.rng, self.heldout, self.level)
+        self.due, self.before = deepcopy(data), deepcopy(data["Settings"])
+        self.goal = self.plan(world, data)
+        self.unsettle(world, data)
+        self.device = Pilot(world, data, *self.start)
+        self.wanted = {**Device(world, self.due).outcome(), "answer": self.asked, "end": self.aim}
+
+    def unsettle(self, world, data):
+        """From level 2 on an errand begins anywhere, and dialogs pop up, which offer to turn
+        something on that should stay off."""
+        rng, due = self.rng, self.due["Settings"]
+        page = pick(rng, list(world["tree"])[1:]).split("/")
+        starts = [self.start, ("Settings", page), ("Notes", pick(rng, data["Notes"])[:1])]
+        self.start = pick(rng, starts) if self.level >= 2 else self.start
+        off = [key for key, value in data["Settings"].items() if value is due[key] is False]
+        turns = some_of(rng, range(1, 5), (0, 0, 1, 1, 2)[self.level])
+        world["popups"] = dict(zip(turns, some_of(rng, off, 2)))
+
+    def reset(self):
+        self.begin()
+        return self.observe()
+
+    def observe(self):
+        return Obs(recap(self.goal, self.actions), [self.device.draw(self.pixels)])
+
+    def over(self):
+        return self.end is not None or len(self.actions) >= self.max_turns
+
+    def take(self, text):
+        """Do what a reply says; what is wrong with it stands in the history."""
+        name, args = parse_action(text) or ("", [])
+        complaint = None
+        if name == "done" and args in ([], ["infeasible"]):
+            self.end = args[0] if args else "done"
+        elif name == "answer" and len(args) == 1 and type(args[0]) in (str, int):
+            self.answer, self.end = plain(str(args[0])), "answer"
+        elif name == "remember" and plain_text(args):
+            self.kept.append(args[0])
+        else:
+            complaint = self.device.act(name, args)
+        self.actions.append(f"? {complaint}" if complaint else
+                            f"{name}({', '.join(map(json.dumps, args))})")
+
+    def step(self, text):
+        if not self.over():
+            self.take(str(text))
+        if not self.over():
+            return Step(self.observe(), False)
+        return Step(None, True, truncated=self.end is None)
+
+    def evidence(self):
+        return {"state": {**deepcopy(self.device.outcome()), "answer": self.answer,
+                          "end": self.end}, "gold": self.wanted, "log": list(self.actions)}
+
+    def ways(self) -> tuple[list[str], str]:
+        """The equally good next actions, the likeliest first, and why."""
+        device = self.device
+        if device.popup:
+            away = next(word for _, word, agrees in device.dialog() if not agrees)
+            return [device.tap(away)], "A dialog is in the way."
+        if self.aim != "done" and (mending := device.mend(self.due)):
+            return mending                  # nothing may be changed here, but something was
+        for app, path, label, value in self.legs:
+            if value in self.kept:
+                continue
+            if way := device.toward(app, path, label):
+                return way
+            if value is None:
+                return ['done("infeasible")'], f"There is no {label}."
+            verb = "remember" if self.asked is None else "answer"
+            return [f'{verb}("{value}")'], f"{path[-1] if path else label} says {value}."
+        for key in self.first:              # what stands right already must have been seen, too
+            *path, name = key.split("/")
+            if key not in self.seen and (way := device.toward("Settings", path, name)):
+                return way
+            self.seen.add(key)
+            if device.data["Settings"][key] != self.due["Settings"][key]:
+                break
+        return device.mend(self.due, self.first) or (["done()"], "All is as it should be.")
+
+    def oracle(self):
+        while not self.over():
+            ways, self.why = self.ways()
+            yield ways[0]
+
+    def glance(self, rng):
+        """Looks around, and is content with the first value to answer or the first change."""
+        device, path = self.device, self.device.path
+        if device.data["Settings"] != self.before:
+            return "done()"
+        seen = [row.value for _, row in device.in_sight() if row.kind in ("link", "fact")]
+        if seen and (device.app in ("Shop", "Calendar") or device.app == "Notes" and path):
+            return f'answer("{pick(rng, seen)}")'
+        return device.poke(rng)
+
+
+class GuiNavigate(Errand):
+    """Change one or two settings; at two, the second may stand right already."""
+    odds = (0.03,) * 5          # a click or two that happen to fit
+
+    def plan(self, world, data):
+        rng, goals = self.rng, []
+        self.first = some_of(rng, list(world["controls"]), (1, 1, 1, 2, 2)[self.level])
+        for i, key in enumerate(self.first):
+            now, (*path, name) = data["Settings"][key], ["Settings", *key.split("/")]
+            others = [c for c in world["controls"][key][1] or (False, True) if c != now]
+            want = now if i and rng.integers(3) == 0 else pick(rng, others)
+            self.due["Settings"][key] = want
+            how = (f"turn {name} {('off', 'on')[want]}" if type(want) is bool else
+                   f"set {name} to {want}")
+            goals.append(f"{how} in {' > '.join(path)}")
+        self.start, goal = ("Settings", []), ", then ".join(goals)
+        return f"{goal[0].upper()}{goal[1:]}."
+
+
+class GuiMultiApp(Errand):
+    """Read in one app, use it in another. One errand in five can't be done, since something does
+    not exist: mostly what is to be read, else what the note names; then nothing may change."""
+    kinds = ("ask", "ask set", "set cart", "cart write date", "cart write date")
+    odds = (0.2,) * 5           # done("infeasible"), unseen
+
+    def plan(self, world, data):
+        rng, due, values = self.rng, self.due, data["Settings"]
+        kind, lacking = pick(rng, self.kinds[self.level].split()), rng.integers(5) == 0
+        app = {"ask": pick(rng, ("Shop", *FORMS)), "write": "Shop"}.get(kind, "Notes")
+        known = [*world["items"].items()] if app == "Shop" else data[app]
+        which = int(rng.integers(len(known)))
+        label, value = known[which]
+        free, wares = (some(rng, words, 99, self.heldout) for words in (NAMES, THINGS))
+        free = [name for name in free if name not in dict(data["Notes"])]
+        unsold = next(n for ware in wares if (n := ware.capitalize()) not in world["items"])
+        unmet = lacking and kind == "cart" and rng.integers(2) == 0
+        while (new := invent(rng, self.heldout)) in dict(data["Calendar"]):
+            pass
+        day, ware = pick(rng, DAYS[:5]), unsold if unmet else pick(rng, list(world["items"]))
+        key, want = pick(rng, [(key, n) for key, (sort, choices) in world["controls"].items() if
+                               sort == "slider" for n in choices if n != values[key]] or [("", 0)])
+        if kind in ("set", "cart", "date"):
+            value = {"set": str(want), "cart": ware, "date": day}[kind]
+            data["Notes"][which][1] = due["Notes"][which][1] = value
+        if lacking and not unmet:
+            label, value = {"Shop": unsold, "Notes": free[0], "Calendar": new}[app], None
+        elif kind == "ask":
+            self.asked = plain(str(value))
+        elif kind == "set":
+            due["Settings"][key] = want
+        elif not lacking:
+            into, entry = {"write": ("Notes", [free[1], str(value)]), "cart": ("Shop", ware),
+                           "date": ("Calendar", [new, day])}[kind]
+            due[into].append(entry)
+        self.legs = [(app, [label], "Text", value) if app == "Notes" and value else
+                     (app, [], label, value and str(value))]
+        self.legs += [("Shop", [], ware, None)] if unmet else []
+        self.start = ("Home", []) if self.level else (app, [])
+        self.aim = "infeasible" if lacking else "answer" if kind == "ask" else "done"
+        *page, name = ["Settings", *key.split("/")]
+        goals = {
+            "askShop": f"What does {label} cost in Shop?",
+            "askNotes": f"What does the note {label} say?",
+            "askCalendar": f"Which day is {label} in Calendar?",
+            "setNotes": f"Set {name} in {' > '.join(page)} to what the note {label} says.",
+            "cartNotes": f"Put what the note {label} names into the cart of Shop.",
+            "writeShop": f"Write a note {free[1]} with the price of {label}.",
+            "dateNotes": f"Enter {new} in Calendar for the day in the note {label}."}
+        return goals[kind + app]
+
+
+class WidgetState(OnDevice, OneShot):
+    """How one switch, box, slider, tab or choice stands; at level 4 also how many are on."""
+    tier, verifier, odds = 0, "EX", (0.5, 0.5, 0.4, 0.36, 0.32)
+    kinds = (("switch",), ("switch", "check"), ("switch", "check", "slider"),
+             ("switch", "check", "slider", "choice"), ("switch", "slider", "slider", "choice"))
+
+    def make(self):
+        rng, rows = self.rng, (2, 4, 5, 6, 7)[self.level]
+        world, data = furnish(rng, self.heldout, 0)
+        names = some(rng, CONTROLS, rows, self.heldout)
+        settings = {name: control(rng, self.kinds[self.level]) for name in names}
+        if self.level >= 3:
+            kind, tabs, _ = control(rng, ("choice",))
+            settings[names[0]] = ("tabs", tabs, pick(rng, tabs))
+        world["tree"] = {"": some_of(rng, names, rows)}
+        world["controls"] = {name: setting[:2] for name, setting in settings.items()}
+        data["Settings"] = {name: value for name, (_, _, value) in settings.items()}
+        device = Device(world, data, "Settings")
+        ask = {"switch": "Is {} on?", "check": "Is {} ticked?", "tabs": "Which tab is open?"}
+        asked = [(ask.get(kind, "What is {} set to?").format(name),
+                  ("no", "yes")[value] if type(value) is bool else str(value))
+                 for name, (kind, _, value) in some_of(rng, list(settings.items()), rows)]
+        if self.level == 4:
+            on = sum(kind == "switch" and value for kind, _, value in settings.values())
+            asked.insert(int(rng.integers(3)), ("How many switches are on?", str(on)))
+        (question, gold), *more = asked
+        self.more = [(question, box(gold)) for question, gold in more[:4]]
+        return Obs(IMAGE + question, [device.draw(self.pixels)]), gold
+
+    def glance(self, rng):
+        return pick(rng, self.turns())[1]
+
+
+class UiGround(OnDevice, OneShot):
+    """The box of a row, a button or a single control of any screen."""
+    tier, verifier, odds = 1, "IOU", (0.25, 0.2, 0.15, 0.12, 0.12)
+
+    def make(self):
+        rng, level = self.rng, self.level
+        world, data = furnish(rng, self.heldout, level)
+        app = pick(rng, ("Home", "Shop", "Notes", "Calendar", *3 * ("Settings",))[level >= 2:])
+        path = pick(rng, list(world["tree"])[1:]).split("/") if app == "Settings" else []
+        if app in FORMS and rng.integers(4) == 0:
+            path = [world["words"]["new"]]
+        device = Device(world, data, app, path)
+        for _ in range(int(rng.integers(3))):
+            device.act("scroll", ["down"])
+        if level < 2 and rng.integers(8) == 0:
+            device.popup = pick(rng, list(world["controls"]))
+        self.marks = [(name, [*map(round, area)]) for name, area in device.named()]
+        (name, gold), *more = some_of(rng, self.marks, 5)
+        self.more = [(f"Where is the {name}?", box(area)) for name, area in more]
+        return Obs(f"{IMAGE}Where is the {name}?", [device.draw(self.pixels)]), gold
+
+    def glance(self, rng):
+        return box(pick(rng, self.marks)[1])
+
+
+class GuiNextAction(OnDevice, OneShot):
+    """One turn of an errand: the goal, the actions so far, the screen; reply with the next action.
+    The reward is a product over its keys: verb, place, text. [R]"""
+    tier, verifier, odds = 2, "HIT", (0.3, 0.2, 0.15, 0.15, 0.15)
+
+    def make(self):
+        kind = GuiMultiApp if self.level and self.task.seed % 2 else GuiNavigate
+        errand, total = kind(self.task), 0
+        errand.begin()
+        while not errand.over():
+            ways, why = errand.ways()
+            # what the goal and the history give away unseen is asked for more rarely
+            told = errand.device.popup or ways[0].startswith(("type", "open", "done()"))
+            total += (weight := 0.1 if told else 1)
+            if errand.rng.random() * total < weight:        # one of all turns, in one pass
+                obs, self.right, self.why = errand.observe(), ways, why
+                self.spots = [spot[0] for spot in errand.device.spots()]
+            errand.take(ways[0])
+        gold = {}
+        for name, args in map(parse_action, self.right):
+            hit = [box for box in self.spots if name == "click" and inside(args, box)][:1]
+            gold.setdefault(name, []).extend(hit or [str(args[0]) if args else ""])
+        return obs, gold
+
+    def reply(self, gold):
+        return self.right[0]
+
+    def glance(self, rng):
+        return click(pick(rng, self.spots)) if self.spots else "back()"
+
+
+class GuiCritic(Errand, OneShot):
+    """A recorded errand: the screens, each with the action proposed for it in its margin (in the
+    text they would give the answer away). One is wrong: misread remembers what the screen does not
+    say, mis-target clicks on the wrong thing, wrong-next does the wrong kind of thing. The right
+    ones were taken, so that no later screen is odd. [O]"""
+    tier, verifier, layout, max_turns = 2, "EX", "append", 1
+    reset, step, evidence, oracle = OneShot.reset, OneShot.step, OneShot.evidence, OneShot.oracle
+    longest, odds = (4, 6, 6, 8, 8), (0.2, 0.12, 0.12, 0.1, 0.1)
+
+    def plan(self, world, data):
+        legs = [("Shop", [item], "Price", str(price)) for item, price in world["items"].items()]
+        legs += [(app, [title], FORMS[app][1], text) for app in FORMS for title, text in data[app]]
+        # no two of them with the same value, since one that is remembered is not read again
+        self.legs = [*{leg[3]: leg for leg in some_of(self.rng, legs, 99)}.values()]
+        self.legs = self.legs[:(1, 2, 2, 3, 3)[self.level]]
+        world["margin"] = 1
+        return "Remember " + ", then ".join(
+            f"the {what.lower()} of {path[0]} in {app}" for app, path, what, _ in self.legs)
+
+    def make(self):
+        self.begin()
+        screens, actions, self.slips = [], [], []
+        while self.end is None and len(screens) < self.longest[self.level]:
+            ways, why = self.ways()
+            screens.append(self.device.draw(self.pixels))
+            actions.append(ways[0])
+            self.slips += [(kind, len(screens), wrong, f"{why} So {ways[0]}, not {wrong}.")
+                           for kind, wrong in self.wrong(ways)]
+            self.take(ways[0])
+        kind, turn, actions[turn - 1], self.why = pick(self.rng, self.slips)
+        y = UNITS - ROW if self.device.world["bar"] == "top" else 0
+        for screen, action in zip(screens, actions):
+            write(screen, action, y)
+        ask = "One action is wrong. Which, and is it misread, mis-target or wrong-next?"
+        return Obs(f"{IMAGE * len(screens)}{self.goal}. {ask}", screens), f"{turn}, {kind}"
+
+    def wrong(self, ways):
+        """(kind, action): the mistakes that can be made here."""
+        rng, device, (verb, args) = self.rng, self.device, parse_action(ways[0])
+        others = {"back()", 'scroll("down")', "done()", f'open("{device.world["apps"][0]}")'}
+        found = [("wrong-next", pick(rng, sorted(others - set(ways))))]
+        spots = [spot for area, *_ in device.spots() if (spot := click(area)) not in ways]
+        if verb == "click" and spots:
+            found.append(("mis-target", pick(rng, spots)))
+        if verb == "remember":
+            read, items = args[0], list(device.world["items"])
+            like = (DAYS[:5] if read in DAYS else items if not read.isdigit() else
+                    [str(abs(int(read) + move)) for move in (-10, -1, 1, 10)])
+            found.append(("misread", f'remember("{pick(rng, [v for v in like if v != read])}")'))
+        return found
+
+    def glance(self, rng):
+        """Sees a misreading, for that takes no goal."""
+        kind, turn, *_ = pick(rng, [s for s in self.slips if s[0] != "misread"])
+        return box(self.gold if self.gold.endswith("misread") else f"{turn}, {kind}")
