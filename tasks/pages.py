@@ -392,9 +392,9 @@ class Block(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def word_mask(word: str, size: float, bold: bool) -> Image.Image:
+    word = word[:ceil(10_000 / size)]   # more would not fit on any canvas
     face, stroke = font(size), 0.03 * size * bold
-    mask = Image.new("L", (min(2048, ceil(face.getlength(word) + 2 * stroke) + 2),
-                           ceil(LINE * size)))
+    mask = Image.new("L", (ceil(face.getlength(word) + 2 * stroke) + 2, ceil(LINE * size)))
     ImageDraw.Draw(mask).text((1, 1.03 * size), word, 255, face, "ls", stroke_width=stroke)
     return mask
 
