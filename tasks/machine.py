@@ -1,0 +1,220 @@
+"""An interpreter for a corner of Python: numbers, texts, flat lists, if, for, while, functions.
+
+A program is walked as a tree and never handed to Python; steps, depth and sizes are bounded, and
+to overstep a bound is to fail. What runs here does what Python would do, save that a tuple is
+taken for a list, and x += y for x = x + y. [O]
+"""
+import ast
+import operator as ops
+
+from .verify import boxed
+
+STEPS, DEPTH, LONGEST, LARGEST = 40_000, 150, 200, 10 ** 15
+
+
+class Halt(Exception):
+    """The program asks for what the language does not have, or for too much of it."""
+
+
+# all that reading and running a program can raise; AttributeError: a node of an unknown form
+FAULTS = (Halt, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, SyntaxError,
+          MemoryError, RecursionError)
+OPERATORS = {
+    ast.Add: ops.add, ast.Sub: ops.sub, ast.Mult: ops.mul, ast.FloorDiv: ops.floordiv,
+    ast.Mod: ops.mod, ast.Pow: ops.pow, ast.Eq: ops.eq, ast.NotEq: ops.ne, ast.Lt: ops.lt,
+    ast.LtE: ops.le, ast.Gt: ops.gt, ast.GtE: ops.ge, ast.Not: ops.not_, ast.USub: ops.neg,
+    ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b}
+FUNCTIONS = {f.__name__: f for f in (abs, all, any, bool, chr, int, len, list, max, min, ord,
+                                     range, sorted, str, sum)}
+METHODS = {list: "append copy count extend index insert pop remove reverse sort".split(),
+           str: "count find index isalpha isdigit join lower replace split strip upper".split()}
+EXPRESSIONS = {
+    ast.Name: lambda m, n: m.names[n.id],
+    ast.Constant: lambda m, n: bound(n.value),
+    ast.UnaryOp: lambda m, n: OPERATORS[type(n.op)](m.value(n.operand)),
+    ast.BinOp: lambda m, n: m.operate(n.op, m.value(n.left), m.value(n.right)),
+    ast.IfExp: lambda m, n: m.value(n.body if m.value(n.test) else n.orelse),
+    ast.Subscript: lambda m, n: m.value(n.value)[m.value(n.slice)],
+    ast.Slice: lambda m, n: slice(*(e and m.value(e) for e in (n.lower, n.upper, n.step))),
+    ast.List: lambda m, n: bound([m.value(part) for part in n.elts]),
+    ast.Tuple: lambda m, n: bound([m.value(part) for part in n.elts]),     # taken for a list
+    ast.ListComp: lambda m, n: bound(list(m.each(n))),
+    ast.GeneratorExp: lambda m, n: bound(list(m.each(n))),
+    ast.Call: lambda m, n: bound(m.call(n.func, [m.value(arg) for arg in n.args],
+                                        {k.arg: m.value(k.value) for k in n.keywords})),
+}
+
+
+def size(value) -> int:
+    return len(value) if isinstance(value, (str, list, range)) else 0
+
+
+def bound(value):
+    """The value, unless it is too large, a fraction, or a list in a list: nested lists could
+    grow unseen, even hold themselves."""
+    if isinstance(value, int):
+        good = -LARGEST <= value <= LARGEST
+    elif isinstance(value, list):
+        good = len(value) <= LONGEST and not any(isinstance(v, (list, range)) for v in value)
+    else:
+        good = value is None or isinstance(value, range) or \
+            isinstance(value, str) and len(value) <= LONGEST
+    if not good:
+        raise Halt("too large, or not in the language")
+    return value
+
+
+class Machine:
+    """Runs a program, then `invoke` calls its functions; one budget of steps for all of it. A
+    function sees its own names only. `trace` keeps each name and value as it is assigned."""
+
+    def __init__(self, code: str, trace: list | None = None):
+        self.steps = self.depth = 0
+        self.names, self.functions, self.printed, self.trace = {}, {}, [], trace
+        self.run(ast.parse(code).body)
+
+    def tick(self, cost=1, deeper=0):
+        self.steps += cost
+        self.depth += deeper
+        if self.steps > STEPS or self.depth > DEPTH:
+            raise Halt("too long or too deep")
+
+    def invoke(self, name: str, args: list):
+        """What a function of the program returns."""
+        function, outer, self.names = self.functions[name], self.names, {}
+        for parameter, value in zip(function.args.args, args, strict=True):
+            self.assign(parameter.arg, value)
+        result = self.run(function.body)
+        self.names = outer
+        return result[0] if isinstance(result, tuple) else None
+
+    def assign(self, name, value):
+        self.names[name] = value
+        if self.trace is not None:
+            self.trace.append((name, str(value)))
+
+    def bind(self, target, value):
+        if isinstance(target, ast.Name):
+            self.assign(target.id, value)
+        elif isinstance(target, ast.Tuple):
+            for part, item in zip(target.elts, value, strict=True):
+                self.bind(part, item)
+        else:
+            owner, at = self.value(target.value), self.value(target.slice)
+            if type(owner) is not list or type(at) is not int:
+                raise Halt("only one item of a list can be replaced")
+            owner[at] = bound([value])[0]
+
+    def run(self, body):
+        """Carry out statements. Why they were left: "break", "continue", (the result,), None."""
+        self.tick(deeper=1)
+        way = next(filter(None, map(self.do, body)), None)
+        self.depth -= 1
+        return way
+
+    def do(self, node):
+        self.tick()
+        match node:
+            case ast.Expr():
+                self.value(node.value)
+            case ast.Assign():
+                value = self.value(node.value)
+                for target in node.targets:
+                    self.bind(target, value)
+            case ast.AugAssign():
+                old, by = self.value(node.target), self.value(node.value)
+                self.bind(node.target, self.operate(node.op, old, by))
+            case ast.If():
+                return self.run(node.body if self.value(node.test) else node.orelse)
+            case ast.For(orelse=[]) | ast.While(orelse=[]):
+                for _ in self.rounds(node):
+                    way = self.run(node.body)
+                    if way and way != "continue":
+                        return None if way == "break" else way
+            case ast.FunctionDef(decorator_list=[]):
+                self.functions[node.name] = node
+            case ast.Return():
+                return (node.value and self.value(node.value),)
+            case ast.Break() | ast.Continue():
+                return type(node).__name__.lower()
+            case _ if not isinstance(node, ast.Pass):
+                raise Halt(f"{type(node).__name__} is not in the language")
+
+    def rounds(self, loop):
+        """One turn for each round of a loop."""
+        if isinstance(loop, ast.While):
+            while self.value(loop.test):
+                yield
+        else:
+            for item in self.value(loop.iter):
+                self.bind(loop.target, item)
+                yield
+
+    def each(self, node):
+        """The items of a list comprehension, with one `for`."""
+        outer, self.names, (loop,) = self.names, dict(self.names), node.generators
+        for _ in self.rounds(loop):
+            if all(self.value(test) for test in loop.ifs):
+                yield self.value(node.elt)
+        self.names = outer
+
+    def value(self, node):
+        """What an expression is worth."""
+        self.tick(deeper=1)
+        if isinstance(node, ast.BoolOp):
+            for part in node.values:
+                result = self.value(part)
+                if bool(result) == isinstance(node.op, ast.Or):
+                    break
+        elif isinstance(node, ast.Compare):
+            left = self.value(node.left)
+            for op, right in zip(node.ops, map(self.value, node.comparators)):
+                result, left = self.operate(op, left, right), right
+                if not result:
+                    break
+        else:
+            result = EXPRESSIONS[type(node)](self, node)
+        self.depth -= 1
+        return result
+
+    def operate(self, op, left, right):
+        kind = type(op)
+        if long := size(left) + size(right):
+            self.tick(long >> 4)
+            if kind is ast.Mult and max(size(left) and right, size(right) and left) > LONGEST or \
+                    kind is ast.Mod:            # which would format a text, to any width
+                raise Halt("too large, or not in the language")
+        if kind is ast.Pow and not 0 <= right <= 60:
+            raise Halt("too large")
+        return bound(OPERATORS[kind](left, right))
+
+    def call(self, function, args, named):
+        """Call a method, a function of the program, or one of the language."""
+        self.tick(sum(map(size, args)))
+        if isinstance(function, ast.Attribute):
+            owner = self.value(function.value)
+            if function.attr not in METHODS.get(type(owner), ()):
+                raise Halt(f"no method {function.attr}")
+            result = getattr(owner, function.attr)(*args, **named)
+            if type(bound(owner)) is list and isinstance(function.value, ast.Name):
+                self.bind(function.value, owner)        # for the trace: it may have changed
+            return result
+        if function.id in self.functions and not named:
+            return self.invoke(function.id, args)
+        if function.id == "print":
+            return self.printed.append(" ".join(map(str, args)))
+        return FUNCTIONS[function.id](*args, **named)
+
+
+def solves(evidence: dict) -> float:
+    """EXEC: the boxed function is right in every hidden case; for less there is nothing, else a
+    constant would earn its share. [O]"""
+    code, name = boxed(evidence["reply"]) or "", evidence["gold"]["name"]
+    cases = [([a[:] if isinstance(a, list) else a for a in args], result)
+             for args, result in evidence["gold"]["cases"]]
+    try:
+        machine = Machine(code)
+        found = [machine.invoke(name, args) for args, _ in cases]
+    except FAULTS:
+        return 0.0
+    return float(all(type(f) is type(r) and f == r for f, (_, r) in zip(found, cases)))
