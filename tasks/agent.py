@@ -204,7 +204,7 @@ class Errand(OnDevice):
 
 class GuiNavigate(Errand):
     """Change one or two settings; at two, the second may stand right already."""
-    odds = (0.03,) * 5          # a click or two that happen to fit
+    odds = (0.1, 0.05, 0.02, 0.01, 0.01)     # a click or two that happen to fit
 
     def plan(self, world, data):
         rng, goals = self.rng, []
@@ -275,7 +275,7 @@ class GuiMultiApp(Errand):
 
 class WidgetState(OnDevice, OneShot):
     """How one switch, box, slider, tab or choice stands; at level 4 also how many are on."""
-    tier, verifier, odds = 0, "EX", (0.5, 0.5, 0.4, 0.36, 0.32)
+    tier, verifier, odds = 0, "EX", (0.5, 0.5, 0.4, 0.3, 0.27)
     kinds = (("switch",), ("switch", "check"), ("switch", "check", "slider"),
              ("switch", "check", "slider", "choice"), ("switch", "slider", "slider", "choice"))
 
@@ -334,7 +334,7 @@ class UiGround(OnDevice, OneShot):
 class GuiNextAction(OnDevice, OneShot):
     """One turn of an errand: the goal, the actions so far, the screen; reply with the next action.
     The reward is a product over its keys: verb, place, text. [R]"""
-    tier, verifier, odds = 2, "HIT", (0.3, 0.2, 0.15, 0.15, 0.15)
+    tier, verifier, odds = 2, "HIT", (0.35, 0.2, 0.15, 0.15, 0.15)
 
     def make(self):
         kind = GuiMultiApp if self.level and self.task.seed % 2 else GuiNavigate

@@ -83,7 +83,7 @@ def control(rng, kinds) -> tuple[str, tuple, Any]:
 def furnish(rng, heldout: bool, level: int) -> tuple[dict, dict]:
     """(world, data) of a device; lists grow with the level until they must be scrolled, pages
     nest from level 2 on, and from level 3 on the same setting stands on several pages. [O]"""
-    pages, rows, records = ((3, 3, 4), (3, 4, 5), (4, 5, 6), (5, 6, 8), (6, 9, 9))[level]
+    pages, rows, records = ((2, 3, 4), (3, 4, 5), (4, 5, 6), (5, 6, 8), (6, 9, 9))[level]
     pool = some(rng, CONTROLS, 40, heldout)
     pages, names = pool[:pages], pool[pages:]
     names = names[:12] if level >= 3 else names

@@ -80,8 +80,8 @@ def test_a_dialog_stands_in_the_way():
 @pytest.mark.parametrize("wrong,told", [
     ("click(1)", "two integers"), ("click(-5, 2000)", "two integers"), ('scroll("left")', "scroll"),
     ('open("Mail")', "open"), ("back(1)", "back"), (f'type("{IMAGE}")', "type"),
-    ("fly()", "no such"), (f'remember("{IMAGE}")', "remember"), ("done(1)", "done"), ("answer({1, 2})", "answer"),
-    ("click({1}, b'2')", "two integers"), ("nonsense", "no such")])
+    ("fly()", "no such"), (f'remember("{IMAGE}")', "remember"), ("done(1)", "done"),
+    ("answer({1, 2})", "answer"), ("click({1}, b'2')", "two integers"), ("nonsense", "no such")])
 def test_a_wrong_call_is_told_so_in_one_line_and_takes_a_turn(wrong, told):
     env = make(Task("gui_multi_app", 1, 1))
     env.reset()
