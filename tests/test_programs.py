@@ -104,7 +104,8 @@ BOMBS = [
     "'a'.replace('', 'a' * 199).replace('', 'a' * 199)", "[*range(10**9)]", "-" * 3000 + "1",
     "not " * 900 + "1", "1+" * 1900 + "1", "x." * 1900 + "x", "[" * 190 + "]" * 190,
     "__import__('os').getcwd()", "open('x')", "().__class__.__bases__", "''.join.__self__",
-    "(lambda: 1)()", "len.__name__", "print.__globals__", "eval('1')", "b'a' * 10**9", "f.__code__", "f(**xs)"]
+    "(lambda: 1)()", "len.__name__", "print.__globals__", "eval('1')", "b'a' * 10**9",
+    "f.__code__", "f(**xs)"]
 LOOPS = [
     "while 1:\n        pass", "while 1: x = [1]", "for k in range(10**15): pass", "return f(xs)",
     "xs = [1]\n    for k in xs: xs.append(k)", "s = 'a'\n    while 1: s += s", "import os",
