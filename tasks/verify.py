@@ -12,6 +12,7 @@ for the limits.
 import ast
 import json
 import re
+import warnings
 
 BEGIN, END = "<|begin_of_box|>", "<|end_of_box|>"
 LONGEST_REPLY, LONGEST_ACTION = 4000, 400
@@ -41,7 +42,8 @@ def parse_action(text: str) -> tuple[str, list] | None:
     if not 0 < len(text) <= LONGEST_ACTION:
         return None
     try:
-        call = ast.parse(text, mode="eval").body
+        with warnings.catch_warnings(action="ignore"):      # type("\\d") is the model's affair
+            call = ast.parse(text, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.keywords:
             return None
         return call.func.id, [ast.literal_eval(argument) for argument in call.args]

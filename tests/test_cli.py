@@ -151,7 +151,7 @@ def test_help(script, words, expect):
     ("sample.py ask What? --device=tpu", "--device takes"),
     ("sample.py eval --ckpt=CKPT --mix=pont", "no category 'pont'"),
     ("sample.py eval --ckpt=CKPT --mix=text", "no category 'text'"),
-    ("sample.py eval --ckpt=CKPT --mix=", "--mix"),
+    ("sample.py eval --ckpt=CKPT --mix=,", "--mix"),
     ("sample.py eval --ckpt=CKPT --count=0", "--count"),
     ("sample.py eval --ckpt=CKPT --levels=9", "--levels"),
     ("sample.py eval --ckpt=CKPT --slots=0", "--slots"),
