@@ -44,8 +44,9 @@ def names(pixels: int = MOST_PIXELS) -> list[str]:
 def make(task: Task) -> Env:
     """The environment of a task. Raises ValueError, in one line, on a task that can't be. [O]"""
     if task.category not in CATEGORIES:
-        near = difflib.get_close_matches(str(task.category), CATEGORIES, 3, 0.4) or CATEGORIES
-        raise ValueError(f"unknown category {task.category!r}; did you mean {', '.join(near)}?")
+        near = difflib.get_close_matches(str(task.category), CATEGORIES, 3, 0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "`gym.py list` shows them"
+        raise ValueError(f"unknown category {task.category!r}; {hint}")
     kind = CATEGORIES[task.category]
     if type(task.seed) is not int or task.seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, not {task.seed!r}")
