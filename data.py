@@ -179,8 +179,7 @@ class Stream:
         conversations = gym.demonstrate(task, think=rng.random() < self.think)
         chosen = conversations[int(rng.integers(len(conversations)))]
         if rng.random() >= DIALOGUES and all(m.role != "observation" for m in chosen):
-            own = rng.random() < 0.5            # the task's own question, which examinations ask
-            chosen = one_turn(chosen, 0 if own else int(rng.integers(len(chosen) // 2)))
+            chosen = one_turn(chosen, int(rng.integers(len(chosen) // 2)))
         return document(chosen, self.tokens, self.config, source=source)
 
     def _text(self, rng, name, source) -> Document:
