@@ -118,7 +118,13 @@ def play(model, tokens, tasks, slots: int = 64, context: int = 512, blank: bool 
             messages = [Message(m.role, m.text, tuple(Image.new("RGB", image.size, (128,) * 3)
                                                       for image in m.images)) for m in messages]
         prompt = document(messages, tokens, model.config, answer=True)
-        episodes[engine.submit(Request(prompt, 48))] = task, episode, replies
+        if len(prompt.ids) < context:
+            episodes[engine.submit(Request(prompt, 48))] = task, episode, replies
+        else:                       # not the model's failure, so no zero
+            why = f"{len(prompt.ids)} tokens outgrew the context of {context}"
+            played[task] = Played(task, replies, gym.Score(math.nan, {}, why))
+            if bar:
+                bar.update(1)
 
     for task in tasks:
         episode = gym.drive(gym.make(task))
@@ -178,12 +184,13 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
 
 
 def show(table: dict):
-    print(f"{'category':<14}{'accuracy':>9}  {'95% interval':<14}{'blank':>6}{'chance':>8}{'n':>6}")
+    print(f"{'category':<17}{'accuracy':>9}  {'95% interval':<14}{'blank':>6}{'chance':>8}{'n':>6}")
     for name, row in table.items():
-        print(f"{name:<14}{row['accuracy']:>9.1%}  {row['low']:>5.1%}-{row['high']:<7.1%}"
-              f"{row['blank']:>7.1%}{row['chance']:>8.1%}{row['n']:>6}")
+        print(f"{name:<17}{row['accuracy']:>9.1%}  {row['low']:>5.1%}-{row['high']:<7.1%}"
+              f"{row['blank']:>7.1%}{row['chance']:>8.1%}{row['n']:>6}"
+              + (f"  {row['errors']} not counted: errors" if row["errors"] else ""))
     mean = sum(row["accuracy"] for row in table.values()) / len(table)
-    print(f"{'mean':<14}{mean:>9.1%}")
+    print(f"{'mean':<17}{mean:>9.1%}")
 
 
 def evaluation(args: Eval):

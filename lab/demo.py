@@ -31,7 +31,7 @@ MIX = "shape_attr:1.3,counting:0.7,ocr_line:0.8,point:1.2,gui_click:1.4,gui_form
 
 @dataclass
 class Args:
-    steps: int = 2000             # of pretraining, about eight minutes on 2 cores
+    steps: int = 2000             # of pretraining, about nine minutes on 2 cores
     seed: int = 0                 # of weights and samples
     count: int = 300              # held-out tasks a category in the examination
     levels: int = 1               # levels trained and examined, from 0

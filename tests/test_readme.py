@@ -42,6 +42,13 @@ def test_the_checkpoint_scores_what_the_readme_says():
     assert sum((DEMO / f).stat().st_size for f in ("model.safetensors", "config.json")) < 2e6
 
 
+def test_an_episode_longer_than_the_context_is_an_error_and_not_a_zero():
+    model = GLMV.from_pretrained(DEMO)
+    tasks = [Task("ui_polish", 1, 0, "test"), Task("point", 1, 0, "test")]
+    long, short = play(model, Tokenizer(model.config.n_ranks), tasks)
+    assert "context" in long.score.error and short.score.error is None
+
+
 def test_files_and_commands_that_it_names_exist():
     for name in re.findall(r"^\| `([\w./]+)`", README, re.M):
         assert name in gym.names() or (ROOT / name).exists() or name in (
