@@ -328,7 +328,7 @@ class Packer:
                              "skipped, as will be others of its kind")
                 self.skipped += 1
                 if self.skipped > 100 and self.skipped > 0.99 * self.next:
-                    raise UserError(f"of {self.next} samples, {self.skipped} are longer than "
+                    raise UserError(f"of {self.next + 1} samples, {self.skipped} are longer than "
                                     f"--row_tokens={self.room}")
             else:
                 self.waiting.append((self.next, made))
