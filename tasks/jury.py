@@ -15,11 +15,10 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import Counter, deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, Pipe
 from numbers import Real
 from pathlib import Path
 
@@ -40,19 +39,22 @@ class Score:
 
 
 def told(error: BaseException) -> str:
+    """An exception in one line."""
     return f"{type(error).__name__}: {error}"
 
 
 def attempt(verifiers: dict, evidence: dict) -> tuple[dict, str | None]:
     """What each verifier gives; or nothing, and why one of them failed."""
+    parts = {}
     try:
         if not verifiers:
             raise LookupError("no verifier for this category (a judge is never alone)")
-        parts = {name: verifier(evidence) for name, verifier in verifiers.items()}
-        for name, value in parts.items():
+        for name, verifier in verifiers.items():
+            value = verifier(evidence)
             if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
                 raise ValueError(f"{name} gave {value!r:.60}")      # among them nan
-        return {name: float(value) for name, value in parts.items()}, None
+            parts[name] = float(value)
+        return parts, None
     except Exception as error:          # a verifier's fault must never look like a zero
         return {}, told(error)
 
@@ -98,7 +100,7 @@ def serve(number: int, deadline: float):
     """The life of a worker: jobs come through the pipe of that number until it is closed."""
     pipe = Connection(number)
     with suppress(EOFError, OSError, KeyboardInterrupt):
-        pipe.send(None)                 # I am here
+        pipe.send("I am here")
         while True:
             data = pipe.recv_bytes()
             signal.alarm(math.ceil(deadline) + 5)       # in case nobody is left to kill us
@@ -123,87 +125,63 @@ class Worker:
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL,
                                         pass_fds=[theirs.fileno()])
         theirs.close()
-        self.deadline, self.job, self.until = deadline, None, math.inf
+        try:                    # wait for it here: its first job's deadline must not pay for that
+            if self.hear(STARTING) is None:
+                raise EOFError
+        except (EOFError, OSError):
+            self.stop()
+            raise RuntimeError("a reward worker does not start") from None
 
-    def greet(self):
-        """Wait until it has come up, which its first job's deadline must not pay for."""
-        with suppress(EOFError):
-            if self.pipe.poll(STARTING):
-                return self.pipe.recv()
-        self.stop()
-        raise RuntimeError("a reward worker does not start")
-
-    def begin(self, job: int, data: bytes):
-        self.job, self.until = job, time.monotonic() + self.deadline
-        with suppress(OSError):         # it has died: noticed when its answer is due
-            self.pipe.send_bytes(data)
+    def hear(self, seconds: float):
+        """What it says next, or None after so many seconds; EOFError or OSError if it has died."""
+        return self.pipe.recv() if self.pipe.poll(seconds) else None
 
     def stop(self):
+        """Kill it, whatever it is doing."""
         self.process.kill()
         self.process.wait()
         self.pipe.close()
 
 
 class Pool:
-    """Workers, started when there is something to do and replaced when they are killed."""
+    """Workers, started when there is something to do and replaced when they are killed. During a
+    batch a thread stands by each of them and sees one job after the other through to its end, so
+    an interrupted batch leaves no answer behind for the next one."""
 
     def __init__(self, size: int, deadline: float):
-        self.size, self.deadline, self.workers = size, deadline, []
+        self.size, self.deadline, self.workers = size, deadline, []     # workers: the idle ones
 
     def run(self, jobs: list[tuple]) -> list[tuple[dict, str | None]]:
         """`attempt` each job, in order, within about deadline * (jobs / workers + 1) seconds."""
-        found, data, died = {}, {}, Counter()
-        for i, job in enumerate(jobs):
-            try:
-                data[i] = pickle.dumps(job)
-            except Exception as error:
-                found[i] = {}, told(error)
-        left = deque(data)
+        with ThreadPoolExecutor(self.size) as threads:
+            return list(threads.map(self.judge, jobs))
+
+    def judge(self, job: tuple) -> tuple[dict, str | None]:
+        """`attempt` one job in a process of its own."""
         try:
-            while len(found) < len(jobs):
-                busy = self.hand_out(left, data)
-                pause = max(0, min(worker.until for worker in busy) - time.monotonic())
-                ready = wait([worker.pipe for worker in busy], pause)
-                for worker in busy:
-                    i = worker.job
-                    if worker.pipe in ready:
-                        try:
-                            found[i], worker.job = worker.pipe.recv(), None
-                            continue
-                        except (EOFError, OSError):
-                            died[i] += 1
-                        if died[i] == 1:            # once may be chance, such as want of memory
-                            left.append(i)
-                        else:
-                            found[i] = {}, "the verifier's process died, twice"
-                    elif time.monotonic() < worker.until:
-                        continue
-                    else:
-                        found[i] = {}, f"no verdict within {self.deadline:g} seconds"
-                    self.workers.remove(worker)
-                    worker.stop()
-        finally:                        # an interrupted batch must not answer the next one
-            self.stop([worker for worker in self.workers if worker.job is not None])
-        return [found[i] for i in range(len(jobs))]
-
-    def hand_out(self, left: deque, data: dict) -> list[Worker]:
-        """Give what is left to the idle, with as many workers as can be of use -> the busy."""
-        busy = [worker for worker in self.workers if worker.job is not None]
-        missing = min(self.size, len(left) + len(busy)) - len(self.workers)
-        for worker in [Worker(self.deadline) for _ in range(missing)]:
-            worker.greet()
-            self.workers.append(worker)
-        for worker in self.workers:
-            if left and worker.job is None:
-                i = left.popleft()
-                worker.begin(i, data[i])
-                busy.append(worker)
-        return busy
-
-    def stop(self, workers=None):
-        for worker in list(self.workers if workers is None else workers):
-            self.workers.remove(worker)
+            data = pickle.dumps(job)
+        except Exception as error:
+            return {}, told(error)
+        for idle in (self.workers, []):         # a death may be chance, such as want of memory:
+            try:                                # once more then, in a fresh process
+                worker = idle.pop()
+            except IndexError:
+                worker = Worker(self.deadline)
+            with suppress(EOFError, OSError):
+                worker.pipe.send_bytes(data)
+                found = worker.hear(self.deadline)
+                if found is not None:
+                    self.workers.append(worker)
+                    return found
+                worker.stop()
+                return {}, f"no verdict within {self.deadline:g} seconds"
             worker.stop()
+        return {}, "the verifier's process died, twice"
+
+    def stop(self):
+        """End the idle workers; between batches these are all."""
+        while self.workers:
+            self.workers.pop().stop()
 
 
 # ---------------------------------------------------------------------------------- a model's eye
@@ -225,34 +203,36 @@ class Judge:
         self.ask, self.deadline = ask, deadline
         self.room = threading.Semaphore(threads)
 
-    def prompt(self, question: str, reply: str) -> str | None:
-        """None for a reply that speaks to the judge. The mark is a digest of the reply, so no
-        reply can hold its own; special tokens fall apart, and length buys nothing."""
+    def points(self, question: str, reply: str) -> float:
+        """Ask, and wait for a share from 0 to 1; 0 for a reply that speaks to the judge. The mark is
+        a digest of the reply, so no reply can hold its own; special tokens fall apart, and length
+        buys nothing."""
         reply = spoken(reply).replace("<|", " ").replace("|>", " ")[:2000]
         if re.search(r"score\W*[:=]|\bjudge\b", reply, re.IGNORECASE):
-            return None
+            return 0.0
         mark = f"--- {hashlib.sha256(reply.encode(errors='replace')).hexdigest()[:16]} ---"
-        return PROMPT.format(question=question, mark=mark, reply=reply)
+        with self.room:
+            answer = spoken(self.ask(PROMPT.format(question=question, mark=mark, reply=reply)))
+        found = re.fullmatch(r"SCORE: (10|[0-9])", answer)
+        return int(found[1]) / 10 if found else 0.0
 
     def opinion(self, question: str, evidence: dict) -> Future:
-        """A share from 0 to 1, to be waited for. A thread that hangs holds nothing up at exit."""
+        """The points for a reply, to be waited for. A thread that hangs holds nothing up at exit."""
         future = Future()
         future.until = time.monotonic() + self.deadline
-        threading.Thread(target=self.work, args=(future, question, evidence), daemon=True).start()
+
+        def work():
+            try:
+                future.set_result(self.points(question, evidence["reply"]))
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
         return future
 
     def wait(self, opinion: Future) -> float:
+        """What an opinion says; raises what asking raised, or TimeoutError when it is overdue."""
         return opinion.result(max(0, opinion.until - time.monotonic()))
-
-    def work(self, future, question, evidence):
-        try:
-            prompt = self.prompt(question, evidence["reply"])
-            with self.room:
-                answer = spoken(self.ask(prompt)) if prompt else ""
-            points = re.fullmatch(r"SCORE: (10|[0-9])", answer)
-            future.set_result(int(points[1]) / 10 if points else 0.0)
-        except Exception as error:
-            future.set_exception(error)
 
 
 def judge_at(url: str, model: str, key: str = "none", timeout: float = 30.0):
