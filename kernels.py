@@ -216,26 +216,68 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weight
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk)
 
 
-@dispatch
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution at `uniforms`.
+class _SigmoidLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, scale, bias, paired, tile):
+        x, y, scale, bias = (t.detach().float() for t in (x, y, scale, bias))
+        total, d_scale, d_bias = (torch.zeros((), device=x.device) for _ in range(3))
+        d_x, d_y = torch.zeros_like(x), torch.zeros_like(y)
+        for i in range(0, len(x), tile):
+            for j in range(0, len(y), tile):
+                a, b = x[i:i + tile], y[j:j + tile]
+                cosine = a @ b.T
+                logits = cosine * scale + bias
+                total += F.softplus(logits).sum()  # -log sigmoid(-logit), as if no pair were here
+                grad = logits.sigmoid()
+                if paired and i == j:
+                    total -= logits.diagonal().sum()  # softplus(l) - l = -log sigmoid(l)
+                    grad.diagonal().sub_(1)
+                d_scale += (grad * cosine).sum()
+                d_bias += grad.sum()
+                d_x[i:i + tile].addmm_(grad, b)
+                d_y[j:j + tile].addmm_(grad.T, a)
+        ctx.save_for_backward(d_x.mul_(scale), d_y.mul_(scale), d_scale, d_bias)
+        return total
 
-    logits: (S, V); temperature, top_p, uniforms: (S,). Temperature 0 is argmax. The drawing
-    randomness comes in as an argument, so that each request can own its generator. Returns (S,).
+    @staticmethod
+    def backward(ctx, grad):
+        return *(saved * grad for saved in ctx.saved_tensors), None, None
+
+
+@dispatch
+def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, paired: bool = True,
+                 tile: int = 1024) -> Tensor:
+    """SigLIP's loss of N images against M texts, summed, without the N x M logits [C].
+
+    x: (N, E), y: (M, E), both of length one; scale, bias: scalars. -log sigmoid of plus the logit
+    for x[i] with y[i] where `paired`, of minus the logit for all others. The gradients are made in
+    the forward, tile x tile logits at a time. Returns an fp32 scalar.
     """
-    best = logits.argmax(-1)
-    if not bool((temperature > 0).any()):
-        return best
-    probs = (logits.float() / temperature.clamp_min(1e-4)[:, None]).softmax(-1)
+    return _SigmoidLoss.apply(x, y, scale, bias, paired, tile)
+
+
+def probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
+    """What tokens are drawn with. logits (..., V); temperature, top_p (...): temperature 0 puts
+    all on the best; top_p keeps the most likely up to that mass. Returns (..., V)."""
+    probs = (logits.float() / temperature.clamp_min(1e-4)[..., None]).softmax(-1)
     if bool((top_p < 1).any()):
         ordered, order = probs.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # mass in front of a token: the first always stays
-        kept = ordered * (before < top_p[:, None])
-        probs = torch.zeros_like(probs).scatter(1, order, kept)
+        kept = ordered * (before < top_p[..., None])
+        kept = kept / kept.sum(-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, order, kept)
+    if bool((temperature <= 0).any()):
+        best = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(probs.dtype)
+        probs = torch.where((temperature > 0)[..., None], probs, best)
+    return probs
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """One index a row, by inverting the cumulative distribution at `uniforms`: the randomness
+    comes in as an argument, so that each request can own its generator. (..., V), (...) -> (...)"""
     cumulative = probs.cumsum(-1)
-    point = uniforms[:, None] * cumulative[:, -1:]
-    drawn = (cumulative <= point).sum(-1).clamp_max(logits.shape[-1] - 1)
-    return torch.where(temperature > 0, drawn, best)
+    point = uniforms[..., None] * cumulative[..., -1:]
+    return (cumulative <= point).sum(-1).clamp_max(probs.shape[-1] - 1)
 
 
 # Exercises. Delete the body, write it again, run the test.
@@ -243,3 +285,5 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniforms: Tensor)
 #    pytest tests/test_model.py -k rotations; 15 minutes.
 # 2. _LinearCrossEntropy.forward: all gradients in one pass over chunks of rows, never more than
 #    `chunk` rows of logits at a time. pytest tests/test_model.py -k linear_cross; 45 minutes.
+# 3. _SigmoidLoss.forward, tile by tile, with all four gradients.
+#    pytest tests/test_train_vit.py -k tiles; 30 minutes.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common import UserError, load_tensors, save_tensors, write_json
 from kernels import Segments, angles, attention, rotary_pairs, swiglu
 from tokenizer import SPECIAL, Tokenizer
-from vit import CogViT, MEAN, RMSNorm, STD, VitConfig
+from vit import AttentionPool, CogViT, MEAN, RMSNorm, STD, VitConfig
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Config:
     min_tokens: int = 8
     max_tokens: int = 6144
     n_ranks: int = 0
+    mtp_depths: int = 0         # how far ahead its MTP head was trained to look; 0: unknown
     mrope: tuple | None = None  # sections read from a config.json, where they are not the rule's
 
     @property
@@ -129,9 +130,9 @@ class Cache:
     Going back in a conversation is setting these two integers back.
     """
 
-    def __init__(self, config: Config, slots: int, context: int, device, dtype):
+    def __init__(self, config: Config, slots: int, context: int, device, dtype, layers: int = 0):
         c = config.text
-        shape = (c.num_hidden_layers, slots, c.num_key_value_heads, context, c.head_dim)
+        shape = (layers or c.num_hidden_layers, slots, c.num_key_value_heads, context, c.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(slots, dtype=torch.long, device=device)
@@ -256,6 +257,41 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
+def init(module: nn.Module, seed: int):
+    """Normal matrices of deviation 1/sqrt(fan-in), so that widths need no tuning [O]; norms are
+    born at 1, biases go to 0, lone vectors (a query, a mask token) are normal, scalars stay."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        if p.ndim == 1 and name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.ndim == 1 and name.endswith("weight"):
+            nn.init.ones_(p)
+        elif p.ndim:
+            std = 1.0 if "embed_tokens" in name else p[0].numel() ** -0.5
+            p.data.copy_(torch.randn(p.shape, generator=generator) * std)
+
+
+class TextTower(nn.Module):
+    """The decoder's own blocks, here looking both ways: one vector a caption, for `align`."""
+
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.config, self.trunk = c, Decoder(c)
+        self.pool = AttentionPool(c.hidden_size, c.num_attention_heads)
+
+    def forward(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """ids (T,) of N captions end to end, cu_seqlens (N+1,) -> (N, W)"""
+        c, lengths = self.config, cu_seqlens.diff().long()
+        place = torch.arange(len(ids), device=ids.device)
+        place = place - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+        freqs = angles(place[None], (c.head_dim // 2,), c.rope_theta)
+        rope, segments = (freqs.cos(), freqs.sin()), Segments(cu_seqlens, causal=False)
+        x = self.trunk.embed_tokens(ids)
+        for layer in self.trunk.layers:
+            x = layer(x, rope, segments)
+        return self.pool(self.trunk.norm(x), lengths)
+
+
 class Backbone(nn.Module):
     """Only a name: GLM-OCR's tensors begin with `model.`"""
 
@@ -274,17 +310,7 @@ class GLMV(nn.Module):
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if self.lm_head.weight.device.type != "meta":
-            self.init(seed)
-
-    def init(self, seed: int):
-        """Normal matrices of deviation 1/sqrt(fan-in), so that widths need no tuning [O]."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.ndim == 1:  # norms are born at 1, biases go to 0
-                nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
-            else:
-                std = 1.0 if "embed_tokens" in name else p[0].numel() ** -0.5
-                p.data.copy_(torch.randn(p.shape, generator=generator) * std)
+            init(self, seed)
 
     def encode(self, patches: Tensor, grids: Tensor) -> Tensor:
         """(P, F, 3*p*p) uint8, (N, 3) -> (P/4, W): one embedding a visual token."""
@@ -338,7 +364,9 @@ class GLMV(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {**self.state_dict(), **(weights or {})}
         save_tensors(folder / "model.safetensors", {k: v.to(dtype) for k, v in state.items()})
-        save_config(self.config, folder, str(dtype)[6:])
+        ahead = len(self.model.language_model.layers) > self.config.text.num_hidden_layers
+        config = self.config if ahead else dataclasses.replace(self.config, mtp_depths=0)
+        save_config(config, folder, str(dtype)[6:])
 
     def counts(self) -> dict[str, int]:
         """Parameters of each part."""
@@ -346,8 +374,32 @@ class GLMV(nn.Module):
             return sum(p.numel() for p in module.parameters())
         visual, decoder = self.model.visual, self.model.language_model
         adapter = size(visual.downsample) + size(visual.merger)
+        mtp = size(decoder.layers[self.config.text.num_hidden_layers:])
         return {"tower": size(visual) - adapter, "adapter": adapter,
-                "decoder": size(decoder), "head": size(self.lm_head), "total": size(self)}
+                "decoder": size(decoder) - mtp, "mtp": mtp, "head": size(self.lm_head),
+                "total": size(self)}
+
+
+def load_tower(visual: CogViT, folder):
+    """Fill a tower, without its adapter, from a folder of train_vit.py or of a whole model.
+
+    Raises UserError where the folder holds no tower, or one of other sizes.
+    """
+    tensors = load_tensors(folder)
+    prefix = next((p for p in ("ema.visual.", "visual.", "model.visual.")
+                   if p + "post_layernorm.weight" in tensors), None)
+    if prefix is None:
+        raise UserError(f"{folder} holds no vision tower")
+    adapter = ("downsample.", "merger.")
+    want = {k: v for k, v in visual.state_dict().items() if not k.startswith(adapter)}
+    have = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    have = {k: v for k, v in have.items() if not k.startswith(adapter)}
+    shapes = [{k: v.shape for k, v in side.items()} for side in (want, have)]
+    odd = [k for k in {**want, **have} if shapes[0].get(k) != shapes[1].get(k)]
+    if odd:
+        raise UserError(f"the tower in {folder} is not of this model's sizes; {odd[0]}: expected "
+                        f"{_shape(shapes[0], odd[0])}, found {_shape(shapes[1], odd[0])}")
+    visual.load_state_dict(have, strict=False)
 
 
 def _shape(shapes, name):
@@ -364,6 +416,8 @@ def save_config(config: Config, folder, dtype: str = "float32"):
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta,
                             "partial_rotary_factor": 1.0, "mrope_section": list(config.sections)}}
     text.pop("rope_theta")
+    if config.mtp_depths:
+        text["num_nextn_predict_layers"] = 1        # one physical layer, whatever the depth
     if config.n_ranks:
         text["eos_token_id"] = [marks[s] for s in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     ids = {"image_token_id": config.image_token_id}
@@ -377,7 +431,8 @@ def save_config(config: Config, folder, dtype: str = "float32"):
     write_json(Path(folder) / "config.json", {
         "architectures": ["GlmOcrForConditionalGeneration"], "model_type": "glm_ocr", **ids,
         "tie_word_embeddings": False, "dtype": dtype, "text_config": text,
-        "vision_config": vision, "nanoglmv": {"n_ranks": config.n_ranks}})
+        "vision_config": vision,
+        "nanoglmv": {"n_ranks": config.n_ranks, "mtp_depths": config.mtp_depths}})
     pixels = v.temporal_patch_size * (v.patch_size * v.spatial_merge_size) ** 2
     write_json(Path(folder) / "preprocessor_config.json", {
         "size": {"shortest_edge": config.min_tokens * pixels,
@@ -396,10 +451,10 @@ def load_config(folder) -> Config:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         rope = raw["text_config"].get("rope_parameters") or {}
-        text = known(TextConfig, raw["text_config"])
+        text, ours = known(TextConfig, raw["text_config"]), raw.get("nanoglmv", {})
         text.rope_theta = float(rope.get("rope_theta", text.rope_theta))
         config = Config(text, known(VitConfig, raw["vision_config"]), raw["image_token_id"],
-                        n_ranks=raw.get("nanoglmv", {}).get("n_ranks", 0))
+                        n_ranks=ours.get("n_ranks", 0), mtp_depths=ours.get("mtp_depths", 0))
         config.mrope = tuple(rope["mrope_section"]) if "mrope_section" in rope else None
         extra = path.with_name("preprocessor_config.json")
         if extra.exists():

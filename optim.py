@@ -15,13 +15,15 @@ from torch import Tensor
 
 @dataclass
 class OptimConfig:
-    """Rates are for the end of warm-up; `scales` multiplies them by module, first match wins."""
+    """Rates are for the end of warm-up; `scales` multiplies them and `decays` replaces the weight
+    decay by module, first match wins."""
     lr: float = 4e-3
     weight_decay: float = 0.05
     momentum: float = 0.95
     betas: tuple = (0.9, 0.95)
     clip: float = 1.0
     scales: tuple = ()  # ((name prefix, factor), ...), e.g. (("model.visual", 0.1),)
+    decays: tuple = ()  # ((name prefix, weight decay), ...)
 
 
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
@@ -82,7 +84,7 @@ class Optimizer:
             self.masters[name].grad = self.grads[name]
         groups = defaultdict(list)
         for name in rest:
-            decay = config.weight_decay if self.params[name].ndim >= 2 else 0.0
+            decay = self._decay(name) if self.params[name].ndim >= 2 else 0.0
             groups[self._scale(name), decay].append(self.masters[name])
         self.adam = torch.optim.AdamW(
             [{"params": p, "weight_decay": d, "scale": s} for (s, d), p in groups.items()],
@@ -97,6 +99,10 @@ class Optimizer:
 
     def _scale(self, name: str) -> float:
         return next((f for prefix, f in self.config.scales if name.startswith(prefix)), 1.0)
+
+    def _decay(self, name: str) -> float:
+        return next((d for prefix, d in self.config.decays if name.startswith(prefix)),
+                    self.config.weight_decay)
 
     def collect(self):
         """Add the parameters' gradients to the fp32 buffer and clear them."""
@@ -138,7 +144,7 @@ class Optimizer:
         at = 0
         for name, parts in members:
             lr, master = c.lr * rate * self._scale(name), self.masters[name]
-            master.mul_(1 - lr * c.weight_decay)
+            master.mul_(1 - lr * self._decay(name))
             master.sub_(torch.cat(ortho[at:at + parts]).view_as(master), alpha=lr)
             at += parts
 

@@ -65,6 +65,13 @@ def fit(h: int, w: int, unit: int, min_tokens: int, max_tokens: int) -> tuple[in
     return rows * unit, columns * unit
 
 
+def naflex(h: int, w: int, unit: int, budget: int) -> tuple[int, int]:
+    """NaFlex's size [R]: all of `budget` units, or as many as the aspect allows, used for an image
+    of any size. Raises as `fit` does."""
+    scale = unit * math.sqrt(budget / (h * w))
+    return fit(h * scale, w * scale, unit, 1, budget)
+
+
 def patchify(frames: np.ndarray, patch: int, merge: int = 2) -> tuple[np.ndarray, tuple]:
     """Cut one image, or the two frames of one temporal patch, into block-major patches.
 
@@ -177,6 +184,28 @@ class Merger(VitMLP):
         return super().forward(F.gelu(self.post_projection_norm(self.proj(x))))
 
 
+class AttentionPool(nn.Module):
+    """One vector a segment: a learnt query for each head looks at all of it [O]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.query = heads, nn.Parameter(torch.randn(width))
+        self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """x (T, W), lengths (N,) of the segments -> (N, W)"""
+        n, which = len(lengths), torch.repeat_interleave(lengths)
+        q, k, v = (rearrange(y.float(), "... (h c) -> ... h c", h=self.heads)
+                   for y in (self.query, self.k_proj(x), self.v_proj(x)))
+        scores = (q * k).sum(-1) * q.shape[-1] ** -0.5  # (T, H)
+        top = scores.detach().new_full((n, self.heads), float("-inf"))
+        top = top.scatter_reduce(0, which[:, None].expand_as(scores), scores.detach(), "amax")
+        weights = (scores - top[which]).exp()
+        mass = weights.new_zeros(n, self.heads).index_add(0, which, weights)
+        pooled = v.new_zeros(n, *v.shape[1:]).index_add(0, which, weights[..., None] * v)
+        return self.o_proj(rearrange(pooled / mass[..., None], "n h c -> n (h c)").to(x.dtype))
+
+
 class CogViT(nn.Module):
     """Patches of many images in, one vector a patch out; `merge` makes the decoder's tokens.
 
@@ -193,8 +222,12 @@ class CogViT(nn.Module):
         self.downsample = nn.Conv2d(config.hidden_size, config.out_hidden_size, merge, stride=merge)
         self.merger = Merger(config)
 
-    def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
-        """patches (P, F, 3*p*p) uint8, grids (N, 3) -> features (P, W) after the last norm."""
+    def forward(self, patches: Tensor, grids: Tensor, mask: Tensor | None = None,
+                token: Tensor | None = None) -> Tensor:
+        """patches (P, F, 3*p*p) uint8, grids (N, 3) -> features (P, W) after the last norm.
+
+        mask (P,) bool: these patches are hidden, `token` (W,) stands in place of their embedding.
+        """
         c = self.config
         quarter = c.hidden_size // c.num_heads // 4  # a quarter of a head's dim: its h frequencies
         # Both axes use the same frequencies, so each gets its own table of a quarter of the head.
@@ -204,6 +237,8 @@ class CogViT(nn.Module):
         frames = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
         segments = Segments(F.pad(frames.cumsum(0), (1, 0)).int(), causal=False)
         x = self.patch_embed(patches)
+        if mask is not None:
+            x = torch.where(mask[:, None], token.to(x.dtype), x)
         for block in self.blocks:
             x = block(x, rope, segments)
         return self.post_layernorm(x)
