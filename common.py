@@ -271,6 +271,15 @@ def load_tensors(path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
 
 
+def check_shapes(complaint: str, want: dict[str, torch.Tensor], have: dict[str, torch.Tensor]):
+    """Raise UserError, which begins with `complaint`, unless names and shapes are the same."""
+    wanted, found = ({k: tuple(v.shape) for k, v in side.items()} for side in (want, have))
+    odd = [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
+    if odd:
+        raise UserError(f"{complaint}; {len(odd)} tensors differ, {odd[0]} first: expected "
+                        f"{wanted.get(odd[0], 'nothing')}, found {found.get(odd[0], 'nothing')}")
+
+
 # ---- checkpoints: a folder a step, written beside and then renamed -------------------------------
 
 def save_checkpoint(run: Path, step: int, write, keep: int = 2) -> Path | None:
