@@ -1,23 +1,29 @@
 """Continuous batched generation: the only place in the project that generates.
 
 Requests come and go one by one; every `step` first lets waiting prompts into free slots (one
-packed forward for all of them, images included), then gives each running request its next token.
-The cache keeps the running requests in slots 0..n-1: when one ends, the last moves into its place,
-so that decoding reads one dense block.
+packed forward for all of them, images included), then gives each running request its next token,
+or several where the model has an MTP head: the head drafts K tokens, one forward of the trunk
+verifies them all, and the cache goes back to the last that stands. The cache keeps the running
+requests in slots 0..n-1: when one ends, the last moves into its place, so that decoding reads one
+dense block.
 
-    engine = Engine(model, slots=32, context=1024)
+    engine = Engine(model, slots=32, context=1024, drafts=3)
     engine.submit(Request(prompt))           # a Document that ends where the reply begins
     while engine.busy:
         for result in engine.step(): ...
+
+Letters: n running requests, K drafts, W width, V vocabulary.
 """
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 
+import mmtp
 from common import UserError
 from data import Document, collate
-from kernels import sample
+from kernels import Segments, draw, probabilities
 from model import Cache, GLMV
 from tokenizer import Tokenizer
 
@@ -34,10 +40,13 @@ class Request:
 
 @dataclass
 class Result:
-    """What became of a request. finish: stop | length (max_new reached) | context (cache full)."""
+    """What became of a request. finish: stop | length (max_new reached) | context (cache full).
+    logps, versions: of each token, log-probability at temperature 1 and weights it came from."""
     id: int
     ids: list
     finish: str
+    logps: list
+    versions: list
 
 
 @dataclass
@@ -46,29 +55,51 @@ class _Running:
     request: Request
     generator: torch.Generator
     ids: list = field(default_factory=list)
+    logps: list = field(default_factory=list)
+    versions: list = field(default_factory=list)
 
 
 @dataclass
 class _Next:
-    """What the model's forward reads of a batch, for one new token a slot."""
+    """What the model's forward reads of a batch, for new tokens of running requests."""
     tokens: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: None = None
 
 
 class Engine:
-    """Generation over `slots` conversations of at most `context` tokens each."""
+    """Generation over `slots` conversations of at most `context` tokens each.
 
-    def __init__(self, model: GLMV, slots: int = 32, context: int = 1024):
+    drafts: how many tokens the MTP head may guess ahead. With `adapt` the engine uses as many as
+    pay, down to none, by the acceptance and the times it measures: greedy replies don't depend on
+    that, and sampled ones keep their distribution, but not the same draws from run to run.
+    """
+
+    def __init__(self, model: GLMV, slots: int = 32, context: int = 1024, drafts: int = 0,
+                 adapt: bool = True, say=print):
         weight = model.lm_head.weight
         self.model, self.slots, self.context = model, slots, context
-        self.device = weight.device
+        self.device, self.version = weight.device, 0
         self.stops = set(Tokenizer(model.config.n_ranks).stops)
-        self.cache = Cache(model.config, slots, context, self.device, weight.dtype)
+        if drafts and mmtp.head_of(model) is None:
+            say("no MTP head in this checkpoint: speculation is off")
+            drafts = 0
+        if drafts > model.config.mtp_depths > 0:
+            say(f"the MTP head was trained for {model.config.mtp_depths} drafts, {drafts} are made")
+        self.most, self.adapt = drafts, adapt
+        layers = model.config.text.num_hidden_layers + (drafts > 0)
+        self.cache = Cache(model.config, slots, context + drafts, self.device, weight.dtype, layers)
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running] = []
         self.count = 0
         self.last = torch.zeros(slots, dtype=torch.long, device=self.device)
+        self.state = weight.new_zeros(slots, weight.shape[1])  # the head's, behind each `last`
+        self.steps = self.tokens = 0    # trunk steps times requests, and the tokens they gave
+        self._measure_anew()
+
+    def _measure_anew(self):
+        self.depth, self.seconds = self.most, {}
+        self.tried, self.stood = [0.0] * self.most, [0.0] * self.most
 
     @property
     def busy(self) -> bool:
@@ -96,17 +127,50 @@ class Engine:
                 return
 
     @torch.no_grad()
+    def load(self, weights: dict, version: int):
+        """Take new weights between two steps; what runs goes on with them, its cache as it is."""
+        own = dict(self.model.named_parameters())
+        for name, value in weights.items():
+            own[name].copy_(value)
+        self.version = version
+        self._measure_anew()
+
+    @torch.no_grad()
     def step(self) -> list[Result]:
-        """Admit what fits, then one token for everybody. Returns the requests that ended."""
+        """Admit what fits, then a token or more for everybody. Returns the requests that ended."""
         ended = self._admit()
         n = len(self.running)
         if n:
-            position = self.cache.position[:n]
-            batch = _Next(self.last[:n], position.expand(3, n))
-            hidden = self.model(batch, cache=self.cache.extend(n, 1))
-            position += 1
-            ended += self._choose(hidden, 0)
+            k, began = self._worthwhile(n), time.perf_counter()
+            length, position = self.cache.length[:n].clone(), self.cache.position[:n].clone()
+            drafts, odds = self._guess(n, k)
+            drafted = time.perf_counter()
+            hidden = self._forward(torch.cat([self.last[:n, None], drafts], 1), position)
+            logits = self.model.lm_head(hidden)
+            stood, chosen = self._verify(logits, drafts, odds)
+            alive = [n, *(stood[:, None] > torch.arange(k, device=self.device)).sum(0).tolist()]
+            verified = time.perf_counter()  # the line above has waited for the device
+            if self.depth:
+                self._follow(hidden, chosen, stood, length, position)
+            self.cache.length[:n] = length + stood + 1
+            self.cache.position[:n] = position + stood + 1
+            self._note(n, k, alive, verified - drafted, time.perf_counter() - verified
+                       + drafted - began)
+            ended += self._append(chosen, stood, logits, 0)
         return ended
+
+    def _forward(self, tokens, position, head=None):
+        """The trunk (or, given states `head` (n, k, W), the MTP head) over k more tokens a slot.
+        tokens (n, k) at text positions from position (n,) on. Returns (n, k, W)."""
+        n, k = tokens.shape
+        positions = (position[:, None] + torch.arange(k, device=self.device)).flatten().expand(3, -1)
+        cache = self.cache.extend(n, k)
+        if head is None:
+            hidden = self.model(_Next(tokens.flatten(), positions), cache=cache)
+        else:
+            hidden = mmtp.draft(self.model, head.flatten(0, 1), tokens.flatten(), positions,
+                                cache=cache)
+        return hidden.unflatten(0, (n, k))
 
     def _admit(self) -> list[Result]:
         first = len(self.running)
@@ -116,36 +180,78 @@ class Engine:
         self.running += new
         batch = collate([r.request.prompt for r in new], self.model.config).to(self.device)
         merged = self.model.encode(batch.patches, batch.grids) if len(batch.patches) else None
-        hidden = self.model(batch, merged, self.cache.fill(first, batch.cu_seqlens))
-        ends = batch.cu_seqlens[1:].long() - 1
-        self.cache.position[first:len(self.running)] = batch.positions[0, ends] + 1
-        return self._choose(hidden[ends], first)
+        cache = self.cache.fill(first, batch.cu_seqlens)
+        hidden = self.model(batch, merged, cache)
+        ends, rows = batch.cu_seqlens[1:].long() - 1, slice(first, len(self.running))
+        self.cache.position[rows] = batch.positions[0, ends] + 1
+        logits = self.model.lm_head(hidden[ends])[:, None]
+        chosen = self._choose(logits[:, 0], first)
+        if self.depth:              # the head reads the whole prompt too, one token ahead
+            ahead = batch.tokens.roll(-1).index_copy(0, ends, chosen)
+            self.state[rows] = mmtp.draft(self.model, hidden, ahead, batch.positions,
+                                          Segments(batch.cu_seqlens, causal=True), cache)[ends]
+        return self._append(chosen[:, None], torch.zeros_like(chosen), logits, first)
 
-    def _choose(self, hidden, first: int) -> list[Result]:
-        """Draw the next token of the slots from `first` on; close the requests that are done."""
-        rows = self.running[first:first + len(hidden)]
-        logits = self.model.lm_head(hidden)
-        if any(r.request.temperature > 0 for r in rows):
-            def column(values):
-                return torch.tensor(values, device=self.device)
-            uniforms = column([torch.rand((), generator=r.generator).item() for r in rows])
-            tokens = sample(logits, column([float(r.request.temperature) for r in rows]),
-                            column([float(r.request.top_p) for r in rows]), uniforms)
-        else:
-            tokens = logits.argmax(-1)
-        self.last[first:first + len(rows)] = tokens
-        ended = []
-        chosen = tokens.tolist()
-        for slot in reversed(range(first, first + len(rows))):  # releasing moves the last slot down
-            running = self.running[slot]
-            running.ids.append(chosen[slot - first])
-            held = len(running.request.prompt.ids) + len(running.ids)
-            finish = ("stop" if running.ids[-1] in self.stops
-                      else "length" if len(running.ids) >= running.request.max_new
-                      else "context" if held >= self.context else "")
-            if finish:
-                ended.append(Result(running.id, running.ids, finish))
-                self._release(slot)
+    # ---- choosing tokens --------------------------------------------------------------------
+
+    def _shape(self, rows):
+        """Temperature and top-p of running requests, (n,) each, or None where all are greedy."""
+        requests = [r.request for r in rows]
+        if all(r.temperature <= 0 for r in requests):
+            return None
+        return [torch.tensor([float(value) for value in values], device=self.device)
+                for values in ([r.temperature for r in requests], [r.top_p for r in requests])]
+
+    def _choose(self, logits, first: int):
+        """One token for each slot from `first` on. (n, V) -> (n,)"""
+        rows = self.running[first:first + len(logits)]
+        shape = self._shape(rows)
+        if shape is None:
+            return logits.argmax(-1)
+        return draw(probabilities(logits, *shape), self._uniforms(rows, 1)[:, 0])
+
+    def _uniforms(self, rows, count: int):
+        return torch.tensor([torch.rand(count, generator=r.generator).tolist() for r in rows],
+                            device=self.device)
+
+    def _verify(self, logits, drafts, odds):
+        """How many drafts stand in each slot (n,), and the token that follows each place
+        (n, K+1): those that stand, then the trunk's own; what is behind is void."""
+        n, k = drafts.shape
+        if odds is None and k:      # all greedy
+            best = logits.argmax(-1)
+            return (drafts == best[:, :k]).long().cumprod(1).sum(1), best
+        if not k:
+            chosen = self._choose(logits[:, 0], 0)
+            return torch.zeros_like(chosen), chosen[:, None]
+        shape = [x[:, None].expand(n, k + 1) for x in self._shape(self.running)]
+        stood, token = mmtp.accept(probabilities(logits, *shape), odds, drafts,
+                                   self._uniforms(self.running, k + 1))
+        chosen = torch.cat([drafts, token[:, None]], 1)
+        return stood, chosen.scatter(1, stood[:, None], token[:, None])
+
+    def _append(self, chosen, stood, logits, first: int) -> list[Result]:
+        """Give the slots from `first` on their new tokens; close the requests that are done."""
+        row = torch.arange(len(chosen), device=self.device)
+        self.last[first:first + len(row)] = chosen[row, stood]
+        logps = logits.float().log_softmax(-1).gather(-1, chosen[..., None])[..., 0].tolist()
+        counts, ended = (stood + 1).tolist(), []
+        chosen = chosen.tolist()
+        for slot in reversed(range(first, first + len(row))):  # releasing moves the last slot down
+            running, i = self.running[slot], slot - first
+            for token, logp in zip(chosen[i][:counts[i]], logps[i]):
+                running.ids.append(token)
+                running.logps.append(logp)
+                running.versions.append(self.version)
+                held = len(running.request.prompt.ids) + len(running.ids)
+                finish = ("stop" if token in self.stops
+                          else "length" if len(running.ids) >= running.request.max_new
+                          else "context" if held >= self.context else "")
+                if finish:          # drafts behind a stop token are dropped
+                    ended.append(Result(running.id, running.ids, finish, running.logps,
+                                        running.versions))
+                    self._release(slot)
+                    break
         return ended[::-1]
 
     def _release(self, slot: int):
@@ -153,12 +259,73 @@ class Engine:
         if slot != end:
             self.running[slot] = self.running[end]
             self.last[slot] = self.last[end]
+            self.state[slot] = self.state[end]
             self.cache.move(end, slot)
         self.running.pop()
+
+    # ---- drafting ---------------------------------------------------------------------------
+
+    def _guess(self, n: int, k: int):
+        """k drafts for each of n slots, (n, k), and the odds (n, k, V) they were drawn with, or
+        None where all are greedy. What this writes into the cache lies behind what counts."""
+        shape, state = self._shape(self.running), self.state[:n]
+        length, position = self.cache.length[:n].clone(), self.cache.position[:n].clone()
+        drafts, odds = [], []
+        for j in range(k):
+            if j:                   # from its own guess: the state, and the token it led to
+                state = self._forward(drafts[-1][:, None], position + j - 1, state[:, None])[:, 0]
+            logits = mmtp.logits(self.model, state)
+            if shape is None:
+                drafts.append(logits.argmax(-1))
+            else:
+                odds.append(probabilities(logits, *shape))
+                drafts.append(draw(odds[-1], self._uniforms(self.running, 1)[:, 0]))
+        self.cache.length[:n] = length
+        empty = torch.zeros(n, 0, dtype=torch.long, device=self.device)
+        return torch.stack(drafts, 1) if k else empty, torch.stack(odds, 1) if odds else None
+
+    def _follow(self, hidden, chosen, stood, length, position):
+        """Let the head take in what the trunk has just read, each state with the token that
+        follows it; its last state that counts is where the next drafts begin."""
+        n = len(chosen)
+        self.cache.length[:n] = length
+        states = self._forward(chosen, position, hidden)
+        self.state[:n] = states[torch.arange(n, device=self.device), stood]
+
+    def _note(self, n, k, alive, trunk, head):
+        """Keep count of what stands, and of seconds: the least, which noise can only lengthen."""
+        self.steps, self.tokens = self.steps + n, self.tokens + sum(alive)
+        for j in range(k):          # of those whose earlier drafts stand, how many stand here too
+            self.tried[j] = 0.98 * self.tried[j] + alive[j]
+            self.stood[j] = 0.98 * self.stood[j] + alive[j + 1]
+        seen = self.seconds.setdefault((n.bit_length(), k), [0, trunk, head])
+        self.seconds[n.bit_length(), k] = [seen[0] + 1, min(1.02 * seen[1], trunk),
+                                           min(1.02 * seen[2], head)]
+
+    def _worthwhile(self, n: int) -> int:
+        """How many drafts to make now. Times of all K follow from those of two, as lines. Once
+        none pay, none are made until new weights arrive."""
+        if not self.adapt or not self.depth:
+            return self.depth
+        size, most = n.bit_length(), self.most
+        for k in {most, 1}:
+            if self.seconds.get((size, k), [0])[0] < 4:
+                return k
+        if self.tried[0] > 64:
+            (_, trunk, head), (_, trunk1, head1) = (self.seconds[size, k] for k in (most, 1))
+            step = max(0.0, trunk - trunk1) / max(1, most - 1)
+            more = max(0.0, head - head1) / max(1, most - 1)
+            cost = [trunk1 - step] + [trunk1 + head1 + (k - 1) * (step + more)
+                                      for k in range(1, most + 1)]
+            rates = [s / max(1.0, t) for s, t in zip(self.stood, self.tried)]
+            self.depth = mmtp.worth(rates, cost)
+        return self.depth
 
 
 # Exercises. Delete the body, write it again, run the test.
 # 1. Engine._release, so that the running requests stay in slots 0..n-1.
 #    pytest tests/test_engine.py; 15 minutes.
-# 2. Let `_admit` wait until half of the slots are free. What does that do to
+# 2. _guess and _follow: where does the head's part of the cache end, before and after?
+#    pytest tests/test_mmtp.py -k greedy; 60 minutes.
+# 3. Let `_admit` wait until half of the slots are free. What does that do to
 #    `python -m lab.bench decode`, and why would a server not want it?

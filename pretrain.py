@@ -23,6 +23,7 @@ from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint
                     main, plan, save_checkpoint, setup, write_json)
 from data import Drawer, Packer, Stream, collate, parse_mix, sight
 from kernels import linear_cross_entropy
+from mmtp import attach, head_of, load, losses as mtp_losses, prefix
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 
@@ -43,6 +44,8 @@ class Args:
     warmup: int = 20              # steps
     schedule: str = "linear"      # constant, linear (over the last part) or cosine
     decay: float = 0.4            # that last part, as a share of the steps
+    mtp: int = 3                  # tokens that the MTP head learns to look ahead; 0: no head
+    mtp_share: float = 0.2        # the last part of the run, in which it learns
     init: str = ""                # folder whose weights to start from
     resume: bool = False          # go on with the newest checkpoint in --out
     out: str = "out/pretrain"     # run folder: log.jsonl, config.json, checkpoints
@@ -58,13 +61,22 @@ class Args:
 
 # ---- the loss ---------------------------------------------------------------------------------
 
-def loss_sum(model: GLMV, batch) -> torch.Tensor:
-    """Weighted sum of the next-token losses of one row; fp32 scalar."""
+def loss_sum(model: GLMV, batch, depths: int = 0) -> tuple[torch.Tensor, list]:
+    """Weighted sum of the next-token losses of one row, and of the MTP head's at each depth:
+    fp32 scalars."""
     merged = model.encode(batch.patches, batch.grids) if len(batch.patches) else None
     hidden = model(batch, merged)
     # Token t is predicted from position t-1; a document's first token has weight 0.
-    return linear_cross_entropy(hidden[:-1], model.lm_head.weight,
+    main = linear_cross_entropy(hidden[:-1], model.lm_head.weight,
                                 batch.tokens[1:], batch.weights[1:])
+    return main, mtp_losses(model, hidden, batch, merged, depths) if depths else []
+
+
+def ahead_weight(step: int, args: Args) -> float:
+    """What the MTP loss counts at `step`: nothing at first, then 0.3, then 0.1 in the last third
+    of its part [R: GLM-4.5, DeepSeek-V3; that it starts late is ours]."""
+    left = (args.steps - step) / args.steps / args.mtp_share if args.mtp_share else 2.0
+    return 0.0 if not args.mtp or left > 1 else 0.3 if left > 1 / 3 else 0.1
 
 
 def flops_per_step(model: GLMV, args: Args, patches_per_token: float) -> float:
@@ -82,18 +94,17 @@ def build(args: Args, hw):
     resumed = args.resume and bool(checkpoints(args.out))
     folder = (find_checkpoint(args.out) if resumed
               else find_checkpoint(args.init) if args.init else None)
-    if folder:
-        model = GLMV.from_pretrained(folder)
-    else:
-        model = GLMV(sized(args.size), args.seed)
+    model = load(folder) if folder else GLMV(sized(args.size), args.seed)
     if not model.config.n_ranks:
         raise UserError(f"{folder} comes with another tokenizer; only its weights can be used here")
+    if args.mtp and not head_of(model):
+        attach(model, args.mtp, args.seed)
     model = model.to(hw.device, hw.dtype)
     config = OptimConfig(args.lr, args.weight_decay, scales=(("model.visual", args.vision_scale),))
     optimizer = Optimizer(model.named_parameters(), config)
     if folder:  # the model may be bf16, the masters start from what the file holds
-        optimizer.load_masters({k: v.to(hw.device, torch.float32)
-                                for k, v in load_tensors(folder).items()})
+        stored = {k: v.to(hw.device, torch.float32) for k, v in load_tensors(folder).items()}
+        optimizer.load_masters(optimizer.masters | stored)  # a new head is not in the file
     if resumed:
         try:
             state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
@@ -181,18 +192,19 @@ def run(args: Args):
         weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)
         tokens = sum(len(d.ids) for row in rows for d in row)
         images = sum(len(d.images) for row in rows for d in row)
-        total = torch.zeros((), device=hw.device)
+        ahead = ahead_weight(step, args)
+        total = torch.zeros(1 + args.mtp * (ahead > 0), device=hw.device)
         for row in rows[hw.rank::hw.world]:
             batch = collate(row, model.config, args.row_tokens).to(hw.device)
-            loss = loss_sum(model, batch) / weight
-            loss.backward()
+            loss, further = loss_sum(model, batch, args.mtp if ahead else 0)
+            (loss + ahead * sum(further) / max(1, args.mtp)).div(weight).backward()
             optimizer.collect()
-            total += loss.detach()
+            total += torch.stack([loss.detach(), *(x.detach() for x in further)]) / weight
         if hw.world > 1:
             dist.all_reduce(total)
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
-        value = total.item()
-        norm = optimizer.step(rate, apply=math.isfinite(value))
+        value, *further = total.tolist()
+        norm = optimizer.step(rate, math.isfinite(value), idle="" if ahead else prefix(model))
         if not (math.isfinite(norm) and math.isfinite(value)):
             bad, skipped = bad + 1, skipped + 1
             say(f"step {step}: loss {value}, gradient norm {norm}: step skipped ({bad} in a row)")
@@ -209,13 +221,15 @@ def run(args: Args):
         if hw.device.type == "cuda":
             per_token = sum(len(d.images) * 4 for row in rows for d in row) / max(1, tokens)
             values["mfu"] = flops_per_step(model, args, per_token) / took / hw.peak / hw.world
+        if further:
+            values |= {f"mtp{k}": x for k, x in enumerate(further, 1)}
         if drew > 0.05 * took:
             values["drawing"] = drew
         if skipped or packer.skipped:
             values["skipped"] = skipped + packer.skipped
         if args.eval_every and done % args.eval_every == 0:
             with torch.no_grad():
-                sums = sum(loss_sum(model, b) for b in exam)
+                sums = sum(loss_sum(model, b)[0] for b in exam)
             values["held_out"] = (sums / sum(b.weights.sum() for b in exam)).item()
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
         stop = interrupt.signal

@@ -183,9 +183,9 @@ def test_sampling_inverts_the_distribution():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(5, 4)
     uniforms = torch.tensor([0.0, 0.49, 0.51, 0.81, 0.96])
     one = torch.ones(5)
-    assert sample(logits, one, one, uniforms).tolist() == [0, 0, 1, 2, 3]
-    assert sample(logits, one, 0.7 * one, uniforms).tolist() == [0, 0, 0, 1, 1]
-    assert sample(logits, 0 * one, one, uniforms).tolist() == [0] * 5
+    assert draw(probabilities(logits, one, one), uniforms).tolist() == [0, 0, 1, 2, 3]
+    assert draw(probabilities(logits, one, 0.7 * one), uniforms).tolist() == [0, 0, 0, 1, 1]
+    assert draw(probabilities(logits, 0 * one, one), uniforms).tolist() == [0] * 5
 
 
 # ---- folders ------------------------------------------------------------------------------------
