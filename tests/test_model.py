@@ -5,8 +5,8 @@ import torch
 from common import UserError, load_tensors, save_tensors
 from conftest import odd_config, random_document
 from data import collate
-from kernels import (Segments, attention, linear_cross_entropy, rotary_half, rotary_pairs,
-                     sample)
+from kernels import (Segments, attention, draw, linear_cross_entropy, probabilities, rotary_half,
+                     rotary_pairs)
 from model import Cache, GLMV, rope_positions, sized
 from vit import fit, patchify
 
