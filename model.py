@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import UserError, load_tensors, save_tensors, write_json
+from common import UserError, check_shapes, load_tensors, save_tensors, write_json
 from kernels import Segments, angles, attention, rotary_pairs, swiglu
 from tokenizer import SPECIAL, Tokenizer
 from vit import AttentionPool, CogViT, MEAN, RMSNorm, STD, VitConfig
@@ -345,13 +345,8 @@ class GLMV(nn.Module):
         tensors = {k: v for k, v in tensors.items() if not k.startswith(extra)}  # an MTP layer
         with torch.device("meta"):
             model = cls(config)
-        want = {k: v.shape for k, v in model.state_dict().items()}
-        have = {k: v.shape for k, v in tensors.items()}
-        odd = [k for k in {**want, **have} if want.get(k) != have.get(k)]
-        if odd:
-            raise UserError(f"{folder}: the weights are not of the model that config.json "
-                            f"describes; {len(odd)} tensors differ, {odd[0]} first: expected "
-                            f"{_shape(want, odd[0])}, found {_shape(have, odd[0])}")
+        check_shapes(f"{folder}: the weights are not of the model that config.json describes",
+                     model.state_dict(), tensors)
         model = model.to_empty(device=device).to(dtype)
         model.load_state_dict(tensors, strict=True)
         model.model.visual.patch_embed.set_normalisation()
@@ -394,16 +389,8 @@ def load_tower(visual: CogViT, folder):
     want = {k: v for k, v in visual.state_dict().items() if not k.startswith(adapter)}
     have = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     have = {k: v for k, v in have.items() if not k.startswith(adapter)}
-    shapes = [{k: v.shape for k, v in side.items()} for side in (want, have)]
-    odd = [k for k in {**want, **have} if shapes[0].get(k) != shapes[1].get(k)]
-    if odd:
-        raise UserError(f"the tower in {folder} is not of this model's sizes; {odd[0]}: expected "
-                        f"{_shape(shapes[0], odd[0])}, found {_shape(shapes[1], odd[0])}")
+    check_shapes(f"the tower in {folder} is not of this model's sizes", want, have)
     visual.load_state_dict(have, strict=False)
-
-
-def _shape(shapes, name):
-    return tuple(shapes[name]) if name in shapes else "nothing"
 
 
 def save_config(config: Config, folder, dtype: str = "float32"):

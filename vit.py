@@ -66,10 +66,20 @@ def fit(h: int, w: int, unit: int, min_tokens: int, max_tokens: int) -> tuple[in
 
 
 def naflex(h: int, w: int, unit: int, budget: int) -> tuple[int, int]:
-    """NaFlex's size [R]: all of `budget` units, or as many as the aspect allows, used for an image
-    of any size. Raises as `fit` does."""
-    scale = unit * math.sqrt(budget / (h * w))
-    return fit(h * scale, w * scale, unit, 1, budget)
+    """NaFlex's size [R]: the largest scale at which both sides, each rounded up to whole units,
+    have no more than `budget` units between them. Raises as `fit` does."""
+    fit(h, w, unit, 1, budget)
+
+    def most(a, b):  # units along side a, when side b follows in proportion and is rounded up
+        n = min(budget, int(math.sqrt(budget * a / b)))
+        while n * math.ceil(b * n / a) > budget:
+            n -= 1
+        return n
+
+    rows, columns = most(h, w), most(w, h)
+    if rows * w > columns * h:  # the larger scale is the one to take
+        return rows * unit, math.ceil(w * rows / h) * unit
+    return math.ceil(h * columns / w) * unit, columns * unit
 
 
 def patchify(frames: np.ndarray, patch: int, merge: int = 2) -> tuple[np.ndarray, tuple]:
