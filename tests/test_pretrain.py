@@ -249,9 +249,10 @@ def spoil_losses(monkeypatch, bad):
     """The loss of step i (from 0) becomes NaN where bad(i)."""
     sound, calls = pretrain.loss_sum, []
 
-    def loss_sum(model, batch):
+    def loss_sum(model, batch, depths=0):
         calls.append(1)
-        return sound(model, batch) * (float("nan") if bad(len(calls) - 1) else 1)
+        main, further = sound(model, batch, depths)
+        return main * (float("nan") if bad(len(calls) - 1) else 1), further
     monkeypatch.setattr(pretrain, "loss_sum", loss_sum)
 
 
