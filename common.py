@@ -247,7 +247,10 @@ def load_tensors(path) -> dict[str, torch.Tensor]:
     if path.is_dir():
         index = path / "model.safetensors.index.json"
         if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} is damaged or no index of shards ({error!r})") from None
             return {k: v for shard in shards for k, v in load_tensors(path / shard).items()}
         path = path / "model.safetensors"
     if not path.is_file():

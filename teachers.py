@@ -162,9 +162,9 @@ class Teacher(nn.Module):
     def resize(self, image: np.ndarray) -> np.ndarray:
         """The picture at the teacher's scale: as many whole patches as its budget allows.
 
-        A square one gets the size the released preprocessor gives it. The others keep their shape
-        [O]: the preprocessors of fixed-size towers squash or crop, and of a cropped border there
-        would be nothing to teach.
+        A square one gets the size the released preprocessor gives it, less what fills no patch. The
+        others keep their shape [O]: the preprocessors of fixed-size towers squash or crop, and of a
+        cropped border there would be nothing to teach.
         """
         size = naflex(*image.shape[:2], self.patch_size, self.budget)
         if size == image.shape[:2]:

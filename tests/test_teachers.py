@@ -209,7 +209,7 @@ def refused(folder) -> str:
 def test_another_kind_of_folder(tmp_path):
     assert "there is no config.json" in refused(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text('{"model_type": "glm_ocr", "vision_config": {"model_type": "glm_ocr_vision"}}')
+    config.write_text('{"model_type": "glm_ocr", "vision_config": {"depth": 24}}')
     assert "kind 'glm_ocr'" in refused(tmp_path) and "dinov3_vit" in refused(tmp_path)
     for text in ("{", "[]", '{"model_type": "dinov3_vit", "hidden_size": "wide"}'):
         config.write_text(text)
@@ -240,6 +240,12 @@ def test_damaged_and_other_weights(tmp_path):
     whole, tensors = path.read_bytes(), load_tensors(folder)
     path.write_bytes(whole[:-100])
     assert "damaged" in refused(folder)
+    index = folder / "model.safetensors.index.json"
+    for text, said in (("{", "no index of shards"),
+                       ('{"weight_map": {"x": "gone.safetensors"}}', "no weights at")):
+        index.write_text(text)
+        assert said in refused(folder)
+    index.unlink()
     first = next(name for name in tensors if "q_proj.weight" in name)
     save_tensors(path, {k: v for k, v in tensors.items() if k != first})
     assert "blocks.0.attn.q.weight" in refused(folder) and "found nothing" in refused(folder)
