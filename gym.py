@@ -118,7 +118,7 @@ RULES = {
     "ocr_line": ("mean", {"text": (verify.edit, 1)}),
     "ocr_document": ("mean", {"text": (verify.edit, 1), "order": (verify.reading, 1)}),
     "table_read": ("mean", {"answer": (verify.exact, 1)}),
-    "chart_read": ("mean", {"number": (verify.near, 1)}),
+    "chart_read": ("mean", {"number": (verify.value, 1)}),
     "ground_box": ("mean", {"overlap": (verify.hit_box, 1)}),
     "ground_multi": ("mean", {"boxes": (verify.match_boxes, 1)}),
     "point": ("mean", {"hit": (verify.hit_point, 1)}),

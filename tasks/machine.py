@@ -5,19 +5,18 @@ to overstep a bound is to fail. What runs here does what Python would do, save t
 taken for a list, and x += y for x = x + y. [O]
 """
 import ast
+import copy
 import operator as ops
+from itertools import pairwise
 
-from .verify import boxed
+from .verify import answer_and_gold
 
 STEPS, DEPTH, LONGEST, LARGEST = 40_000, 150, 200, 10 ** 15
 
 
-class Halt(Exception):
-    """The program asks for what the language does not have, or for too much of it."""
-
-
-# all that reading and running a program can raise; AttributeError: a node of an unknown form
-FAULTS = (Halt, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, SyntaxError,
+# All that reading and running a program can raise. ValueError: it asks for what the language does
+# not have, or for too much of it; AttributeError: a node of an unknown form.
+FAULTS = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, SyntaxError,
           MemoryError, RecursionError)
 OPERATORS = {
     ast.Add: ops.add, ast.Sub: ops.sub, ast.Mult: ops.mul, ast.FloorDiv: ops.floordiv,
@@ -33,6 +32,8 @@ EXPRESSIONS = {
     ast.Constant: lambda m, n: bound(n.value),
     ast.UnaryOp: lambda m, n: OPERATORS[type(n.op)](m.value(n.operand)),
     ast.BinOp: lambda m, n: m.operate(n.op, m.value(n.left), m.value(n.right)),
+    ast.Compare: lambda m, n: all(m.operate(op, *pair) for op, pair in zip(
+        n.ops, pairwise(map(m.value, (n.left, *n.comparators))))),      # stops at the first no
     ast.IfExp: lambda m, n: m.value(n.body if m.value(n.test) else n.orelse),
     ast.Subscript: lambda m, n: m.value(n.value)[m.value(n.slice)],
     ast.Slice: lambda m, n: slice(*(e and m.value(e) for e in (n.lower, n.upper, n.step))),
@@ -46,27 +47,26 @@ EXPRESSIONS = {
 
 
 def size(value) -> int:
+    """How many items or characters; 0 for a number."""
     return len(value) if isinstance(value, (str, list, range)) else 0
 
 
 def bound(value):
     """The value, unless it is too large, a fraction, or a list in a list: nested lists could
     grow unseen, even hold themselves."""
-    if isinstance(value, int):
-        good = -LARGEST <= value <= LARGEST
-    elif isinstance(value, list):
-        good = len(value) <= LONGEST and not any(isinstance(v, (list, range)) for v in value)
-    else:
-        good = value is None or isinstance(value, range) or \
-            isinstance(value, str) and len(value) <= LONGEST
+    good = (value is None or isinstance(value, range)
+            or isinstance(value, int) and abs(value) <= LARGEST
+            or isinstance(value, (str, list)) and len(value) <= LONGEST
+            and not any(isinstance(item, (list, range)) for item in value))
     if not good:
-        raise Halt("too large, or not in the language")
+        raise ValueError("too large, or not in the language")
     return value
 
 
 class Machine:
     """Runs a program, then `invoke` calls its functions; one budget of steps for all of it. A
-    function sees its own names only. `trace` keeps each name and value as it is assigned."""
+    function sees its own names only. `trace` keeps each name and value as it is assigned. Raises
+    any of FAULTS."""
 
     def __init__(self, code: str, trace: list | None = None):
         self.steps = self.depth = 0
@@ -74,36 +74,35 @@ class Machine:
         self.run(ast.parse(code).body)
 
     def tick(self, cost=1, deeper=0):
+        """Pay for a step, or for many. Raises ValueError where the budget is spent."""
         self.steps += cost
         self.depth += deeper
         if self.steps > STEPS or self.depth > DEPTH:
-            raise Halt("too long or too deep")
+            raise ValueError("too long or too deep")
 
     def invoke(self, name: str, args: list):
         """What a function of the program returns."""
         function, outer, self.names = self.functions[name], self.names, {}
-        for parameter, value in zip(function.args.args, args, strict=True):
-            self.assign(parameter.arg, value)
+        self.bind(function.args, args)
         result = self.run(function.body)
         self.names = outer
         return result[0] if isinstance(result, tuple) else None
 
-    def assign(self, name, value):
-        self.names[name] = value
-        if self.trace is not None:
-            self.trace.append((name, str(value)))
-
     def bind(self, target, value):
-        if isinstance(target, ast.Name):
-            self.assign(target.id, value)
-        elif isinstance(target, ast.Tuple):
-            for part, item in zip(target.elts, value, strict=True):
-                self.bind(part, item)
-        else:
-            owner, at = self.value(target.value), self.value(target.slice)
-            if type(owner) is not list or type(at) is not int:
-                raise Halt("only one item of a list can be replaced")
-            owner[at] = bound([value])[0]
+        """Assign to a name or parameter, to several, or to one item of a list."""
+        match target:
+            case ast.Name(id=name) | ast.arg(arg=name):
+                self.names[name] = value
+                if self.trace is not None:
+                    self.trace.append((name, str(value)))
+            case ast.Tuple(elts=parts) | ast.arguments(args=parts):
+                for part, item in zip(parts, value, strict=True):
+                    self.bind(part, item)
+            case _:
+                owner, at = self.value(target.value), self.value(target.slice)
+                if type(owner) is not list or type(at) is not int:
+                    raise ValueError("only one item of a list can be replaced")
+                owner[at] = bound([value])[0]
 
     def run(self, body):
         """Carry out statements. Why they were left: "break", "continue", (the result,), None."""
@@ -113,6 +112,7 @@ class Machine:
         return way
 
     def do(self, node):
+        """Carry out one statement -> why its block is left, if so."""
         self.tick()
         match node:
             case ast.Expr():
@@ -138,7 +138,7 @@ class Machine:
             case ast.Break() | ast.Continue():
                 return type(node).__name__.lower()
             case _ if not isinstance(node, ast.Pass):
-                raise Halt(f"{type(node).__name__} is not in the language")
+                raise ValueError(f"{type(node).__name__} is not in the language")
 
     def rounds(self, loop):
         """One turn for each round of a loop."""
@@ -166,26 +166,21 @@ class Machine:
                 result = self.value(part)
                 if bool(result) == isinstance(node.op, ast.Or):
                     break
-        elif isinstance(node, ast.Compare):
-            left = self.value(node.left)
-            for op, right in zip(node.ops, map(self.value, node.comparators)):
-                result, left = self.operate(op, left, right), right
-                if not result:
-                    break
         else:
             result = EXPRESSIONS[type(node)](self, node)
         self.depth -= 1
         return result
 
     def operate(self, op, left, right):
+        """left op right; long operands cost more, and what could burst is refused beforehand."""
         kind = type(op)
         if long := size(left) + size(right):
             self.tick(long >> 4)
             if kind is ast.Mult and max(size(left) and right, size(right) and left) > LONGEST or \
                     kind is ast.Mod:            # which would format a text, to any width
-                raise Halt("too large, or not in the language")
+                raise ValueError("too large, or not in the language")
         if kind is ast.Pow and not 0 <= right <= 60:
-            raise Halt("too large")
+            raise ValueError("too large")
         return bound(OPERATORS[kind](left, right))
 
     def call(self, function, args, named):
@@ -194,7 +189,7 @@ class Machine:
         if isinstance(function, ast.Attribute):
             owner = self.value(function.value)
             if function.attr not in METHODS.get(type(owner), ()):
-                raise Halt(f"no method {function.attr}")
+                raise ValueError(f"no method {function.attr}")
             result = getattr(owner, function.attr)(*args, **named)
             if type(bound(owner)) is list and isinstance(function.value, ast.Name):
                 self.bind(function.value, owner)        # for the trace: it may have changed
@@ -209,12 +204,11 @@ class Machine:
 def solves(evidence: dict) -> float:
     """EXEC: the boxed function is right in every hidden case; for less there is nothing, else a
     constant would earn its share. [O]"""
-    code, name = boxed(evidence["reply"]) or "", evidence["gold"]["name"]
-    cases = [([a[:] if isinstance(a, list) else a for a in args], result)
-             for args, result in evidence["gold"]["cases"]]
+    code, gold = answer_and_gold(evidence)
+    name, cases = gold["name"], copy.deepcopy(gold["cases"])    # a program may sort them in place
     try:
         machine = Machine(code)
-        found = [machine.invoke(name, args) for args, _ in cases]
+        found = [(machine.invoke(name, args), result) for args, result in cases]
     except FAULTS:
         return 0.0
-    return float(all(type(f) is type(r) and f == r for f, (_, r) in zip(found, cases)))
+    return float(all(type(got) is type(result) and got == result for got, result in found))
