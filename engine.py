@@ -163,7 +163,8 @@ class Engine:
         """The trunk (or, given states `head` (n, k, W), the MTP head) over k more tokens a slot.
         tokens (n, k) at text positions from position (n,) on. Returns (n, k, W)."""
         n, k = tokens.shape
-        positions = (position[:, None] + torch.arange(k, device=self.device)).flatten().expand(3, -1)
+        positions = position[:, None] + torch.arange(k, device=self.device)
+        positions = positions.flatten().expand(3, -1)
         cache = self.cache.extend(n, k)
         if head is None:
             hidden = self.model(_Next(tokens.flatten(), positions), cache=cache)

@@ -16,7 +16,8 @@ What should stand for embed(t) where t is a visual slot? The paper's three optio
 - `mask`: slots whose next token is visual leave the head's row: neither embedded nor attended
   to; the others keep their rotary positions. Nothing is sent, but rows have to be cut anew.
 - `token` (adopted): the one learnable embedding of <|image|>, which is simply embed(ids), for the
-  ids hold that token at every visual slot. Positions and attention are the trunk's; nothing is sent.
+  ids hold that token at every visual slot. Positions and attention are the trunk's; nothing is
+  sent.
 
 Letters: T tokens of a packed row, W width, V vocabulary, S cache slots, K drafts.
 """
@@ -103,8 +104,10 @@ def load(folder, device="cpu", dtype=torch.float32) -> GLMV:
             del own[name + ".weight"]
         elif copy is not None:
             like = model.lm_head.weight
-            head.set_submodule(name, nn.Embedding(*copy.shape) if name == "embed_tokens"
-                               else nn.Linear(*copy.shape[::-1], bias=False))
+            if name == "embed_tokens":
+                head.embed_tokens = nn.Embedding(*copy.shape)
+            else:
+                head.shared_head.head = nn.Linear(*copy.shape[::-1], bias=False)
             head.to(like.device, like.dtype)
     want = {k: v.shape for k, v in head.state_dict().items()}
     have = {k: v.shape for k, v in own.items()}
