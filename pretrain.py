@@ -23,7 +23,7 @@ from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint
                     main, plan, save_checkpoint, setup, write_json)
 from data import Drawer, Packer, Stream, collate, parse_mix, sight
 from kernels import linear_cross_entropy
-from mmtp import attach, head_of, load, losses as mtp_losses, prefix
+from mmtp import OPTIONS, attach, head_of, load, losses as mtp_losses, prefix
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 
@@ -46,6 +46,7 @@ class Args:
     decay: float = 0.4            # that last part, as a share of the steps
     mtp: int = 3                  # tokens that the MTP head learns to look ahead; 0: no head
     mtp_share: float = 0.2        # the last part of the run, in which it learns
+    image_option: str = "token"   # what it reads at visual slots: embed, mask or token (mmtp.py)
     init: str = ""                # folder whose weights to start from
     resume: bool = False          # go on with the newest checkpoint in --out
     out: str = "out/pretrain"     # run folder: log.jsonl, config.json, checkpoints
@@ -61,15 +62,15 @@ class Args:
 
 # ---- the loss ---------------------------------------------------------------------------------
 
-def loss_sum(model: GLMV, batch, depths: int = 0) -> tuple[torch.Tensor, list]:
-    """Weighted sum of the next-token losses of one row, and of the MTP head's at each depth:
-    fp32 scalars."""
+def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token"):
+    """Weighted sum of the next-token losses of one row, and a list of the MTP head's at each
+    depth: fp32 scalars."""
     merged = model.encode(batch.patches, batch.grids) if len(batch.patches) else None
     hidden = model(batch, merged)
     # Token t is predicted from position t-1; a document's first token has weight 0.
     main = linear_cross_entropy(hidden[:-1], model.lm_head.weight,
                                 batch.tokens[1:], batch.weights[1:])
-    return main, mtp_losses(model, hidden, batch, merged, depths) if depths else []
+    return main, mtp_losses(model, hidden, batch, merged, depths, option) if depths else []
 
 
 def ahead_weight(step: int, args: Args) -> float:
@@ -126,6 +127,10 @@ def check(args: Args):
         raise UserError(f"--seed takes 0 or more, not {args.seed}")
     if not 1 <= args.levels <= 5:
         raise UserError(f"--levels takes 1 to 5, not {args.levels}")
+    if args.mtp < 0 or not 0 <= args.mtp_share <= 1:
+        raise UserError("--mtp takes 0 or more, --mtp_share 0 to 1")
+    if args.image_option not in OPTIONS:
+        raise UserError(f"--image_option takes {', '.join(OPTIONS)}, not '{args.image_option}'")
     if args.schedule not in ("constant", "linear", "cosine"):
         raise UserError(f"--schedule takes constant, linear or cosine, not '{args.schedule}'")
 
@@ -196,7 +201,8 @@ def run(args: Args):
         total = torch.zeros(1 + args.mtp * (ahead > 0), device=hw.device)
         for row in rows[hw.rank::hw.world]:
             batch = collate(row, model.config, args.row_tokens).to(hw.device)
-            loss, further = loss_sum(model, batch, args.mtp if ahead else 0)
+            loss, further = loss_sum(model, batch, args.mtp if ahead else 0,
+                                     args.image_option)
             (loss + ahead * sum(further) / max(1, args.mtp)).div(weight).backward()
             optimizer.collect()
             total += torch.stack([loss.detach(), *(x.detach() for x in further)]) / weight
