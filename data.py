@@ -30,7 +30,7 @@ from model import Config, rope_positions
 from tasks.base import IMAGE, Message, Task
 from tasks.world import atlas_text
 from tokenizer import Tokenizer
-from vit import fit, patchify
+from vit import VitConfig, fit, patchify
 
 
 # ---- images -----------------------------------------------------------------------------------
@@ -269,6 +269,8 @@ class Drawer:
             with heartbeat(f"{len(self.pipes)} processes that draw samples {i} and on"):
                 for indices, future in self.waiting:
                     drawn = future.result()
+                    if isinstance(drawn, str) and drawn.startswith("UserError: "):
+                        raise UserError(drawn.removeprefix("UserError: "))
                     if isinstance(drawn, str):
                         raise RuntimeError(f"drawing samples {indices}: {drawn}")
                     self.ready.update(zip(indices, drawn))
@@ -368,6 +370,17 @@ class Batch:
         return Batch(**moved, extras={k: v.to(device) for k, v in self.extras.items()})
 
 
+def pack(images: list, c: VitConfig) -> tuple[Tensor, Tensor]:
+    """Images (h, w, 3), or frames (2, h, w, 3) -> patches (P, F, 3*p*p), grids (N, 3), one behind
+    the other without padding. F is 2 where any is a video; stills then show the same twice."""
+    cut = [patchify(image, c.patch_size, c.spatial_merge_size) for image in images]
+    frames = max((patches.shape[1] for patches, _ in cut), default=1)
+    rows = [patches if patches.shape[1] == frames else patches.repeat(frames, 1)
+            for patches, _ in cut] or [np.zeros((0, 1, 3 * c.patch_size ** 2), np.uint8)]
+    grids = torch.tensor([grid for _, grid in cut], dtype=torch.long).view(-1, 3)
+    return torch.from_numpy(np.concatenate(rows)), grids
+
+
 def collate(documents: list[Document], config: Config, room: int = 0) -> Batch:
     """Lay documents one behind the other, filled up to `room` tokens by a tail of weight 0."""
     parts = list(documents)
@@ -380,11 +393,8 @@ def collate(documents: list[Document], config: Config, room: int = 0) -> Batch:
     borders = np.cumsum([0] + [len(d.ids) for d in parts])
     cu_seqlens = torch.from_numpy(borders.astype(np.int32))
     weights[borders[:-1]] = 0  # nothing stands before a document's first token
-    p, merge = config.vision.patch_size, config.vision.spatial_merge_size
-    cut = [patchify(image, p, merge) for d in parts for image in d.images]
-    patches = (torch.from_numpy(np.concatenate([patches for patches, _ in cut])) if cut
-               else torch.zeros(0, 1, 3 * p * p, dtype=torch.uint8))
-    grids = torch.tensor([grid for _, grid in cut], dtype=torch.long).view(-1, 3)
+    merge = config.vision.spatial_merge_size
+    patches, grids = pack([image for d in parts for image in d.images], config.vision)
     slots = int((tokens == config.image_token_id).sum())
     if slots * merge ** 2 != len(patches):
         raise ValueError(f"{slots} image tokens for {len(patches)} patches")

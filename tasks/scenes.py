@@ -13,6 +13,12 @@ COLOR_OF = ("What color is the {}?", "Color of the {}?")
 SHAPE_OF = ("What shape is the {} one?", "Shape of the {} one?")
 HOW_MANY = ("How many {}?", "Count the {}.")
 LIST_ALL = "List all."
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
+          "bottom right")
+CHINESE = dict(zip((*COLORS, *SHAPES, *PLACES), (
+    "红色 绿色 蓝色 黄色 紫色 橙色 青色 粉色 "
+    "圆形 方形 三角形 五角星 十字 菱形 "
+    "左上 上方 右上 左边 中间 右边 左下 下方 右下").split()))
 POINT_AT = ("Point at the {}.", "Where is the {}?")
 
 
@@ -50,6 +56,34 @@ def ask_attribute(rng, item, items):
     if by_shape and (not by_color or rng.integers(2)):
         return pick(rng, COLOR_OF).format(item.shape), item.color
     return (pick(rng, SHAPE_OF).format(item.color), item.shape) if by_color else None
+
+
+def window(rng, items):
+    """(columns, rows), each (from, to) in cells: a random part of the scene, at least 2 x 2, that
+    holds all items. What varies the aspect of pictures that are to be captioned. [O]"""
+    spans = []
+    for axis in (0, 1):
+        cells = [cell(item.area)[axis] for item in items]
+        low = int(rng.integers(min(cells) + 1))
+        high = GRID - int(rng.integers(GRID - max(cells)))
+        low = min(low, GRID - 2)
+        spans.append((low, max(high, low + 2)))
+    return spans
+
+
+def caption(items, spans=((0, GRID), (0, GRID)), language="en") -> str:
+    """What is where, in reading order: "red star top left, blue circle right", or the same in
+    Chinese (zh), where the place comes first. `spans` as from `window`."""
+    told = []
+    for item in sorted(items, key=lambda item: cell(item.area)[::-1]):
+        across, down = ((c + 0.5 - low) / (high - low)
+                        for c, (low, high) in zip(cell(item.area), spans))
+        third = [(share > 0.45) + (share > 0.55) for share in (down, across)]
+        place = PLACES[3 * third[0] + third[1]]
+        words = ((item.color, item.shape, place) if language == "en" else
+                 [CHINESE[word] for word in (place, item.color, item.shape)])
+        told.append((" " if language == "en" else "").join(words))
+    return (", " if language == "en" else "，").join(told)
 
 
 def kinds(item):

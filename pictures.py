@@ -1,0 +1,378 @@
+"""Pictures for the vision tower alone: what train_vit.py learns from, and is examined on.
+
+Stage 1 sees pictures of three sources, some patches hidden; stage 2 sees pictures with captions in
+English and Chinese, of drawn scenes or of a folder of files. As in data.py, sample i of a stream is
+a pure function of (seed, i). Below them stand the probes: small questions that a frozen tower's
+features must answer.
+
+Letters: P patches, N images, T caption tokens, W width, p patch side.
+"""
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+
+import gym
+from common import UserError
+from data import open_image, pack
+from model import Config
+from tasks.base import Task, held
+from tasks.draw import CELL, COLORS, PAIRS, SHAPES, UNITS
+from tasks.scenes import Item, ShapeAttr, caption, window
+from tokenizer import Tokenizer
+from vit import VitConfig, naflex
+
+# ---- stage 1: pictures of three sources, some patches hidden ------------------------------------
+
+KINDS = {  # stage 1's mixture [C], and the categories that stand for each source here [O]
+    "natural": (0.8, ("shape_attr", "counting", "point")),
+    "instruction": (0.1, ("gui_click", "gui_form", "widget_state")),
+    "scientific": (0.1, ("chart_read", "geometry", "table_read")),
+}
+
+
+def quality(image: np.ndarray) -> float:
+    """Bits of detail: the entropy of the steps in brightness from pixel to pixel. Little for what
+    is flat or blurred, more for what is sharp and busy. [O]"""
+    grey = image.mean(-1)
+    steps = np.concatenate([np.diff(grey, axis=axis).ravel() for axis in (0, 1)])
+    shares = np.bincount((steps.astype(int) + 255) // 8, minlength=64) / len(steps)
+    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
+
+
+def draw_mask(rng, h: int, w: int, share: float, kind: str) -> np.ndarray:
+    """Which patches of an (h, w) grid to hide: (h*w,) bool in stored order, exactly that share.
+
+    kind: `random`, or `block`: rectangles of a quarter to half a side until there are enough."""
+    n, order = round(share * h * w), rng.random((h, w))
+    covered = np.zeros((h, w), bool)
+    while kind == "block" and covered.sum() < n:
+        high, wide = (int(rng.integers(side // 4, side // 2 + 1)) for side in (h, w))
+        y, x = int(rng.integers(h - high + 1)), int(rng.integers(w - wide + 1))
+        covered[y:y + high, x:x + wide] = True
+    order += covered  # inside the blocks first; what is too much of them stays seen
+    hidden = order >= np.sort(order, axis=None)[h * w - n]
+    return rearrange(hidden, "(y b) (x d) -> (y x b d)", b=2, d=2)
+
+
+@dataclass
+class Picture:
+    """One training image of stage 1: its views (h, w, 3) and the hidden patches (P,) of each."""
+    views: list
+    masks: list
+    source: str
+
+
+@dataclass
+class Pictures:
+    """Stage 1's stream: three sources at 80/10/10, of two pictures drawn the one of better quality.
+
+    side: pixels of the square; folder: take `natural` from the pictures of these pairs instead;
+    views: this many random crops and reflections, or 0 for the picture as it is.
+    """
+    config: Config
+    side: int
+    seed: int = 0
+    mask: str = "block"
+    share: float = 0.35
+    views: int = 0
+    folder: str = ""
+
+    def __call__(self, i: int) -> Picture:
+        rng = np.random.default_rng([self.seed, i])
+        at = np.cumsum([share for share, _ in KINDS.values()])
+        source = list(KINDS)[min(int(np.searchsorted(at, rng.random(), "right")), len(KINDS) - 1)]
+        drawn = [self._fit(self._draw(rng, source)) for _ in range(2)]
+        image = max(drawn, key=lambda image: quality(np.asarray(image)))
+        views = [self._view(rng, image) for _ in range(self.views)] or [np.asarray(image)]
+        side = self.side // self.config.vision.patch_size
+        masks = [draw_mask(rng, side, side, self.share, self.mask) for _ in views]
+        return Picture(views, masks, source)
+
+    def _draw(self, rng, source: str) -> Image.Image:
+        if self.folder and source == "natural":
+            return draw_pair(rng, self.folder, "train")[0]
+        names = KINDS[source][1]
+        name, level = names[int(rng.integers(len(names)))], int(rng.integers(2))
+        return gym.make(Task(name, int(rng.integers(2 ** 31)), level)).reset().images[0]
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        square = (self.side, self.side)
+        return image if image.size == square else image.resize(square, Image.Resampling.BICUBIC)
+
+    def _view(self, rng, image: Image.Image) -> np.ndarray:
+        """A crop of 60-100% of each side, perhaps reflected, brighter or darker by up to 20%."""
+        part = self.side * rng.uniform(0.6, 1)
+        x, y = rng.uniform(0, self.side - part, 2)
+        view = image.resize(image.size, Image.Resampling.BICUBIC, (x, y, x + part, y + part))
+        view = ImageOps.mirror(view) if rng.integers(2) else view
+        return (np.asarray(view) * rng.uniform(0.8, 1.2)).clip(0, 255).astype(np.uint8)
+
+
+# ---- stage 2: pictures and captions -------------------------------------------------------------
+
+def scene(seed: int, split: str = "train", lone: bool = False, pixels: int = 64):
+    """(picture, items) of a scene of one to three things, or of a lone one."""
+    env = ShapeAttr(Task("shape_attr", seed, 0, split, pixels))
+    env.objects = ((1, 1),) if lone else env.objects
+    return env.reset().images[0], env.items
+
+
+@functools.lru_cache(maxsize=8)
+def find_pairs(folder: str, split: str) -> tuple[list[Path], int]:
+    """(pictures beside a .txt of the same name, how many stand alone), sorted; of all names one
+    in five is held out. Raises UserError where there are none."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"--pairs={folder}: there is no such folder")
+    kinds = {".png", ".jpg", ".jpeg", ".webp"}
+    pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in kinds)
+    texts = {p.with_suffix("") for p in root.rglob("*.txt")}
+    paired = [p for p in pictures if p.with_suffix("") in texts]
+    alone = len(pictures) + len(texts) - 2 * len(paired)
+    chosen = [p for p in paired if held(p.stem) == (split != "train")]
+    if not chosen:
+        raise UserError(f"--pairs={folder} holds no picture with a .txt beside it for {split}")
+    return chosen, alone
+
+
+def read_captions(path: Path, folder: str) -> list[str]:
+    """The lines of a caption file in English and Chinese; the folders the file lies in go before,
+    since collections are often sorted by kind. A line may begin with a language, `zh_cn.utf8=`."""
+    above = " ".join(path.parent.relative_to(folder).parts)
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        language, mark, text = line.partition(".utf8=")
+        text = text if mark else line
+        if text.strip() and (not mark or language.startswith(("en", "zh"))):
+            found.append(f"{above}: {text.strip()}" if above else text.strip())
+    return found or [above or path.stem]
+
+
+def draw_pair(rng, folder: str, split: str) -> tuple[Image.Image, str, int]:
+    """(picture, caption, how many corrupt pictures were passed over). Raises UserError after 20."""
+    paths, _ = find_pairs(folder, split)
+    for skipped in range(20):
+        path = paths[int(rng.integers(len(paths)))]
+        try:
+            image = open_image(path)
+        except UserError as error:
+            reason = error
+            continue
+        lines = read_captions(path.with_suffix(".txt"), folder)
+        return image, lines[int(rng.integers(len(lines)))], skipped
+    raise UserError(f"--pairs={folder}: 20 pictures in a row can't be read; the last: {reason}")
+
+
+@dataclass
+class Pair:
+    """A picture, (h, w, 3) or two frames (2, h, w, 3), and the ids of its caption."""
+    image: np.ndarray
+    ids: np.ndarray
+    skipped: int = 0
+
+
+@dataclass
+class Captions:
+    """Stage 2's stream: scenes with a caption in English or Chinese, or the pairs of a folder.
+
+    budgets: patches an image may have, drawn anew for each `batch` consecutive samples (NaFlex).
+    """
+    config: Config
+    budgets: tuple
+    batch: int
+    seed: int = 0
+    split: str = "train"
+    pixels: int = 64
+    folder: str = ""
+
+    def __post_init__(self):
+        self.tokens = Tokenizer(self.config.n_ranks)
+
+    def __call__(self, i: int) -> Pair:
+        rng = np.random.default_rng([self.seed, i])
+        of_batch = np.random.default_rng([self.seed, 2 ** 32, i // self.batch])
+        budget, skipped = self.budgets[int(of_batch.integers(len(self.budgets)))], 0
+        if self.folder:
+            image, text, skipped = draw_pair(rng, self.folder, self.split)
+        else:
+            image, items = scene(int(rng.integers(2 ** 31)), self.split, pixels=self.pixels)
+            spans = window(rng, items)
+            unit = CELL * self.pixels / UNITS
+            (x0, x1), (y0, y1) = [[edge * unit for edge in span] for span in spans]
+            image = image.crop((x0, y0, x1, y1))
+            text = caption(items, spans, ("en", "zh")[int(rng.integers(2))])
+        return Pair(budgeted(image, self.config.vision, budget), self.encode(text), skipped)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a caption, 64 at most."""
+        return np.array(self.tokens.encode(text)[:64], np.int32)
+
+
+def budgeted(image: Image.Image, c: VitConfig, budget: int) -> np.ndarray:
+    """An image at NaFlex's size for so many patches, (h, w, 3) uint8."""
+    unit = c.patch_size * c.spatial_merge_size
+    h, w = naflex(image.height, image.width, unit, budget // c.spatial_merge_size ** 2)
+    return np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))
+
+
+@dataclass
+class Pairs:
+    """A packed batch of stage 2: images of any sizes and their captions, nothing padded."""
+    patches: Tensor      # (P, F, 3*p*p) uint8, block-major
+    grids: Tensor        # (N, 3) int64: 1, height, width in patches
+    ids: Tensor          # (T,) int64, the captions one behind the other
+    cu_seqlens: Tensor   # (N+1,) int32, their borders
+
+    def to(self, device) -> "Pairs":
+        return Pairs(**{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
+
+
+def collate_pairs(pairs: list[Pair], c: VitConfig) -> Pairs:
+    borders = np.cumsum([0] + [len(pair.ids) for pair in pairs]).astype(np.int32)
+    ids = np.concatenate([pair.ids for pair in pairs]).astype(np.int64)
+    return Pairs(*pack([pair.image for pair in pairs], c), torch.from_numpy(ids),
+                 torch.from_numpy(borders))
+
+
+# ---- the probes: what do frozen features know? --------------------------------------------------
+
+@dataclass
+class Exam:
+    """Questions to a tower, drawn once: lone things and small scenes, of training to learn the
+    answers from and of held-out seeds, shades and pairs of colour and shape to answer."""
+    config: Config
+    side: int                 # pixels of the square pictures
+    count: int = 256          # pictures of each kind and split
+
+    def __post_init__(self):
+        # Seeds from 3,000,000 on: no stream is likely to draw these.
+        self.lone = {split: [scene(3_000_000 + i, split, True, self.side)
+                             for i in range(self.count)] for split in ("train", "test")}
+        self.scenes = {split: [scene(4_000_000 + i, split, False, self.side)
+                               for i in range(self.count)] for split in ("train", "test")}
+
+
+@torch.no_grad()
+def look(visual, images: list, chunk: int = 64) -> Tensor:
+    """Pictures of one size -> features (N, P, W), fp32 on the CPU."""
+    device, parts = visual.post_layernorm.weight.device, []
+    for i in range(0, len(images), chunk):
+        patches, grids = pack([np.asarray(x) for x in images[i:i + chunk]], visual.config)
+        features = visual(patches.to(device), grids.to(device)).float().cpu()
+        parts.append(rearrange(features, "(n p) w -> n p w", n=len(grids)))
+    return torch.cat(parts)
+
+
+def linear_probe(x: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+    """Classes (M,) of test (M, W) by ridge regression from x (N, W) onto labels (N,): in closed
+    form, so that there is no learning rate to argue about. [O]"""
+    mean, deviation = x.mean(0), x.std(0) + 1e-6
+    x, test = (F.pad((y - mean) / deviation, (0, 1), value=1.0).double() for y in (x, test))
+    shrink = 1e-2 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    return (test @ torch.linalg.solve(x.T @ x + shrink, x.T @ F.one_hot(labels).double())).argmax(1)
+
+
+def knn_probe(x: Tensor, labels: Tensor, test: Tensor, k: int = 10) -> Tensor:
+    """Classes (M,) of test (M, W) by a vote of the k nearest of x (N, W) in cosine. [O]"""
+    near = (F.normalize(test, dim=1) @ F.normalize(x, dim=1).T).topk(k).indices
+    return F.one_hot(labels)[near].sum(1).argmax(1)
+
+
+def patch_labels(image: Image.Image, items: list[Item], patch: int) -> Tensor:
+    """What each patch shows, in stored order (P,): 0 the ground, else 1 + the shape's number."""
+    pixels = np.asarray(image).astype(int)
+    ground = np.median(pixels.reshape(-1, 3), axis=0)
+    drawn = np.abs(pixels - ground).sum(-1) > 60
+    share = rearrange(drawn, "(y i) (x j) -> y x (i j)", i=patch, j=patch).mean(-1)
+    kinds = np.zeros(share.shape, int)
+    for item in items:
+        x0, y0, x1, y1 = (round(c * len(share) / 999) for c in item.area)
+        kinds[y0:y1, x0:x1] = 1 + SHAPES.index(item.shape)
+    kinds[share < 0.5] = 0
+    return torch.from_numpy(rearrange(kinds, "(y b) (x d) -> (y x b d)", b=2, d=2))
+
+
+def probe(visual, exam: Exam) -> dict[str, float]:
+    """Shares of right answers on held-out pictures.
+
+    linear, knn: colour and shape of a lone thing from the mean feature, the mean of the two;
+    dense: the shape under each patch, linearly from its own feature, the mean over seven classes.
+    """
+    means, marks = {}, {}
+    for split, drawn in exam.lone.items():
+        means[split] = look(visual, [image for image, _ in drawn]).mean(1)
+        things = [items[0] for _, items in drawn]
+        marks[split] = [torch.tensor([list(COLORS).index(t.color) for t in things]),
+                        torch.tensor([SHAPES.index(t.shape) for t in things])]
+    figures = {name: float(np.mean([
+        (ask(means["train"], known, means["test"]) == truth).float().mean()
+        for known, truth in zip(marks["train"], marks["test"])]))
+        for name, ask in (("linear", linear_probe), ("knn", knn_probe))}
+    patches, kinds = {}, {}
+    for split, drawn in exam.scenes.items():
+        patches[split] = look(visual, [image for image, _ in drawn]).flatten(0, 1)
+        kinds[split] = torch.cat([patch_labels(*pair, visual.config.patch_size) for pair in drawn])
+    right = linear_probe(patches["train"], kinds["train"], patches["test"]) == kinds["test"]
+    figures["dense"] = float(np.mean([right[kinds["test"] == kind].float().mean()
+                                      for kind in kinds["test"].unique()]))
+    return figures
+
+
+def probe_language(embed_images, embed_texts, exam: Exam) -> dict[str, float]:
+    """In both languages: zero-shot naming of a lone thing among 48, and retrieval at rank 1 among
+    the held-out scenes, image to text (i2t) and back (t2i).
+
+    embed_images: list of pictures -> (N, E); embed_texts: list of str -> (N, E), of length one.
+    """
+    figures = {"chance": 1 / exam.count}
+    lone = embed_images([image for image, _ in exam.lone["test"]])
+    named = torch.tensor([PAIRS.index((items[0].color, items[0].shape))
+                          for _, items in exam.lone["test"]])
+    scenes = embed_images([image for image, _ in exam.scenes["test"]])
+    spots = (125, 500, 875)  # a thing's place is part of its caption: all nine, then the mean
+    for language in ("en", "zh"):
+        prompts = [caption([Item(*pair, (x, y, x, y))], language=language)
+                   for pair in PAIRS for x in spots for y in spots]
+        kinds = rearrange(embed_texts(prompts), "(k n) e -> k n e", k=len(PAIRS)).mean(1)
+        said = (lone @ kinds.T).argmax(1)
+        figures[f"zero_shot_{language}"] = float((said == named).float().mean())
+        texts = embed_texts([caption(items, language=language)
+                             for _, items in exam.scenes["test"]])
+        own = torch.arange(exam.count)
+        for name, table in (("i2t", scenes @ texts.T), ("t2i", texts @ scenes.T)):
+            figures[f"{name}_{language}"] = float((table.argmax(1) == own).float().mean())
+    return figures
+
+
+def pca_picture(visual, images: list, path: Path):
+    """Pictures above, below them the three main directions of their patch features as red, green
+    and blue: neighbours of like colour are alike to the tower."""
+    features = look(visual, images)
+    flat = features.flatten(0, 1)
+    flat = flat - flat.mean(0)
+    shades = flat @ torch.linalg.svd(flat, full_matrices=False)[2][:3].T
+    low, high = shades.quantile(0.02, dim=0), shades.quantile(0.98, dim=0)
+    shades = ((shades - low) / (high - low)).clamp(0, 1).mul(255).byte().numpy()
+    side = images[0].width // visual.config.patch_size // 2
+    grids = rearrange(shades, "(n y x b d) c -> n (y b) (x d) c", n=len(images), y=side, x=side,
+                      b=2, d=2)
+    size, page = 96, Image.new("RGB", (98 * len(images), 194), "white")
+    for i, (image, grid) in enumerate(zip(images, grids)):
+        page.paste(image.resize((size, size)), (98 * i, 0))
+        page.paste(Image.fromarray(grid).resize((size, size), Image.Resampling.NEAREST),
+                   (98 * i, 98))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
+
+
+# Exercises. Delete the body, write it again, run the test.
+# 1. draw_mask: blocks, but exactly the share. pytest tests/test_train_vit.py -k mask; 20 minutes.
+# 2. linear_probe, with a hundred steps of gradient descent instead of the closed form: how close
+#    do the figures come? pytest tests/test_train_vit.py -k probes; 20 minutes.

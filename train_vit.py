@@ -1,0 +1,622 @@
+"""The vision tower from scratch: two teachers, masked distillation, contrastive alignment.
+
+    python train_vit.py                                all stages, small, any machine, no network
+    python train_vit.py --stage=distill --mask=random  one stage; what it needs from --out
+    python train_vit.py --stage=distill --semantic_teacher=SIGLIP2 --texture_teacher=DINOV3
+    python train_vit.py --stage=align --pairs=FOLDER --batch=65536 --micro=256
+    torchrun --nproc_per_node=8 train_vit.py --size=small    data parallel; same batch, same result
+    python pretrain.py --vit=out/vit/align             goes on from the tower
+
+teachers  stand-ins for SigLIP2 and DINOv3, of the student's own size and trained here on drawings:
+          `semantic` contrastively on captions, `texture` by self-distillation. They show how such
+          teachers come about; they are no substitute. Folders of the real ones replace them.
+distill   stage 1 [C]: 35% of the patches are hidden, and the student says what two frozen teachers
+          see there.
+align     stage 2 [C]: images of any size against captions in two languages, SigLIP's loss over a
+          global batch of any size on any hardware.
+
+Letters: P patches, N images, W width, E width of the common space, K prototypes, B global batch.
+"""
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, load_tensors,
+                    main, plan, save_checkpoint, save_tensors, setup, write_json)
+from data import Drawer, pack
+from kernels import ring_sigmoid_loss
+from model import Config, TextTower, init, load_tower, sized
+from optim import OptimConfig, Optimizer, schedule
+from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, find_pairs, pca_picture,
+                      probe, probe_language)
+from teachers import load_config, load_teacher
+from vit import AttentionPool, CogViT
+
+
+@dataclass
+class Args:
+    size: str = "tiny"            # tiny (2 cores), small (one GPU) or base (CogViT-L)
+    stage: str = "all"            # teachers, distill, align or all
+    steps: int = 600              # optimizer updates of each stage
+    batch: int = 64               # images a step, over all ranks: the global batch
+    micro: int = 0                # images at a time on a rank; 0: its whole share
+    side: int = 0                 # pixels of stage 1's square pictures; 0: 64 at tiny, else 224
+    mask: str = "block"           # which patches are hidden: block or random
+    masked: float = 0.35          # the share of them
+    supervise: str = "masked"     # where the student is held to the teachers: masked or all
+    cosine: float = 0.9           # weight of 1 - cosine; the rest is smooth-L1
+    qk_norm: bool = True          # RMSNorm on queries and keys; false shows what it is for
+    teachers: str = "both"        # both, semantic or texture: whom to learn from
+    semantic_teacher: str = ""    # Hugging Face folder of SigLIP2; default: the stand-in of --out
+    texture_teacher: str = ""     # Hugging Face folder of DINOv3 or DINOv2; default: the stand-in
+    ema: float = 0.99             # how slowly the texture stand-in's own teacher follows
+    budgets: str = ""             # align: patches an image, drawn for each batch; NaFlex's five
+    pairs: str = ""               # folder of x.png beside x.txt; default: captioned drawings
+    lr: float = 4e-3              # peak learning rate of the vision tower; Muon and AdamW alike
+    text_scale: float = 1.0       # align: factor on it for the text tower
+    proj_scale: float = 1.0       # align: factor on it for pools and projections
+    weight_decay: float = 0.05    # on the vision tower's matrices
+    text_decay: float = 0.05      # on the text tower's
+    proj_decay: float = 0.0       # on the pools' and projections'
+    warmup: int = 20              # steps
+    schedule: str = "cosine"      # constant, linear (over the last part) or cosine
+    decay: float = 0.4            # that last part, as a share of the steps
+    init: str = ""                # folder whose tower to start from; align: default distill's
+    resume: bool = False          # go on with the newest checkpoints in --out
+    out: str = "out/vit"          # run folder: one folder a stage, report.json, pictures/
+    save_every: int = 200         # steps between checkpoints
+    eval_every: int = 200         # steps between probes; 0 = at the end only
+    log_every: int = 20           # steps between printed lines
+    seed: int = 0                 # of weights and samples
+    device: str = "auto"          # auto, cpu, cuda or mps
+    dtype: str = "auto"           # auto, float32 or bfloat16; masters are fp32 in any case
+    workers: int = -1             # drawing processes; -1: as many as cores, at most 8; 0: none
+    plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
+
+
+def tower(args: Args, config: Config) -> CogViT:
+    """A CogViT without the adapter, which belongs to the decoder."""
+    visual = CogViT(config.vision)
+    del visual.downsample, visual.merger
+    for block in visual.blocks if not args.qk_norm else ():
+        block.attn.q_norm = block.attn.k_norm = nn.Identity()
+    return visual
+
+
+class Job(nn.Module):
+    """What a stage trains. `learn` leaves gradients and returns figures; the rest is optional."""
+
+    def begin(self, stream):
+        """Before the first step, from random or given weights."""
+
+    def follow(self, masters: dict, args: Args):
+        """After each step, from the optimizer's fp32 weights."""
+
+    def figures(self, exam: Exam) -> dict[str, float]:
+        """What is to be examined beside the tower."""
+        return {}
+
+
+def cut(samples: range, micro: int) -> list[range]:
+    return [samples[i:i + micro] for i in range(0, len(samples), micro)]
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+# ---- align, and the semantic stand-in: contrastive ----------------------------------------------
+
+class Contrast(Job):
+    """Two towers, attention pooling on both [O], a common space; t' = log 10, b = -10 [R]."""
+
+    def __init__(self, args: Args, config: Config):
+        super().__init__()
+        v, t = config.vision, config.text
+        self.visual, self.text = tower(args, config), TextTower(t)
+        self.pool = AttentionPool(v.hidden_size, v.num_heads)
+        self.image_proj = nn.Linear(v.hidden_size, v.hidden_size, bias=False)
+        self.text_proj = nn.Linear(t.hidden_size, v.hidden_size, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+
+    def embed(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+        """Images (N, E) and texts (N, E), fp32 of length one."""
+        return (self.embed_images(batch.patches, batch.grids),
+                self.embed_texts(batch.ids, batch.cu_seqlens))
+
+    def embed_images(self, patches: Tensor, grids: Tensor) -> Tensor:
+        pooled = self.pool(self.visual(patches, grids), grids.prod(1))
+        return F.normalize(self.image_proj(pooled).float(), dim=-1)
+
+    def embed_texts(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return F.normalize(self.text_proj(self.text(ids, cu_seqlens)).float(), dim=-1)
+
+    def learn(self, draw, mine: range, args: Args, collect) -> dict:
+        """Gradients of this rank's samples `mine`, `micro` at a time, as if all were one batch.
+
+        With several micro-batches the embeddings are made without a graph, the loss is taken over
+        all of them, and each forward runs once more, its inputs drawn again from their seeds, to
+        carry its part of the gradient home [R: GradCache]. Memory is that of one micro-batch.
+        """
+        device, chunks, skipped = self.logit_bias.device, cut(mine, args.micro), []
+
+        def embed(chunk):
+            pairs = [draw(i) for i in chunk]
+            skipped.append(sum(pair.skipped for pair in pairs))
+            return self.embed(collate_pairs(pairs, self.visual.config).to(device))
+
+        replay = len(chunks) > 1
+        with torch.set_grad_enabled(not replay):
+            parts = [embed(chunk) for chunk in chunks]
+        x, y = (torch.cat(side).detach().requires_grad_() for side in zip(*parts))
+        loss = ring_sigmoid_loss(x, y, self.logit_scale.exp(), self.logit_bias) / args.batch
+        loss.backward()
+        values = {"loss": total(loss.detach())}
+        if args.pairs:  # corrupt pictures, others in their place
+            values["skipped"] = total(torch.tensor(float(sum(skipped)), device=device))
+        gradients = zip(x.grad.split(args.micro), y.grad.split(args.micro))
+        for part, chunk, gradient in zip(parts, chunks, gradients):
+            torch.autograd.backward(embed(chunk) if replay else part, gradient)
+            collect()
+        return values
+
+    @torch.no_grad()
+    def figures(self, exam: Exam) -> dict[str, float]:
+        """What needs both towers: zero-shot names and retrieval."""
+        def images(pictures):
+            patches, grids = pack([np.asarray(p) for p in pictures], self.visual.config)
+            return self.embed_images(patches.to(device), grids.to(device)).cpu()
+
+        def texts(lines):
+            ids = [torch.from_numpy(encode(line)).long() for line in lines]
+            borders = F.pad(torch.tensor([len(i) for i in ids]).cumsum(0), (1, 0)).int()
+            return self.embed_texts(torch.cat(ids).to(device), borders.to(device)).cpu()
+
+        device, encode = self.logit_bias.device, Captions(exam.config, (), 1).encode
+        return probe_language(images, texts, exam)
+
+
+# ---- the texture stand-in: self-distillation ----------------------------------------------------
+
+class SelfDistil(Job):
+    """DINO's loss on whole views and iBOT's on hidden patches: the student says what its own
+    running mean says of the same picture, of another crop and behind the mask [R].
+
+    Nothing but itself says what is right, so the cheapest answer would be always the same. Two
+    things forbid it: targets are centred (a prototype that all choose loses its lead) and sharp
+    (all alike would be flat). `used` and `sure` in the log show both: the entropy of the mean
+    target, near 1 where all prototypes are in use, and that of each target, near 0 where it is
+    decided, both as shares of log K. `spread` is the deviation of features between pictures.
+    """
+    PROTOTYPES, SHARP, SOFT = 256, 0.04, 0.1  # K; temperatures of target and student [O]
+
+    def __init__(self, args: Args, config: Config):
+        super().__init__()
+        width = config.vision.hidden_size
+        self.visual, self.token = tower(args, config), nn.Parameter(torch.zeros(width))
+        self.head = Prototypes(width, self.PROTOTYPES)
+        self.ema = nn.ModuleDict({"visual": tower(args, config),
+                                  "head": Prototypes(width, self.PROTOTYPES)})
+        self.ema.requires_grad_(False)
+        for name in ("centre_image", "centre_patch"):
+            self.register_buffer(name, torch.zeros(self.PROTOTYPES))
+
+    def begin(self, stream):
+        for mine, theirs in ((self.visual, self.ema.visual), (self.head, self.ema.head)):
+            theirs.load_state_dict(mine.state_dict())
+
+    def learn(self, draw, mine: range, args: Args, collect) -> dict:
+        """Gradients of this rank's samples `mine`, `micro` at a time."""
+        device, seen = self.token.device, []
+        sums = {"loss": 0.0, "mean": 0.0, "sure": 0.0, "image": 0.0, "patch": 0.0}
+        for chunk in cut(mine, args.micro):
+            pictures = [draw(i) for i in chunk]
+            patches, grids = pack([v for p in pictures for v in p.views], self.visual.config)
+            mask = hidden(pictures).to(device)
+            patches, grids = patches.to(device), grids.to(device)
+            with torch.no_grad():
+                features = self.ema.visual(patches, grids)
+                image = self.ema.head(whole(features, grids))
+                patch = self.ema.head(features[mask])
+                of_image = ((image - self.centre_image) / self.SHARP).softmax(-1)
+                of_patch = ((patch - self.centre_patch) / self.SHARP).softmax(-1)
+                other = rearrange(of_image, "(n v) k -> n v k", v=2).flip(1).flatten(0, 1)
+            mine_of = self.visual(patches, grids, mask, self.token)
+            losses = [-(target * (self.head(x) / self.SOFT).log_softmax(-1)).sum(-1).mean()
+                      for target, x in ((other, whole(mine_of, grids)),
+                                        (of_patch, mine_of[mask]))]
+            share = len(chunk) / args.batch
+            loss = share * sum(losses)
+            loss.backward()
+            collect()
+            seen.append(F.normalize(whole(features, grids).float(), dim=-1))
+            sums["loss"] += loss.detach()
+            sums["mean"] += share * of_patch.mean(0)
+            sums["sure"] += share * entropy(of_patch).mean()
+            sums["image"] += share * image.mean(0)
+            sums["patch"] += share * patch.mean(0)
+        sums = {name: total(value) for name, value in sums.items()}
+        self.centre_image.lerp_(sums["image"], 0.1)
+        self.centre_patch.lerp_(sums["patch"], 0.1)
+        return {"loss": sums["loss"], "used": entropy(sums["mean"]), "sure": sums["sure"],
+                "spread": torch.cat(seen).std(0).mean()}
+
+    @torch.no_grad()
+    def follow(self, masters: dict, args: Args):
+        """The running mean of the student's fp32 weights becomes the next teacher."""
+        for name, p in self.ema.named_parameters():
+            p.lerp_(masters[name], 1 - args.ema)
+
+
+class Prototypes(nn.Sequential):
+    """(N, W) -> logits (N, K): an MLP onto the sphere, then its products with K directions."""
+
+    def __init__(self, width: int, k: int):
+        super().__init__(nn.Linear(width, width), nn.GELU(), nn.Linear(width, k, bias=False))
+
+    def forward(self, x):
+        return self[2](F.normalize(self[1](self[0](x)), dim=-1)).float()
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Entropy over the last dim, as a share of the most that it can be."""
+    return -(p * p.clamp_min(1e-9).log()).sum(-1) / math.log(p.shape[-1])
+
+
+def whole(features: Tensor, grids: Tensor) -> Tensor:
+    """Patches (P, W) of N views of one size -> their means (N, W)."""
+    return rearrange(features, "(n p) w -> n p w", n=len(grids)).mean(1)
+
+
+def hidden(pictures: list) -> Tensor:
+    """The masks of all views, one behind the other, (P,) bool."""
+    return torch.from_numpy(np.concatenate([mask for p in pictures for mask in p.masks]))
+
+
+# ---- distill: two frozen teachers, hidden patches -----------------------------------------------
+
+class Standin:
+    """A tower trained here, behind the call of teachers.py: (images, grids) -> (P, width)."""
+
+    def __init__(self, args: Args, config: Config, folder: Path, device):
+        self.visual = tower(args, config)
+        load_tower(self.visual, folder)
+        self.visual.requires_grad_(False).to(device)
+        self.width = config.vision.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, images: list, grids: Tensor) -> Tensor:
+        patches, _ = pack(images, self.visual.config)
+        return self.visual(patches.to(grids.device), grids)
+
+
+class Distil(Job):
+    """The student of stage 1: a tower, a learnable mask token [O], a linear head a teacher."""
+
+    def __init__(self, args: Args, config: Config, teachers: dict):
+        super().__init__()
+        width = config.vision.hidden_size
+        self.visual, self.token = tower(args, config), nn.Parameter(torch.zeros(width))
+        self.heads = nn.ModuleDict({n: nn.Linear(width, t.width) for n, t in teachers.items()})
+        self.teachers = teachers  # a plain dict: frozen, and no part of the checkpoint
+        for name, teacher in teachers.items():
+            self.register_buffer(f"mean_{name}", torch.zeros(teacher.width))
+            self.register_buffer(f"std_{name}", torch.ones(teacher.width))
+
+    def begin(self, stream):
+        """Each channel of each teacher gets mean 0 and deviation 1, so that neither drowns the
+        other [O, after PHI-S]: measured once, on pictures that training does not see first."""
+        pictures = [stream(2 ** 40 + i) for i in range(64)]
+        for name, targets in self.ask([p.views[0] for p in pictures]).items():
+            getattr(self, f"mean_{name}").copy_(targets.mean(0))
+            getattr(self, f"std_{name}").copy_(targets.std(0) + 1e-6)
+
+    def ask(self, images: list) -> dict[str, Tensor]:
+        """{teacher: its features of all patches (P, width), fp32}"""
+        _, grids = pack(images, self.visual.config)
+        grids = grids.to(self.token.device)
+        return {name: teacher(images, grids).float() for name, teacher in self.teachers.items()}
+
+    def learn(self, draw, mine: range, args: Args, collect) -> dict:
+        """Gradients of this rank's samples `mine`, `micro` at a time; the loss of each position is
+        0.9 x (1 - cosine) + 0.1 x smooth-L1, the mean of both teachers [O]."""
+        device, sums = self.token.device, {"loss": 0.0, **dict.fromkeys(self.teachers, 0.0)}
+        for chunk in cut(mine, args.micro):
+            pictures = [draw(i) for i in chunk]
+            images = [p.views[0] for p in pictures]
+            patches, grids = pack(images, self.visual.config)
+            mask = hidden(pictures).to(device)
+            features = self.visual(patches.to(device), grids.to(device), mask, self.token)
+            chosen = mask if args.supervise == "masked" else torch.ones_like(mask)
+            share, loss = len(chunk) / args.batch, 0.0
+            for name, target in self.ask(images).items():
+                target = (target - getattr(self, f"mean_{name}")) / getattr(self, f"std_{name}")
+                target, said = target[chosen], self.heads[name](features[chosen]).float()
+                cosine = F.cosine_similarity(said, target, dim=-1).mean()
+                near = F.smooth_l1_loss(said, target)
+                loss += (args.cosine * (1 - cosine) + (1 - args.cosine) * near) / len(self.heads)
+                sums[name] += share * cosine.detach()
+            (share * loss).backward()
+            collect()
+            sums["loss"] += share * loss.detach()
+        return {name: total(value) for name, value in sums.items()}
+
+
+# ---- the run ----------------------------------------------------------------------------------
+
+PROJECTIONS = ("pool.", "text.pool.", "image_proj.", "text_proj.")
+
+
+def check(args: Args) -> Args:
+    """The arguments with their defaults by size filled in; what would fail hours later is refused
+    at once."""
+    for name in ("steps", "batch", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} takes 1 or more, not {getattr(args, name)}")
+    words = {"stage": ("teachers", "distill", "align", "all"), "mask": ("block", "random"),
+             "supervise": ("masked", "all"), "teachers": ("both", "semantic", "texture"),
+             "schedule": ("constant", "linear", "cosine")}
+    for name, known in words.items():
+        if getattr(args, name) not in known:
+            raise UserError(f"--{name} takes {', '.join(known[:-1])} or {known[-1]}, not "
+                            f"'{getattr(args, name)}'")
+    for name in ("masked", "cosine", "ema"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} takes a share from 0 to 1, not {getattr(args, name)}")
+    if args.seed < 0 or args.micro < 0:
+        raise UserError("--seed and --micro take 0 or more")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % (world * max(1, args.micro)):
+        raise UserError(f"--batch={args.batch} is no multiple of {world} ranks x "
+                        f"--micro={max(1, args.micro)}")
+    v, tiny = sized(args.size).vision, args.size == "tiny"
+    args = replace(args, micro=args.micro or args.batch // world,
+                   side=args.side or (64 if tiny else 224),
+                   budgets=args.budgets or ("36,64,100" if tiny else "128,256,576,784,1024"))
+    unit = v.patch_size * v.spatial_merge_size
+    if args.side % unit or args.side < 64:
+        raise UserError(f"--side takes a multiple of {unit}, two patches of {v.patch_size} pixels, "
+                        f"and at least 64, not {args.side}")
+    if round(args.masked * (args.side // v.patch_size) ** 2) < 1:
+        raise UserError(f"--masked={args.masked} hides no patch at all")
+    if not all(word.isdigit() and int(word) >= 4 for word in args.budgets.split(",")):
+        raise UserError(f"--budgets takes numbers of patches from 4 on, as 36,64: {args.budgets}")
+    for folder in filter(None, (args.semantic_teacher, args.texture_teacher)):
+        load_config(folder)
+    if args.pairs:
+        paired, alone = find_pairs(args.pairs, "train")
+        print(f"{len(paired)} pairs for training in {args.pairs}; {alone} files stand alone")
+    return args
+
+
+def stages(args: Args) -> list[str]:
+    """The folders under --out that this run fills, in order."""
+    wanted = ("semantic", "texture") if args.teachers == "both" else (args.teachers,)
+    standins = [n for n in wanted if not getattr(args, f"{n}_teacher")]
+    return {"teachers": standins, "distill": ["distill"], "align": ["align"],
+            "all": [*standins, "distill", "align"]}[args.stage]
+
+
+def earlier(args: Args, stage: str) -> Path:
+    """The newest checkpoint of a stage that this one builds on."""
+    folder = Path(args.out) / stage
+    if not checkpoints(folder):
+        raise UserError(f"{folder} is empty: run --stage=teachers first, or give "
+                        f"--{stage}_teacher=FOLDER")
+    return find_checkpoint(folder)
+
+
+def budgets(stage: str, args: Args) -> tuple:
+    """Patches that an image may have: only `align` varies them."""
+    if stage == "align":
+        return tuple(map(int, args.budgets.split(",")))
+    return ((args.side // sized(args.size).vision.patch_size) ** 2,)
+
+
+def prepare(stage: str, args: Args, config: Config, hw):
+    """(job, stream) of a stage: what is trained, and on which samples."""
+    pictures = Pictures(config, args.side, args.seed, args.mask, args.masked,
+                        2 if stage == "texture" else 0, args.pairs)
+    if stage == "texture":
+        return SelfDistil(args, config), pictures
+    if stage == "distill":
+        names = ("semantic", "texture") if args.teachers == "both" else (args.teachers,)
+        teachers = {}
+        for name in names:
+            folder = getattr(args, f"{name}_teacher")
+            teachers[name] = (load_teacher(folder, hw.device, hw.dtype) if folder else
+                              Standin(args, config, earlier(args, name), hw.device))
+        return Distil(args, config, teachers), pictures
+    return Contrast(args, config), Captions(config, budgets(stage, args), args.batch, args.seed,
+                                            "train", args.side, args.pairs)
+
+
+def build(stage: str, args: Args, config: Config, hw, say):
+    """Job, its samples, optimizer and the step to go on from."""
+    out, start = Path(args.out) / stage, 0
+    folder = find_checkpoint(out) if args.resume and checkpoints(out) else None
+    job, stream = prepare(stage, args, config, hw)
+    init(job, args.seed)
+    first = args.init or (Path(args.out) / "distill" if stage == "align"
+                          and checkpoints(Path(args.out) / "distill") else "")
+    if first and not folder and stage in ("distill", "align"):
+        load_tower(job.visual, find_checkpoint(first))
+        say(f"the tower starts from {find_checkpoint(first)}")
+    elif stage == "align" and not folder:
+        say("no distilled tower here: aligning one of random weights")
+    job.to(hw.device)
+    if not folder:
+        job.begin(stream)
+    optimizer = Optimizer(job.named_parameters(), OptimConfig(
+        args.lr, args.weight_decay,
+        scales=(*((name, args.proj_scale) for name in PROJECTIONS), ("text.", args.text_scale),
+                ("logit", 10.0)),  # two numbers with far to go [O]
+        decays=(*((name, args.proj_decay) for name in PROJECTIONS), ("text.", args.text_decay))))
+    for p in job.parameters():
+        if p.requires_grad and p.ndim:  # the temperature is too fine for bf16
+            p.data = p.data.to(hw.dtype)
+    if folder:
+        weights = {k: v.to(hw.device) for k, v in load_tensors(folder).items()}
+        try:
+            state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
+            start = state["step"]
+            optimizer.load_state_dict(state["optimizer"])
+            job.load_state_dict(weights)
+            optimizer.load_masters(weights)
+        except Exception as error:  # torch.load answers damage with some ten kinds of them
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{folder} can't be resumed ({reason}); --init={folder} starts from "
+                            "its tower alone") from None
+    return job, stream, optimizer, start
+
+
+def examine(job, exam: Exam, args: Args, stage: str, step: int) -> dict[str, float]:
+    """Probes of the tower as it stands, and its features as a picture; figures to report.json."""
+    visual = job.ema.visual if stage == "texture" else job.visual
+    figures = {**probe(visual, exam), **job.figures(exam)}
+    name = f"{stage}-{step:06d}.png"
+    pca_picture(visual, [image for image, _ in exam.scenes["test"][:6]],
+                Path(args.out) / "pictures" / name)
+    path = Path(args.out) / "report.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
+        "title": "the vision tower", "figures": {}, "pictures": []}
+    facts["figures"][stage] = {"step": step, **figures}
+    facts["pictures"] = [p for p in facts["pictures"] if p[0] != name] + [
+        [name, f"{stage}, step {step}: pictures, and the tower's features of them"]]
+    write_json(path, facts)
+    return figures
+
+
+def train(stage: str, args: Args, hw):
+    """One stage, from its newest checkpoint or from the start."""
+    out, lead, config = Path(args.out) / stage, hw.rank == 0, sized(args.size)
+    say = print if lead else (lambda *_: None)
+    if lead and not args.resume and checkpoints(out):  # never write over an earlier run
+        kept = next(p for i in range(1, 10_000) if not (p := Path(f"{out}.{i}")).exists())
+        out.rename(kept)
+        say(f"{out} held a run: kept as {kept}")
+    job, stream, optimizer, start = build(stage, args, config, hw, say)
+    cores = os.cpu_count() or 1
+    workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
+    share = args.batch // hw.world
+    # With several micro-batches each sample is drawn twice: drawing further ahead would pile up.
+    drawer = Drawer(stream, workers, 8 * share if args.micro == share else args.micro,
+                    overlap=hw.device.type != "cpu" and args.micro == share)
+    exam = Exam(config, args.side) if lead else None
+    count = sum(p.numel() for p in job.parameters() if p.requires_grad)
+    say(f"{stage}: {count / 1e6:.2f}M parameters, {args.batch} images a step in micro-batches of "
+        f"{args.micro}, steps {start}..{args.steps}, {workers} drawing processes, run folder {out}")
+    if lead:
+        write_json(out / "config.json", asdict(args))
+
+    def save(step):
+        def write(folder):
+            state = {**job.state_dict(), **optimizer.masters}
+            save_tensors(folder / "model.safetensors", {k: v.float() for k, v in state.items()})
+            write_json(folder / "config.json", {"stage": stage, "size": args.size,
+                                                "vision_config": asdict(config.vision)})
+            state = {"step": step, "optimizer": optimizer.state_dict(), "args": asdict(args)}
+            with open(folder / "train.pt", "wb") as file:
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:  # torch hides a full disk's OSError behind one
+                    raise error.__context__ or error from None
+                file.flush()
+                os.fsync(file.fileno())
+        return not lead or save_checkpoint(out, step, write)
+
+    interrupt, bad, skipped, saved, done = Interrupt(), 0, 0, start, start
+    log = Log(out, stage, args.steps, start, hw.rank)
+    for step in range(start, args.steps):
+        began, drawing = time.perf_counter(), drawer.seconds
+        first = step * args.batch + hw.rank * share
+        values = job.learn(drawer, range(first, first + share), args, optimizer.collect)
+        values = {name: float(value) for name, value in values.items()}
+        rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
+        norm = optimizer.step(rate, apply=math.isfinite(values["loss"]))
+        if math.isfinite(norm) and math.isfinite(values["loss"]):
+            bad = 0
+            job.follow(optimizer.masters, args)
+        else:
+            bad += 1
+            say(f"step {step}: loss {values['loss']}, gradient norm {norm}: step skipped "
+                f"({bad} in a row)")
+            if bad == 5:
+                raise UserError(f"five steps in a row were not finite; the last checkpoint of "
+                                f"{out} is from before; try a lower --lr")
+        done, took = step + 1, time.perf_counter() - began
+        values |= {"lr": args.lr * rate, "norm": norm, "dt": took, "img/s": args.batch / took}
+        if drawer.seconds - drawing > 0.05 * took:
+            values["drawing"] = drawer.seconds - drawing
+        last = done == args.steps
+        if lead and (last or args.eval_every and done % args.eval_every == 0):
+            values |= examine(job, exam, args, stage, done)
+        log.step(done, last or done % args.log_every == 0, **values)
+        stop = total(torch.tensor(float(interrupt.signal), device=hw.device))  # leave together
+        if done % args.save_every == 0 or last or stop:
+            saved = done if save(done) else saved
+        if stop:
+            break
+    log.close()
+    drawer.close()
+    if saved != done:
+        raise UserError(f"step {done} could not be saved; {out} has step {saved}")
+    say(f"saved {out}/step_{saved:06d}")
+    if interrupt.signal:
+        raise KeyboardInterrupt
+
+
+def run(args: Args):
+    args = check(args)
+    hw = setup(args.device, args.dtype)
+    if args.plan:
+        return forecast(args, hw)
+    if hw.rank == 0:
+        print(hw.why)
+        if args.stage != "align" and not (args.semantic_teacher and args.texture_teacher):
+            print("teachers without a folder are stand-ins of our own, trained here on drawings: "
+                  "neither SigLIP2 nor DINOv3")
+    for stage in stages(args):
+        train(stage, args, hw)
+        if hw.world > 1:
+            dist.barrier()  # the next stage reads what rank 0 has saved
+
+
+def forecast(args: Args, hw):
+    """What the last stage asked for would take (`--plan`): 6 FLOPs a parameter and patch, the
+    captions, attention and drawing left out."""
+    config, stage = sized(args.size), stages(args)[-1]
+    with torch.device("meta"):
+        parts = {"tower": tower(args, config), "text": TextTower(config.text)}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    patches = sum(budgets(stage, args)) / len(budgets(stage, args))
+    again = 4 if stage == "distill" else 2  # teachers as large as the student; the replay
+    flops = (6 + again) * counts["tower"] * patches * args.batch * args.steps
+    memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + (
+        args.micro * patches * config.vision.hidden_size * config.vision.depth * 2 * 34)
+    print(f"stage       {stage}, {args.steps} steps of {args.batch} images")
+    plan(hw, counts, args.steps * args.batch * patches, flops, memory)
+
+
+# Exercises. Delete the body, write it again, run the test.
+# 1. Contrast.learn, so that 64 micro-batches are one batch of 4,096.
+#    pytest tests/test_train_vit.py -k replay; 45 minutes.
+# 2. Take the centre out of SelfDistil.learn, train 300 steps of --stage=teachers, and watch `used`.
+
+
+if __name__ == "__main__":
+    main(lambda: run(cli(Args, about=__doc__)))
