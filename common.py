@@ -312,6 +312,17 @@ def save_checkpoint(run: Path, step: int, write, keep: int = 2) -> Path | None:
     return final
 
 
+def save_state(path, state: dict):
+    """torch.save that tells a full disk from a bug and is on the disk when it returns."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch hides a full disk's OSError behind one
+            raise error.__context__ or error from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def checkpoints(run) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
     return sorted(p for p in Path(run).glob("step_*") if p.suffix == "" and p.is_dir())

@@ -69,6 +69,16 @@ class Picture:
     source: str
 
 
+def hidden(pictures: list[Picture]) -> Tensor:
+    """The masks of all views, one behind the other, (P,) bool."""
+    return torch.from_numpy(np.concatenate([mask for p in pictures for mask in p.masks]))
+
+
+def whole(features: Tensor, grids: Tensor) -> Tensor:
+    """Patches (P, W) of N views of one size -> their means (N, W)."""
+    return rearrange(features, "(n p) w -> n p w", n=len(grids)).mean(1)
+
+
 @dataclass
 class Pictures:
     """Stage 1's stream: three sources at 80/10/10, of two pictures drawn the one of better quality.
@@ -235,10 +245,13 @@ class Pairs:
 
 
 def collate_pairs(pairs: list[Pair], c: VitConfig) -> Pairs:
-    borders = np.cumsum([0] + [len(pair.ids) for pair in pairs]).astype(np.int32)
-    ids = np.concatenate([pair.ids for pair in pairs]).astype(np.int64)
-    return Pairs(*pack([pair.image for pair in pairs], c), torch.from_numpy(ids),
-                 torch.from_numpy(borders))
+    return Pairs(*pack([pair.image for pair in pairs], c), *pack_texts([p.ids for p in pairs]))
+
+
+def pack_texts(texts: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Ids of N captions -> (T,) one behind the other, their borders (N+1,)"""
+    borders = np.cumsum([0] + [len(ids) for ids in texts]).astype(np.int32)
+    return torch.from_numpy(np.concatenate(texts).astype(np.int64)), torch.from_numpy(borders)
 
 
 # ---- the probes: what do frozen features know? --------------------------------------------------

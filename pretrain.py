@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 
 from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, load_tensors,
-                    main, plan, save_checkpoint, setup, write_json)
+                    main, plan, save_checkpoint, save_state, setup, write_json)
 from data import Drawer, Packer, Stream, collate, parse_mix, sight
 from kernels import linear_cross_entropy
 from mmtp import OPTIONS, attach, head_of, load, losses as mtp_losses, prefix
-from model import GLMV, sized
+from model import GLMV, load_tower, sized
 from optim import OptimConfig, Optimizer, schedule
 
 
@@ -48,6 +48,7 @@ class Args:
     mtp_share: float = 0.2        # the last part of the run, in which it learns
     image_option: str = "token"   # what it reads at visual slots: embed, mask or token (mmtp.py)
     init: str = ""                # folder whose weights to start from
+    vit: str = ""                 # folder of train_vit.py's whose tower to start from
     resume: bool = False          # go on with the newest checkpoint in --out
     out: str = "out/pretrain"     # run folder: log.jsonl, config.json, checkpoints
     save_every: int = 500         # steps between checkpoints
@@ -100,6 +101,8 @@ def build(args: Args, hw):
         raise UserError(f"{folder} comes with another tokenizer; only its weights can be used here")
     if args.mtp and not head_of(model):
         attach(model, args.mtp, args.seed)
+    if args.vit and not resumed:
+        load_tower(model.model.visual, find_checkpoint(args.vit))
     model = model.to(hw.device, hw.dtype)
     config = OptimConfig(args.lr, args.weight_decay, scales=(("model.visual", args.vision_scale),))
     optimizer = Optimizer(model.named_parameters(), config)
@@ -131,6 +134,8 @@ def check(args: Args):
         raise UserError("--mtp takes 0 or more, --mtp_share 0 to 1")
     if args.image_option not in OPTIONS:
         raise UserError(f"--image_option takes {', '.join(OPTIONS)}, not '{args.image_option}'")
+    if args.init and args.vit:
+        raise UserError("--init and --vit both bring a tower: give one of them")
     if args.schedule not in ("constant", "linear", "cosine"):
         raise UserError(f"--schedule takes constant, linear or cosine, not '{args.schedule}'")
 
@@ -180,13 +185,7 @@ def run(args: Args):
             state = {"step": step, "position": packer.state(), "seed": args.seed,
                      "optimizer": optimizer.state_dict(), "args": asdict(args),
                      "rng": torch.get_rng_state()}
-            with open(folder / "train.pt", "wb") as file:
-                try:
-                    torch.save(state, file)
-                except RuntimeError as error:  # torch hides a full disk's OSError behind one
-                    raise error.__context__ or error from None
-                file.flush()
-                os.fsync(file.fileno())
+            save_state(folder / "train.pt", state)
         return not lead or save_checkpoint(out, step, write)
 
     interrupt, bad, skipped, saved = Interrupt(), 0, 0, start

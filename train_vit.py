@@ -32,13 +32,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, load_tensors,
-                    main, plan, save_checkpoint, save_tensors, setup, write_json)
+                    main, plan, save_checkpoint, save_state, save_tensors, setup,
+                    write_json)
 from data import Drawer, pack
 from kernels import ring_sigmoid_loss
 from model import Config, TextTower, init, load_tower, sized
 from optim import OptimConfig, Optimizer, schedule
-from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, find_pairs, pca_picture,
-                      probe, probe_language)
+from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, find_pairs, hidden,
+                      pack_texts, pca_picture, probe, probe_language, whole)
 from teachers import load_config, load_teacher
 from vit import AttentionPool, CogViT
 
@@ -69,8 +70,7 @@ class Args:
     text_decay: float = 0.05      # on the text tower's
     proj_decay: float = 0.0       # on the pools' and projections'
     warmup: int = 20              # steps
-    schedule: str = "cosine"      # constant, linear (over the last part) or cosine
-    decay: float = 0.4            # that last part, as a share of the steps
+    schedule: str = "cosine"      # constant, linear or cosine
     init: str = ""                # folder whose tower to start from; align: default distill's
     resume: bool = False          # go on with the newest checkpoints in --out
     out: str = "out/vit"          # run folder: one folder a stage, report.json, pictures/
@@ -177,16 +177,16 @@ class Contrast(Job):
     @torch.no_grad()
     def figures(self, exam: Exam) -> dict[str, float]:
         """What needs both towers: zero-shot names and retrieval."""
+        device, encode = self.logit_bias.device, Captions(exam.config, (), 1).encode
+
         def images(pictures):
-            patches, grids = pack([np.asarray(p) for p in pictures], self.visual.config)
-            return self.embed_images(patches.to(device), grids.to(device)).cpu()
+            packed = pack([np.asarray(p) for p in pictures], self.visual.config)
+            return self.embed_images(*(x.to(device) for x in packed)).cpu()
 
         def texts(lines):
-            ids = [torch.from_numpy(encode(line)).long() for line in lines]
-            borders = F.pad(torch.tensor([len(i) for i in ids]).cumsum(0), (1, 0)).int()
-            return self.embed_texts(torch.cat(ids).to(device), borders.to(device)).cpu()
+            packed = pack_texts([encode(line) for line in lines])
+            return self.embed_texts(*(x.to(device) for x in packed)).cpu()
 
-        device, encode = self.logit_bias.device, Captions(exam.config, (), 1).encode
         return probe_language(images, texts, exam)
 
 
@@ -277,24 +277,17 @@ def entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp_min(1e-9).log()).sum(-1) / math.log(p.shape[-1])
 
 
-def whole(features: Tensor, grids: Tensor) -> Tensor:
-    """Patches (P, W) of N views of one size -> their means (N, W)."""
-    return rearrange(features, "(n p) w -> n p w", n=len(grids)).mean(1)
-
-
-def hidden(pictures: list) -> Tensor:
-    """The masks of all views, one behind the other, (P,) bool."""
-    return torch.from_numpy(np.concatenate([mask for p in pictures for mask in p.masks]))
-
-
 # ---- distill: two frozen teachers, hidden patches -----------------------------------------------
 
 class Standin:
     """A tower trained here, behind the call of teachers.py: (images, grids) -> (P, width)."""
 
-    def __init__(self, args: Args, config: Config, folder: Path, device):
-        self.visual = tower(args, config)
-        load_tower(self.visual, folder)
+    def __init__(self, args: Args, config: Config, name: str, device):
+        folder, self.visual = Path(args.out) / name, tower(args, config)
+        if not checkpoints(folder):
+            raise UserError(f"no {name} teacher in {folder}: --stage=teachers trains one, "
+                            f"--{name}_teacher=FOLDER takes one")
+        load_tower(self.visual, find_checkpoint(folder))
         self.visual.requires_grad_(False).to(device)
         self.width = config.vision.hidden_size
 
@@ -362,22 +355,20 @@ PROJECTIONS = ("pool.", "text.pool.", "image_proj.", "text_proj.")
 
 
 def check(args: Args) -> Args:
-    """The arguments with their defaults by size filled in; what would fail hours later is refused
-    at once."""
+    """The arguments, defaults by size filled in; what would fail hours later is refused at once."""
     for name in ("steps", "batch", "save_every", "log_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} takes 1 or more, not {getattr(args, name)}")
-    words = {"stage": ("teachers", "distill", "align", "all"), "mask": ("block", "random"),
-             "supervise": ("masked", "all"), "teachers": ("both", "semantic", "texture"),
-             "schedule": ("constant", "linear", "cosine")}
+    words = {"stage": "teachers distill align all", "mask": "block random",
+             "supervise": "masked all", "teachers": "both semantic texture",
+             "schedule": "constant linear cosine"}
     for name, known in words.items():
-        if getattr(args, name) not in known:
-            raise UserError(f"--{name} takes {', '.join(known[:-1])} or {known[-1]}, not "
-                            f"'{getattr(args, name)}'")
+        if getattr(args, name) not in known.split():
+            raise UserError(f"--{name} is one of: {known}; not '{getattr(args, name)}'")
     for name in ("masked", "cosine", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} takes a share from 0 to 1, not {getattr(args, name)}")
-    if args.seed < 0 or args.micro < 0:
+    if min(args.seed, args.micro) < 0:
         raise UserError("--seed and --micro take 0 or more")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % (world * max(1, args.micro)):
@@ -395,6 +386,8 @@ def check(args: Args) -> Args:
         raise UserError(f"--masked={args.masked} hides no patch at all")
     if not all(word.isdigit() and int(word) >= 4 for word in args.budgets.split(",")):
         raise UserError(f"--budgets takes numbers of patches from 4 on, as 36,64: {args.budgets}")
+    if not stages(args):
+        raise UserError("both teachers are given as folders: --stage=teachers has nothing to train")
     for folder in filter(None, (args.semantic_teacher, args.texture_teacher)):
         load_config(folder)
     if args.pairs:
@@ -409,15 +402,6 @@ def stages(args: Args) -> list[str]:
     standins = [n for n in wanted if not getattr(args, f"{n}_teacher")]
     return {"teachers": standins, "distill": ["distill"], "align": ["align"],
             "all": [*standins, "distill", "align"]}[args.stage]
-
-
-def earlier(args: Args, stage: str) -> Path:
-    """The newest checkpoint of a stage that this one builds on."""
-    folder = Path(args.out) / stage
-    if not checkpoints(folder):
-        raise UserError(f"{folder} is empty: run --stage=teachers first, or give "
-                        f"--{stage}_teacher=FOLDER")
-    return find_checkpoint(folder)
 
 
 def budgets(stage: str, args: Args) -> tuple:
@@ -439,7 +423,7 @@ def prepare(stage: str, args: Args, config: Config, hw):
         for name in names:
             folder = getattr(args, f"{name}_teacher")
             teachers[name] = (load_teacher(folder, hw.device, hw.dtype) if folder else
-                              Standin(args, config, earlier(args, name), hw.device))
+                              Standin(args, config, name, hw.device))
         return Distil(args, config, teachers), pictures
     return Contrast(args, config), Captions(config, budgets(stage, args), args.batch, args.seed,
                                             "train", args.side, args.pairs)
@@ -451,13 +435,13 @@ def build(stage: str, args: Args, config: Config, hw, say):
     folder = find_checkpoint(out) if args.resume and checkpoints(out) else None
     job, stream = prepare(stage, args, config, hw)
     init(job, args.seed)
-    first = args.init or (Path(args.out) / "distill" if stage == "align"
-                          and checkpoints(Path(args.out) / "distill") else "")
-    if first and not folder and stage in ("distill", "align"):
+    own = Path(args.out) / "distill"
+    first = args.init if args.stage == stage or stage == "distill" else ""
+    if stage == "align" and not first:
+        first = str(own) if checkpoints(own) else ""
+        say(f"aligning the tower of {first}" if first else "no distilled tower: aligning a new one")
+    if first and not folder:
         load_tower(job.visual, find_checkpoint(first))
-        say(f"the tower starts from {find_checkpoint(first)}")
-    elif stage == "align" and not folder:
-        say("no distilled tower here: aligning one of random weights")
     job.to(hw.device)
     if not folder:
         job.begin(stream)
@@ -530,13 +514,7 @@ def train(stage: str, args: Args, hw):
             write_json(folder / "config.json", {"stage": stage, "size": args.size,
                                                 "vision_config": asdict(config.vision)})
             state = {"step": step, "optimizer": optimizer.state_dict(), "args": asdict(args)}
-            with open(folder / "train.pt", "wb") as file:
-                try:
-                    torch.save(state, file)
-                except RuntimeError as error:  # torch hides a full disk's OSError behind one
-                    raise error.__context__ or error from None
-                file.flush()
-                os.fsync(file.fileno())
+            save_state(folder / "train.pt", state)
         return not lead or save_checkpoint(out, step, write)
 
     interrupt, bad, skipped, saved, done = Interrupt(), 0, 0, start, start
@@ -546,7 +524,7 @@ def train(stage: str, args: Args, hw):
         first = step * args.batch + hw.rank * share
         values = job.learn(drawer, range(first, first + share), args, optimizer.collect)
         values = {name: float(value) for name, value in values.items()}
-        rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
+        rate = schedule(step, args.steps, args.warmup, args.schedule)
         norm = optimizer.step(rate, apply=math.isfinite(values["loss"]))
         if math.isfinite(norm) and math.isfinite(values["loss"]):
             bad = 0
@@ -603,7 +581,7 @@ def forecast(args: Args, hw):
     with torch.device("meta"):
         parts = {"tower": tower(args, config), "text": TextTower(config.text)}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    patches = sum(budgets(stage, args)) / len(budgets(stage, args))
+    patches = np.mean(budgets(stage, args)).item()
     again = 4 if stage == "distill" else 2  # teachers as large as the student; the replay
     flops = (6 + again) * counts["tower"] * patches * args.batch * args.steps
     memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + (
