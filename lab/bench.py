@@ -1,8 +1,9 @@
-"""Speed beside transformers: its GLM-OCR classes with our weights, at their best, in one run.
+"""Speed beside transformers' GLM-OCR and timm's NaFlexViT, at their best, in one run.
 
     python -m lab.bench train              forward and backward over documents of mixed length
     python -m lab.bench decode             greedy generation, prompts with and without pictures
     python -m lab.bench decode --dtype=bfloat16 --size=small
+    python -m lab.bench vit                the vision encoder over pictures of mixed sizes
 
 Both sides get the same random weights, documents, dtype, device and number of threads. First it is
 checked that they do the same work (equal losses, equal tokens); then each side's few settings are
@@ -13,42 +14,54 @@ The peer at its best: documents sorted by length, then padded in batches; sdpa o
 tensors and positions made beforehand; no cache in training. What it is not given: torch.compile
 (which we do without as well) and its own continuous batching, which takes no pictures.
 
+For `vit` the peer is timm's NaFlexViT, which pads pictures to the largest of their batch; useful
+are patches of pictures. It may be built of our blocks (with our weights: the same numbers) or of
+its own (LayerNorm, GELU, a table of positions; as many parameters). Its batches are of eight or
+more pictures as they come, about half padding, or sorted by size and as small as it likes, down to
+one picture and no padding.
+
 Replies of mixed length favour the engine, which fills a slot as soon as it is free; so generation
 is measured twice more: batches sorted by length of reply, as if it were known, and equal lengths.
 """
 import dataclasses
+import importlib.util
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 
 import gym
 from common import UserError, cli, main, setup, write_json
 from data import Document, Stream, collate, document
 from engine import Engine, Request
-from model import Config, GLMV, sized
+from model import Config, GLMV, init, sized
 from pretrain import loss_sum
 from tasks.base import Task
 from tokenizer import Tokenizer
-from vit import MEAN, STD
+from vit import CogViT, MEAN, STD, naflex, patch_positions, patchify
 
 AIM = 1.5                     # DESIGN's: ours over theirs, in training and in generation
 TIE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # best two logits this close: either may win
 REPLIES = (8, 16, 24, 32, 48, 64)
+BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws them [R]
 
 
 @dataclass
 class Args:
-    what: str = ""             # train or decode
+    what: str = ""             # train, decode or vit
     size: str = "tiny"         # tiny, small or base
     dtype: str = "float32"     # float32 or bfloat16
     device: str = "auto"       # auto, cpu, cuda or mps
     rounds: int = 5            # measurements of each side, in turn
-    documents: int = 64        # documents to learn, or prompts to answer
+    documents: int = 64        # documents to learn, prompts to answer, or pictures to encode
     slots: int = 0             # decode: conversations at a time on our side; 0 = best of a few
     seed: int = 0              # of weights and documents
     out: str = "out/bench"     # folder of the JSON
@@ -188,7 +201,7 @@ def train(args: Args, hw) -> dict:
         ours.zero_grad(set_to_none=True)
         total = 0.0
         for row in rows:
-            loss = loss_sum(ours, row) / weight
+            loss = loss_sum(ours, row)[0] / weight
             loss.backward()
             total += loss.detach()
         return float(total)
@@ -307,17 +320,167 @@ def decode(args: Args, hw) -> dict:
     return {"agreement": agreement, "cases": cases}
 
 
+# ---- the vision encoder -------------------------------------------------------------------------
+
+def naflexvit():
+    """timm's module of the NaFlexViT. Raises UserError where timm isn't installed."""
+    # timm imports torchvision for transforms and a norm that are not used here, and torchvision
+    # is hard to get for some builds of torch: where it is missing, stand-ins serve the import.
+    missing = [] if importlib.util.find_spec("torchvision") else [
+        "torchvision" + part for part in ("", ".models", ".models.feature_extraction", ".ops",
+                                          ".ops.misc", ".transforms", ".transforms.functional",
+                                          ".datasets")]
+    sys.modules.update({name: mock.MagicMock() for name in missing})
+    try:
+        from timm.models import naflexvit as module
+        return module
+    except ImportError as error:
+        raise UserError(f"lab.bench vit compares with timm ({error}): "
+                        "pip install -r requirements-peers.txt") from None
+    finally:
+        for name in missing:
+            del sys.modules[name]
+
+
+def vit_peers(ours: CogViT) -> dict:
+    """NaFlexViTs of the same width, depth and heads: one of our blocks, with our weights, and one
+    of timm's own blocks, whose two matrices are so wide that they weigh as much as our three."""
+    c, module = ours.config, naflexvit()
+    same = dict(patch_size=c.patch_size, embed_dim=c.hidden_size, depth=c.depth,
+                num_heads=c.num_heads, patchify_channels_last=False, global_pool="",
+                fc_norm=False, use_key_only_attn_mask=True)
+    ratio = c.intermediate_size / c.hidden_size
+    plain = module.NaFlexVit(module.NaFlexVitCfg(mlp_ratio=1.5 * ratio, **same), num_classes=0)
+    twin = module.NaFlexVit(module.NaFlexVitCfg(
+        mlp_ratio=ratio, pos_embed="none", rope_type="axial", attn_type="rope", qk_norm=True,
+        swiglu_mlp=True, norm_layer="rmsnorm", **same), num_classes=0)
+
+    def pairs(x):  # what a rotation turns lies half a head apart here and side by side there
+        return rearrange(x, "(h two c) ... -> (h c two) ...", two=2, c=c.hidden_size
+                         // c.num_heads // 2)
+
+    state = {"norm.weight": ours.post_layernorm.weight,
+             "embeds.proj.weight": ours.patch_embed.proj.weight.sum(2).flatten(1),
+             "embeds.proj.bias": ours.patch_embed.proj.bias}
+    for name, value in ours.blocks.state_dict().items():
+        if ".attn.qkv." in name:
+            q, k, v = value.chunk(3)
+            value = torch.cat([pairs(q), pairs(k), v])
+        elif "_norm." in name:
+            value = pairs(value)
+        elif ".gate_proj." in name:  # one matrix there
+            up = ours.blocks.state_dict()[name.replace("gate", "up")]
+            name, value = name.replace("gate_proj", "fc1"), torch.cat([value, up])
+        elif ".up_proj." in name:
+            continue
+        state["blocks." + name.replace("down_proj", "fc2")] = value
+    twin.load_state_dict(state)
+    return {"our blocks": twin, "its own blocks": plain}
+
+
+def pictures(count: int, patch: int, seed: int) -> list[np.ndarray]:
+    """Noise of NaFlex's sizes: a budget from BUDGETS, and any shape from 1:2 to 2:1."""
+    rng, made = np.random.default_rng(seed), []
+    for _ in range(count):
+        tall, budget = np.exp2(rng.uniform(-1, 1)), int(rng.choice(BUDGETS))
+        size = naflex(round(1000 * tall), 1000, 2 * patch, budget // 4)
+        made.append(rng.integers(0, 256, (*size, 3)).astype(np.uint8))
+    return made
+
+
+def padded_pictures(images: list, patch: int, hw) -> dict:
+    """One batch in timm's form, all that a data loader can make, mask included, made beforehand."""
+    cut = [patchify(image, patch, merge=1) for image in images]
+    longest = max(len(patches) for patches, _ in cut)
+    mean, std = (torch.tensor(x).repeat_interleave(patch ** 2) for x in (MEAN, STD))
+    pixels, places, valid = [], [], []
+    for patches, grid in cut:
+        room = longest - len(patches)
+        flat = (torch.from_numpy(patches[:, 0]) / 255 - mean) / std
+        pixels.append(F.pad(flat, (0, 0, 0, room)))
+        places.append(F.pad(patch_positions(torch.tensor([grid]), merge=1).T, (0, 0, 0, room)))
+        valid.append(torch.arange(longest) < len(patches))
+    valid = torch.stack(valid).to(hw.device)
+    batch = {"patches": torch.stack(pixels).to(hw.device, hw.dtype),
+             "patch_coord": torch.stack(places).to(hw.device)}
+    if not valid.all():  # without padding it needs no mask, which is faster
+        mask = torch.zeros(valid.shape, device=hw.device, dtype=hw.dtype)
+        mask.masked_fill_(~valid, torch.finfo(hw.dtype).min)
+        batch |= {"patch_valid": valid, "attn_mask": mask[:, None, None]}
+    return {"batch": batch, "valid": valid.float()}
+
+
+def vit(args: Args, hw) -> dict:
+    config = dataclasses.replace(sized(args.size).vision, rms_norm_eps=1e-6)  # as timm's norms
+    ours = CogViT(config)
+    init(ours, args.seed)
+    peers = {name: m.to(hw.device, hw.dtype) for name, m in vit_peers(ours).items()}
+    ours, p = ours.to(hw.device, hw.dtype), config.patch_size
+    images = pictures(args.documents, p, args.seed)
+    useful = sum(i.shape[0] * i.shape[1] // p ** 2 for i in images)
+    generator = torch.Generator().manual_seed(args.seed)
+    along = torch.randn(config.hidden_size, generator=generator).to(hw.device) / useful
+
+    def backward(value, learn):
+        if learn:
+            value.backward()
+        return float(value.detach())
+
+    def our_pass(rows, learn):
+        ours.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(learn):
+            return sum(backward((ours(*row).float() @ along).sum(), learn) for row in rows)
+
+    def their_pass(model, batches, learn):
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(learn):
+            return sum(backward((model.forward_features(**b["batch"])["patches"].float() @ along
+                                 * b["valid"]).sum(), learn) for b in batches)
+
+    rows = {}
+    for size in sorted({min(n, len(images)) for n in (4, 16, len(images))}):
+        cuts = [[patchify(i, p) for i in part] for part in in_batches(images, size)]
+        rows[f"rows of {size} pictures"] = [
+            (torch.from_numpy(np.concatenate([patches for patches, _ in cut])).to(hw.device),
+             torch.tensor([grid for _, grid in cut]).to(hw.device)) for cut in cuts]
+    orders = {"as they come": (images, (8, 16, len(images))),
+              "sorted by size": (sorted(images, key=lambda i: i.size), (1, 4, 8, 16, len(images)))}
+    cases, losses, norms = {}, [], []
+    for order, (listed, sizes) in orders.items():
+        batches = {}
+        for size in sorted({min(n, len(images)) for n in sizes}):
+            made = [padded_pictures(part, p, hw) for part in in_batches(listed, size)]
+            share = 1 - useful / sum(b["valid"].numel() for b in made)
+            batches[f"batches of {size}, {share:.0%} padding"] = made
+        if not cases:  # the twin does the same work
+            losses = [our_pass(rows[min(rows)], True),
+                      their_pass(peers["our blocks"], batches[min(batches)], True)]
+            norms = [float(sum(x.grad.float().norm() ** 2 for x in m.blocks.parameters()) ** 0.5)
+                     for m in (ours, peers["our blocks"])]
+            print(f"loss           ours {losses[0]:.6f}, theirs {losses[1]:.6f}")
+            print(f"gradient norm  ours {norms[0]:.6f}, theirs {norms[1]:.6f}")
+        for kind, model in peers.items():
+            for name, learn in (("forward and backward", True), ("forward", False)):
+                cases[f"{name}, {order}, {kind}"] = duel(
+                    {k: lambda r=r, learn=learn: our_pass(r, learn) for k, r in rows.items()},
+                    {k: lambda m=model, b=b, learn=learn: their_pass(m, b, learn)
+                     for k, b in batches.items()}, useful, args.rounds)
+    return {"losses": losses, "norms": norms, "cases": cases}
+
+
 # ---- the report ---------------------------------------------------------------------------------
 
 def run(args: Args) -> dict:
     """Measure, print the table, write out/bench/NAME.json; returns what was written."""
-    if args.what not in ("train", "decode"):
-        raise UserError(f"lab.bench takes train or decode, not '{args.what}'")
+    verbs = {"train": train, "decode": decode, "vit": vit}
+    if args.what not in verbs:
+        raise UserError(f"lab.bench takes {', '.join(verbs)}, not '{args.what}'")
     hw = setup(args.device, args.dtype)
     print(f"{hw.why}; {args.size}, {args.documents} documents, {args.rounds} rounds")
     result = {"args": dataclasses.asdict(args), "hardware": hw.why, "aim": AIM,
-              **(train if args.what == "train" else decode)(args, hw)}
-    print(f"{'useful tokens/s':<26} {'median':>9} {'least':>9} {'most':>9}  setting")
+              **verbs[args.what](args, hw)}
+    unit = "useful patches/s" if args.what == "vit" else "useful tokens/s"
+    print(f"{unit:<26} {'median':>9} {'least':>9} {'most':>9}  setting")
     for name, case in result["cases"].items():
         print(name)
         for side in ("ours", "theirs"):

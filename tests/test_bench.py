@@ -1,9 +1,13 @@
 """lab.bench does the same work on both sides and reports a ratio; how large is not tested."""
+import importlib.util
 import json
+import sys
+from types import ModuleType
 
 import pytest
 
 from common import UserError
+from lab import bench
 from lab.bench import Args, run
 
 few = dict(dtype="float32", device="cpu", rounds=1, documents=4)
@@ -32,6 +36,18 @@ def test_generation_compares_equal_replies(tmp_path):
     assert len(ratios(result, tmp_path)) == 3
 
 
+def test_the_encoder_compares_equal_losses_and_gradients(tmp_path, capsys, monkeypatch):
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    monkeypatch.setattr(bench, "BUDGETS", (16, 24, 48))
+    result = run(Args("vit", out=str(tmp_path), **few))
+    for ours, theirs in (result["losses"], result["norms"]):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert len(ratios(result, tmp_path)) == 8
+    assert "padding" in capsys.readouterr().out
+    assert isinstance(sys.modules.get("torchvision"), (ModuleType, type(None)))
+
+
 def test_anything_else_is_refused_in_one_line():
-    with pytest.raises(UserError, match="train or decode"):
+    with pytest.raises(UserError, match="train, decode, vit"):
         run(Args("fly"))
