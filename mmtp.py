@@ -21,6 +21,8 @@ What should stand for embed(t) where t is a visual slot? The paper's three optio
 
 Letters: T tokens of a packed row, W width, V vocabulary, S cache slots, K drafts.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -147,21 +149,22 @@ def logits(model: GLMV, hidden: Tensor) -> Tensor:
     return head_of(model).shared_head.norm(hidden) @ tables(model)[1].T
 
 
-def losses(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, depths: int = 3,
-           option: str = "token", detach: bool = False) -> list[Tensor]:
-    """The weighted sum of cross-entropies at each depth 1..depths; fp32 scalars.
+@dataclass
+class Ahead:
+    """The head's work at one depth: states of the slots `kept`, what they predict, and whether
+    that counts."""
+    hidden: Tensor              # (n, W) h_i^k of the kept slots
+    kept: Tensor                # (n,) their places i in the row
+    target: Tensor              # (n,) i + k + 1, clamped to the row
+    counts: Tensor              # (n,) bool: a text token of the same document
 
-    hidden (T, W): the trunk's, after its norm; merged: for `embed` alone. Targets that are visual
-    slots or lie in the next document don't count [O]. detach: only the head's own weights learn,
-    so that the loss can't move the policy (RL, or a head trained on a finished trunk).
-    """
-    if option not in OPTIONS:
-        raise UserError(f"image_option takes {', '.join(OPTIONS)}, not '{option}'")
+
+def states(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, depths: int = 3,
+           option: str = "token", table: Tensor | None = None):
+    """Yield an Ahead for each depth 1..depths. hidden (T, W): the trunk's, after its norm; merged:
+    for `embed` alone; table: the embedding matrix, the head's own unless given."""
     tokens, visual = batch.tokens, batch.tokens == model.config.image_token_id
-    table, out = tables(model)
-    if detach:
-        hidden, table, out = hidden.detach(), table.detach(), out.detach()
-    embedded = F.embedding(tokens, table)
+    embedded = F.embedding(tokens, tables(model)[0] if table is None else table)
     if option == "embed" and merged is not None:
         slots = visual.nonzero()[:, 0]
         embedded = embedded.index_copy(0, slots, merged.to(embedded.dtype))
@@ -173,18 +176,35 @@ def losses(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, dep
     kept, cu_seqlens = torch.arange(len(tokens), device=tokens.device), batch.cu_seqlens
     if option == "mask":
         kept = (~visual.roll(-1)).nonzero()[:, 0]
-        counts = torch.bincount(place[kept], minlength=len(lengths))
-        cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int()
+        left = torch.bincount(place[kept], minlength=len(lengths))
+        cu_seqlens = F.pad(left.cumsum(0), (1, 0)).int()
     segments, positions = Segments(cu_seqlens, causal=True), batch.positions[:, kept]
 
-    h, found = hidden[kept], []
+    h = hidden[kept]
     for k in range(1, depths + 1):
         h = predict(model, h, embedded.roll(-k, 0)[kept], positions, segments)
         target = (kept + k + 1).clamp(max=len(tokens) - 1)
         counts = (place[target] == place[kept]) & (kept + k + 1 < len(tokens)) & ~visual[target]
-        found.append(linear_cross_entropy(head_of(model).shared_head.norm(h), out, tokens[target],
-                                          batch.weights[target] * counts))
-    return found
+        yield Ahead(h, kept, target, counts)
+
+
+def losses(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, depths: int = 3,
+           option: str = "token", detach: bool = False) -> list[Tensor]:
+    """The weighted sum of cross-entropies at each depth 1..depths; fp32 scalars.
+
+    Arguments as for `states`. Targets that are visual slots or lie in the next document don't
+    count [O]. detach: only the head's own weights learn, so that the loss can't move the policy
+    (RL, or a head trained on a finished trunk).
+    """
+    if option not in OPTIONS:
+        raise UserError(f"image_option takes {', '.join(OPTIONS)}, not '{option}'")
+    table, out = tables(model)
+    if detach:
+        hidden, table, out = hidden.detach(), table.detach(), out.detach()
+    norm = head_of(model).shared_head.norm
+    return [linear_cross_entropy(norm(x.hidden), out, batch.tokens[x.target],
+                                 batch.weights[x.target] * x.counts)
+            for x in states(model, hidden, batch, merged, depths, option, table)]
 
 
 # ---- speculation --------------------------------------------------------------------------------
