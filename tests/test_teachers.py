@@ -105,6 +105,16 @@ def test_a_whole_siglip_and_shards_open_too(family, tmp_path):
     assert (own_features(teacher, [image])[0] - want).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", list(teachers.KINDS))
+def test_what_a_config_leaves_out_is_their_default(kind, tmp_path):
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    theirs = transformers.AutoConfig.for_model(kind)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    _, ours = teachers.load_config(tmp_path)
+    for field, value in vars(ours).items():
+        assert getattr(theirs, field, value) == value, field
+
+
 def test_naflex_sizes_and_pixels_are_those_of_siglip2():
     pytest.importorskip("transformers", exc_type=ImportError)
     from transformers.models.siglip2.image_processing_pil_siglip2 import (
