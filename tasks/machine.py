@@ -12,8 +12,6 @@ from itertools import pairwise
 from .verify import answer_and_gold
 
 STEPS, DEPTH, LONGEST, LARGEST = 40_000, 150, 200, 10 ** 15
-
-
 # All that reading and running a program can raise. ValueError: it asks for what the language does
 # not have, or for too much of it; AttributeError: a node of an unknown form.
 FAULTS = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, SyntaxError,
@@ -65,8 +63,7 @@ def bound(value):
 
 class Machine:
     """Runs a program, then `invoke` calls its functions; one budget of steps for all of it. A
-    function sees its own names only. `trace` keeps each name and value as it is assigned. Raises
-    any of FAULTS."""
+    function sees its own names only. `trace` keeps what each name is given. Raises FAULTS."""
 
     def __init__(self, code: str, trace: list | None = None):
         self.steps = self.depth = 0

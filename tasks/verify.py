@@ -16,7 +16,7 @@ import re
 import warnings
 
 BEGIN, END = "<|begin_of_box|>", "<|end_of_box|>"
-LONGEST_REPLY, LONGEST_ACTION, LONGEST_LIST = 4000, 400, 40
+LONGEST_REPLY, LONGEST_ACTION, LONGEST_LIST = 4000, 400, 40     # characters, and entries
 KEYS = ("color", "shape", "size", "at")         # of a thing, in scene_to_json
 MOVES = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}
 
@@ -42,7 +42,7 @@ def parse_action(text: str) -> tuple[str, list] | None:
     """A Python-style call with literal arguments, `click(412, 377)` -> ("click", [412, 377]).
     None for anything else; keywords are not part of the language."""
     text = spoken(text)
-    if not 0 < len(text) <= LONGEST_ACTION:
+    if len(text) > LONGEST_ACTION:
         return None
     try:
         with warnings.catch_warnings(action="ignore"):      # type("\\d") is the model's affair
@@ -57,12 +57,6 @@ def parse_action(text: str) -> tuple[str, list] | None:
 def plain(text: str) -> str:
     """Case, outer punctuation and runs of spaces don't matter."""
     return " ".join(text.lower().split()).strip(" .!\"'")
-
-
-def listed(text: str) -> list[str]:
-    """The entries of a comma-separated list, normalised; none where there are more than 40."""
-    found = [plain(part) for part in text.split(",")]
-    return found if len(found) <= LONGEST_LIST else []
 
 
 def exact(evidence: dict) -> float:
@@ -142,13 +136,12 @@ def reading(evidence: dict) -> float:
 
 
 def moment(evidence: dict) -> float:
-    """NUM where gold is the number of a frame. LIS where it is an order of events: the boxed list
-    names each once; (those in the right order - 1) over (events - 1), so that one right neighbour
-    more is worth the same everywhere."""
+    """NUM where gold is a number. LIS where it is an order: the boxed list has the same entries;
+    (in order - 1) / (all - 1), so that one right neighbour more is worth the same everywhere."""
     answer, gold = answer_and_gold(evidence)
     if not isinstance(gold, list):
         return number(evidence)
-    found, gold = listed(answer), [plain(entry) for entry in gold]
+    found, gold = [plain(part) for part in answer.split(",")], [plain(entry) for entry in gold]
     return (common(found, gold) - 1) / (len(gold) - 1) if sorted(found) == sorted(gold) else 0.0
 
 
@@ -172,10 +165,8 @@ def hit_point(evidence: dict) -> float:
 def boxes(text: str) -> list[list[int]] | None:
     """Boxes [x0, y0, x1, y1] of integers in 0-999, each with an area, from a literal list of at
     most 40 of them; a single box counts as a list of one. None where the form is broken."""
-    if not re.fullmatch(r"\[[\[\], 0-9]*", text, re.ASCII):
-        return None
     try:
-        found = ast.literal_eval(text)
+        found = ast.literal_eval(text) if re.fullmatch(r"\[[\[\], 0-9]*", text) else None
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
     if isinstance(found, list) and found and type(found[0]) is int:
@@ -259,7 +250,7 @@ def route(evidence: dict) -> float:
     """EXEC: make the boxed moves. A way that meets a bar or ends elsewhere is worth nothing, the
     shortest 1, and each move too many its share of that: twice as long is worth nothing. [O]"""
     answer, gold = answer_and_gold(evidence)
-    place, moves = gold["start"], listed(answer)
+    place, moves = gold["start"], [plain(part) for part in answer.split(",")]
     for move in moves:
         place, road = ahead(place, move) if move in MOVES else (place, None)
         if road not in gold["roads"]:
