@@ -99,11 +99,25 @@ def table_html(table: dict) -> str:
             "look.</p>")
 
 
+def figures_html(figures: dict[str, dict]) -> str:
+    """{row: {column: number}} as a table; not every row has every column."""
+    columns = list(dict.fromkeys(name for row in figures.values() for name in row))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))
+    rows = ["".join(f"<td>{row[name]:.3g}</td>" if name in row else "<td></td>" for name in columns)
+            for row in figures.values()]
+    return f"<table><tr>{head}</tr>" + "".join(
+        f"<tr><td>{html.escape(name)}</td>{row}</tr>" for name, row in zip(figures, rows)
+    ) + "</table>"
+
+
+def inline(path: Path) -> str:
+    """A picture file as the address of itself."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
 def card(sample: dict, pictures: Path) -> str:
-    images = "".join(
-        '<img alt="" src="data:image/png;base64,'
-        + base64.b64encode((pictures / name).read_bytes()).decode() + '">'
-        for name in sample["pictures"][:6])
+    images = "".join(f'<img alt="" src="{inline(pictures / name)}">'
+                     for name in sample["pictures"][:6])
     right = sample["reward"] > 0.999
     verdict = "right" if right else "wrong"
     return (f'<div class="card">{images}<br><small>{sample["category"]}, level {sample["level"]}'
@@ -121,18 +135,26 @@ def page(run: Path) -> str:
         raise UserError(f"nothing to show in {run}: no log.jsonl, report.json or eval.json")
     facts = json.loads(found.read_text(encoding="utf-8")) if found else {}
     parts = [f"<h1>{html.escape(facts.get('title', run.name))}</h1>"]
-    if "hardware" in facts:
+    if "parameters" in facts:
         parts.append(f'<p class="quiet">{html.escape(facts["hardware"])}; torch {facts["torch"]}; '
                      f'seed {facts["seed"]}; {facts["parameters"]["total"] / 1e6:.2f}M parameters; '
                      f'{facts["steps"]} steps in {facts["training_seconds"]} s, '
                      f'{facts["seconds"]} s in all</p>')
     if "table" in facts:
         parts.append("<h2>Held-out tasks</h2>" + table_html(facts["table"]))
+    if facts.get("figures"):
+        parts.append("<h2>Figures</h2>" + figures_html(facts["figures"]))
+    for name, caption in facts.get("pictures", []):
+        parts.append(f'<p><img alt="" src="{inline(run / "pictures" / name)}"><br>'
+                     f"<small>{html.escape(caption)}</small></p>")
     for name, lines in logs.items():
         parts.append(f"<h2>{html.escape(name)}</h2>")
         loss = smooth([(line["step"], line["loss"]) for line in lines if "loss" in line])
         held = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
-        parts.append(curve({"training": loss, "held out": held}, "loss, nats a learnt token"))
+        parts.append(curve({"training": loss, "held out": held}, "loss"))
+        probes = {key: [(line["step"], line[key]) for line in lines if key in line]
+                  for key in ("linear", "knn", "dense", "used")}
+        parts.append(curve(probes, "probes: shares of right answers; use of prototypes", high=150))
         for key, title in (("norm", "gradient norm"), ("tok/s", "tokens a second")):
             points = smooth([(line["step"], line[key]) for line in lines if key in line])
             parts.append(curve({key: points}, title, high=150))

@@ -1,0 +1,124 @@
+"""Does two-teacher distillation pay? The claims about train_vit.py, over seeds, as a report.
+
+    python -m lab.vit_claims                     one seed; hours on a busy laptop, so it resumes
+    python -m lab.vit_claims --seeds=3 --steps=600
+    python -m lab.vit_claims --big=65536         instead: one align step of 64K and one of 1,024
+
+For each seed: both stand-in teachers, then students of both, of either alone, and one held to all
+patches instead of the hidden ones, then alignment of the first. Beside them a tower of random
+weights. Every figure is a probe of train_vit.py on held-out pictures.
+"""
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import train_vit
+from common import ROOT, UserError, cli, main, setup, write_json
+from model import init, sized
+from pictures import Exam, probe
+
+STUDENTS = {"both": {}, "semantic": {"teachers": "semantic"}, "texture": {"teachers": "texture"},
+            "all patches": {"supervise": "all"}}
+
+
+@dataclass
+class Args:
+    seeds: int = 1                # how many, from 0
+    steps: int = 250              # of each student and of the alignment
+    teacher_steps: int = 400      # of each stand-in
+    batch: int = 64               # images a step
+    big: int = 0                  # global batch of the memory test; 0: the other claims
+    micro: int = 128              # images at a time in the memory test
+    out: str = "out/vit_claims"   # run folder: report.json, a folder a seed
+    device: str = "auto"          # auto, cpu, cuda or mps
+    dtype: str = "auto"           # auto, float32 or bfloat16
+
+
+def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict:
+    """Run one stage, or what is left of it, and return its figures."""
+    steps = args.steps if name in ("distill", "align") else args.teacher_steps
+    settings = train_vit.check(train_vit.Args(
+        stage="all", steps=steps, batch=args.batch, seed=seed, out=str(folder), resume=True,
+        save_every=50, eval_every=100, log_every=50, device=args.device, dtype=args.dtype,
+        workers=0, **changes))
+    train_vit.train(name, settings, hw)
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))["figures"][name]
+
+
+def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
+    """{model: its figures}"""
+    folder = Path(args.out) / f"seed{seed}"
+    config = sized("tiny")
+    blank = train_vit.tower(train_vit.Args(), config)
+    init(blank, seed)
+    found = {"random": probe(blank, Exam(config, 64))}
+    for name in ("semantic", "texture"):
+        found[f"teacher {name}"] = stage(args, hw, name, folder, seed)
+    for name, changes in STUDENTS.items():
+        # A student's folder is its own; the teachers are those of the seed.
+        own = folder if name == "both" else folder / name.replace(" ", "_")
+        for teacher in ("semantic", "texture"):
+            if own != folder and not (own / teacher).exists():
+                own.mkdir(parents=True, exist_ok=True)
+                (own / teacher).symlink_to(folder.resolve() / teacher)
+        found[f"student of {name}"] = stage(args, hw, "distill", own, seed, **changes)
+    found["aligned"] = stage(args, hw, "align", folder, seed)
+    return found
+
+
+def verdicts(found: dict[str, dict]) -> dict[str, float]:
+    """What was aimed at, as numbers that should be above the one behind their name."""
+    def worth(name):
+        return found[name]["linear"] + found[name]["dense"]
+
+    both, chance = found["student of both"], found["aligned"]["chance"]
+    return {
+        "linear probe, points over random (20)": 100 * (both["linear"] - found["random"]["linear"]),
+        "linear + dense, points over the better single teacher's student (0)": 100 * (
+            worth("student of both") - max(worth("student of semantic"),
+                                           worth("student of texture"))),
+        **{f"retrieval {name}, times chance (10)": found["aligned"][name] / chance
+           for name in ("i2t_en", "t2i_en", "i2t_zh", "t2i_zh")}}
+
+
+def claims(args: Args):
+    hw = setup(args.device, args.dtype)
+    report = {"title": "claims about the vision tower", "hardware": hw.why, "figures": {}}
+    for seed in range(args.seeds):
+        found = one_seed(args, hw, seed)
+        for name, row in found.items():
+            report["figures"][f"seed {seed}: {name}"] = row
+        report["figures"][f"seed {seed}: aims"] = verdicts(found)
+        for name, value in verdicts(found).items():
+            print(f"seed {seed}  {value:8.1f}  {name}")
+        write_json(Path(args.out) / "report.json", report)
+    print(f"figures in {args.out}/report.json; python -m lab.report {args.out} makes the page")
+
+
+def memory(args: Args):
+    """One align step each, in a process of its own so that its peak memory is its own."""
+    rows = {}
+    for batch in (1024, args.big):
+        began = time.time()
+        done = subprocess.run(
+            [sys.executable, "train_vit.py", "--stage=align", "--steps=1", f"--batch={batch}",
+             f"--micro={args.micro}", "--budgets=16", "--workers=0", f"--device={args.device}",
+             f"--dtype={args.dtype}", f"--out={Path(args.out).resolve() / f'batch{batch}'}"],
+            cwd=ROOT, env={**os.environ})
+        if done.returncode:
+            raise UserError(f"the step with {batch} pairs ended with code {done.returncode}")
+        # The kernel keeps the largest of all children so far: the small batch goes first.
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
+        rows[f"batch {batch}"] = {"peak GiB": peak, "seconds": time.time() - began}
+        print(f"batch {batch}: {peak:.2f} GiB at most, {time.time() - began:.0f} s in all")
+    write_json(Path(args.out) / "memory.json", {"micro": args.micro, "figures": rows})
+
+
+if __name__ == "__main__":
+    chosen = cli(Args, about=__doc__)
+    main(memory if chosen.big else claims, chosen)

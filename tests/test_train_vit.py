@@ -1,0 +1,467 @@
+"""The vision tower's training: streams, masks, losses, the ring, replays, resume, bad input."""
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import pretrain
+import train_vit
+from common import UserError, checkpoints, load_tensors
+from conftest import odd_config
+from data import open_image
+from kernels import ring_sigmoid_loss, sigmoid_loss
+from lab import report
+from model import GLMV, init, sized
+from pictures import (Captions, Exam, Pair, Pictures, budgeted, collate_pairs, draw_mask,
+                      draw_pair, find_pairs, hidden, linear_probe, look, pack_texts, pca_picture,
+                      probe, quality, read_captions)
+from tasks.scenes import Item, caption, window
+from train_vit import Args, Contrast, Distil, SelfDistil, check
+from vit import AttentionPool, naflex
+
+SMALL = dict(steps=4, batch=8, warmup=1, workers=0, eval_every=0, save_every=2, device="cpu",
+             dtype="float32")
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run takes SIGTERM and SIGINT for itself; give them back."""
+    held = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for which, handler in held.items():
+        signal.signal(which, handler)
+
+
+@pytest.fixture
+def small_exam(monkeypatch):
+    """Sixteen pictures of a kind instead of 256."""
+    monkeypatch.setattr(train_vit, "Exam", lambda config, side: Exam(config, side, 16))
+
+
+def train(out, stage, **changes):
+    train_vit.run(Args(**{**SMALL, "stage": stage, "out": str(out), **changes}))
+    return [json.loads(line) for line in (Path(out) / stage / "log.jsonl").read_text().splitlines()
+            ] if stage in ("distill", "align") else None
+
+
+def settled(**changes) -> Args:
+    return check(Args(**{**SMALL, **changes}))
+
+
+# ---- pictures and captions ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["block", "random"])
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.9])
+def test_a_mask_hides_exactly_its_share(kind, share):
+    rng = np.random.default_rng(0)
+    for h, w in ((8, 8), (6, 10), (16, 4)):
+        mask = draw_mask(rng, h, w, share, kind)
+        assert mask.shape == (h * w,) and mask.sum() == round(share * h * w)
+
+
+def test_block_masks_hang_together():
+    """A hidden patch has more hidden neighbours than where each is drawn by itself."""
+    def neighbours(kind):
+        rng, found = np.random.default_rng(1), []
+        for _ in range(50):
+            stored = draw_mask(rng, 8, 8, 0.35, kind).reshape(4, 4, 2, 2)
+            grid = stored.transpose(0, 2, 1, 3).reshape(8, 8)
+            found.append((grid[:, 1:] & grid[:, :-1]).sum())
+        return np.mean(found)
+    assert neighbours("block") > 1.4 * neighbours("random")
+
+
+def test_samples_are_functions_of_seed_and_index():
+    config = sized("tiny")
+    stream, again = (Pictures(config, 64, 3, views=2) for _ in range(2))
+    a, b = [stream(i) for i in (0, 5)], [again(i) for i in (5, 0)][::-1]
+    for x, y in zip(a, b):
+        assert all(map(np.array_equal, x.views + x.masks, y.views + y.masks))
+    assert not np.array_equal(a[0].views[0], a[0].views[1])
+    pairs = Captions(config, (36, 64, 100), 4, 3)
+    assert np.array_equal(pairs(9).image, Captions(config, (36, 64, 100), 4, 3)(9).image)
+
+
+def test_the_mixture_is_80_10_10_and_of_the_better_of_two():
+    drawn = [Pictures(sized("tiny"), 64)(i) for i in range(150)]
+    share = sum(p.source == "natural" for p in drawn) / 150
+    assert 0.7 < share < 0.9 and {p.source for p in drawn} == {
+        "natural", "instruction", "scientific"}
+    rng = np.random.default_rng(0)
+    busy = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    blurred = np.asarray(Image.fromarray(busy).resize((8, 8)).resize((64, 64)))
+    assert quality(busy) > quality(blurred) > quality(np.full((64, 64, 3), 9, np.uint8)) == 0
+
+
+def test_a_batch_has_one_budget_and_uses_it():
+    stream = Captions(sized("tiny"), (36, 64, 100), 16)
+    sizes = [[stream(i).image.shape for i in range(k, k + 16)] for k in range(0, 160, 16)]
+    most = [max(h * w // 64 for h, w, _ in batch) for batch in sizes]
+    assert set(most) == {36, 64, 100}
+    assert len({shape for batch in sizes for shape in batch}) > 4
+
+
+def test_naflex_keeps_to_the_budget_and_the_aspect():
+    for h, w in ((64, 64), (30, 90), (500, 333), (17, 1000)):
+        high, wide = naflex(h, w, 16, 25)
+        assert high % 16 == wide % 16 == 0 and 25 / 2 < high * wide / 256 <= 25
+        if max(h, w) < 4 * min(h, w):
+            assert abs(math.log((high / wide) / (h / w))) < 0.45
+
+
+def test_captions_say_the_same_in_both_languages():
+    items = [Item("red", "star", (0, 0, 200, 200)), Item("blue", "circle", (760, 510, 960, 700))]
+    assert caption(items) == "red star top left, blue circle bottom right"
+    assert caption(items, language="zh") == "左上红色五角星，右下蓝色圆形"
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        (x0, x1), (y0, y1) = window(rng, items)
+        assert x0 == y0 == 0 and x1 == 4 and y1 >= 3
+
+
+# ---- folders of pairs ---------------------------------------------------------------------------
+
+def fill(folder, names="abcdefghijkl"):
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
+        Image.new("RGB", (20 + i, 30), (10 * i, 0, 0)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"thing {name}\nde.utf8=Ding\nzh_cn.utf8=东西\n")
+
+
+def test_a_folder_of_pairs(tmp_path):
+    fill(tmp_path)
+    (tmp_path / "lone.txt").write_text("no picture")
+    Image.new("RGB", (9, 9)).save(tmp_path / "alone.png")
+    for name in "bcd":
+        (tmp_path / f"{name}.png").write_bytes(b"not a picture")
+    (paths, alone), (test, _) = (find_pairs(str(tmp_path), split) for split in ("train", "test"))
+    assert alone == 2 and len(paths) + len(test) == 12 and not set(paths) & set(test)
+    assert read_captions(tmp_path / "a.txt", str(tmp_path)) == ["thing a", "东西"]
+    rng = np.random.default_rng(0)
+    drawn = [draw_pair(rng, str(tmp_path), "train") for _ in range(60)]
+    assert sum(skipped for _, _, skipped in drawn) > 0
+    assert {text for _, text, _ in drawn} >= {"thing a", "东西"}
+
+
+def test_corrupt_pictures_are_counted_and_too_many_are_one_line(tmp_path, small_exam):
+    fill(tmp_path / "pairs")
+    (tmp_path / "pairs" / "a.png").write_bytes(b"")
+    log = train(tmp_path, "align", pairs=str(tmp_path / "pairs"), steps=6)
+    assert sum(line["skipped"] for line in log) > 0
+    for path in (tmp_path / "pairs").glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="20 pictures in a row can't be read"):
+        train(tmp_path / "second", "align", pairs=str(tmp_path / "pairs"))
+
+
+# ---- the loss, in tiles and over the ring -------------------------------------------------------
+
+def unit(n, width=8, seed=0):
+    x = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(x, dim=-1).requires_grad_()
+
+
+def plain_loss(x, y, scale, bias):
+    signs = 2 * torch.eye(len(x)) - 1
+    return -F.logsigmoid(signs * (x @ y.T * scale + bias)).sum()
+
+
+@pytest.mark.parametrize("tile", [5, 16, 64])
+def test_the_loss_in_tiles_is_the_plain_one(tile):
+    x, y = unit(37), unit(37, seed=1)
+    scale, bias = (torch.tensor(v, requires_grad=True) for v in (7.0, -3.0))
+    losses = [loss(x, y, scale, bias) for loss in (
+        plain_loss, lambda *given: sigmoid_loss(*given, tile=tile))]
+    grads = [torch.autograd.grad(loss, (x, y, scale, bias)) for loss in losses]
+    assert torch.allclose(*losses, rtol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
+
+
+def part_of_ring(rank, world, folder):
+    """One rank: its share of the loss and of all gradients, left in a file."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    x, y = unit(12), unit(12, seed=1)
+    own = slice(rank * 12 // world, (rank + 1) * 12 // world)
+    mine = [t.detach()[own].requires_grad_() for t in (x, y)]
+    mine += [torch.tensor(v, requires_grad=True) for v in (7.0, -3.0)]
+    loss = ring_sigmoid_loss(*mine)
+    grads = torch.autograd.grad(loss, mine)
+    torch.save([loss.detach(), *grads], f"{folder}/{rank}.pt")
+    dist.barrier()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_ring_equals_one_process(tmp_path, world):
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            try:
+                part_of_ring(rank, world, tmp_path)
+            finally:
+                os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    x, y = unit(12), unit(12, seed=1)
+    scale, bias = (torch.tensor(v, requires_grad=True) for v in (7.0, -3.0))
+    whole = plain_loss(x, y, scale, bias)
+    d_x, d_y, d_scale, d_bias = torch.autograd.grad(whole, (x, y, scale, bias))
+    sums = [sum(part[k] for part in parts) for k in (0, 3, 4)]
+    for one, many in ((whole, sums[0]), (d_scale, sums[1]), (d_bias, sums[2])):
+        assert abs(one - many) / abs(one) < 1e-5
+    for k, one in ((1, d_x), (2, d_y)):
+        assert (torch.cat([part[k] for part in parts]) - one).abs().max() < 1e-5
+
+
+# ---- global batches of any size -----------------------------------------------------------------
+
+def gradients(job, stream, args, n) -> dict:
+    found = {}
+
+    def collect():
+        for name, p in job.named_parameters():
+            if p.grad is not None:
+                found[name] = found.get(name, 0) + p.grad
+                p.grad = None
+    values = job.learn(stream, range(n), args, collect)
+    return {"loss": values["loss"], **found}
+
+
+@pytest.mark.parametrize("n,micro", [(24, 8), pytest.param(4096, 64, marks=pytest.mark.slow)])
+def test_replay_of_micro_batches_is_one_batch(n, micro):
+    config = odd_config()
+    job = Contrast(Args(), config)
+    init(job, 0)
+    job.logit_bias.data.fill_(-3.0)
+    stream = Captions(config, (16, 24), n)
+    one, many = (gradients(job, stream, Args(batch=n, micro=m), n) for m in (n, micro))
+    assert one.keys() == many.keys() and len(one) > 40
+    for name, value in one.items():
+        assert (value - many[name]).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), name
+
+
+class Ramp:
+    """A teacher that says of each patch only where it stands: (P, 5)."""
+    width = 5
+
+    def __call__(self, images, grids):
+        each = torch.linspace(-1, 1, int(grids[0].prod()))[:, None]
+        return (each ** torch.arange(1, 6)).repeat(len(images), 1)
+
+
+def test_each_job_is_the_same_in_micro_batches():
+    config, args = sized("tiny"), settled()
+    for make, views in ((lambda: SelfDistil(args, config), 2),
+                        (lambda: Distil(args, config, {"ramp": Ramp()}), 0)):
+        stream, found = Pictures(config, 64, views=views), []
+        for micro in (8, 2):
+            job = make()
+            init(job, 0)
+            job.begin(stream)
+            found.append(gradients(job, stream, replace(args, micro=micro), 8))
+        one, many = found
+        assert one.keys() == many.keys() and len(one) > 20
+        for name, value in one.items():
+            assert (value - many[name]).abs().max() < 1e-5, name
+
+
+def test_targets_are_standardised():
+    """Each channel of a teacher, whatever its size, as the student is shown it."""
+    job = Distil(settled(), sized("tiny"), {"ramp": Ramp()})
+    job.begin(Pictures(sized("tiny"), 64))
+    targets = job.ask([np.zeros((64, 64, 3), np.uint8)])["ramp"]
+    targets = (targets - job.mean_ramp) / job.std_ramp
+    assert targets.mean(0).abs().max() < 1e-3 and (targets.std(0) - 1).abs().max() < 0.02
+
+
+def test_a_video_of_two_frames_passes():
+    """Stills beside it show the same frame twice, and get the vector they get alone."""
+    config = sized("tiny")
+    job = Contrast(Args(), config)
+    init(job, 0)
+    still = Captions(config, (36,), 4)(0)
+    other = Captions(config, (36,), 4)(1)
+    video = Pair(np.stack([other.image, 255 - other.image]), other.ids)
+    with torch.no_grad():
+        alone = job.embed(collate_pairs([still], config.vision))[0]
+        batch = collate_pairs([still, video], config.vision)
+        both = job.embed(batch)[0]
+        frozen = job.embed(collate_pairs([other], config.vision))[0]
+    assert batch.patches.shape[1] == 2
+    assert torch.allclose(alone[0], both[0], atol=1e-5)
+    assert not torch.allclose(both[1], frozen[0], atol=1e-3)
+
+
+def test_attention_pooling_sees_its_own_segment_only():
+    pool, x = AttentionPool(8, 2), torch.randn(10, 8)
+    both = pool(x, torch.tensor([3, 7]))
+    assert torch.allclose(both[0], pool(x[:3], torch.tensor([3]))[0], atol=1e-6)
+    assert torch.allclose(both[1], pool(x[3:].flip(0), torch.tensor([7]))[0], atol=1e-6)
+
+
+# ---- hidden patches and teachers ----------------------------------------------------------------
+
+def test_the_student_cannot_see_what_is_hidden():
+    config = sized("tiny")
+    job = Distil(settled(), config, {})
+    init(job, 0)
+    picture = Pictures(config, 64)(0)
+    mask = hidden([picture])
+    patches, grids = train_vit.pack(picture.views, config.vision)
+    changed = patches.clone()
+    changed[mask] = 255 - changed[mask]
+    a, b = (job.visual(p, grids, mask, job.token) for p in (patches, changed))
+    assert torch.equal(a, b) and not torch.allclose(job.visual(patches, grids), a)
+
+
+def test_the_centre_moves_against_a_prototype_that_all_choose():
+    """One prototype leads everywhere; with the centre's steps alone others come into use again."""
+    config, args = sized("tiny"), settled(batch=2)
+    job, stream = SelfDistil(args, config), functools.cache(Pictures(config, 64, views=2).__call__)
+    init(job, 0)
+    job.begin(stream)
+    head, features = job.ema.head, look(job.ema.visual, stream(0).views)
+    usual = F.normalize(head[1](head[0](features.mean((0, 1)))), dim=0)
+    head[2].weight.data[7] += 3 * usual  # an advantage of 75 behind the temperature
+    used = [float(job.learn(stream, range(2), args, job.zero_grad)["used"]) for _ in range(25)]
+    assert used[0] < 0.25 and used[-1] > 0.5
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+def test_all_stages_resume_bit_for_bit_and_the_tower_goes_on(tmp_path, monkeypatch, small_exam):
+    """Stopped by SIGTERM after step 2 of each stage and resumed, beside an uninterrupted run."""
+    train(tmp_path / "whole", "all")
+    log = common.Log.step
+
+    def step(self, number, show, **values):
+        log(self, number, show, **values)
+        if number == 2:
+            signal.raise_signal(signal.SIGTERM)
+    for _ in range(5):
+        with monkeypatch.context() as patch:
+            patch.setattr(common.Log, "step", step)
+            try:
+                train(tmp_path / "parts", "all", resume=True)
+            except KeyboardInterrupt:
+                continue
+            break
+    for stage in ("semantic", "texture", "distill", "align"):
+        a, b = (tmp_path / run / stage / "step_000004" for run in ("whole", "parts"))
+        assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    facts = json.loads((tmp_path / "whole/report.json").read_text())
+    assert facts["figures"].keys() == {"semantic", "texture", "distill", "align"}
+    assert 0 <= facts["figures"]["align"]["i2t_zh"] <= 1
+    page = report.page(tmp_path / "whole")
+    assert page.count("data:image/png;base64,") == 4 and "zero_shot_en" in page
+
+    pretrain.run(pretrain.Args(vit=str(tmp_path / "whole/align"), steps=1, rows=1, row_tokens=256,
+                               lr=0.0, workers=0, device="cpu", dtype="float32", eval_every=0,
+                               out=str(tmp_path / "pretrain")))
+    name = "visual.blocks.1.attn.qkv.weight"
+    ours, theirs = (load_tensors(checkpoints(tmp_path / run)[-1])
+                    for run in ("pretrain", "whole/align"))
+    assert torch.equal(ours["model." + name], theirs[name])
+    with pytest.raises(UserError, match="not of this model's sizes"):
+        pretrain.run(pretrain.Args(vit=str(tmp_path / "whole/align"), size="small", steps=1,
+                                   workers=0, device="cpu", out=str(tmp_path / "other")))
+    shutil.copytree(tmp_path / "whole/texture", tmp_path / "again/texture")
+    with pytest.raises(UserError, match="no semantic teacher in"):
+        train(tmp_path / "again", "distill")
+    switches = dict(teachers="texture", supervise="all", mask="random", cosine=0.5, qk_norm=False)
+    with pytest.raises(UserError, match="not of this model's sizes"):
+        train(tmp_path / "again", "distill", **switches)  # the teacher has what this tower lacks
+    log = train(tmp_path / "again", "distill", **{**switches, "qk_norm": True})
+    assert "semantic" not in log[-1] and -1 <= log[-1]["texture"] <= 1
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(batch=10, micro=4), "--batch=10 is no multiple of 1 ranks x --micro=4"),
+    (dict(side=40), "--side takes a multiple of 16"), (dict(side=32), "at least 64"),
+    (dict(size="huge"), "tiny, small or base"), (dict(stage="third"), "--stage is one of"),
+    (dict(mask="none"), "--mask is one of"), (dict(masked=0.0), "hides no patch"),
+    (dict(masked=1.5), "a share from 0 to 1"), (dict(budgets="64,many"), "--budgets takes"),
+    (dict(budgets="2"), "--budgets takes"), (dict(pairs="nowhere"), "no such folder"),
+    (dict(semantic_teacher="nowhere"), "no teacher in nowhere"), (dict(steps=0), "--steps"),
+    (dict(supervise="none"), "--supervise"), (dict(seed=-1), "--seed"),
+    (dict(stage="align", init="nowhere"), "no such folder"),
+    (dict(stage="distill"), "no semantic teacher")])
+def test_bad_options_are_one_line(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        train_vit.run(Args(**{**SMALL, "out": str(tmp_path / "run"), **changes}))
+    assert "\n" not in str(error.value) and not checkpoints(tmp_path / "run/semantic")
+
+
+@pytest.mark.parametrize("stage", ["teachers", "distill", "align"])
+def test_a_plan_prints_and_stops(tmp_path, capsys, stage):
+    train_vit.run(Args(stage=stage, plan=True, device="cpu", out=str(tmp_path / "run")))
+    assert {"stage", "tower", "memory", "compute"} <= {
+        line.split()[0] for line in capsys.readouterr().out.splitlines() if line}
+    assert not (tmp_path / "run").exists()
+
+
+# ---- probes -------------------------------------------------------------------------------------
+
+def test_probes_find_what_is_there_and_nothing_more():
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 2] > 0).long() + 2 * (x[:, 4] > 0).long()
+    right = (linear_probe(x[:200], labels[:200], x[200:]) == labels[200:]).float().mean()
+    lost = (linear_probe(x[:200], labels[torch.randperm(200)], x[200:]) == labels[200:]).float()
+    assert right > 0.9 and lost.mean() < 0.5
+
+
+def test_probes_and_pictures_of_a_tower(tmp_path):
+    config = sized("tiny")
+    model = GLMV(config, 0)
+    exam = Exam(config, 64, 24)
+    figures = probe(model.model.visual, exam)
+    assert figures.keys() == {"linear", "knn", "dense"} and all(
+        0 <= value <= 1 for value in figures.values())
+    images = [image for image, _ in exam.scenes["test"][:3]]
+    assert look(model.model.visual, images).shape == (3, 64, 96)
+    pca_picture(model.model.visual, images, tmp_path / "pictures/a.png")
+    assert Image.open(tmp_path / "pictures/a.png").size == (294, 194)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STAMPS.is_dir(), reason="needs Debian's tuxpaint-stamps-default")
+def test_stamps_are_told_apart_by_the_folders_they_lie_in(tmp_path, small_exam):
+    """Pictures and captions of Tux Paint, held out by file name: three times chance."""
+    out = tmp_path / "run"
+    train(out, "align", pairs=str(STAMPS), steps=150, batch=64, warmup=10, budgets="64",
+          save_every=150)
+    job = Contrast(Args(), sized("tiny"))
+    job.load_state_dict(load_tensors(checkpoints(out / "align")[-1]))
+    right, chance, count = stamps_accuracy(job)
+    assert right > 3 * chance, (right, chance, count)
+
+
+def stamps_accuracy(job) -> tuple[float, float, int]:
+    """(accuracy of naming a held-out stamp's folder, chance, how many stamps)"""
+    config = sized("tiny")
+    encode = Captions(config, (64,), 1).encode
+    paths, _ = find_pairs(str(STAMPS), "test")
+    truth = [path.relative_to(STAMPS).parts[0] for path in paths]
+    kinds = sorted(set(truth))
+    images = [budgeted(open_image(path), config.vision, 64) for path in paths]
+    with torch.no_grad():
+        seen = torch.cat([job.embed_images(*train_vit.pack(images[i:i + 32], config.vision))
+                          for i in range(0, len(images), 32)])
+        named = job.embed_texts(*pack_texts([encode(kind) for kind in kinds]))
+    right = (seen @ named.T).argmax(1) == torch.tensor([kinds.index(kind) for kind in truth])
+    return float(right.float().mean()), 1 / len(kinds), len(paths)
