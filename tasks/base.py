@@ -97,6 +97,7 @@ class Env:
     verifier = ""               # for the table: EX, NUM, ED, HIT, STATE, ...
     layout = "append"           # append: one growing stream; segment: a fresh prompt every turn
     why = ""                    # the thought behind the oracle's last reply, where it has one
+    blind: tuple = ()           # see `chance`: five values, one a level
 
     def __init__(self, task: Task):
         self.task, self.level, self.rng = task, task.level, stream(task)
@@ -106,7 +107,7 @@ class Env:
     @classmethod
     def chance(cls, level: int) -> float:
         """Score of the best guess that does not look at the picture, from the train split."""
-        raise NotImplementedError
+        return cls.blind[level]
 
     def reset(self) -> Obs:
         """The first observation; call once, before anything else."""
@@ -137,6 +138,7 @@ class OneShot(Env):
     """One question, one reply. `make` returns (Obs, gold) and may leave further questions about
     the same picture in `self.more`, as (question, reply); demonstrations use them."""
     more: list = []
+    shown: list = []            # see `glance`: what might be the gold of some question
 
     def make(self) -> tuple[Obs, Any]:
         raise NotImplementedError
@@ -160,6 +162,9 @@ class OneShot(Env):
 
     def oracle(self):
         yield self.reply(self.gold)
+
+    def glance(self, rng):
+        return self.reply(pick(rng, self.shown))
 
     def turns(self) -> list[tuple[str, str]]:
         """Up to five (question, reply) about the picture; the first is the task's own. Several

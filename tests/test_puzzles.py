@@ -12,7 +12,7 @@ import pytest
 from gym import make
 from tasks import Task, verify
 from tasks.base import box
-from tasks.geometry import KINDS, Figure, pythagoras
+from tasks.geometry import Figure, pythagoras
 from tasks.puzzles import VALUES, patterns, rows_of, shortest, sudokus
 
 
@@ -128,7 +128,7 @@ def test_any_grid_that_keeps_the_rules_is_right():
 
 
 def test_every_figure_settles_and_hides_its_answer():
-    for kind in {kind for level in KINDS for kind in level}:
+    for kind in {kind for level in Figure.kinds for kind in level}:
         rng, settled = np.random.default_rng(1), 0
         for _ in range(60):
             figure = Figure(rng, False, kind.__name__)
