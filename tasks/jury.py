@@ -126,15 +126,12 @@ class Worker:
                                         pass_fds=[theirs.fileno()])
         theirs.close()
         try:                    # wait for it here: its first job's deadline must not pay for that
-            if self.hear(STARTING) is None:
+            if not self.pipe.poll(STARTING):
                 raise EOFError
+            self.pipe.recv()
         except (EOFError, OSError):
             self.stop()
             raise RuntimeError("a reward worker does not start") from None
-
-    def hear(self, seconds: float):
-        """What it says next, or None after so many seconds; EOFError or OSError if it has died."""
-        return self.pipe.recv() if self.pipe.poll(seconds) else None
 
     def stop(self):
         """Kill it, whatever it is doing."""
@@ -169,8 +166,8 @@ class Pool:
                 worker = Worker(self.deadline)
             with suppress(EOFError, OSError):
                 worker.pipe.send_bytes(data)
-                found = worker.hear(self.deadline)
-                if found is not None:
+                if worker.pipe.poll(self.deadline):
+                    found = worker.pipe.recv()
                     self.workers.append(worker)
                     return found
                 worker.stop()

@@ -8,11 +8,14 @@ import math
 import re
 from collections import Counter
 from functools import lru_cache
+from itertools import cycle
+from os.path import commonprefix
+from string import Template
 
 import numpy as np
 
 from .base import IMAGE, Env, Obs, OneShot, Step, box, held, pick
-from .draw import ink_on, shades
+from .draw import blend, ink_on, shades
 from .pages import SIDE, Broken, Site, View, look
 from .verify import boxed, distance, parse_action, set_f1
 from .words import THINGS, invent, some
@@ -84,55 +87,61 @@ def assign(cost: np.ndarray) -> list[tuple[int, int]]:
 def alike(a: str, b: str) -> float:
     """1 - edits / longer length, worked out only where the letters allow enough of it."""
     most = max(len(a), len(b))
-    shared = sum((Counter(a) & Counter(b)).values()) if 2 * min(len(a), len(b)) >= most else 0
-    return 1 - distance(a, b) / most if shared >= SAME_TEXT * most else 0.0
-
-
-def area(block) -> float:
-    x0, y0, x1, y1 = block.box
-    return (x1 - x0) * (y1 - y0)
-
-
-def apart(a, b) -> float:
-    """How far the middles of two blocks are from one another, the longer way, in canvases."""
-    return max(abs(a.box[i] + a.box[i + 2] - b.box[i] - b.box[i + 2]) for i in (0, 1)) / 2 / SIDE
+    enough = sum((Counter(a) & Counter(b)).values()) >= SAME_TEXT * most
+    return 1 - distance(a, b) / most if enough else 0.0
 
 
 def likeness(page: View, gold: View) -> float:
     """F1 of visible words (a gate: below 0.3 nothing) times the mean of five likenesses: how much
     of both pages' text is matched, size by size; wording; place (nothing from a quarter of the
     canvas on); colour; and the page without its text, against a canvas of one colour. [O]"""
-    words = [Counter(" ".join(b.text for b in view.blocks).split()) for view in (page, gold)]
+    mine, theirs = page.blocks, gold.blocks
+    words = [Counter(" ".join(b.text for b in blocks).split()) for blocks in (mine, theirs)]
     shared = set_f1(words[0].total(), words[1].total(), (words[0] & words[1]).total())
     if shared < LEAST_SHARED or not words[1]:
         return 0.0
-    mine, theirs = page.blocks, gold.blocks
     exact = {b.text for b in mine} & {b.text for b in theirs}
     same = np.array([[float(a.text == b.text) if a.text in exact or b.text in exact else
                       alike(a.text, b.text) for b in theirs] for a in mine])
-    cost = 1 - same + 0.1 * np.array([[apart(a, b) for b in theirs] for a in mine])
+    a, b = (np.array([block.box for block in blocks]) for blocks in (mine, theirs))
+    size_a, size_b = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (a, b))
+    # how far the middles are from one another, the longer way, in canvases
+    apart = np.abs(a[:, None, :2] + a[:, None, 2:] - b[:, :2] - b[:, 2:]).max(2) / 2 / SIDE
+    cost = 1 - same + 0.1 * apart
     pairs = assign(cost) if len(mine) <= len(theirs) else [(i, j) for j, i in assign(cost.T)]
-    pairs = [(mine[i], theirs[j], same[i, j]) for i, j in pairs if same[i, j] >= SAME_TEXT]
+    pairs = [(i, j) for i, j in pairs if same[i, j] >= SAME_TEXT]
     if not pairs:
         return 0.0
-    matched = 2 * sum(min(area(a), area(b)) for a, b, _ in pairs)
+    i, j = map(list, zip(*pairs))
+    far = [ciede2000(lab(mine[i].color), lab(theirs[j].color)) for i, j in pairs]
     flat = np.abs(gold.texture - np.median(gold.texture, (0, 1))).mean()
-    parts = (matched / sum(map(area, mine + theirs)),
-             np.mean([likely for _, _, likely in pairs]),
-             np.mean([max(0, 1 - 4 * apart(a, b)) for a, b, _ in pairs]),
-             np.mean([max(0, 1 - ciede2000(lab(a.color), lab(b.color)) / 50) for a, b, _ in pairs]),
+    parts = (2 * sum(np.minimum(size_a[i], size_b[j])) / sum([*size_a, *size_b]),
+             same[i, j].mean(),
+             np.maximum(0, 1 - 4 * apart[i, j]).mean(),
+             np.maximum(0, 1 - np.array(far) / 50).mean(),
              max(0, 1 - np.abs(page.texture - gold.texture).mean() / max(flat, 8)))
     return min(1.0, shared * float(np.mean(parts)))
+
+
+def opened(html: str) -> Site | None:
+    """A page as it opens; None for a broken one."""
+    try:
+        return Site(html)
+    except Broken:
+        return None
+
+
+def visit(html: str, path: list) -> View | None:
+    """A page after clicks on these texts; None where it is broken or one of them does nothing."""
+    site = opened(html)
+    return site.view() if site and all([site.click(text) for text in path]) else None
 
 
 @lru_cache(maxsize=8192)
 def page_score(html: str, gold: str) -> float:
     """The likeness of two pages as they open; 0 for a broken one."""
-    wanted = look(gold)                     # a broken gold is an error, not a zero
-    try:
-        return likeness(look(html), wanted)
-    except Broken:
-        return 0.0
+    view, wanted = visit(html, []), look(gold)      # a broken gold is an error, not a zero
+    return likeness(view, wanted) if view else 0.0
 
 
 def relative_rewards(scores: list, reference: float | None = None) -> list[float]:
@@ -140,10 +149,9 @@ def relative_rewards(scores: list, reference: float | None = None) -> list[float
     for a failed render; 0 for worse than the reference, when polishing; else 1, and for every
     other reply 1 more if it is beaten, 1/2 if equalled. [C]"""
     rank = [-1.0 if score is None else score for score in scores]
-    def wins(i):
-        return sum((rank[i] > r) + 0.5 * (rank[i] == r) for j, r in enumerate(rank) if j != i)
     return [-1.0 if score is None else 0.0 if reference is not None and score < reference else
-            1.0 + wins(i) for i, score in enumerate(scores)]
+            0.5 + sum((score > other) + 0.5 * (score == other) for other in rank)   # 1/2: itself
+            for score in scores]
 
 
 # ---------------------------------------------------------------------------------------- workflow
@@ -166,30 +174,19 @@ def run_workflow(html: str, chains: list) -> list[str]:
     step that failed, blocked, for every step. [R] Vision2Web"""
     found = []
     for chain in chains:
-        site, well = None, True
+        site, verdict = opened(html), "passed"
         for act, text in chain:
-            try:
-                site = site or Site(html)
-                fine = well and attempt(site, act, text)
-            except Broken:
-                fine = False
-            found.append("passed" if fine else "failed" if well else "blocked")
-            well = fine
+            fine = site and verdict == "passed" and attempt(site, act, text)
+            verdict = "passed" if fine else "failed" if verdict == "passed" else "blocked"
+            found.append(verdict)
     return found
 
 
 def appearance(evidence: dict) -> float:
     """REND: the mean likeness over the pages, each reached by the link that leads there."""
-    html, gold, scores = boxed(evidence["reply"]) or "", evidence["gold"], []
-    for path in gold["paths"]:
-        wanted = Site(gold["html"])
-        try:
-            site = Site(html)
-        except Broken:
-            return 0.0
-        reached = all([wanted.click(text) and site.click(text) for text in path])
-        scores.append(likeness(site.view(), wanted.view()) if reached else 0.0)
-    return sum(scores) / len(scores)
+    html, gold = boxed(evidence["reply"]) or "", evidence["gold"]
+    views = [(visit(html, path), visit(gold["html"], path)) for path in gold["paths"]]
+    return sum(likeness(view, wanted) for view, wanted in views if view) / len(views)
 
 
 def workings(evidence: dict) -> float:
@@ -200,158 +197,110 @@ def workings(evidence: dict) -> float:
 
 # -------------------------------------------------------------------------------- made-up pages
 
-def mixed(a, b, share: float) -> tuple:
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b))
+PHRASES = ("One {} for every {}", "The {} goes with the {}", "One {} and one {} a day",
+           "From the {} to the {}", "Bring the {}, take the {}", "No {} without the {}")
+VERBS = ("Get", "Order", "See", "Try", "Take", "Send")
+STYLES = """\
+body{background:$ground;color:$ink}
+.bar{display:flex;justify-content:space-between;align-items:center;padding:8px 12px;\
+background:$strong;color:$on_strong}
+.at{color:$on_strong}
+.top{padding:6px 12px 0}
+.pale{color:$pale;font-size:11px}
+.go{background:$second;color:$on_second;border-radius:${radius}px;font-weight:bold}
+.hero{padding:12px;text-align:$lean}
+.who{display:flex;gap:8px;padding:5px 12px;align-items:center}
+.face{width:44px;height:44px;border-radius:22px;background:$second}
+.row{display:flex;gap:8px;padding:5px 12px}
+.tile{flex:1;background:$card;padding:8px;border:1px solid $line;border-radius:${radius}px;\
+text-align:center}
+.big{${tint}font-size:18px}
+.card{flex:1;background:$card;padding:8px;border:1px solid $line;border-radius:${radius}px}
+.art{width:60px;height:30px;background:$second;border-radius:${radius}px}
+.list{padding:5px 12px}
+.wide{width:100%;background:$card;border:1px solid $line}
+.head{background:$strong;color:$on_strong}
+.form{padding:5px 12px}
+.note{margin:6px 12px;padding:8px;background:$strong;color:$on_strong;border-radius:${radius}px;\
+text-align:$lean}
+.more{margin:6px 12px;padding:6px 8px;background:$card;border-radius:${radius}px}
+"""
+# A part: about how high it is; its classes; what is drawn first, if anything; and its HTML, where
+# one tag after another begins a line unless it stands IN_LINE.
+PARTS = {
+    "hero": (92, "hero pale go", "", '<div class="hero"><h1>$name $word</h1>'
+             '<p class="pale">$phrase</p><button class="go">$verb $word</button></div>'),
+    "profile": (54, "face pale who", "", '<div class="who"><img class="face"><div>'
+                '<h3>$name $name</h3><span class="pale">$phrase</span></div></div>'),
+    "stats": (62, "tile big pale row", "", '<div class="row">' + 3 * '<div class="tile">'
+              '<div class="big">$figure</div><div class="pale">$word</div></div>' + "</div>"),
+    "cards": (105, "card art pale row", "$art", '<div class="row">' + 2 * '<div class="card">'
+              '$first<h3>$Word</h3><p class="pale">$phrase</p></div>' + "</div>"),
+    "items": (100, "list", "", '<div class="list"><h2>$name</h2><ul>' + 3 * "<li>$phrase</li>" +
+              "</ul></div>"),
+    "table": (104, "wide head row", "", '<div class="row"><table class="wide"><tr class="head">' +
+              3 * "<th>$name</th>" + "</tr>" + 3 * "<tr><td>$word</td><td>$count</td>"
+              "<td>$count</td></tr>" + "</table></div>"),
+    "form": (76, "form go", "$name $word", '<div class="form"><h3>$name</h3><p><input '
+             'placeholder="$name $word"> <button class="go">$verb $word</button></p>'
+             '<label><input type="checkbox"> $first</label></div>'),
+    "note": (44, "note", "", '<div class="note">$phrase</div>'),
+    "more": (58, "more pale", "", '<details open class="more"><summary>$name</summary>'
+             '<p class="pale">$phrase</p></details>'),
+}
+IN_LINE = "/?t[hd]|/tr|input|/p"
 
 
 def code(color) -> str:
+    """A colour as HTML has it, #rrggbb."""
     return "#%02x%02x%02x" % tuple(color)
 
 
 class Writer:
-    """Writes pages in one look: a palette, a radius, a side to which things lean."""
-    phrases = ("One {} for every {}", "The {} goes with the {}", "One {} and one {} a day",
-               "From the {} to the {}", "Bring the {}, take the {}", "No {} without the {}")
-    verbs = ("Get", "Order", "See", "Try", "Take", "Send")
-    kinds = {"hero": 92, "profile": 54, "stats": 62, "cards": 105, "items": 100, "table": 104,
-             "form": 76, "note": 44, "more": 58}        # and about how high they are
+    """Writes parts in one look: a palette, a radius, a side to which things lean."""
 
     def __init__(self, rng, heldout: bool, dark: bool):
-        self.rng, self.heldout = rng, heldout
         colors = list(shades(rng, heldout).values())
         first, second = rng.permutation(len(colors))[:2].tolist()
-        self.strong, self.second = mixed(colors[first], (0, 0, 0), 0.2), colors[second]
-        base = (24, 26, 34) if dark else (255, 255, 255)
-        self.ground, self.card = (mixed(base, self.strong, share) for share in
-                                  ((0.03, 0.12) if dark else (0.09, 0)))
-        self.ink = mixed(ink_on(self.card), self.card, 0.12)
-        self.pale, self.line = (mixed(self.ink, self.card, share) for share in (0.35, 0.8))
-        self.radius, self.lean = pick(rng, (0, 4, 9)), pick(rng, ("left", "center"))
-        self.look = f"{first} {self.radius} {self.lean} {dark}"
-        self.words = some(rng, THINGS, 20, heldout)
-        # every text so far; labels that can be ticked; (what opens, what is inside)
-        self.said, self.boxes, self.folds = set(), [], []
-        self.rules = {"body": f"background:{code(self.ground)};color:{code(self.ink)}"}
+        strong, second = blend(colors[first], (0, 0, 0), 0.2), colors[second]
+        base, shares = ((24, 26, 34), (0.03, 0.12)) if dark else ((255, 255, 255), (0.09, 0))
+        ground, card = (blend(base, strong, share) for share in shares)
+        ink = blend(ink_on(card), card, 0.12)
+        palette = {"ground": ground, "card": card, "strong": strong, "second": second, "ink": ink,
+                   "pale": blend(ink, card, 0.35), "line": blend(ink, card, 0.8),
+                   "on_strong": ink_on(strong), "on_second": ink_on(second)}
+        tint = f"color:{code(strong)};" if ink_on(card) == (0, 0, 0) else ""
+        radius, lean = pick(rng, (0, 4, 9)), pick(rng, ("left", "center"))
+        styles = Template(STYLES).substitute({name: code(rgb) for name, rgb in palette.items()},
+                                             radius=radius, lean=lean, tint=tint)
+        self.rules = {line.partition("{")[0].strip("."): line for line in styles.splitlines()}
+        self.look = f"{first} {radius} {lean} {dark}"
+        words, said = cycle(some(rng, THINGS, 20, heldout)), set()
 
-    def rule(self, name: str, text: str) -> str:
-        """Set down what a class looks like -> its attribute."""
-        self.rules["." + name] = text
-        return f'class="{name}"'
+        def new(make):
+            """What was not yet said on the page, so that a text is found in one place."""
+            while (text := make()) in said:
+                pass
+            said.add(text)
+            return text
 
-    def word(self):
-        """One of twenty words; a page that needs more meets the first again."""
-        self.words.append(self.words.pop(0))
-        return self.words[-1]
+        self.draw = {
+            "name": lambda: new(lambda: invent(rng, heldout)),
+            "phrase": lambda: new(lambda: pick(rng, PHRASES).format(next(words), next(words))),
+            "word": lambda: next(words), "Word": lambda: next(words).capitalize(),
+            "verb": lambda: pick(rng, VERBS), "first": lambda: self.first,
+            "figure": lambda: rng.integers(10, 1000), "count": lambda: rng.integers(1, 900),
+            "art": lambda: pick(rng, ("", '<img class="art">'))}
 
-    def new(self, make) -> str:
-        """What was not yet said on the page, so that a text is found in one place."""
-        while (text := make()) in self.said:
-            pass
-        self.said.add(text)
-        return text
+    def __getitem__(self, field: str):
+        """What stands in a part for $field: drawn anew each time it is asked for."""
+        return self.draw[field]()
 
-    def name(self):
-        return self.new(lambda: invent(self.rng, self.heldout))
-
-    def phrase(self):
-        return self.new(lambda: pick(self.rng, self.phrases).format(self.word(), self.word()))
-
-    def painted(self, color):
-        return f"background:{code(color)};color:{code(ink_on(color))}"
-
-    def pale_text(self, tag, text):
-        look = self.rule("pale", f"color:{code(self.pale)};font-size:11px")
-        return f"<{tag} {look}>{text}</{tag}>"
-
-    def button(self):
-        look = self.rule("go", f"{self.painted(self.second)};border-radius:{self.radius}px;"
-                               "font-weight:bold")
-        return f"<button {look}>{pick(self.rng, self.verbs)} {self.word()}</button>"
-
-    def carded(self, name, more=""):
-        return self.rule(name, f"flex:1;background:{code(self.card)};padding:8px;border:1px solid "
-                               f"{code(self.line)};border-radius:{self.radius}px{more}")
-
-    def row(self, lines, name="row", more=""):
-        look = self.rule(name, "display:flex;gap:8px;padding:5px 12px" + more)
-        return [f"<div {look}>", *lines, "</div>"]
-
-    def bar(self, links):
-        look = self.rule("bar", "display:flex;justify-content:space-between;align-items:center;"
-                                f"padding:8px 12px;{self.painted(self.strong)}")
-        at = self.rule("at", f"color:{code(ink_on(self.strong))}")
-        return [f"<div {look}>", f"<b>{self.name()}</b>",
-                *(f'<a {at} href="#{name.lower()}">{name}</a>' for name in links), "</div>"]
-
-    def hero(self):
-        look = self.rule("hero", f"padding:12px;text-align:{self.lean}")
-        return [f"<div {look}>", f"<h1>{self.name()} {self.word()}</h1>",
-                self.pale_text("p", self.phrase()), self.button(), "</div>"]
-
-    def profile(self):
-        face = self.rule("face", f"width:44px;height:44px;border-radius:22px;"
-                                 f"background:{code(self.second)}")
-        return self.row([f"<img {face}>", "<div>", f"<h3>{self.name()} {self.name()}</h3>",
-                         self.pale_text("span", self.phrase()), "</div>"],
-                        "who", ";align-items:center")
-
-    def stats(self):
-        look, lines = self.carded("tile", ";text-align:center"), []
-        big = self.rule("big", f"color:{code(self.strong)};font-size:18px" if ink_on(self.card) ==
-                        (0, 0, 0) else "font-size:18px")
-        for _ in range(3):
-            lines += [f"<div {look}>", f"<div {big}>{int(self.rng.integers(10, 1000))}</div>",
-                      self.pale_text("div", self.word()), "</div>"]
-        return self.row(lines)
-
-    def cards(self):
-        look, lines, images = self.carded("card"), [], self.rng.integers(2)
-        art = self.rule("art", f"width:60px;height:30px;background:{code(self.second)};"
-                               f"border-radius:{self.radius}px")
-        for _ in range(2):
-            lines += [f"<div {look}>", *[f"<img {art}>"] * int(images),
-                      f"<h3>{self.word().capitalize()}</h3>",
-                      self.pale_text("p", self.phrase()), "</div>"]
-        return self.row(lines)
-
-    def items(self):
-        look = self.rule("list", "padding:5px 12px")
-        return [f"<div {look}>", f"<h2>{self.name()}</h2>", "<ul>",
-                *(f"<li>{self.phrase()}</li>" for _ in range(3)), "</ul>", "</div>"]
-
-    def table(self):
-        look = self.rule("wide", f"width:100%;background:{code(self.card)};"
-                                 f"border:1px solid {code(self.line)}")
-        head = self.rule("head", self.painted(self.strong))
-        lines = [f"<tr {head}><th>{self.name()}</th><th>{self.name()}</th><th>"
-                 f"{self.name()}</th></tr>"]
-        for i in range(3):
-            one, two = self.rng.integers(1, 900, 2).tolist()
-            lines.append(f"<tr><td>{self.word()}</td><td>{one}</td><td>{two}</td></tr>")
-        return self.row([f"<table {look}>", *lines, "</table>"])
-
-    def form(self):
-        self.boxes.append(f"{self.name()} {self.word()}")
-        look = self.rule("form", "padding:5px 12px")
-        return [f"<div {look}>", f"<h3>{self.name()}</h3>",
-                f'<p><input placeholder="{self.name()} {self.word()}"> {self.button()}</p>',
-                f'<label><input type="checkbox"> {self.boxes[-1]}</label>', "</div>"]
-
-    def note(self):
-        look = self.rule("note", f"margin:6px 12px;padding:8px;{self.painted(self.strong)};"
-                                 f"border-radius:{self.radius}px;text-align:{self.lean}")
-        return [f"<div {look}>{self.phrase()}</div>"]
-
-    def more(self):
-        self.folds.append((self.name(), self.phrase()))
-        look = self.rule("more", f"margin:6px 12px;padding:6px 8px;background:{code(self.card)};"
-                                 f"border-radius:{self.radius}px")
-        return [f"<details open {look}>", f"<summary>{self.folds[-1][0]}</summary>",
-                self.pale_text("p", self.folds[-1][1]), "</details>"]
-
-    def page(self, body: list) -> str:
-        style = [f"{name}{{{text}}}" for name, text in self.rules.items()]
-        return "\n".join(["<style>", *style, "</style>", "<body>", *body, "</body>"])
+    def part(self, kind: str) -> str:
+        """The HTML of a part with texts of its own."""
+        _, _, first, html = PARTS[kind]
+        self.first = Template(first).substitute(self)
+        return Template(html).substitute(self)
 
 
 class Page:
@@ -366,28 +315,31 @@ class Page:
     def make(self, rng, heldout, level) -> bool:
         """Whether this draft belongs to the split and fits the canvas."""
         writer = Writer(rng, heldout, level >= 2 and rng.integers(4) == 0)
-        links = [writer.name() for _ in range(2 + (level < 4))] if level else []
-        kinds, names = list(writer.kinds)[:4 if level == 0 else None], links if level == 4 else [""]
+        links = [writer["name"] for _ in range(2 + (level < 4))] if level else []
+        kinds, names = list(PARTS)[:4 if level == 0 else None], links if level == 4 else [""]
         self.parts = [[kinds[i] for i in rng.permutation(len(kinds))[:self.amounts[level]].tolist()]
                       for _ in names]
-        high = max(sum(writer.kinds[part] for part in parts) for parts in self.parts)
+        high = max(sum(PARTS[part][0] for part in parts) for parts in self.parts)
         if held(f"{self.parts} {writer.look}") != heldout or high > (185 if level == 4 else 222):
             return False
-        body = writer.bar(links) if level else []
+        classes, body = ["body"], ""
+        if level:
+            bar = "".join(f'<a class="at" href="#{name.lower()}">{name}</a>' for name in links)
+            body = f'<div class="bar"><b>{writer["name"]}</b>{bar}</div>'
+            classes += ["bar", "at"]
         for name, parts in zip(names, self.parts):
-            lines = [line for part in parts for line in getattr(writer, part)()]
+            html = "".join(writer.part(part) for part in parts)
+            classes += " ".join(PARTS[part][1] for part in parts).split()
             if level in (0, 4):
-                head = writer.rule("top", "padding:6px 12px 0")
-                lines.insert(0, f"<h1 {head}>{name or writer.name()}</h1>")
-            body += [f'<div id="{name.lower()}">', *lines, "</div>"] if name else lines
-        self.html, self.writer, self.links = writer.page(body), writer, links
-        self.paths = [[], [links[1]]] if level == 4 else [[]]
-        self.views = [look(self.html)]
-        if level == 4 and self.views[0].complete:
-            site = Site(self.html)
-            site.click(links[1])
-            self.views.append(site.view())
-        return all(view.complete for view in self.views)
+                html = f'<h1 class="top">{name or writer["name"]}</h1>{html}'
+                classes.append("top")
+            body += f'<div id="{name.lower()}">{html}</div>' if name else html
+        styles = "\n".join(writer.rules[name] for name in dict.fromkeys(classes))
+        body = re.sub(f"><(?!{IN_LINE})", ">\n<", f"<body>{body}</body>")
+        self.html = f"<style>\n{styles}\n</style>\n{body}"
+        self.links, self.paths = links, [[], [links[1]]] if level == 4 else [[]]
+        self.views = [visit(self.html, path) for path in self.paths]
+        return all(view and view.complete for view in self.views)
 
     def workflow(self) -> list:
         """Chains of steps that the picture lets one expect to work."""
@@ -398,12 +350,13 @@ class Page:
         if len(self.paths) > 1:
             flow.append([("click", self.links[1]), ("see", longest[1]), ("gone", longest[0]),
                          ("click", self.links[0]), ("see", longest[0])])
+        boxes = re.findall('"checkbox"> (.*)</label>', self.html)
+        folds = re.findall('<summary>(.*)</summary>\n<p class="pale">(.*)</p>', self.html)
         for path, shown in zip(self.paths, texts):
             go = [("click", text) for text in path]
-            flow += [[*go, ("click", text), ("ticked", text)]
-                     for text in self.writer.boxes if text in shown]
+            flow += [[*go, ("click", text), ("ticked", text)] for text in boxes if text in shown]
             flow += [[*go, ("click", text), ("gone", inside)]
-                     for text, inside in self.writer.folds if inside in shown]
+                     for text, inside in folds if inside in shown]
         return flow
 
     def why(self):
@@ -442,32 +395,30 @@ class UiToCode(OneShot):
         return box("\n".join(f"<p>{b.text}</p>" for view in self.views for b in view.blocks))
 
 
-def edited(html: str, reply: str) -> tuple[str | None, int, int]:
-    """(the page after a reply, edits made, edits asked for). Between the box marks stands a whole
-    page, or lines of edit("old", "new"), each made where old stands exactly once; no page where
-    it is neither."""
+def edited(html: str, reply: str) -> tuple[str, str]:
+    """(the page after a reply, what came of it). Between the box marks stands a whole page, or
+    lines of edit("old", "new"), each made where old stands exactly once."""
     text = boxed(reply) or ""
-    if text.startswith("<"):
-        return text, 1, 1
-    actions = [parse_action(line) for line in text.split("\n")]
-    if not all(a and a[0] == "edit" and len(a[1]) == 2 and all(type(t) is str for t in a[1])
-               for a in actions):
-        return None, 0, 0
-    made = 0
-    for _, (old, new) in actions:
-        if html.count(old) == 1:
-            html, made = html.replace(old, new), made + 1
-    return html, made, len(actions)
+    whole = text.startswith("<")
+    edits = [] if whole else [parse_action(line) for line in text.split("\n")]
+    if not all(e and e[0] == "edit" and [*map(type, e[1])] == [str, str] for e in edits):
+        edits = []
+    page, made = (text, 1) if whole else (html, 0)
+    for _, (old, new) in edits:
+        if page.count(old) == 1:
+            page, made = page.replace(old, new), made + 1
+    try:
+        look(page)
+    except Broken as error:
+        return html, f"Not a page: {error}."
+    return page, f"{made} of {1 if whole else len(edits)} edits made."
 
 
 def edit_between(old: str, new: str) -> str:
     """The shortest edit of whole words that makes one page of the other, and whose old text is
     found in one place."""
-    start, end = 0, 0
-    while start < min(len(old), len(new)) and old[start] == new[start]:
-        start += 1
-    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
-        end += 1
+    start = len(commonprefix([old, new]))
+    end = len(commonprefix([old[start:][::-1], new[start:][::-1]]))
     while start and old[start - 1] not in " ;{}<>\n":
         start -= 1
     while end and old[-end] not in " ;{}<>\n":
@@ -477,31 +428,24 @@ def edit_between(old: str, new: str) -> str:
     return f"edit({old[start:len(old) - end]!r}, {new[start:len(new) - end]!r})"
 
 
+FAULTS = (                      # where it may be, and what stands there instead
+    (r"(?<=>)[^<>\n]+(?=<)",
+     lambda rng, old, heldout: f"{invent(rng, heldout)} {pick(rng, THINGS)}"),
+    ("#[0-9a-f]{6}", lambda rng, old, heldout: code(rng.integers(0, 256, 3).tolist())),
+    (r"((?<=font-size:)|(?<=padding:)|(?<=width:))\d+(?=px)",
+     lambda rng, old, heldout: str(round(int(old) * pick(rng, (0.6, 1.6, 2))))),
+    (r"\n<(?!/|div|body|style|table|ul|details).*>(?=\n)", lambda rng, old, heldout: ""))
+
+
 def spoil(rng, html: str, heldout: bool) -> str:
     """One fault put into a page: another text, colour or size, or a line left out; none where
     what was drawn can't be done."""
-    kind = pick(rng, ("text", "colour", "size", "gone"))
-    form = {"text": r">([^<>\n]+)<", "colour": "#[0-9a-f]{6}",
-            "gone": r"\n<(?!/|div|body|style|table|ul|details).*>(?=\n)",
-            "size": r"(?:font-size|padding|width):(\d+)px"}[kind]
+    form, instead = pick(rng, FAULTS)
     found = list(re.finditer(form, html))
     if not found:
         return html
     place = pick(rng, found)
-    start, end = place.span(place.re.groups)
-    new = {"text": lambda old: f"{invent(rng, heldout)} {pick(rng, THINGS)}",
-           "colour": lambda old: code(rng.integers(0, 256, 3).tolist()),
-           "size": lambda old: str(round(int(old) * pick(rng, (0.6, 1.6, 2)))),
-           "gone": lambda old: ""}[kind](place[place.re.groups])
-    return html[:start] + new + html[end:]
-
-
-def right_blocks(html: str, gold: View) -> set:
-    """Which of gold's blocks stand in a page as they should."""
-    blocks = look(html).blocks
-    return {i for i, b in enumerate(gold.blocks)
-            if any(a.text == b.text and a.color == b.color
-                   and all(abs(x - y) <= 3 for x, y in zip(a.box, b.box)) for a in blocks)}
+    return html[:place.start()] + instead(rng, place[0], heldout) + html[place.end():]
 
 
 def closer(evidence: dict) -> float:
@@ -511,9 +455,14 @@ def closer(evidence: dict) -> float:
 
 
 def kept(evidence: dict) -> float:
-    """The share of what was right in the draft that still is."""
-    gold = look(evidence["gold"])
-    before, after = (right_blocks(evidence[name], gold) for name in ("draft", "page"))
+    """The share of what was right in the draft that still is: text, colour and, nearly, place."""
+    def right(html):
+        blocks = look(html).blocks
+        return {i for i, b in enumerate(look(evidence["gold"]).blocks)
+                if any(a.text == b.text and a.color == b.color
+                       and all(abs(x - y) <= 3 for x, y in zip(a.box, b.box)) for a in blocks)}
+
+    before, after = right(evidence["draft"]), right(evidence["page"])
     return len(before & after) / len(before) if before else 1.0
 
 
@@ -548,12 +497,7 @@ class UiPolish(Env):
         self.turns += 1
         finished = parse_action(str(text)) == ("done", [])
         self.over = finished or self.turns >= self.max_turns
-        html, made, asked = edited(self.page, str(text))
-        note = f"{made} of {asked} edits made."
-        try:
-            self.page = html if html is not None and look(html) else self.page
-        except Broken as error:
-            note = f"Not a page: {error}."
+        self.page, note = edited(self.page, str(text))
         if self.over:
             return Step(None, True, truncated=not finished)
         return Step(Obs(f"{IMAGE}{note}", [look(self.page).image(self.pixels)]), False)
