@@ -338,7 +338,7 @@ def test_the_centre_moves_against_a_prototype_that_all_choose():
     usual = F.normalize(head[1](head[0](features.mean((0, 1)))), dim=0)
     head[2].weight.data[7] += 3 * usual  # an advantage of 75 behind the temperature
     used = [float(job.learn(stream, range(2), args, job.zero_grad)["used"]) for _ in range(25)]
-    assert used[0] < 0.25 and used[-1] > 0.5
+    assert used[0] < 0.01 and used[-1] > 0.2
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -419,10 +419,11 @@ def test_a_plan_prints_and_stops(tmp_path, capsys, stage):
 
 def test_probes_find_what_is_there_and_nothing_more():
     x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
-    labels = (x[:, 2] > 0).long() + 2 * (x[:, 4] > 0).long()
+    labels = (x[:, 2] > 0).long()
     right = (linear_probe(x[:200], labels[:200], x[200:]) == labels[200:]).float().mean()
-    lost = (linear_probe(x[:200], labels[torch.randperm(200)], x[200:]) == labels[200:]).float()
-    assert right > 0.9 and lost.mean() < 0.5
+    blind = torch.cat([x[:, :2], x[:, 3:]], dim=1)  # all but the column that tells
+    lost = (linear_probe(blind[:200], labels[:200], blind[200:]) == labels[200:]).float().mean()
+    assert right > 0.9 and 0.3 < lost < 0.7
 
 
 def test_probes_and_pictures_of_a_tower(tmp_path):
