@@ -1,24 +1,20 @@
-"""The device in use: what its screens say, where things are, what to do next, and whole errands.
-
-One set of screens serves all of it, from telling a switch to errands through several apps: the
-hierarchy of element perception, grounding, single actions and trajectories. [C]
-
-Only the current screen is shown, so what was read on an earlier one must be carried along in
-words: remember("37") changes nothing but stands among the earlier actions from then on. [O]
+"""The device in use, from telling a switch to errands through several apps: the hierarchy of
+element perception, grounding, single actions and trajectories [C]. Only the current screen is
+shown, so what was read on an earlier one must be carried along in words: remember("37") changes
+nothing but stands among the earlier actions from then on. [O]
 """
 import json
 from copy import deepcopy
 
 from .base import IMAGE, Env, Obs, OneShot, Step, box, click, pick, recap
-from .device import (FORMS, ROW, UNITS, Device, control, furnish, plain_text, some_of,
-                     write)
+from .device import FORMS, ROW, TEXT, Device, control, furnish, plain_text
+from .draw import UNITS, Canvas
 from .verify import inside, parse_action, plain
-from .words import CONTROLS, DAYS, NAMES, THINGS, invent, some
+from .words import CONTROLS, DAYS, NAMES, THINGS, invent, some, some_of
 
 
 class Pilot(Device):
-    """A device with one who knows the way, from any state to any other. Steps are (the equally
-    good next actions, why)."""
+    """A device and one who knows the way; a step is (the equally good next actions, why)."""
 
     def tap(self, label: str, choice=None) -> str:
         """The click on what has this label, and this choice."""
@@ -46,92 +42,76 @@ class Pilot(Device):
             return [self.tap(name)], f"{label} is under {name}."
         return None
 
-    def lack(self, gold: dict, first: list):
-        """What must be hit for the data to become gold, the settings named in `first` before all
-        others: (app, path, the equally good (label, choice), why); None where nothing differs."""
-        words, data = self.world["words"], self.data
+    def hit(self, app: str, path: list, spots: list, why: str, text="") -> tuple[list[str], str]:
+        """The step to a page or, on it, the clicks on these (label, choice), or typing the text."""
+        return self.toward(app, path, spots[0][0]) or (
+            [f'type("{text}")'] if text else [self.tap(*spot) for spot in spots], why)
+
+    def mend(self, gold: dict, first=()) -> tuple[list[str], str] | None:
+        """The next step that brings the data nearer to gold, settings in `first` first; or None."""
+        words, data, controls = self.world["words"], self.data, self.world["controls"]
         for key in [*first, *gold["Settings"]]:
             want, (*path, name) = gold["Settings"][key], key.split("/")
             if data["Settings"][key] != want:
                 shown = want if type(want) is not bool else ("off", "on")[want]
-                spot = (name, want if self.world["controls"][key][0] == "slider" else None)
-                if self.world["controls"][key][0] == "choice":
+                spot = (name, want if controls[key][0] == "slider" else None)
+                if controls[key][0] == "choice":
                     path, spot = [*path, name], (want, None)
-                return "Settings", path, [spot], f"{name} should be {shown}."
+                return self.hit("Settings", path, [spot], f"{name} should be {shown}.")
         for app in ("Shop", *FORMS):
-            missing = [one for one in gold[app] if one not in data[app]]
             extra = [one for one in data[app] if one not in gold[app]]
-            if app == "Shop" and missing + extra:
+            missing = [one for one in gold[app] if one not in data[app]]
+            if app == "Shop" and extra + missing:
                 item, label = (extra + missing)[0], "Remove" if extra else words["add"]
-                return app, [item], [(label, None)], f"{label}: {item}."
+                return self.hit(app, [item], [(label, None)], f"{label}: {item}.")
             if extra:                       # first, since no two records share a title
-                return app, extra[0][:1], [(words["delete"], None)], f"{extra[0][0]} must go."
+                title = extra[0][0]
+                return self.hit(app, [title], [(words["delete"], None)], f"{title} must go.")
             if missing:
-                fields = dict(zip(FORMS[app], missing[0]))
-                unset = [(name, text if name == "Day" else None)
-                         for name, text in fields.items() if self.draft[name] != text]
-                why = f"The {unset[0][0]} is {fields[unset[0][0]]}." if unset else "All is in."
-                return app, [words["new"]], unset or [(words["save"], None)], why
+                unset = {name: text for name, text in zip(FORMS[app], missing[0])
+                         if self.draft[name] != text}
+                spots = [(name, text if name == "Day" else None) for name, text in unset.items()]
+                why = next((f"The {name} is {unset[name]}." for name in unset), "All is in.")
+                return self.hit(app, [words["new"]], spots or [(words["save"], None)], why,
+                                unset.get(self.focus))
         return None
 
-    def mend(self, gold: dict, first=()) -> tuple[list[str], str] | None:
-        """The next step that brings the data nearer to gold; None where they are the same."""
-        if not (lack := self.lack(gold, first)):
-            return None
-        app, path, spots, why = lack
-        if way := self.toward(app, path, spots[0][0]):
-            return way
-        if (self.focus, None) in spots:
-            record = next(record for record in gold[app] if record not in self.data[app])
-            return [f'type("{record[FORMS[app].index(self.focus)]}")'], why
-        return [self.tap(*spot) for spot in spots], why
 
-
-class OnDevice(Env):
-    """What the categories of the device share. `odds`: what chance gives, a level each."""
-    family, min_pixels, odds = "agent", 128, ()
-
-    @classmethod
-    def chance(cls, level):
-        return cls.odds[level]
-
-
-class Errand(OnDevice):
+class Errand(Env):
     """Something to be done on the device. `legs` are the things to look up first, as (app, path,
     label, value), value None for what is not there; then the data must become as `due`, with
     nothing else changed. A subclass says in `plan` what is due, and the goal in words."""
-    tier, verifier, layout, max_turns = 3, "STATE", "segment", 40
+    family, tier, verifier, layout, max_turns = "agent", 3, "STATE", "segment", 40
+    min_pixels = 128
 
     def begin(self):
-        """Everything but the picture."""
+        """All but the picture. From level 2 on it starts anywhere; dialogs tempt to spoil it."""
         self.actions, self.kept, self.seen, self.answer, self.end = [], [], set(), None, None
         self.legs, self.first, self.start, self.asked, self.aim = [], [], ("Home", []), None, "done"
-        world, data = furnish(self.rng, self.heldout, self.level)
+        rng = self.rng
+        world, data = furnish(rng, self.heldout, self.level)
         self.due, self.before = deepcopy(data), deepcopy(data["Settings"])
         self.goal = self.plan(world, data)
-        self.unsettle(world, data)
-        self.device = Pilot(world, data, *self.start)
-        self.wanted = {**Device(world, self.due).outcome(), "answer": self.asked, "end": self.aim}
-
-    def unsettle(self, world, data):
-        """From level 2 on an errand begins anywhere, and dialogs pop up, which offer to turn
-        something on that should stay off."""
-        rng, due = self.rng, self.due["Settings"]
         page = pick(rng, list(world["tree"])[1:]).split("/")
         starts = [self.start, ("Settings", page), ("Notes", pick(rng, data["Notes"])[:1])]
-        self.start = pick(rng, starts) if self.level >= 2 else self.start
-        off = [key for key, value in data["Settings"].items() if value is due[key] is False]
+        start = pick(rng, starts) if self.level >= 2 else self.start
+        off = [key for key, value in data["Settings"].items()
+               if value is self.due["Settings"][key] is False]
         turns = some_of(rng, range(1, 5), (0, 0, 1, 1, 2)[self.level])
         world["popups"] = dict(zip(turns, some_of(rng, off, 2)))
+        self.device = Pilot(world, data, *start)
+        self.wanted = {**Device(world, self.due).outcome(), "answer": self.asked, "end": self.aim}
 
     def reset(self):
         self.begin()
         return self.observe()
 
     def observe(self):
+        """The screen, under the goal and the actions so far."""
         return Obs(recap(self.goal, self.actions), [self.device.draw(self.pixels)])
 
     def over(self):
+        """Whether the end was declared, or the turns ran out."""
         return self.end is not None or len(self.actions) >= self.max_turns
 
     def take(self, text):
@@ -152,13 +132,12 @@ class Errand(OnDevice):
     def step(self, text):
         if not self.over():
             self.take(str(text))
-        if not self.over():
-            return Step(self.observe(), False)
-        return Step(None, True, truncated=self.end is None)
+        over = self.over()
+        return Step(None if over else self.observe(), over, over and self.end is None)
 
     def evidence(self):
-        return {"state": {**deepcopy(self.device.outcome()), "answer": self.answer,
-                          "end": self.end}, "gold": self.wanted, "log": list(self.actions)}
+        state = {**self.device.outcome(), "answer": self.answer, "end": self.end}
+        return {"state": deepcopy(state), "gold": self.wanted, "log": list(self.actions)}
 
     def ways(self) -> tuple[list[str], str]:
         """The equally good next actions, the likeliest first, and why."""
@@ -168,15 +147,13 @@ class Errand(OnDevice):
             return [device.tap(away)], "A dialog is in the way."
         if self.aim != "done" and (mending := device.mend(self.due)):
             return mending                  # nothing may be changed here, but something was
-        for app, path, label, value in self.legs:
-            if value in self.kept:
-                continue
+        for app, path, label, value in (leg for leg in self.legs if leg[-1] not in self.kept):
             if way := device.toward(app, path, label):
                 return way
             if value is None:
                 return ['done("infeasible")'], f"There is no {label}."
             verb = "remember" if self.asked is None else "answer"
-            return [f'{verb}("{value}")'], f"{path[-1] if path else label} says {value}."
+            return [f'{verb}("{value}")'], f"{[label, *path][-1]} says {value}."
         for key in self.first:              # what stands right already must have been seen, too
             *path, name = key.split("/")
             if key not in self.seen and (way := device.toward("Settings", path, name)):
@@ -193,30 +170,30 @@ class Errand(OnDevice):
 
     def glance(self, rng):
         """Looks around, and is content with the first value to answer or the first change."""
-        device, path = self.device, self.device.path
+        device = self.device
         if device.data["Settings"] != self.before:
             return "done()"
         seen = [row.value for _, row in device.in_sight() if row.kind in ("link", "fact")]
-        if seen and (device.app in ("Shop", "Calendar") or device.app == "Notes" and path):
+        if seen and device.app in ("Shop", "Calendar", "Notes" if device.path else ""):
             return f'answer("{pick(rng, seen)}")'
         return device.poke(rng)
 
 
 class GuiNavigate(Errand):
     """Change one or two settings; at two, the second may stand right already."""
-    odds = (0.1, 0.05, 0.02, 0.01, 0.01)     # a click or two that happen to fit
+    blind = (0.1, 0.05, 0.02, 0.01, 0.01)    # a click or two that happen to fit
 
     def plan(self, world, data):
         rng, goals = self.rng, []
         self.first = some_of(rng, list(world["controls"]), (1, 1, 1, 2, 2)[self.level])
         for i, key in enumerate(self.first):
-            now, (*path, name) = data["Settings"][key], ["Settings", *key.split("/")]
+            now, (*page, name) = data["Settings"][key], ["Settings", *key.split("/")]
             others = [c for c in world["controls"][key][1] or (False, True) if c != now]
             want = now if i and rng.integers(3) == 0 else pick(rng, others)
             self.due["Settings"][key] = want
-            how = (f"turn {name} {('off', 'on')[want]}" if type(want) is bool else
-                   f"set {name} to {want}")
-            goals.append(f"{how} in {' > '.join(path)}")
+            what = (f"turn {name} {('off', 'on')[want]}" if type(want) is bool else
+                    f"set {name} to {want}")
+            goals.append(f"{what} in {' > '.join(page)}")
         self.start, goal = ("Settings", []), ", then ".join(goals)
         return f"{goal[0].upper()}{goal[1:]}."
 
@@ -225,36 +202,38 @@ class GuiMultiApp(Errand):
     """Read in one app, use it in another. One errand in five can't be done, since something does
     not exist: mostly what is to be read, else what the note names; then nothing may change."""
     kinds = ("ask", "ask set", "set cart", "cart write date", "cart write date")
-    odds = (0.2,) * 5           # done("infeasible"), unseen
+    blind = (0.2,) * 5          # done("infeasible"), unseen
 
     def plan(self, world, data):
-        rng, due, values = self.rng, self.due, data["Settings"]
+        rng, due = self.rng, self.due
         kind, lacking = pick(rng, self.kinds[self.level].split()), rng.integers(5) == 0
         app = {"ask": pick(rng, ("Shop", *FORMS)), "write": "Shop"}.get(kind, "Notes")
         known = [*world["items"].items()] if app == "Shop" else data[app]
         which = int(rng.integers(len(known)))
         label, value = known[which]
+        # what is there, and what is not: names of notes, a ware, an event
         free, wares = (some(rng, words, 99, self.heldout) for words in (NAMES, THINGS))
-        free = [name for name in free if name not in dict(data["Notes"])]
+        unused, note = [name for name in free if name not in dict(data["Notes"])][:2]
         unsold = next(n for ware in wares if (n := ware.capitalize()) not in world["items"])
         unmet = lacking and kind == "cart" and rng.integers(2) == 0
-        while (new := invent(rng, self.heldout)) in dict(data["Calendar"]):
+        while (event := invent(rng, self.heldout)) in dict(data["Calendar"]):
             pass
         day, ware = pick(rng, DAYS[:5]), unsold if unmet else pick(rng, list(world["items"]))
-        key, want = pick(rng, [(key, n) for key, (sort, choices) in world["controls"].items() if
-                               sort == "slider" for n in choices if n != values[key]] or [("", 0)])
-        if kind in ("set", "cart", "date"):
-            value = {"set": str(want), "cart": ware, "date": day}[kind]
+        sliders = [(key, n) for key, (sort, choices) in world["controls"].items()
+                   if sort == "slider" for n in choices if n != data["Settings"][key]]
+        key, want = pick(rng, sliders or [("", 0)])
+        value = {"set": str(want), "cart": ware, "date": day}.get(kind, value)
+        if app == "Notes":
             data["Notes"][which][1] = due["Notes"][which][1] = value
         if lacking and not unmet:
-            label, value = {"Shop": unsold, "Notes": free[0], "Calendar": new}[app], None
+            label, value = {"Shop": unsold, "Notes": unused, "Calendar": event}[app], None
         elif kind == "ask":
             self.asked = plain(str(value))
         elif kind == "set":
             due["Settings"][key] = want
         elif not lacking:
-            into, entry = {"write": ("Notes", [free[1], str(value)]), "cart": ("Shop", ware),
-                           "date": ("Calendar", [new, day])}[kind]
+            into, entry = {"cart": ("Shop", ware), "date": ("Calendar", [event, day]),
+                           "write": ("Notes", [note, str(value)])}[kind]
             due[into].append(entry)
         self.legs = [(app, [label], "Text", value) if app == "Notes" and value else
                      (app, [], label, value and str(value))]
@@ -263,21 +242,23 @@ class GuiMultiApp(Errand):
         self.aim = "infeasible" if lacking else "answer" if kind == "ask" else "done"
         *page, name = ["Settings", *key.split("/")]
         goals = {
-            "askShop": f"What does {label} cost in Shop?",
-            "askNotes": f"What does the note {label} say?",
-            "askCalendar": f"Which day is {label} in Calendar?",
-            "setNotes": f"Set {name} in {' > '.join(page)} to what the note {label} says.",
-            "cartNotes": f"Put what the note {label} names into the cart of Shop.",
-            "writeShop": f"Write a note {free[1]} with the price of {label}.",
-            "dateNotes": f"Enter {new} in Calendar for the day in the note {label}."}
-        return goals[kind + app]
+            "ask Shop": f"What does {label} cost in Shop?",
+            "ask Notes": f"What does the note {label} say?",
+            "ask Calendar": f"Which day is {label} in Calendar?",
+            "set Notes": f"Set {name} in {' > '.join(page)} to what the note {label} says.",
+            "cart Notes": f"Put what the note {label} names into the cart of Shop.",
+            "write Shop": f"Write a note {note} with the price of {label}.",
+            "date Notes": f"Enter {event} in Calendar for the day in the note {label}."}
+        return goals[f"{kind} {app}"]
 
 
-class WidgetState(OnDevice, OneShot):
+class WidgetState(OneShot):
     """How one switch, box, slider, tab or choice stands; at level 4 also how many are on."""
-    tier, verifier, odds = 0, "EX", (0.5, 0.5, 0.4, 0.3, 0.27)
+    family, tier, verifier, min_pixels = "agent", 0, "EX", 128
+    blind = (0.5, 0.5, 0.4, 0.3, 0.27)
     kinds = (("switch",), ("switch", "check"), ("switch", "check", "slider"),
              ("switch", "check", "slider", "choice"), ("switch", "slider", "slider", "choice"))
+    asks = {"switch": "Is {} on?", "check": "Is {} ticked?", "tabs": "Which tab is open?"}
 
     def make(self):
         rng, rows = self.rng, (2, 4, 5, 6, 7)[self.level]
@@ -285,30 +266,27 @@ class WidgetState(OnDevice, OneShot):
         names = some(rng, CONTROLS, rows, self.heldout)
         settings = {name: control(rng, self.kinds[self.level]) for name in names}
         if self.level >= 3:
-            kind, tabs, _ = control(rng, ("choice",))
+            _, tabs, _ = control(rng, ("choice",))
             settings[names[0]] = ("tabs", tabs, pick(rng, tabs))
-        world["tree"] = {"": some_of(rng, names, rows)}
+        world["tree"] = {"": some_of(rng, names)}
         world["controls"] = {name: setting[:2] for name, setting in settings.items()}
         data["Settings"] = {name: value for name, (_, _, value) in settings.items()}
-        device = Device(world, data, "Settings")
-        ask = {"switch": "Is {} on?", "check": "Is {} ticked?", "tabs": "Which tab is open?"}
-        asked = [(ask.get(kind, "What is {} set to?").format(name),
+        asked = [(self.asks.get(kind, "What is {} set to?").format(name),
                   ("no", "yes")[value] if type(value) is bool else str(value))
-                 for name, (kind, _, value) in some_of(rng, list(settings.items()), rows)]
+                 for name, (kind, _, value) in some_of(rng, list(settings.items()))]
         if self.level == 4:
             on = sum(kind == "switch" and value for kind, _, value in settings.values())
             asked.insert(int(rng.integers(3)), ("How many switches are on?", str(on)))
-        (question, gold), *more = asked
-        self.more = [(question, box(gold)) for question, gold in more[:4]]
-        return Obs(IMAGE + question, [device.draw(self.pixels)]), gold
-
-    def glance(self, rng):
-        return pick(rng, self.turns())[1]
+        (question, gold), *more = asked[:5]
+        self.more = [(question, box(answer)) for question, answer in more]
+        self.shown = [answer for _, answer in asked[:5]]
+        return Obs(IMAGE + question, [Device(world, data, "Settings").draw(self.pixels)]), gold
 
 
-class UiGround(OnDevice, OneShot):
+class UiGround(OneShot):
     """The box of a row, a button or a single control of any screen."""
-    tier, verifier, odds = 1, "IOU", (0.25, 0.2, 0.15, 0.12, 0.12)
+    family, tier, verifier, min_pixels = "agent", 1, "IOU", 128
+    blind = (0.25, 0.2, 0.15, 0.12, 0.12)
 
     def make(self):
         rng, level = self.rng, self.level
@@ -322,24 +300,23 @@ class UiGround(OnDevice, OneShot):
             device.act("scroll", ["down"])
         if level < 2 and rng.integers(8) == 0:
             device.popup = pick(rng, list(world["controls"]))
-        self.marks = [(name, [*map(round, area)]) for name, area in device.named()]
-        (name, gold), *more = some_of(rng, self.marks, 5)
-        self.more = [(f"Where is the {name}?", box(area)) for name, area in more]
-        return Obs(f"{IMAGE}Where is the {name}?", [device.draw(self.pixels)]), gold
-
-    def glance(self, rng):
-        return box(pick(rng, self.marks)[1])
+        marks = [(f"Where is the {name}?", [*map(round, area)]) for name, area in device.named()]
+        self.shown = [area for _, area in marks]
+        (question, gold), *more = some_of(rng, marks, 5)
+        self.more = [(question, box(area)) for question, area in more]
+        return Obs(IMAGE + question, [device.draw(self.pixels)]), gold
 
 
-class GuiNextAction(OnDevice, OneShot):
+class GuiNextAction(OneShot):
     """One turn of an errand: the goal, the actions so far, the screen; reply with the next action.
     The reward is a product over its keys: verb, place, text. [R]"""
-    tier, verifier, odds = 2, "HIT", (0.35, 0.2, 0.15, 0.15, 0.15)
+    family, tier, verifier, min_pixels = "agent", 2, "HIT", 128
+    blind = (0.35, 0.2, 0.15, 0.15, 0.15)
 
     def make(self):
-        kind = GuiMultiApp if self.level and self.task.seed % 2 else GuiNavigate
-        errand, total = kind(self.task), 0
+        errand = (GuiMultiApp if self.level and self.task.seed % 2 else GuiNavigate)(self.task)
         errand.begin()
+        total = 0
         while not errand.over():
             ways, why = errand.ways()
             # what the goal and the history give away unseen is asked for more rarely
@@ -351,7 +328,7 @@ class GuiNextAction(OnDevice, OneShot):
             errand.take(ways[0])
         gold = {}
         for name, args in map(parse_action, self.right):
-            hit = [box for box in self.spots if name == "click" and inside(args, box)][:1]
+            hit = [area for area in self.spots if name == "click" and inside(args, area)][:1]
             gold.setdefault(name, []).extend(hit or [str(args[0]) if args else ""])
         return obs, gold
 
@@ -362,21 +339,19 @@ class GuiNextAction(OnDevice, OneShot):
         return click(pick(rng, self.spots)) if self.spots else "back()"
 
 
-class GuiCritic(Errand, OneShot):
-    """A recorded errand: the screens, each with the action proposed for it in its margin (in the
-    text they would give the answer away). One is wrong: misread remembers what the screen does not
-    say, mis-target clicks on the wrong thing, wrong-next does the wrong kind of thing. The right
-    ones were taken, so that no later screen is odd. [O]"""
+class GuiCritic(OneShot, Errand):
+    """A recorded errand, each screen with the next action in its margin (the text would give the
+    answer away). One is wrong: misread remembers what isn't there, mis-target clicks on the wrong
+    thing, wrong-next is of the wrong kind. The right ones were taken, so no later screen is odd."""
     tier, verifier, layout, max_turns = 2, "EX", "append", 1
-    reset, step, evidence, oracle = OneShot.reset, OneShot.step, OneShot.evidence, OneShot.oracle
-    longest, odds = (4, 6, 6, 8, 8), (0.2, 0.12, 0.12, 0.1, 0.1)
+    longest, blind = (4, 6, 6, 8, 8), (0.2, 0.12, 0.12, 0.1, 0.1)
 
     def plan(self, world, data):
         legs = [("Shop", [item], "Price", str(price)) for item, price in world["items"].items()]
         legs += [(app, [title], FORMS[app][1], text) for app in FORMS for title, text in data[app]]
         # no two of them with the same value, since one that is remembered is not read again
-        self.legs = [*{leg[3]: leg for leg in some_of(self.rng, legs, 99)}.values()]
-        self.legs = self.legs[:(1, 2, 2, 3, 3)[self.level]]
+        unlike = {leg[3]: leg for leg in some_of(self.rng, legs)}
+        self.legs = [*unlike.values()][:(1, 2, 2, 3, 3)[self.level]]
         world["margin"] = 1
         return "Remember " + ", then ".join(
             f"the {what.lower()} of {path[0]} in {app}" for app, path, what, _ in self.legs)
@@ -394,7 +369,12 @@ class GuiCritic(Errand, OneShot):
         kind, turn, actions[turn - 1], self.why = pick(self.rng, self.slips)
         y = UNITS - ROW if self.device.world["bar"] == "top" else 0
         for screen, action in zip(screens, actions):
-            write(screen, action, y)
+            canvas, (verb, args) = Canvas.on(screen), parse_action(action)
+            canvas.plate(0, y, UNITS, ROW, (255, 226, 130), 0)
+            canvas.word(action, 2, y + ROW / 2, (0, 0, 0), TEXT)
+            if verb == "click":             # a ring around the place
+                ring = [a * UNITS / 999 + d for d in (-3, 3) for a in args]
+                canvas.pen.ellipse(canvas.at(*ring), None, (255, 0, 170), canvas.px(1))
         ask = "One action is wrong. Which, and is it misread, mis-target or wrong-next?"
         return Obs(f"{IMAGE * len(screens)}{self.goal}. {ask}", screens), f"{turn}, {kind}"
 

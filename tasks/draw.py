@@ -165,7 +165,8 @@ class Canvas:
     def pen(self):
         return ImageDraw.Draw(self.image)
 
-    def area(self, x0, y0, x1, y1) -> tuple:
+    @staticmethod
+    def area(x0, y0, x1, y1) -> tuple:
         """A box in units as (x0, y0, x1, y1) in 0-999."""
         return tuple(round(u * 999 / UNITS, 1) for u in (x0, y0, x1, y1))
 

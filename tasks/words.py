@@ -34,10 +34,14 @@ ONSETS, VOWELS = "b br d dr f g gl h k kr l m n p pl r s st t tr v w z".split(),
 CODAS = ["", "", "l", "m", "n", "r", "s", "x"]
 
 
+def some_of(rng, things, n: int | None = None) -> list:
+    """n of these, or all, in any order."""
+    return [things[i] for i in rng.permutation(len(things))[:n].tolist()]
+
+
 def some(rng, words, n: int, heldout: bool) -> list[str]:
     """n different words, of those that belong to the split."""
-    own = [word for word in words if held(word) == heldout]
-    return [own[i] for i in rng.permutation(len(own))[:n].tolist()]
+    return some_of(rng, [word for word in words if held(word) == heldout], n)
 
 
 def invent(rng, heldout: bool, syllables: int = 2) -> str:

@@ -1,17 +1,15 @@
 """An invented atlas: countries, cities, yards, ships and people that exist nowhere else.
 
-A world is a pure function of its number and split: some two hundred pages of short text, whose
-facts point at one another. Countries have a flag and yards an emblem, all different; no page
-describes them, so whoever starts from one has to see it. Held-out worlds have other names.
-
-World 0 is the atlas proper. Pretraining reads its pages as text, flags in words among them
-(`atlas_text`), and `WorldKnowledge` asks about it from pictures, no page at hand; the other
-worlds are for looking things up (tools.py). Real facts would have no oracle. [O]
+A world is a pure function of its number and split: two hundred pages of short text, whose facts
+point at one another. Countries have a flag and yards an emblem, all different; no page describes
+them, so whoever starts from one has to see it. World 0 is the atlas proper: pretraining reads its
+pages, flags in words among them, and `WorldKnowledge` asks about it with no page at hand; the
+others are for looking things up (tools.py). Real facts would have no oracle. [O]
 """
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import log
 from zlib import crc32
 
@@ -20,8 +18,10 @@ from PIL import Image, ImageDraw
 
 from .base import IMAGE, Obs, OneShot, box, held, pick
 from .draw import COLORS, SHAPES, UNITS, Canvas, ink_on, plain, plate_mask, shades
-from .words import invent
+from .words import invent, some_of
 
+MARKS = {"country": "flag", "yard": "emblem"}
+BREADTH = {"country": 1.4, "yard": 1}       # over height: flags are oblong, emblems round
 KINDS = {"country": 48, "yard": 48, "city": 56, "ship": 32, "person": 24}
 # kind: {fact: (kind of its value, sentence)}; "word" is a name without a page
 FACTS = {
@@ -43,17 +43,16 @@ FACTS = {
              "number of sailors": ("size", "{} has a crew of {} sailors.")},
     "person": {"birthplace": ("city", "{} was born in the city of {}."),
                "birth year": ("year", "{} was born in {}."),
-               "number of books": ("size", "{} has written {} books.")},
-}
+               "number of books": ("size", "{} has written {} books.")}}
 YEAR = {kind: next(fact for fact, (of, _) in facts.items() if of == "year")
         for kind, facts in FACTS.items()}
+WORDS = re.compile(r"[a-z0-9]+").findall
 PATTERNS = {                    # name: (the second colour's part of the field, how it is told)
     "over": ([(0, .5), (1, .5), (1, 1), (0, 1)], "{} over {}"),
     "beside": ([(.5, 0), (1, 0), (1, 1), (.5, 1)], "{} beside {}"),
     "aslant": ([(1, 0), (1, 1), (0, 1)], "{} and {}, parted aslant,"),
     "band": ([(0, .3), (1, .3), (1, .7), (0, .7)], "{} with a level band of {}"),
-    "pale": ([(.3, 0), (.7, 0), (.7, 1), (.3, 1)], "{} with an upright band of {}"),
-}
+    "pale": ([(.3, 0), (.7, 0), (.7, 1), (.3, 1)], "{} with an upright band of {}")}
 
 
 @dataclass
@@ -84,11 +83,7 @@ class Page:
         """The flag or emblem in words."""
         pattern, first, second, shape, charge = self.emblem
         field = PATTERNS[pattern][1].format(first, second)
-        return f"The {mark(self.kind)} of {self.name} is {field} and bears a {charge} {shape}."
-
-
-def mark(kind: str) -> str:
-    return "flag" if kind == "country" else "emblem"
+        return f"The {MARKS[self.kind]} of {self.name} is {field} and bears a {charge} {shape}."
 
 
 def emblems(rng, n: int) -> list[tuple]:
@@ -96,24 +91,20 @@ def emblems(rng, n: int) -> list[tuple]:
     search by picture must have something to be wrong about. [O]"""
     found = []
     while len(found) < n:
-        a, b, c = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:3].tolist()]
-        new = [pick(rng, list(PATTERNS)), a, b, pick(rng, SHAPES), c]
+        a, b, c = some_of(rng, list(COLORS), 3)
+        new = (pick(rng, list(PATTERNS)), a, b, pick(rng, SHAPES), c)
         if len(found) % 2:
             change = int(rng.integers(5))
-            new = [*found[-1][:change], new[change], *found[-1][change + 1:]]
-        if tuple(new) not in found and len({new[1], new[2], new[4]}) == 3:
-            found.append(tuple(new))
+            new = (*found[-1][:change], new[change], *found[-1][change + 1:])
+        if new not in found and len({new[1], new[2], new[4]}) == 3:
+            found.append(new)
     return found
 
 
-def words_of(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
 class World:
-    """The pages of one world, by name, and two ways to search them."""
+    """The pages of one world, by name, and two ways to search them; by default the atlas."""
 
-    def __init__(self, number: int, heldout: bool):
+    def __init__(self, number: int = 0, heldout: bool = False):
         rng = np.random.default_rng([crc32(b"world"), number, heldout])
         names = {}                                      # a dict, for its order
         while len(names) < sum(KINDS.values()) + KINDS["country"]:
@@ -130,56 +121,36 @@ class World:
             for i, name in enumerate(listed):
                 facts = {fact: value[of](i) if of in value else pick(rng, self.named[of])
                          for fact, (of, _) in FACTS[kind].items()}
-                emblem = next(marks) if kind in ("country", "yard") else None
+                emblem = next(marks) if kind in MARKS else None
                 self.pages[name] = Page(name, kind, facts, emblem, [])
         for name, capital in zip(self.named["country"], self.named["city"]):
             self.pages[name].facts["capital"] = capital         # each its own, and at home
             self.pages[capital].facts["country"] = name
         for name in self.named["ship"]:
             self.pages[self.pages[name].facts["yard"]].ships.append(name)
-
-    def follow(self, name: str, path) -> tuple:
-        """Walk along facts -> (the value at the end, the sentences on the way)."""
-        told = []
-        for fact in path:
-            told.append(self.pages[name].tell(fact))
-            name = self.pages[name].facts[fact]
-        return name, told
-
-    @cached_property
-    def index(self) -> dict:
-        """word -> {page: weight}, as BM25 has it (k1 1.2, b 0.75): weights know no query."""
-        counts = {name: Counter(words_of(page.text)) for name, page in self.pages.items()}
-        postings, mean = defaultdict(dict), sum(c.total() for c in counts.values()) / len(counts)
-        for name, count in counts.items():
-            room = 1.2 * (0.25 + 0.75 * count.total() / mean)
-            for word, n in count.items():
-                postings[word][name] = 2.2 * n / (n + room)
-        for found in postings.values():
-            rare = log(1 + (len(counts) - len(found) + 0.5) / (len(found) + 0.5))
-            found.update((name, rare * weight) for name, weight in found.items())
-        return dict(postings)
+        self.counts = {name: Counter(WORDS(page.text.lower())) for name, page in self.pages.items()}
 
     def search(self, query: str, n: int = 3) -> list[Page]:
-        """The n pages whose text fits the words best; a page that has none of them never."""
-        scores = Counter()
-        for word in set(words_of(query)):
-            scores.update(self.index.get(word, {}))
+        """The n pages that fit the words best, by BM25 (k1 1.2, b 0.75), with at least one word."""
+        scores, mean = Counter(), sum(c.total() for c in self.counts.values()) / len(self.pages)
+        for word in dict.fromkeys(WORDS(query.lower())):
+            found = {name: count for name, count in self.counts.items() if word in count}
+            rare = log(1 + (len(self.pages) - len(found) + 0.5) / (len(found) + 0.5))
+            for name, count in found.items():
+                room = 1.2 * (0.25 + 0.75 * count.total() / mean)
+                scores[name] += rare * (2.2 * count[word] / (count[word] + room))
         best = sorted(scores, key=lambda name: (-scores[name], name))[:n]
         return [self.pages[name] for name in best]
 
     def alike(self, emblem: tuple, n: int = 4) -> list[Page]:
-        """The n pages whose emblem shares most with this one, by the painter's own description;
-        in the order of their names, so that which is the one itself has to be seen."""
+        """The n pages whose emblem shares most with this one, as the painter describes them; in
+        the order of their names, so that which is the one itself has to be seen."""
         drawn = [page for page in self.pages.values() if page.emblem]
         drawn.sort(key=lambda page: (-sum(map(str.__eq__, page.emblem, emblem)), page.name))
         return sorted(drawn[:n], key=lambda page: page.name)
 
 
-@lru_cache(maxsize=64)
-def world(number: int = 0, heldout: bool = False) -> World:
-    """A world, kept: it takes milliseconds to think up. Without arguments: the atlas."""
-    return World(number, heldout)
+world = lru_cache(maxsize=64)(World)    # it takes milliseconds to think one up
 
 
 def atlas_text(i: int) -> str:
@@ -189,7 +160,7 @@ def atlas_text(i: int) -> str:
     page, rng = pages[i % len(pages)], np.random.default_rng([crc32(b"atlas"), i])
     told = [page.portrait()] if page.emblem else []
     told += [page.text.partition(". ")[0] + ".", *map(page.tell, page.facts)]
-    return " ".join(told[k] for k in rng.permutation(len(told)).tolist())
+    return " ".join(some_of(rng, told))
 
 
 @lru_cache(maxsize=1024)
@@ -201,21 +172,16 @@ def part_mask(pattern: str, width: int, height: int) -> Image.Image:
     return big.reduce(4)
 
 
-def breadth(page: Page, height: float) -> float:
-    """How broad a flag or an emblem of some height is: flags are oblong, emblems round."""
-    return height * (1.4 if page.kind == "country" else 1)
-
-
 def draw_emblem(canvas: Canvas, page: Page, x, y, height, colors) -> tuple:
     """A flag or emblem with its left top at (x, y), in units -> its box. The charge stands on a
     black or white disc, for contrast on any field."""
     pattern, first, second, shape, charge = page.emblem
-    width = breadth(page, height)
+    width = height * BREADTH[page.kind]
     w, h = canvas.px(width), canvas.px(height)
     field = Image.new("RGB", (w, h), colors[first])
     field.paste(colors[second], (0, 0), part_mask(pattern, w, h))
-    outline = plate_mask(w, h, h // 12 if page.kind == "country" else h // 2)
-    area = canvas.stamp(outline, x, y, field)
+    round_by = h // 12 if page.kind == "country" else h // 2
+    area = canvas.stamp(plate_mask(w, h, round_by), x, y, field)
     for name, size, color in (("circle", 0.62 * height, ink_on(colors[charge])),
                               (shape, 0.40 * height, colors[charge])):
         canvas.shape(name, x + (width - size) / 2, y + (height - size) / 2, size, color)
@@ -227,65 +193,58 @@ class WorldKnowledge(OneShot):
     from level 1 on also of yards; at 2 and 4 a fact of a fact, at 3 and 4 of two flags. Held out
     are questions, an emblem with a fact, and never the facts themselves."""
     family, tier, verifier = "reasoning", 2, "EX"
-
-    @classmethod
-    def chance(cls, level):
-        return (0.05, 0.05, 0.05, 0.02, 0.02)[level]    # measured
+    blind = (0.05, 0.05, 0.05, 0.02, 0.02)          # measured
 
     def paths(self, kind):
         """Ways from an emblem to an answer; of two emblems to numbers, to be compared."""
-        ways = [(fact,) for fact in FACTS[kind]]
+        ways = {(fact,): of for fact, (of, _) in FACTS[kind].items()}
         if self.level in (2, 4):
-            ways = [(fact, *then) for fact, (of, _) in FACTS[kind].items() if of in FACTS
-                    for then in [(other,) for other in FACTS[of] if other != kind]]
-        numeric = {fact for facts in FACTS.values() for fact, (of, _) in facts.items()
-                   if of in ("year", "size")}
-        return [way for way in ways if self.level < 3 or way[-1] in numeric]
+            ways = {(fact, then): last for (fact,), of in ways.items() if of in FACTS
+                    for then, (last, _) in FACTS[of].items() if then != kind}
+        return [way for way, of in ways.items() if self.level < 3 or of in ("year", "size")]
 
     def ask(self, kind, path):
+        """The question for what lies at the end of a path."""
         noun = " of the ".join(reversed(path))
-        if self.level < 3:
-            return f"What is the {noun} of the {kind} with this {mark(kind)}?"
-        return f"Take the {noun} of each {kind}. By how much do the two differ?"
+        return (f"What is the {noun} of the {kind} with this {MARKS[kind]}?" if self.level < 3 else
+                f"Take the {noun} of each {kind}. By how much do the two differ?")
 
     def make(self):
-        rng, atlas = self.rng, world()
+        rng, atlas, names = self.rng, world(), None
         kind = "yard" if self.level and rng.integers(2) else "country"
-        n = 2 if self.level >= 3 else 1
-        while True:
-            names = [atlas.named[kind][i] for i in rng.permutation(KINDS[kind])[:n].tolist()]
+        while not names or held(" ".join((*names, *path))) != self.heldout:
+            names = some_of(rng, atlas.named[kind], 1 + (self.level >= 3))
             path = pick(rng, self.paths(kind))
-            if held(" ".join((*names, *path))) == self.heldout:
-                break
-        self.shown = [atlas.pages[name] for name in names]
-        image = self.paint(self.shown)
-        values, told = zip(*(atlas.follow(name, path) for name in names))
-        gold = values[0] if n == 1 else abs(values[0] - values[1])
-        seen = "This is the {} of {}." if n == 1 else "These are the {}s of {}."
-        self.why = " ".join([seen.format(mark(kind), " and ".join(names)), *sum(told, [])])
-        if n == 2:
-            self.why += f" {max(values)} - {min(values)} = {gold}."
-        if n == 1 and len(path) == 1:
-            others = [fact for fact in self.shown[0].facts
-                      if fact != path[0] and held(f"{names[0]} {fact}") == self.heldout]
-            self.more = [(self.ask(kind, (fact,)), box(self.shown[0].facts[fact]))
-                         for fact in others]
+        self.pages = [atlas.pages[name] for name in names]
+        self.shown = [value for page in self.pages for value in page.facts.values()]
+        image = self.paint()
+        values, told = [], []
+        for value in names:
+            for fact in path:
+                told.append(atlas.pages[value].tell(fact))
+                value = atlas.pages[value].facts[fact]
+            values.append(value)
+        gold, seen, those = values[0], f"This is the {MARKS[kind]}", " and ".join(names)
+        if len(names) == 2:
+            gold, seen = abs(values[0] - values[1]), f"These are the {MARKS[kind]}s"
+            told.append(f"{max(values)} - {min(values)} = {gold}.")
+        self.why = " ".join([f"{seen} of {those}.", *told])
+        if self.level < 2:
+            self.more = [(self.ask(kind, (fact,)), box(value))
+                         for fact, value in self.pages[0].facts.items()
+                         if (fact,) != path and held(f"{names[0]} {fact}") == self.heldout]
         return Obs(IMAGE + self.ask(kind, path), [image]), str(gold)
 
-    def paint(self, pages):
+    def paint(self):
         """One large flag or emblem, or two smaller ones, one above the other."""
-        rng = self.rng
-        colors, ground = shades(rng, self.heldout), plain(rng, self.heldout, self.level)[0]
-        canvas, height = Canvas(self.pixels, ground), 40 if len(pages) == 1 else 28
-        while True:
-            moves = rng.integers(-3, 4, (len(pages), 2)).tolist()
-            if held(f"{moves}") == self.heldout:
-                break
-        for i, (page, (dx, dy)) in enumerate(zip(pages, moves)):
-            x = (UNITS - breadth(page, height)) / 2 + dx
-            y = (12 + dy) if len(pages) == 1 else 3 + 30 * i + dy / 3
+        n, moves = len(self.pages), None
+        colors = shades(self.rng, self.heldout)
+        ground = plain(self.rng, self.heldout, self.level)[0]
+        canvas, height = Canvas(self.pixels, ground), 40 if n == 1 else 28
+        while not moves or held(f"{moves}") != self.heldout:
+            moves = self.rng.integers(-3, 4, (n, 2)).tolist()
+        for i, (page, (dx, dy)) in enumerate(zip(self.pages, moves)):
+            x = (UNITS - height * BREADTH[page.kind]) / 2 + dx
+            y = 12 + dy if n == 1 else 3 + 30 * i + dy / 3
             draw_emblem(canvas, page, x, y, height, colors)
         return canvas.image
-
-    def glance(self, rng):
-        return box(pick(rng, [value for page in self.shown for value in page.facts.values()]))

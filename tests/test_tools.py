@@ -61,7 +61,7 @@ def test_training_never_asks_what_is_held_out():
         for seed in range(300):
             env, obs = fresh("world_knowledge", seed, seed % 3, split=split)
             turns = [obs.text, *(question for question, _ in env.more)]
-            found |= {(env.shown[0].name, text.replace("<|image|>", "")) for text in turns}
+            found |= {(env.pages[0].name, text.replace("<|image|>", "")) for text in turns}
         return found
     assert not asked("train") & asked("test")
 
