@@ -342,7 +342,7 @@ class GuiNextAction(OneShot):
 class GuiCritic(OneShot, Errand):
     """A recorded errand, each screen with the next action in its margin (the text would give the
     answer away). One is wrong: misread remembers what isn't there, mis-target clicks on the wrong
-    thing, wrong-next is of the wrong kind. The right ones were taken, so no later screen is odd."""
+    thing, wrong-next is of the wrong kind. The others were taken: no later screen is odd. [O]"""
     tier, verifier, layout, max_turns = 2, "EX", "append", 1
     longest, blind = (4, 6, 6, 8, 8), (0.2, 0.12, 0.12, 0.1, 0.1)
 
