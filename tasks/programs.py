@@ -1,14 +1,11 @@
 """Programs: say what this one prints, write one that does this."""
 import keyword
 import re
-from functools import lru_cache
-
-from PIL import Image, ImageDraw
 
 from .base import IMAGE, Obs, OneShot, box, held, pick
-from .draw import Canvas, font
+from .draw import Canvas, font, text_mask
 from .machine import FAULTS, Machine
-from .words import THINGS, invent, some
+from .words import THINGS, invent, some, some_of
 
 VARIABLES = """a b c d e g h k m n p q r t u v w x y z area base best bits cost days depth fee gain
 gap goal high item jump low mark mass pace part price rank rate rest score seed side start tax team
@@ -42,7 +39,6 @@ STATEMENTS = (
      'def {f}({p}, {q}):\n\twhile len({p}) < {a} + {b}:\n\t\t{p} = {p}[-1] + {p} + {q}\n'
      '\treturn {p}[{a}:]\n\n{s} = {f}("{w}", "{v}")'))
 PLANS = ((0, 0), (0, 1), (0, 2), (1, 3, 0), (1, 2, 4))      # which groups, the asked one's highest
-SHORT = [word for word in THINGS if len(word) <= 6]
 ASK = ("What does this program print?", "What is the output?", "What gets printed here?")
 # ground, panel, plain ink, keyword, function, number, text: dark and light, training and held out
 THEMES = (((30, 32, 40), (40, 43, 54), "#e6e8ee", "#ff7ac0", "#6cc7ff", "#ffb86b", "#9be07a"),
@@ -51,24 +47,17 @@ THEMES = (((30, 32, 40), (40, 43, 54), "#e6e8ee", "#ff7ac0", "#6cc7ff", "#ffb86b
           ((253, 246, 227), (238, 230, 206), "#39464b", "#a8480a", "#5a46c0", "#0d6e8c", "#55690a"))
 
 
-@lru_cache(maxsize=8192)
-def token_mask(text: str, pixels: int) -> Image.Image:
-    """A token, its base line at the font's size."""
-    face = font(pixels)
-    mask = Image.new("L", (round(face.getlength(text)) + 2, round(1.4 * pixels)))
-    ImageDraw.Draw(mask).text((0, pixels), text, 255, face, anchor="ls")
-    return mask
-
-
-def editor(pixels: int, theme, lines: list[str]) -> Image.Image:
+def editor(pixels: int, theme, lines: list[str]):
     """Code as an editor shows it, as large as fits; spaces wide, the face being proportional."""
     widest = max(font(100).getlength(line) / 100 + 0.27 * line.count(" ") for line in lines)
     canvas, pitch = Canvas(pixels, theme[0]), 1.34
     canvas.plate(0, 0, 6.5, 64, theme[1], 0)
     size = min(4.4, 60 / (pitch * len(lines)), 51 / widest)
     em = canvas.px(size)
+    rise = font(em).getmetrics()[0] - em        # what stands above the face's own size
     for i, line in enumerate(lines):
-        x, y, number = canvas.px(8.5), canvas.px(2 + pitch * size * i), token_mask(str(i + 1), em)
+        x, y = canvas.px(8.5), canvas.px(2 + pitch * size * i) - rise
+        number = text_mask(str(i + 1), em)
         canvas.image.paste("#868c98", (canvas.px(5.6) - number.width, y), number)
         for token, call in re.findall(r'( +|"[^"]*"|\w+|[^\w\s"]+)(?=(\(?))', line):
             if token[0] == " ":
@@ -76,7 +65,7 @@ def editor(pixels: int, theme, lines: list[str]) -> Image.Image:
             else:
                 ink = (3 if keyword.iskeyword(token) else 4 if call and token.isidentifier() else
                        5 if token.isdigit() else 6 if token[0] == '"' else 2)
-                mask = token_mask(token, em)
+                mask = text_mask(token, em)
                 canvas.image.paste(theme[ink], (x, y), mask)
                 x += mask.width - 2
     return canvas.image
@@ -86,20 +75,17 @@ class CodeOutput(OneShot):
     """The value that a program of 5 to 16 lines prints: straight on, with a condition, a loop, a
     list or text, a function. Held-out splits draw other combinations of statements."""
     family, tier, verifier, min_pixels = "reasoning", 2, "EX", 256
-
-    @classmethod
-    def chance(cls, level):
-        return 0.03             # measured: the most frequent answer
+    blind = (0.03,) * 5         # measured: the most frequent answer
 
     def write(self) -> list[str]:
         """The lines of a program, which may yet fail."""
         rng, plan = self.rng, None
         while plan is None or held(str(plan)) != self.heldout:
-            groups = [PLANS[self.level][i] for i in rng.permutation(len(PLANS[self.level]))]
-            plan = [(group, int(rng.integers(len(STATEMENTS[group])))) for group in groups]
+            plan = [(group, int(rng.integers(len(STATEMENTS[group]))))
+                    for group in some_of(rng, PLANS[self.level])]
         names = dict(zip("x y s xs k f p q".split(), some(rng, VARIABLES, 8, self.heldout)))
-        w, v = some(rng, SHORT, 2, self.heldout)
-        first, last, asked = [], [f"{names[n]} = {int(rng.integers(2, 20))}" for n in "xy"], "x"
+        w, v = some(rng, [word for word in THINGS if len(word) <= 6], 2, self.heldout)
+        top, rest, asked = [], [f"{names[n]} = {int(rng.integers(2, 20))}" for n in "xy"], "x"
         for group, which in plan:
             text = STATEMENTS[group][which]
             (a, b), (c, d) = rng.permutation(8)[:2] + 2, rng.permutation(30)[:2] + 11
@@ -108,29 +94,27 @@ class CodeOutput(OneShot):
                 own, asked = names, "s" if "{s}" in text else "x"
             text = text.format(a=a, b=b, c=c, d=d, w=w, v=v, **own).expandtabs(4)
             head, _, body = text.rpartition("\n\n")
-            first, last = first + head.splitlines(), last + body.splitlines()
-        return [*first, *last, f"print({names[asked]})"]
+            top, rest = top + head.splitlines(), rest + body.splitlines()
+        return [*top, *rest, f"print({names[asked]})"]
 
     def make(self):
         rng, gold = self.rng, ""
         while not gold:
-            self.trace, lines = [], self.write()
+            trace, lines = [], self.write()
             try:
-                machine = Machine("\n".join(lines), self.trace)
+                machine = Machine("\n".join(lines), trace)
             except FAULTS:
                 continue
-            shown = set(re.findall(r"\w+", " ".join(lines)))
-            if len(self.trace) <= 30 and machine.printed[0] not in shown | {"0", "1"}:
+            given_away = {"0", "1", *re.findall(r"\w+", " ".join(lines))}
+            if len(trace) <= 30 and machine.printed[0] not in given_away:
                 gold = machine.printed[0]
         image = editor(self.pixels, pick(rng, THEMES[2 * self.heldout:][:2]), lines)
-        asked = lines[-1][6:-1]                     # print(asked)
-        others = [n for n, v in machine.names.items() if n != asked and not isinstance(v, list)]
-        self.more = [(f"What is {n} at the end?", box(machine.names[n])) for n in others[:2]]
-        self.why = ", ".join(f"{n} = {v}" for n, v in self.trace) + f". It prints {gold}."
+        others = [(n, v) for n, v in machine.names.items()
+                  if lines[-1] != f"print({n})" and not isinstance(v, list)]
+        self.more = [(f"What is {n} at the end?", box(v)) for n, v in others[:2]]
+        self.trace, self.shown = trace, list(dict(trace).values())
+        self.why = ", ".join(f"{n} = {v}" for n, v in trace) + f". It prints {gold}."
         return Obs(IMAGE + pick(rng, ASK), [image]), gold
-
-    def glance(self, rng):
-        return box(pick(rng, list(dict(self.trace).values())))      # the end of any variable
 
 
 # (what is returned, how), three and more a level: {xs} is a list of numbers, {s} a text, {n} a
@@ -181,11 +165,7 @@ KINDS = {"xs": "a list of whole numbers", "s": "a text", "n": "a whole number, 0
 class TextCode(OneShot):
     """A function from its description, without a picture. Held-out splits draw other numbers for
     the same descriptions, and other names."""
-    family, tier, verifier = "reasoning", 2, "EXEC"
-
-    @classmethod
-    def chance(cls, level):
-        return 0.0
+    family, tier, verifier, blind = "reasoning", 2, "EXEC", (0.0,) * 5
 
     def draw(self, rng) -> tuple[str, str, str]:
         """Numbers for a description -> (what the function returns, its code, what may be held)."""
@@ -195,13 +175,6 @@ class TextCode(OneShot):
                       for text in FAMILIES[self.level][self.row])
         code = f"def {self.name}({self.argument}):\n{body}"
         return what, code.replace("\n", "\n\t").expandtabs(4), what.replace(self.argument, "")
-
-    def given(self, n: int):
-        """An argument of size n."""
-        if self.kind == "n":
-            return n
-        drawn = self.rng.integers(-9, 31, n).tolist()
-        return drawn if self.kind == "xs" else "".join("abcdefgh"[i % 8] for i in drawn)
 
     def make(self):
         rng = self.rng
@@ -215,7 +188,11 @@ class TextCode(OneShot):
         cases = []
         while len({str(r) for [each], r in cases if r != each}) < 3:    # no stub comes near
             sizes = rng.integers(1, 31 if self.kind == "n" else 13, 7).tolist()
-            machine, inputs = Machine(self.code), [self.given(n) for n in (0, max(sizes), *sizes)]
+            machine, inputs = Machine(self.code), [0, max(sizes), *sizes]
+            if self.kind != "n":
+                inputs = [rng.integers(-9, 31, n).tolist() for n in inputs]
+            if self.kind == "s":
+                inputs = ["".join("abcdefgh"[i % 8] for i in drawn) for drawn in inputs]
             cases = [([each], machine.invoke(self.name, [each])) for each in inputs]
         least, most = (f"{self.name}({each!r}) is {result!r}" for [each], result in cases[:2])
         self.why = f"{least}, {most}."

@@ -1,14 +1,13 @@
 """Verifiers: pure functions from evidence to a score in [0, 1].
 
 Evidence comes from an environment: {"reply": what the model wrote, "gold": ...} or, for
-trajectories, {"state": ..., "gold": ...}. What a model wrote is parsed, never evaluated, and
-never makes anything here raise: a reply that breaks the form is a wrong reply. Broken *evidence*
-does raise; the reward system turns that into an error instead of a zero.
+trajectories, {"state": ..., "gold": ...}. A reply is parsed, never evaluated, and never makes
+anything here raise: one that breaks the form is wrong. Broken *evidence* does raise; the reward
+system turns that into an error instead of a zero.
 
-The strictness is against known hacks: a range instead of a number ("a correct number between 0
-and 10"), a list of all options, several boxes, marks within marks; and a score below a floor is
-nothing, against the whole alphabet or a guess in every place. [C] for the box marks, [R] for the
-idea of cut-offs, [O] for the limits.
+The strictness is against known hacks: a range instead of a number, a list of all options, several
+boxes, marks within marks; a score below a floor is nothing, against the whole alphabet or a guess
+in every place. [C] for the box marks, [R] for the idea of floors, [O] for the limits.
 """
 import ast
 import json
