@@ -1,21 +1,20 @@
-"""Where things are: boxes, changes between pictures, events in a film, views from within.
-
-All six categories are scenes of coloured shapes on the grid of scenes.py. What differs is what is
-asked: the box of one thing, called by its place among the others; the boxes of all of a kind, or of
-what two pictures don't share; when things happen; what stands where for one who is among them; all
-of it as JSON.
+"""Where things are, in scenes of coloured shapes on the grid of scenes.py: the box of one thing,
+called by its place among the others; the boxes of all of a kind, or of what two pictures don't
+share; when things happen; what stands where for one who is among them; all of it as JSON.
 """
 import json
 from collections import Counter
+from itertools import product
 
 from .base import IMAGE, Obs, box, held, pick
 from .draw import COLORS, GRID, shape_mask
 from .scenes import Item, Scene, cell, kinds, plural, refer, spot
 from .verify import KEYS
+from .words import some_of
 
 BOX = ("Box the {}.", "Give the box of the {}.")
-WAYS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 ENDS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}     # axis, direction
+WAYS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 RANKS = ("first", "second", "third", "fourth")
 
 
@@ -33,8 +32,8 @@ def ranked(item, items):
 
 def ahead(item, anchor, way) -> tuple[int, int]:
     """How many cells an item lies from the anchor that way, and how many to the side of it."""
-    dx, dy = (a - b for a, b in zip(cell(item.area), cell(anchor.area)))
-    return dx * way[0] + dy * way[1], abs(dx * way[1]) + abs(dy * way[0])
+    (axis, sign), away = WAYS[way], [a - b for a, b in zip(cell(item.area), cell(anchor.area))]
+    return sign * away[axis], abs(away[1 - axis])
 
 
 def related(item, items):
@@ -44,21 +43,16 @@ def related(item, items):
     for name, fits in kinds(item):
         rivals = [other for other in items if fits(other) and other is not item]
         anchors = [other for other in items if count[other.name] == 1 and not fits(other)]
-        for anchor in anchors if rivals else []:
-            for word, way in WAYS.items():
-                far, aside = ahead(item, anchor, way)
-                if far > aside and all(ahead(other, anchor, way)[0] <= 0 for other in rivals):
-                    calls.append(f"{name} {word} the {anchor.name}")
+        for anchor, way in product(anchors if rivals else [], WAYS):
+            far, aside = ahead(item, anchor, way)
+            if far > aside and all(ahead(other, anchor, way)[0] <= 0 for other in rivals):
+                calls.append(f"{name} {way} the {anchor.name}")
     return calls
 
 
 class Grounding(Scene):
-    """Scenes with things of uneven size that keep apart; `blind` is the chance, by level."""
+    """Scenes with things of uneven size that keep apart."""
     tier, verifier, sizes, gap = 1, "F1", (9, 10, 11, 12, 13), 1
-
-    @classmethod
-    def chance(cls, level):
-        return cls.blind[level]
 
 
 class GroundBox(Grounding):
@@ -76,7 +70,8 @@ class GroundBox(Grounding):
         self.more = [(other, self.reply(item.area)) for item in self.items[1:3]
                      if (other := self.ask(item))]
         self.more += self.follow_up(self.items, question, self.items)[-3:]
-        return Obs(IMAGE + question, [image]), self.items[0].area
+        self.shown = [item.area for item in self.items]
+        return Obs(IMAGE + question, [image]), self.shown[0]
 
     def ask(self, item):
         """A question for an item's box, or None where nothing tells it from the others."""
@@ -90,16 +85,12 @@ class GroundBox(Grounding):
     def reply(self, gold):
         return box([round(corner) for corner in gold])
 
-    def glance(self, rng):
-        return self.reply(pick(rng, self.items).area)
-
 
 class GroundMulti(Grounding):
     """The boxes of all red ones, all circles, from level 2 on also all red circles, from 3 on
     all circles that are not red."""
     blind = (0.08,) * 5         # a few boxes, of which half must be right to count
-    most = (3, 3, 4, 4, 5)
-    distractors = ((0, 2), (1, 3), (3, 5), (5, 8), (7, 11))
+    most, distractors = (3, 3, 4, 4, 5), ((0, 2), (1, 3), (3, 5), (5, 8), (7, 11))
 
     def make(self):
         rng, (color, shape) = self.rng, pick(self.rng, self.pairs())
@@ -113,18 +104,16 @@ class GroundMulti(Grounding):
         rest = self.others(self.between(self.distractors), lambda p: not fits(*p),
                            lambda p: p[0] == color or p[1] == shape)
         wanted = [pair for pair in self.pairs() if fits(*pair)]
-        image, self.items = self.paint([pick(rng, wanted) for _ in range(count)] + rest)
+        image, items = self.paint([pick(rng, wanted) for _ in range(count)] + rest)
         question = pick(rng, ("Box all {}.", "Give the boxes of all {}.")).format(what)
-        self.more = self.follow_up(self.items, question, self.items)
-        return Obs(IMAGE + question, [image]), [item.area for item in self.items[:count]]
+        self.more = self.follow_up(items, question, items)
+        self.shown = [[item.area for item in items]]
+        return Obs(IMAGE + question, [image]), self.shown[0][:count]
 
     def reply(self, gold):
         """Row by row, from left to right."""
         rows = sorted(gold, key=lambda area: cell(area)[::-1])
         return box([[round(corner) for corner in area] for area in rows])
-
-    def glance(self, rng):
-        return self.reply([item.area for item in self.items])
 
 
 class SpotDiff(Grounding):
@@ -135,29 +124,24 @@ class SpotDiff(Grounding):
     changes = ((1, 1), (1, 2), (1, 3), (2, 4), (2, 5))
 
     def make(self):
-        rng = self.rng
-        before = [pick(rng, self.pairs()) for _ in range(self.number())]
-        after, changed = list(before), range(self.between(self.changes))
-        for i in changed:
+        rng, before = self.rng, [pick(self.rng, self.pairs()) for _ in range(self.number())]
+        after, n = list(before), self.between(self.changes)
+        for i in range(n):
             kind = int(rng.integers(min(4, 2 + self.level)))        # new, gone, colour, shape
             kept = before[i][1 - kind % 2]
             other = pick(rng, [p for p in self.pairs() if kept in p and p != before[i]])
             (after if kind else before)[i] = other if kind > 1 else None
-        palette, spots = self.palette(), self.place(rng.permutation(GRID * GRID).tolist())
+        palette, spots = self.palette(), self.place(some_of(rng, range(GRID ** 2)))
         (first, old), (second, new) = (self.draw(palette, p, spots) for p in (before, after))
-        self.items = [a or b for a, b in zip(old, new)]
+        self.shown = [[(a or b).area] for a, b in zip(old, new)]
         self.more = [(f"How many shapes are in the {which} picture?", box(sum(map(bool, pairs))))
                      for which, pairs in (("first", before), ("second", after))]
         question = pick(rng, ("Box what has changed.", "Give the boxes of what differs."))
         for canvas in (first, second) if self.level >= 4 else ():   # last: sizes share the stream
             canvas.noise(rng, 16)
-        gold = [item.area for item in self.items[:len(changed)]]
-        return Obs(2 * IMAGE + question, [first.image, second.image]), gold
+        return Obs(2 * IMAGE + question, [first.image, second.image]), sum(self.shown[:n], [])
 
     reply = GroundMulti.reply
-
-    def glance(self, rng):
-        return self.reply([pick(rng, self.items).area])
 
 
 class VideoEvents(Grounding):
@@ -167,28 +151,26 @@ class VideoEvents(Grounding):
     tier, verifier, sizes = 0, "LIS/NUM", (12,)
     blind = (0.17, 0.11, 0.08, 0.06, 0.05)      # half are frames; an order can't be guessed
     frames = ((4, 4), (5, 6), (6, 8), (8, 10), (10, 12))
-    actors = ((2, 2), (2, 2), (3, 3), (3, 3), (4, 4))
-    extras = ((0, 0), (1, 1), (1, 2), (2, 3), (3, 4))
+    actors, extras = (2, 2, 3, 3, 4), ((0, 0), (1, 1), (1, 2), (2, 3), (3, 4))
     acts = {"appear": "with", "vanish": "without", "jump": "after the jump of"}
 
     def make(self):
-        rng, length, n = self.rng, self.between(self.frames), self.between(self.actors)
-        act, *others = rng.permutation(list(self.acts)).tolist()
+        rng, length, n = self.rng, self.between(self.frames), self.actors[self.level]
+        act, *others = some_of(rng, list(self.acts))
         other = pick(rng, [None, *others]) if self.level >= 2 else None
-        self.cast = rng.permutation(list(COLORS))[:n + self.between(self.extras)].tolist()
+        self.cast = some_of(rng, list(COLORS))[:n + self.between(self.extras)]
         pairs = [pick(rng, [p for p in self.pairs() if p[0] == color]) for color in self.cast]
         acts = [act] * n + [other] * (len(pairs) - n)
-        times = [2 + t for t in rng.permutation(length - 1)[:n].tolist()]
-        times += rng.integers(2, length + 1, len(pairs) - n).tolist()
-        palette, spots, film = self.palette(), self.place(rng.permutation(GRID ** 2).tolist()), []
+        self.shown = range(2, length + 1)
+        times = some_of(rng, self.shown, n) + [pick(rng, self.shown) for _ in pairs[n:]]
+        palette, spots, film = self.palette(), self.place(some_of(rng, range(GRID ** 2))), []
         for frame in range(1, length + 1):
-            over = [frame >= when for when in times]
-            shown = [None if does == ("vanish" if done else "appear") else pair
-                     for pair, does, done in zip(pairs, acts, over)]
-            stand = [spots[i + 8 * (does == "jump" and done)]
-                     for i, (does, done) in enumerate(zip(acts, over))]
+            done = [frame >= when and does for does, when in zip(acts, times)]
+            shown = [None if did == "vanish" or does == "appear" and not did else pair
+                     for pair, does, did in zip(pairs, acts, done)]
+            stand = [spots[i + 8 * (did == "jump")] for i, did in enumerate(done)]
             film.append(self.draw(palette, shown, stand)[0].image)
-        items, self.last = [Item(*pair, None) for pair in pairs], length
+        items = [Item(*pair, None) for pair in pairs]
         calls = [refer(rng, item, items) for item in items]
         asked = [(f"Which is the first frame {self.acts[does]} the {call}?", when)
                  for call, does, when in zip(calls, acts, times) if does]
@@ -204,9 +186,8 @@ class VideoEvents(Grounding):
         return box(", ".join(gold) if isinstance(gold, list) else gold)
 
     def glance(self, rng):
-        if isinstance(self.gold, int):
-            return box(2 + int(rng.integers(self.last - 1)))
-        return self.reply(rng.permutation(self.cast).tolist())
+        order = isinstance(self.gold, list)
+        return self.reply(some_of(rng, self.cast) if order else pick(rng, self.shown))
 
 
 SIDES = ("front", "front right", "right", "back right", "back", "back left", "left", "front left")
@@ -224,24 +205,23 @@ class SpatialRelation(Grounding):
     objects = ((2, 3), (4, 5), (3, 4), (5, 6), (6, 8))
 
     def make(self):
-        rng, n, pairs = self.rng, self.number(), self.pairs()
-        pairs = [pairs[i] for i in rng.permutation(len(pairs))[:n].tolist()]
-        self.sides = SIDES[::2] if self.level in (0, 2) else SIDES
-        self.choice = f"{', '.join(self.sides[:-1])} or {self.sides[-1]}"
-        held_out = None
-        while held_out != self.heldout:
+        rng, n = self.rng, self.number()
+        pairs = some_of(rng, self.pairs(), n)
+        apart = 2 if self.level in (0, 2) else 1        # the sides asked about, in eighths
+        cells = None
+        while not cells or held(f"{arrow} {looks} {cells}") != self.heldout:
             arrow = (1 + rng.integers(2, size=2)).tolist()
             looks = 0 if self.level < 2 else 2 * int(rng.integers(1, 4))
-            ways = (rng.permutation(len(self.sides))[:n] * (8 // len(self.sides))).tolist()
+            ways = some_of(rng, range(0, 8, apart), n)
             cells = [self.beside(arrow, way) for way in ways]
-            held_out = held(f"{arrow} {looks} {cells}")
-        cells = [x + GRID * y for x, y in [*cells, arrow]]
-        palette, (*spots, (x, y, size)) = self.palette(), self.place(cells)
-        canvas, self.items = self.draw(palette, pairs, spots)
+        palette = self.palette()
+        *spots, (x, y, size) = self.place([x + GRID * y for x, y in [*cells, arrow]])
+        canvas, items = self.draw(palette, pairs, spots)
         canvas.stamp(shape_mask("arrow", canvas.px(size)).rotate(-45 * looks), x, y, palette[2])
-        (question, gold, self.why), *more = [self.ask(looks, *seen)
-                                             for seen in zip(ways, self.items[:4])]
+        (question, gold, self.why), *more = [self.ask(looks, way, item.name, SIDES[::apart])
+                                             for way, item in zip(ways[:4], items)]
         self.more = [(other, box(answer)) for other, answer, _ in more]
+        self.shown = SIDES[::apart] if gold in SIDES else [item.name for item in items]
         return Obs(IMAGE + question, [canvas.image]), gold
 
     def beside(self, arrow, way):
@@ -251,35 +231,29 @@ class SpatialRelation(Grounding):
         far = 1 if dx and dy else 1 + int(self.rng.integers(room))
         return x + far * dx, y + far * dy
 
-    def ask(self, looks, way, item):
-        """(question, answer, thought) about an item `way` of the arrow in the picture."""
-        now, who, why = looks, "You are the arrow", f"The arrow looks {SKY[looks]}"
+    def ask(self, looks, way, name, sides):
+        """(question, answer, thought) about a thing `way` of the arrow in the picture."""
+        who, why = "You are the arrow", f"The arrow looks {SKY[looks]}"
         if self.level >= 4:
             turn = pick(self.rng, list(TURNS))
-            now = (looks + TURNS[turn]) % 8
-            who, why = f"{who} and {turn}", f"{why}, then {SKY[now]}"
-        side = SIDES[(way - now) % 8]
+            looks = (looks + TURNS[turn]) % 8
+            who, why = f"{who} and {turn}", f"{why}, then {SKY[looks]}"
+        side = SIDES[(way - looks) % 8]
         if self.rng.integers(2):
-            return (f"{who}. What is at your {side}?", item.name,
-                    f"{why}. Its {side} is {SKY[way]} in the picture: {item.name}.")
-        return (f"{who}. Where is the {item.name}: {self.choice}?", side,
-                f"{why}. The {item.name} is {SKY[way]} from it in the picture: its {side}.")
-
-    def glance(self, rng):
-        named = [item.name for item in self.items]
-        return box(pick(rng, named if self.gold in named else self.sides))
+            return (f"{who}. What is at your {side}?", name,
+                    f"{why}. Its {side} is {SKY[way]} in the picture: {name}.")
+        return (f"{who}. Where is the {name}: {', '.join(sides[:-1])} or {sides[-1]}?", side,
+                f"{why}. The {name} is {SKY[way]} from it in the picture: its {side}.")
 
 
 class SceneToJson(Grounding):
     """Everything in the picture as a JSON list, row by row; "at" is any point on the thing."""
-    tier, sizes = 0, (8, 13)
-    blind = (0.01,) * 5         # one thing, in the right one of 16 cells
+    tier, sizes, blind = 0, (8, 13), (0.01,) * 5        # one thing, in the right one of 16 cells
     objects = ((2, 2), (2, 3), (3, 4), (4, 6), (6, 8))
 
     def make(self):
-        rng = self.rng
-        pairs = [pick(rng, self.pairs()) for _ in range(self.number())]
-        cells = sorted(rng.permutation(GRID * GRID)[:len(pairs)].tolist())
+        rng, pairs = self.rng, [pick(self.rng, self.pairs()) for _ in range(self.number())]
+        cells = sorted(some_of(rng, range(GRID ** 2), len(pairs)))
         palette, spots = self.palette(), []
         while len({size for _, _, size in spots}) < 2:      # big beside small, or neither is
             spots = self.place(cells)
@@ -288,13 +262,10 @@ class SceneToJson(Grounding):
                  "box": item.area} for item, (_, _, size) in zip(items, spots)]
         self.more = [(pick(rng, BOX).format(call), GroundBox.reply(self, item.area))
                      for item in items if (call := refer(rng, item, items))][:2]
+        self.shown = [gold[:3]]                 # a glance is at three things at most
         question = "List the shapes as JSON: color, shape, size (small or big), at [x, y]."
         return Obs(IMAGE + question, [canvas.image]), gold
 
     def reply(self, gold):
-        told = [{key: thing[key] if key in thing else spot(thing["box"]) for key in KEYS}
-                for thing in gold]
+        told = [{key: thing.get(key, spot(thing["box"])) for key in KEYS} for thing in gold]
         return box(json.dumps(told, separators=(",", ":")))
-
-    def glance(self, rng):          # at three things at most
-        return self.reply(self.gold[:3])

@@ -42,7 +42,7 @@ def test_bars_and_dots_reach_their_values():
         for values, hue in zip(chart.series.values(), plot.hues):
             for i, (name, value) in enumerate(values.items()):
                 spot = tuple(map(round, plot.at(*plot.spot(name, value, i))))
-                assert plot.canvas.image.getpixel(spot) == hue
+                assert plot.image.getpixel(spot) == hue
 
 
 def test_sums_follow_from_the_facts():

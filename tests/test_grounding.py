@@ -45,9 +45,9 @@ def test_crowded_scenes_come_to_an_end_and_things_never_touch():
     for seed in range(20):
         env = make(Task("ground_multi", seed, 4))
         env.reset()
-        for item in env.items:
-            x, y = cell(item.area)
-            assert item.area[0] > 249.7 * x + 7 and item.area[3] < 249.7 * (y + 1) - 7
+        for area in env.shown[0]:
+            x, y = cell(area)
+            assert area[0] > 249.7 * x + 7 and area[3] < 249.7 * (y + 1) - 7
 
 
 def test_the_pictures_differ_in_the_gold_boxes_and_nowhere_else():
