@@ -180,7 +180,7 @@ class Engine:
             return []
         self.running += new
         batch = collate([r.request.prompt for r in new], self.model.config).to(self.device)
-        merged = self.model.encode(batch.patches, batch.grids) if len(batch.patches) else None
+        merged = self.model.see(batch)
         cache = self.cache.fill(first, batch.cu_seqlens)
         hidden = self.model(batch, merged, cache)
         ends, rows = batch.cu_seqlens[1:].long() - 1, slice(first, len(self.running))

@@ -83,7 +83,8 @@ def drive(env: Env):
 
 def demonstrate(task: Task, think: bool = False) -> list[list[Message]]:
     """Whole conversations in which the oracle answers: one for a one-shot task, with all its
-    turns about the picture; one a turn in the segment layout; else one for the episode.
+    turns about the picture; one a turn in the segment layout, and one for each further question
+    about its screen; else one for the episode.
     think: the thought behind a reply stands before it, where the category states one."""
     env = make(task)
 
@@ -101,6 +102,9 @@ def demonstrate(task: Task, think: bool = False) -> list[list[Message]]:
     messages = next(episode)
     for reply in map(thoughtful, env.oracle()):
         conversations.append([*messages, Message("assistant", reply)])
+        if env.layout == "segment":
+            conversations += [[Message("user", IMAGE + question, messages[-1].images),
+                               Message("assistant", answer)] for question, answer in env.more]
         try:
             messages = episode.send(reply)
         except StopIteration:

@@ -316,11 +316,17 @@ class GLMV(nn.Module):
         """(P, F, 3*p*p) uint8, (N, 3) -> (P/4, W): one embedding a visual token."""
         return self.model.visual.merge(self.model.visual(patches, grids))
 
+    def see(self, batch) -> Tensor | None:
+        """One embedding a visual slot of a Batch, in order; None where it has no pictures."""
+        if not len(batch.patches):
+            return None
+        return self.encode(batch.patches, batch.grids)[batch.visual]
+
     def forward(self, batch, merged: Tensor | None = None, cache=None) -> Tensor:
         """Hidden states (T, W) after the last norm.
 
-        batch: anything with tokens (T,), positions (3, T) and cu_seqlens (D+1,); merged: (P/4, W)
-        from `encode`, one row a token that is <|image|>, in order; cache: what Cache.fill or
+        batch: anything with tokens (T,), positions (3, T) and cu_seqlens (D+1,); merged: from
+        `see`, one row a token that is <|image|>, in order; cache: what Cache.fill or
         Cache.extend returned.
         """
         decoder, c = self.model.language_model, self.config

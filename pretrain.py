@@ -66,7 +66,7 @@ class Args:
 def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token"):
     """Weighted sum of the next-token losses of one row, and a list of the MTP head's at each
     depth: fp32 scalars."""
-    merged = model.encode(batch.patches, batch.grids) if len(batch.patches) else None
+    merged = model.see(batch)
     hidden = model(batch, merged)
     # Token t is predicted from position t-1; a document's first token has weight 0.
     main = linear_cross_entropy(hidden[:-1], model.lm_head.weight,
@@ -163,8 +163,8 @@ def run(args: Args):
 
     model, optimizer, start, position = build(args, hw)
     mix = parse_mix(args.mix, sight(model.config))
-    # About 50 tokens a document at tiny: close enough to place the curriculum's end.
-    easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 50)
+    # About 110 tokens a sample at tiny: close enough to place the curriculum's end.
+    easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 110)
     stream = Stream(model.config, mix, args.seed, "train", args.levels, easy, args.think)
     cores = os.cpu_count() or 1
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))

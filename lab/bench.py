@@ -88,7 +88,7 @@ def documents(config: Config, count: int, seed: int, prompts: bool = False) -> l
     for i in range(count):
         if i % 2:
             length = int(rng.integers(32, 401))
-            made.append(Stream(config, (("text", 1.0),), seed, text_tokens=length)(i))
+            made.append(Stream(config, (("text", 1.0),), seed, text_tokens=length)(i)[0])
             continue
         name = CATEGORIES[int(rng.integers(len(CATEGORIES)))]
         task = Task(name, int(rng.integers(2 ** 31)), int(rng.integers(3)),
@@ -256,7 +256,7 @@ def compare(model: GLMV, prompts: list, ours: list, theirs: list, hw) -> dict:
         batch = collate([Document(ids, np.zeros(len(ids), np.float32), prompt.images)],
                         model.config).to(hw.device)
         with torch.no_grad():
-            merged = model.encode(batch.patches, batch.grids) if len(batch.patches) else None
+            merged = model.see(batch)
             best = model.lm_head(model(batch, merged)[-1]).float().topk(2).values
         counts["ties" if best[0] - best[1] < TIE[hw.dtype] else "different"] += 1
     return counts

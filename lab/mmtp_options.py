@@ -68,7 +68,7 @@ def acceptance(folder: Path, option: str, mix: str, depths: int, seed: int = 7) 
     tried, stood = [0] * depths, [0] * depths
     for _ in range(4):
         batch = collate(packer.row(), model.config)
-        merged = model.encode(batch.patches, batch.grids) if len(batch.patches) else None
+        merged = model.see(batch)
         hidden = model(batch, merged)
         choice = model.lm_head(hidden).argmax(-1)   # of token i+1, at slot i
         alive = torch.ones(len(hidden), dtype=torch.bool)
@@ -148,7 +148,7 @@ def two_stages(option: str, model: GLMV, batch, depths: int) -> float:
     cut, shape = c.text.num_hidden_layers // 2 or 1, (len(batch.tokens), c.text.hidden_size)
     slots = (batch.tokens == c.image_token_id).nonzero()[:, 0]
     if rank == 0:
-        merged = model.encode(batch.patches, batch.grids)
+        merged = model.see(batch)
         x = decoder.embed_tokens(batch.tokens).index_copy(0, slots, merged)
         for i in range(cut):
             x = decoder.layers[i](x, rope, segments, i)

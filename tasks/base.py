@@ -97,6 +97,7 @@ class Env:
     verifier = ""               # for the table: EX, NUM, ED, HIT, STATE, ...
     layout = "append"           # append: one growing stream; segment: a fresh prompt every turn
     why = ""                    # the thought behind the oracle's last reply, where it has one
+    more: list = []             # further (question, reply) about this picture, to learn from
     blind: tuple = ()           # see `chance`: five values, one a level
 
     def __init__(self, task: Task):
@@ -135,9 +136,7 @@ class Env:
 
 
 class OneShot(Env):
-    """One question, one reply. `make` returns (Obs, gold) and may leave further questions about
-    the same picture in `self.more`, as (question, reply); demonstrations use them."""
-    more: list = []
+    """One question, one reply. `make` returns (Obs, gold)."""
     shown: list = []            # see `glance`: what might be the gold of some question
 
     def make(self) -> tuple[Obs, Any]:

@@ -173,7 +173,10 @@ class GuiForm(Env):
         self.chosen = [name for name in names if self.wanted[name]]
         listed = " and ".join(filter(None, (", ".join(self.chosen[:-1]), self.chosen[-1])))
         self.goal = f"Tick {listed}. Press OK."
-        return self.observe()
+        first = self.observe()
+        # single clicks before whole forms: each tier learns from the one below [C]
+        self.more = [(f"Click {name}.", click(self.areas[name])) for name in names]
+        return first
 
     def observe(self):
         canvas = Canvas(self.pixels, self.ground)
@@ -212,6 +215,7 @@ class GuiForm(Env):
         return Step(None, True, truncated=not (self.submitted or self.closed))
 
     def press(self, point):
+        self.more = []
         for name, area in self.areas.items():
             if not inside(point, area):
                 continue

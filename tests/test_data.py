@@ -24,7 +24,10 @@ def stream(mix=DEFAULT, seed=0, **options) -> Stream:
     return Stream(TINY, mix, seed, **options)
 
 
-def same(a: Document, b: Document) -> bool:
+def same(a, b) -> bool:
+    """Two documents, or two samples of several, are equal."""
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
     return (np.array_equal(a.ids, b.ids) and np.array_equal(a.weights, b.weights)
             and a.source == b.source and len(a.images) == len(b.images)
             and all(map(np.array_equal, a.images, b.images)))
@@ -87,7 +90,7 @@ def test_a_drawing_process_that_fails_says_so(how, words):
 
 def test_mixture_shares_follow_the_weights():
     some = stream(parse_mix("gui_form:6,text:3,code:1,point:0"))
-    sources = [some(i).source for i in range(600)]
+    sources = [some(i)[0].source for i in range(600)]
     shares = np.bincount(sources, minlength=4) / 600
     assert np.abs(shares - [0.6, 0.3, 0.1, 0]).max() < 0.06 and shares[3] == 0
 
@@ -122,8 +125,23 @@ def test_one_turn_of_a_dialogue_brings_the_pictures_along():
         assert question.images == talk[0].images and question.text.count("<|image|>") == 1
         assert question.text.endswith(talk[2 * turn].text) and reply == talk[2 * turn + 1]
     some = stream(parse_mix("point"))
-    turns = [(some(i).ids == TOKENS.special["<|assistant|>"]).sum() for i in range(200)]
-    assert 0.75 < np.mean(np.array(turns) == 1) < 0.95      # the rest are whole dialogues
+    samples = [some(i) for i in range(200)]
+    turns = [(made[0].ids == TOKENS.special["<|assistant|>"]).sum() for made in samples]
+    assert 0.9 < np.mean(np.array(turns) == 1) < 0.99       # the rest are whole dialogues
+
+
+def test_questions_about_one_picture_share_its_pixels():
+    """Up to three documents of different words and one picture; the encoder sees it once."""
+    some, several = stream(parse_mix("point,gui_form")), 0
+    for i in range(40):
+        made = some(i)
+        assert 1 <= len(made) <= 3 and len({d.ids.tobytes() for d in made}) == len(made)
+        assert all(d.images is made[0].images for d in made)
+        several += len(made) > 1
+        batch = collate(made + made[:1], TINY)
+        assert len(batch.grids) == 1 and len(batch.patches) == 64
+        assert batch.visual.tolist() == [*range(16)] * (len(made) + 1)
+    assert several > 25
 
 
 def test_gym_means_what_the_model_can_see():
@@ -132,7 +150,7 @@ def test_gym_means_what_the_model_can_see():
 
 
 def test_the_atlas_is_a_source_of_text():
-    made = stream(parse_mix("atlas"))(3)
+    [made] = stream(parse_mix("atlas"))(3)
     assert TOKENS.decode(made.ids.tolist()).strip().endswith(".") and not made.images
 
 
@@ -147,14 +165,17 @@ def test_only_replies_are_learnt():
 
 # ---- packing ------------------------------------------------------------------------------------
 
-def lengths(i: int) -> Document:
-    """Sample i: its own number, 1 to 90 times."""
+def lengths(i: int) -> list[Document]:
+    """Sample i: its own number, 1 to 90 times, in one document or two."""
     n = int(np.random.default_rng(i).integers(1, 91))
-    return Document(np.full(n, i, np.int32), np.ones(n, np.float32))
+    whole = Document(np.full(n, i, np.int32), np.ones(n, np.float32))
+    half = Document(whole.ids[:n // 2], whole.weights[:n // 2])
+    return [half, half] if i % 3 == 0 and n > 1 else [whole]
 
 
 def contents(row) -> list[int]:
-    return [int(made.ids[0]) for made in row]
+    """The samples in a row, each once."""
+    return list(dict.fromkeys(int(made.ids[0]) for made in row))
 
 
 def test_packing_loses_and_doubles_nothing():

@@ -31,7 +31,7 @@ def plain(model, prompt: Document, max_new: int, stops) -> tuple[list, list]:
         whole = dataclasses.replace(prompt, ids=np.append(prompt.ids, ids).astype(np.int32),
                                     weights=np.zeros(len(prompt.ids) + len(ids), np.float32))
         batch = collate([whole], model.config)
-        merged = model.encode(batch.patches, batch.grids) if len(batch.patches) else None
+        merged = model.see(batch)
         best = model.lm_head(model(batch, merged)[-1]).topk(2)
         ids.append(int(best.indices[0]))
         leads.append(float(best.values[0] - best.values[1]))

@@ -30,7 +30,7 @@ def row(model, sizes=(((4, 6),), (), ((2, 2), (4, 4)))):
     """Three documents in a row, their batch, visual embeddings and the trunk's states."""
     documents = [random_document(model.config, s, 11 + i, i) for i, s in enumerate(sizes)]
     batch = collate(documents, model.config)
-    merged = model.encode(batch.patches, batch.grids) if len(batch.patches) else None
+    merged = model.see(batch)
     return batch, merged, model(batch, merged)
 
 

@@ -21,7 +21,7 @@ def test_packed_equals_one_by_one(model, config):
     at = 0
     for part in parts:
         one = collate([part], config)
-        merged = model.encode(one.patches, one.grids) if len(one.patches) else None
+        merged = model.see(one)
         alone = model(one, merged)
         assert torch.allclose(together[at:at + len(alone)], alone, atol=1e-5)
         at += len(alone)
