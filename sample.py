@@ -2,6 +2,7 @@
 
     python sample.py ask --image=photo.png "What color is the circle?"
     python sample.py ask --image=a.png --image=b.jpg "Which one is red?" --temperature=0.7
+    python sample.py ask --image=photo.png "Read the text." --drafts=3      speculative decoding
     python sample.py eval --count=200                    every category, held-out tasks
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
 
@@ -18,10 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import gym
+import mmtp
 from common import ROOT, UserError, cli, find_checkpoint, main, setup, write_json
 from data import document, open_image, parse_mix, sight
 from engine import Engine, Request
-from model import GLMV
 from tasks.base import Message, Task
 from tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ def load(ckpt: str, device: str, dtype: str):
     """The model of a checkpoint (default: the demo's) with its tokenizer."""
     hw = setup(device, dtype)
     folder = find_checkpoint(ckpt or DEMO)
-    model = GLMV.from_pretrained(folder, hw.device, hw.dtype)
+    model = mmtp.load(folder, hw.device, hw.dtype)
     if not model.config.n_ranks:
         raise UserError(f"{folder} comes with another tokenizer than ours: its weights load, but "
                         "it can't be asked here")
@@ -50,11 +51,14 @@ class Ask:
     temperature: float = 0.0      # 0 takes the most likely token each time
     top_p: float = 1.0            # keep the most likely tokens up to this probability
     seed: int = 0                 # of the drawing, where temperature is above 0
+    drafts: int = 0               # tokens that the MTP head guesses ahead; the answer is the same
     device: str = "auto"          # auto, cpu, cuda or mps
     dtype: str = "auto"           # auto, float32 or bfloat16
 
 
 def ask(args: Ask):
+    if args.drafts < 0:
+        raise UserError(f"--drafts takes 0 or more, not {args.drafts}")
     if not args.question.strip():
         raise UserError('nothing asked: python sample.py ask --image=FILE "question"')
     images = tuple(open_image(path) for path in args.image)
@@ -64,12 +68,15 @@ def ask(args: Ask):
     for path, seen in zip(args.image, prompt.images):
         print(f"{path} is seen at {seen.shape[1]}x{seen.shape[0]} pixels", file=sys.stderr)
     limit = model.config.text.max_position_embeddings
-    engine = Engine(model, 1, min(limit, len(prompt.ids) + args.max_new + 1))
+    context = min(limit, len(prompt.ids) + args.max_new + 1)
+    engine = Engine(model, 1, context, args.drafts, say=lambda line: print(line, file=sys.stderr))
     engine.submit(Request(prompt, args.max_new, args.temperature, args.top_p, args.seed))
     results = []
     while engine.busy:
         results += engine.step()
     print(readable(tokens.decode(results[0].ids)))
+    if engine.most:
+        print(f"{engine.tokens / max(1, engine.steps):.2f} tokens a step", file=sys.stderr)
 
 
 def readable(reply: str) -> str:
