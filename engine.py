@@ -310,7 +310,7 @@ class Engine:
             return self.depth
         size, most = n.bit_length(), self.most
         for k in {most, 1}:
-            if self.seconds.get((size, k), [0])[0] < 4:
+            if self.seconds.get((size, k), [0])[0] < 2:
                 return k
         if self.tried[0] > 64:
             (_, trunk, head), (_, trunk1, head1) = (self.seconds[size, k] for k in (most, 1))
