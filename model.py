@@ -197,7 +197,7 @@ class Extend:
         repeat = q.shape[2] // keys.shape[1]
         q = rearrange(q, "s n (g r) c -> s g (r n) c", r=repeat) * q.shape[-1] ** -0.5
         scores = q @ keys.mT  # no copy: slots and heads lie evenly in memory
-        scores = scores + self.mask.repeat(1, 1, repeat, 1)
+        scores = (scores.unflatten(2, (repeat, self.n)) + self.mask[:, :, None]).flatten(2, 3)
         out = scores.softmax(-1) @ values
         return rearrange(out, "s g (r n) c -> (s n) (g r) c", n=self.n)
 
