@@ -149,6 +149,15 @@ def logits(model: GLMV, hidden: Tensor) -> Tensor:
     return head_of(model).shared_head.norm(hidden) @ tables(model)[1].T
 
 
+def inputs(tokens: Tensor, visual: Tensor, table: Tensor, merged: Tensor | None, option: str):
+    """What stands for each token at the head's entrance. tokens, visual (T,), table (V, W), merged
+    (visual slots, W) for `embed` alone -> (T, W)."""
+    embedded = F.embedding(tokens, table)
+    if option == "embed" and merged is not None:
+        return embedded.index_copy(0, visual.nonzero()[:, 0], merged.to(embedded.dtype))
+    return embedded.masked_fill(visual[:, None], 0) if option == "mask" else embedded
+
+
 @dataclass
 class Ahead:
     """The head's work at one depth: states of the slots `kept`, what they predict, and whether
@@ -164,13 +173,7 @@ def states(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, dep
     """Yield an Ahead for each depth 1..depths. hidden (T, W): the trunk's, after its norm; merged:
     for `embed` alone; table: the embedding matrix, the head's own unless given."""
     tokens, visual = batch.tokens, batch.tokens == model.config.image_token_id
-    embedded = F.embedding(tokens, tables(model)[0] if table is None else table)
-    if option == "embed" and merged is not None:
-        slots = visual.nonzero()[:, 0]
-        embedded = embedded.index_copy(0, slots, merged.to(embedded.dtype))
-    if option == "mask":
-        embedded = embedded.masked_fill(visual[:, None], 0)
-
+    embedded = inputs(tokens, visual, tables(model)[0] if table is None else table, merged, option)
     lengths = batch.cu_seqlens.diff().long()
     place = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
     kept, cu_seqlens = torch.arange(len(tokens), device=tokens.device), batch.cu_seqlens

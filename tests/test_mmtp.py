@@ -97,6 +97,28 @@ def test_without_pictures_the_options_are_one():
     torch.testing.assert_close(mask, token)
 
 
+@torch.no_grad()
+def test_a_sequence_cut_sends_no_visual_embeddings_for_token():
+    """A rank that holds slots a..b and the ids of K more makes its part of the head's input by
+    itself; with `embed` it lacks rows that its neighbour has encoded, cut at any group."""
+    model = with_head()
+    batch, merged, _ = row(model, (((4, 6), (2, 2)),))
+    tokens, depths, table = batch.tokens, 3, mmtp.tables(model)[0]
+    visual = tokens == model.config.image_token_id
+    first = int(visual.nonzero()[0])
+    for cut in range(first + 1, first + 6):
+        for a, b in ((0, cut), (cut, len(tokens))):
+            near = slice(a, b + depths)
+            own = merged[int(visual[:a].sum()):int(visual[:b].sum())]
+            for option in ("token", "mask"):
+                want = mmtp.inputs(tokens, visual, table, None, option)[near]
+                assert torch.equal(mmtp.inputs(tokens[near], visual[near], table, None, option),
+                                   want)
+            if visual[b:b + depths].any():
+                with pytest.raises((IndexError, RuntimeError)):
+                    mmtp.inputs(tokens[near], visual[near], table, own, "embed")
+
+
 def test_detached_only_the_head_learns():
     model = with_head()
     batch, merged, hidden = row(model)
