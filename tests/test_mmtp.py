@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+import gym
 import mmtp
-from common import UserError, load_tensors, save_tensors
+from common import UserError, find_checkpoint, load_tensors, save_tensors
 from conftest import odd_config, random_document
-from data import collate
+from data import collate, document
 from engine import Engine, Request
 from model import GLMV
 from mtp_reference import reference
+from sample import DEMO
+from tasks.base import Task
 from test_engine import PROMPTS, plain, same, serve
+from tokenizer import Tokenizer
 
 
 def with_head(which: int = 0, depths: int = 3) -> GLMV:
@@ -279,6 +283,29 @@ def test_greedy_with_drafts_is_plain_greedy(k, slots):
             assert got[id].logps[:3] == pytest.approx(w.logps[:3], abs=1e-4)
         assert not cheat or engine.tokens > 1.5 * engine.steps
     assert ties <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_a_thousand_prompts_of_all_kinds(k):
+    """The demo's model and its head on every category that it can see: the same replies, or a
+    tie of the two best where they part."""
+    model = mmtp.load(find_checkpoint(DEMO)).eval()
+    tokens, names = Tokenizer(model.config.n_ranks), gym.names(64)
+    prompts = [document(next(gym.drive(gym.make(Task(names[i % len(names)], i, 0, "test")))),
+                        tokens, model.config, True) for i in range(1000)]
+    requests = [Request(p, 24) for p in prompts]
+    want = serve(model, requests, 64, 512)
+    engine = Engine(model, 16, 512, drafts=k, adapt=False, say=lambda _: None)
+    ids, got = [engine.submit(r) for r in requests], {}
+    while engine.busy:
+        got |= {r.id: r for r in engine.step()}
+    parted = [(r, got[id].ids, w.ids) for r, id, w in zip(requests, ids, want)
+              if got[id].ids != w.ids]
+    assert len(parted) < 1 + 0.001 * len(prompts)
+    for request, ours, theirs in parted:
+        assert same(ours, *plain(model, request.prompt, len(theirs), engine.stops))
+    assert engine.tokens > 1.2 * engine.steps
 
 
 def test_the_head_sees_in_decoding_what_it_sees_in_training():
