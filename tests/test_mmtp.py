@@ -385,6 +385,22 @@ def test_drafts_stop_where_they_don_t_pay():
     assert engine.depth == 3
 
 
+@pytest.mark.parametrize("room", [1, 2, 5])
+def test_drafts_at_the_end_of_the_context(room):
+    """K = 10 with room for fewer tokens: the reply is the plain one, cut where the window ends."""
+    model, prompt = with_head(), random_document(odd_config(), ((4, 6),), 9, 0)
+    def reply(**options):
+        engine = Engine(model, 1, len(prompt.ids) + room, say=lambda _: None, **options)
+        engine.stops = set()
+        engine.submit(Request(prompt, 50))
+        results = []
+        while engine.busy:
+            results += engine.step()
+        return results[0].ids, results[0].finish
+    ids, finish = reply(drafts=10, adapt=False)
+    assert (ids, finish) == reply() and len(ids) == room and finish == "context"
+
+
 def test_what_is_said_once(capsys):
     Engine(GLMV(odd_config()), 1, 32, drafts=2)
     assert "speculation is off" in capsys.readouterr().out
