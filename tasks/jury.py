@@ -82,12 +82,11 @@ def tally(groups: dict[Task, list[Score]], k: int = 1) -> dict[str, dict]:
     for task, scores in groups.items():
         row = table.setdefault(task.category, {"tasks": 0, "reward": [], "pass": [], "errors": 0})
         good = [score.reward for score in scores if not score.error]
-        n, right = len(good), sum(reward > 0.999 for reward in good)
+        n, wrong = len(good), sum(reward <= 0.999 for reward in good)
         row["tasks"] += 1
         row["errors"] += len(scores) - n
         row["reward"] += good
-        if n >= k:
-            row["pass"].append(1 - math.comb(n - right, k) / math.comb(n, k))
+        row["pass"] += [1 - math.comb(wrong, k) / math.comb(n, k)] if n >= k else []
     for row in table.values():
         for name in ("reward", "pass"):
             row[name] = float(np.mean(row[name])) if row[name] else math.nan
@@ -201,9 +200,9 @@ class Judge:
         self.room = threading.Semaphore(threads)
 
     def points(self, question: str, reply: str) -> float:
-        """Ask, and wait for a share from 0 to 1; 0 for a reply that speaks to the judge. The mark is
-        a digest of the reply, so no reply can hold its own; special tokens fall apart, and length
-        buys nothing."""
+        """Ask, and wait for a share from 0 to 1; 0 for a reply that speaks to the judge. The mark
+        is a digest of the reply, so no reply can hold its own; special tokens fall apart, and
+        length buys nothing."""
         reply = spoken(reply).replace("<|", " ").replace("|>", " ")[:2000]
         if re.search(r"score\W*[:=]|\bjudge\b", reply, re.IGNORECASE):
             return 0.0
@@ -214,7 +213,7 @@ class Judge:
         return int(found[1]) / 10 if found else 0.0
 
     def opinion(self, question: str, evidence: dict) -> Future:
-        """The points for a reply, to be waited for. A thread that hangs holds nothing up at exit."""
+        """The points for a reply, to be waited for. A thread that hangs delays no exit."""
         future = Future()
         future.until = time.monotonic() + self.deadline
 

@@ -486,10 +486,10 @@ class Site(HTMLParser):
             node.children.append(node.attrs.get("value") or node.attrs.get("placeholder", ""))
 
     def handle_endtag(self, tag):
-        at = next((i for i in range(len(self.open) - 1, 0, -1) if self.open[i].tag == tag), None)
-        if at:
-            del self.open[at:]
-        self.unknown += at is None
+        depth = max((i for i, node in enumerate(self.open) if node.tag == tag), default=None)
+        if depth:
+            del self.open[depth:]
+        self.unknown += depth is None
 
     def handle_data(self, data):
         if self.open[-1].tag == "style":

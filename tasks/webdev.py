@@ -18,7 +18,7 @@ from .base import IMAGE, Env, Obs, OneShot, Step, box, held, pick
 from .draw import blend, ink_on, shades
 from .pages import SIDE, Broken, Site, View, look
 from .verify import boxed, distance, parse_action, set_f1
-from .words import THINGS, invent, some
+from .words import THINGS, invent, some, some_of
 
 SAME_TEXT, LEAST_SHARED = 0.5, 0.3      # below: another text; another page
 
@@ -43,11 +43,11 @@ def ciede2000(one: tuple, other: tuple) -> float:
     stretch = 1.5 - 0.5 * math.sqrt(c7 / (c7 + 25 ** 7))
     c1, c2 = math.hypot(a1 * stretch, b1), math.hypot(a2 * stretch, b2)
     h1, h2 = (math.degrees(math.atan2(b, a * stretch)) % 360 for a, b in ((a1, b1), (a2, b2)))
-    turn = ((h2 - h1 + 180) % 360 - 180 if abs(h2 - h1) != 180 else h2 - h1) if c1 * c2 else 0
-    dh = 2 * math.sqrt(c1 * c2) * math.sin(math.radians(turn / 2))
+    turn = h2 - h1 if abs(h2 - h1) == 180 else (h2 - h1 + 180) % 360 - 180
+    dh = 2 * math.sqrt(c1 * c2) * math.sin(math.radians(turn / 2))        # 0 where one is grey
     light, chroma = (l1 + l2) / 2, (c1 + c2) / 2
-    hue = (h1 + h2) / 2 if c1 * c2 else h1 + h2
-    if c1 * c2 and abs(h1 - h2) > 180:
+    hue = (h1 + h2) / 2
+    if abs(h1 - h2) > 180:
         hue += 180 if h1 + h2 < 360 else -180
     cos = [math.cos(math.radians(k * hue - at)) for k, at in ((1, 30), (2, 0), (3, -6), (4, 63))]
     t = 1 - 0.17 * cos[0] + 0.24 * cos[1] + 0.32 * cos[2] - 0.20 * cos[3]
@@ -202,28 +202,25 @@ PHRASES = ("One {} for every {}", "The {} goes with the {}", "One {} and one {} 
 VERBS = ("Get", "Order", "See", "Try", "Take", "Send")
 STYLES = """\
 body{background:$ground;color:$ink}
-.bar{display:flex;justify-content:space-between;align-items:center;padding:8px 12px;\
-background:$strong;color:$on_strong}
-.at{color:$on_strong}
+.bar{display:flex;justify-content:space-between;align-items:center;padding:8px 12px;$bold}
+.at{color:$on_bold}
 .top{padding:6px 12px 0}
 .pale{color:$pale;font-size:11px}
-.go{background:$second;color:$on_second;border-radius:${radius}px;font-weight:bold}
+.go{$lively;$round;font-weight:bold}
 .hero{padding:12px;text-align:$lean}
 .who{display:flex;gap:8px;padding:5px 12px;align-items:center}
 .face{width:44px;height:44px;border-radius:22px;background:$second}
 .row{display:flex;gap:8px;padding:5px 12px}
-.tile{flex:1;background:$card;padding:8px;border:1px solid $line;border-radius:${radius}px;\
-text-align:center}
+.tile{flex:1;background:$card;padding:8px;border:1px solid $line;$round;text-align:center}
 .big{${tint}font-size:18px}
-.card{flex:1;background:$card;padding:8px;border:1px solid $line;border-radius:${radius}px}
-.art{width:60px;height:30px;background:$second;border-radius:${radius}px}
+.card{flex:1;background:$card;padding:8px;border:1px solid $line;$round}
+.art{width:60px;height:30px;background:$second;$round}
 .list{padding:5px 12px}
 .wide{width:100%;background:$card;border:1px solid $line}
-.head{background:$strong;color:$on_strong}
+.head{$bold}
 .form{padding:5px 12px}
-.note{margin:6px 12px;padding:8px;background:$strong;color:$on_strong;border-radius:${radius}px;\
-text-align:$lean}
-.more{margin:6px 12px;padding:6px 8px;background:$card;border-radius:${radius}px}
+.note{margin:6px 12px;padding:8px;$bold;$round;text-align:$lean}
+.more{margin:6px 12px;padding:6px 8px;background:$card;$round}
 """
 # A part: about how high it is; its classes; what is drawn first, if anything; and its HTML, where
 # one tag after another begins a line unless it stands IN_LINE.
@@ -266,13 +263,15 @@ class Writer:
         base, shares = ((24, 26, 34), (0.03, 0.12)) if dark else ((255, 255, 255), (0.09, 0))
         ground, card = (blend(base, strong, share) for share in shares)
         ink = blend(ink_on(card), card, 0.12)
-        palette = {"ground": ground, "card": card, "strong": strong, "second": second, "ink": ink,
-                   "pale": blend(ink, card, 0.35), "line": blend(ink, card, 0.8),
-                   "on_strong": ink_on(strong), "on_second": ink_on(second)}
-        tint = f"color:{code(strong)};" if ink_on(card) == (0, 0, 0) else ""
         radius, lean = pick(rng, (0, 4, 9)), pick(rng, ("left", "center"))
-        styles = Template(STYLES).substitute({name: code(rgb) for name, rgb in palette.items()},
-                                             radius=radius, lean=lean, tint=tint)
+        colors = {"ground": ground, "card": card, "strong": strong, "second": second, "ink": ink,
+                  "pale": blend(ink, card, 0.35), "line": blend(ink, card, 0.8),
+                  "on_bold": ink_on(strong)}
+        bold, lively = (f"background:{code(c)};color:{code(ink_on(c))}" for c in (strong, second))
+        tint = f"color:{code(strong)};" if ink_on(card) == (0, 0, 0) else ""
+        styles = Template(STYLES).substitute({name: code(rgb) for name, rgb in colors.items()},
+                                             bold=bold, lively=lively, tint=tint, lean=lean,
+                                             round=f"border-radius:{radius}px")
         self.rules = {line.partition("{")[0].strip("."): line for line in styles.splitlines()}
         self.look = f"{first} {radius} {lean} {dark}"
         words, said = cycle(some(rng, THINGS, 20, heldout)), set()
@@ -317,8 +316,7 @@ class Page:
         writer = Writer(rng, heldout, level >= 2 and rng.integers(4) == 0)
         links = [writer["name"] for _ in range(2 + (level < 4))] if level else []
         kinds, names = list(PARTS)[:4 if level == 0 else None], links if level == 4 else [""]
-        self.parts = [[kinds[i] for i in rng.permutation(len(kinds))[:self.amounts[level]].tolist()]
-                      for _ in names]
+        self.parts = [some_of(rng, kinds, self.amounts[level]) for _ in names]
         high = max(sum(PARTS[part][0] for part in parts) for parts in self.parts)
         if held(f"{self.parts} {writer.look}") != heldout or high > (185 if level == 4 else 222):
             return False
@@ -370,14 +368,11 @@ class Page:
 class UiToCode(OneShot):
     """A picture of a page -> its HTML. Levels add parts; at 4 it is a site of two pages."""
     family, tier, verifier, min_pixels = "agent", 2, "REND", 256
+    blind = (0.0,) * 5          # no page can be guessed
     questions = ("Write this page in HTML, 256 px wide.", "What HTML looks like this? 256 px wide.")
     site = ("Two pages of a site, 256 px wide. Write both as one HTML document: each page is a div "
             "with an id in the body, the bar stands before them, and a link in the bar opens the "
             "page whose heading it names.")
-
-    @classmethod
-    def chance(cls, level):
-        return 0.0              # no page can be guessed
 
     def make(self):
         page = Page(self.rng, self.heldout, self.level)
@@ -470,13 +465,10 @@ class UiPolish(Env):
     """A page as wanted, a draft with faults, and what the draft looks like: mend it, seeing after
     each round what came of it."""
     family, tier, verifier, max_turns, min_pixels = "agent", 3, "REND", 4, 256
+    blind = (0.0,) * 5          # a fault can't be told from the draft alone
     goal = ("Picture 1 is the page as wanted, picture 2 the draft below. Mend the draft: lines of "
             "edit('old', 'new'), where old stands once in it, or the whole page, between box "
             "marks; then done().")
-
-    @classmethod
-    def chance(cls, level):
-        return 0.0              # a fault can't be told from the draft alone
 
     def reset(self):
         page = Page(self.rng, self.heldout, min(self.level, 3))
