@@ -197,6 +197,13 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
     return Hardware(where, chosen, why, peak, price, rank, world, local)
 
 
+def total(value: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
 def plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float, memory: float):
     """Print what a run would take and cost (`--plan`). flops: of the whole run, all ranks."""
     mfu = 0.4 if hw.device.type == "cuda" else 0.2  # what such runs reach; see LOG.md

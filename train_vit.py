@@ -7,9 +7,9 @@
     torchrun --nproc_per_node=8 train_vit.py --size=small    data parallel; same batch, same result
     python pretrain.py --vit=out/vit/align             goes on from the tower
 
-teachers  stand-ins for SigLIP2 and DINOv3, of the student's own size and trained here on drawings:
-          `semantic` contrastively on captions, `texture` by self-distillation. They show how such
-          teachers come about; they are no substitute. Folders of the real ones replace them.
+teachers  stand-ins for SigLIP2 and DINOv3, as small as the student and trained here on drawings:
+          `semantic` contrastively on captions, `texture` by self-distillation. They are no
+          substitute; folders of the real ones replace them.
 distill   stage 1 [C]: 35% of the patches are hidden, and the student says what two frozen teachers
           see there.
 align     stage 2 [C]: images of any size against captions in two languages, SigLIP's loss over a
@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, load_tensors,
-                    main, plan, save_checkpoint, save_state, save_tensors, setup,
+                    main, plan, save_checkpoint, save_state, save_tensors, setup, total,
                     write_json)
 from data import Drawer, pack
 from kernels import ring_sigmoid_loss
@@ -108,14 +108,8 @@ class Job(nn.Module):
 
 
 def cut(samples: range, micro: int) -> list[range]:
+    """Micro-batches."""
     return [samples[i:i + micro] for i in range(0, len(samples), micro)]
-
-
-def total(value: Tensor) -> Tensor:
-    """The sum over all ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
 
 
 # ---- align, and the semantic stand-in: contrastive ----------------------------------------------
@@ -196,62 +190,66 @@ class SelfDistil(Job):
     """DINO's loss on whole views and iBOT's on hidden patches: the student says what its own
     running mean says of the same picture, of another crop and behind the mask [R].
 
-    Nothing but itself says what is right, so the cheapest answer would be always the same. Two
-    things forbid it: targets are centred (a prototype that all choose loses its lead) and sharp
-    (all alike would be flat). `used` and `sure` in the log show both: the entropy of the mean
-    target, near 1 where all prototypes are in use, and that of each target, near 0 where it is
-    decided, both as shares of log K. `spread` is the deviation of features between pictures.
+    Nothing but itself says what is right, so the cheapest answer would be always the same. Targets
+    are centred, so that a prototype that all choose loses its lead, and sharp, so that not all are
+    alike. At this size a fixed temperature was not enough: features grew equal and targets flat;
+    so sharpness is counted in each prototype's own deviation [O]. In the log, as shares of log K:
+    `used`, the entropy of the mean target, near 1 where all prototypes are in use, and `sure`, that
+    of each target, near 0 where it is decided; `spread`: deviation of features between pictures.
     """
-    PROTOTYPES, SHARP, SOFT = 256, 0.04, 0.1  # K; temperatures of target and student [O]
+    PROTOTYPES, SHARP, SOFT = 256, 0.25, 0.1  # K; temperatures of target and student [O]
 
     def __init__(self, args: Args, config: Config):
         super().__init__()
-        width = config.vision.hidden_size
+        width, k = config.vision.hidden_size, self.PROTOTYPES
         self.visual, self.token = tower(args, config), nn.Parameter(torch.zeros(width))
-        self.head = Prototypes(width, self.PROTOTYPES)
-        self.ema = nn.ModuleDict({"visual": tower(args, config),
-                                  "head": Prototypes(width, self.PROTOTYPES)})
+        self.head = Prototypes(width, k)
+        self.ema = nn.ModuleDict({"visual": tower(args, config), "head": Prototypes(width, k)})
         self.ema.requires_grad_(False)
-        for name in ("centre_image", "centre_patch"):
-            self.register_buffer(name, torch.zeros(self.PROTOTYPES))
+        self.register_buffer("centre", torch.zeros(2, k))  # of images, of patches
+        self.register_buffer("deviation", torch.ones(2, k))
 
     def begin(self, stream):
         for mine, theirs in ((self.visual, self.ema.visual), (self.head, self.ema.head)):
             theirs.load_state_dict(mine.state_dict())
+        logits = self.answers([stream(2 ** 40 + i) for i in range(32)])[0]
+        self.centre.copy_(torch.stack([x.mean(0) for x in logits]))
+        self.deviation.copy_(torch.stack([x.std(0) for x in logits]))
+
+    @torch.no_grad()
+    def answers(self, pictures: list):
+        """What the running mean says of views and of hidden patches, logits (2N, K) and (M, K); its
+        features of the views; what it was shown."""
+        patches, grids = pack([v for p in pictures for v in p.views], self.visual.config)
+        shown = [x.to(self.token.device) for x in (patches, grids, hidden(pictures))]
+        features = self.ema.visual(*shown[:2])
+        views = whole(features, grids)
+        return (self.ema.head(views), self.ema.head(features[shown[2]])), views, shown
 
     def learn(self, draw, mine: range, args: Args, collect) -> dict:
         """Gradients of this rank's samples `mine`, `micro` at a time."""
-        device, seen = self.token.device, []
-        sums = {"loss": 0.0, "mean": 0.0, "sure": 0.0, "image": 0.0, "patch": 0.0}
+        seen, sums = [], dict.fromkeys(("loss", "mean", "sure", "centre", "deviation"), 0.0)
         for chunk in cut(mine, args.micro):
-            pictures = [draw(i) for i in chunk]
-            patches, grids = pack([v for p in pictures for v in p.views], self.visual.config)
-            mask = hidden(pictures).to(device)
-            patches, grids = patches.to(device), grids.to(device)
-            with torch.no_grad():
-                features = self.ema.visual(patches, grids)
-                image = self.ema.head(whole(features, grids))
-                patch = self.ema.head(features[mask])
-                of_image = ((image - self.centre_image) / self.SHARP).softmax(-1)
-                of_patch = ((patch - self.centre_patch) / self.SHARP).softmax(-1)
-                other = rearrange(of_image, "(n v) k -> n v k", v=2).flip(1).flatten(0, 1)
-            mine_of = self.visual(patches, grids, mask, self.token)
+            logits, views, shown = self.answers([draw(i) for i in chunk])
+            apart = [x - centre for x, centre in zip(logits, self.centre)]
+            image, patch = [(x / (self.SHARP * deviation)).softmax(-1)
+                            for x, deviation in zip(apart, self.deviation)]
+            other = rearrange(image, "(n v) k -> n v k", v=2).flip(1).flatten(0, 1)
+            said = self.visual(*shown, self.token)
             losses = [-(target * (self.head(x) / self.SOFT).log_softmax(-1)).sum(-1).mean()
-                      for target, x in ((other, whole(mine_of, grids)),
-                                        (of_patch, mine_of[mask]))]
+                      for target, x in ((other, whole(said, shown[1])), (patch, said[shown[2]]))]
             share = len(chunk) / args.batch
-            loss = share * sum(losses)
-            loss.backward()
+            (share * sum(losses)).backward()
             collect()
-            seen.append(F.normalize(whole(features, grids).float(), dim=-1))
-            sums["loss"] += loss.detach()
-            sums["mean"] += share * of_patch.mean(0)
-            sums["sure"] += share * entropy(of_patch).mean()
-            sums["image"] += share * image.mean(0)
-            sums["patch"] += share * patch.mean(0)
+            seen.append(F.normalize(views, dim=-1))
+            for name, value in (("loss", sum(losses).detach()), ("mean", patch.mean(0)),
+                                ("sure", entropy(patch).mean()),
+                                ("centre", torch.stack([x.mean(0) for x in logits])),
+                                ("deviation", torch.stack([x.square().mean(0) for x in apart]))):
+                sums[name] += share * value
         sums = {name: total(value) for name, value in sums.items()}
-        self.centre_image.lerp_(sums["image"], 0.1)
-        self.centre_patch.lerp_(sums["patch"], 0.1)
+        self.centre.lerp_(sums["centre"], 0.1)
+        self.deviation.lerp_(sums["deviation"].sqrt(), 0.1)
         return {"loss": sums["loss"], "used": entropy(sums["mean"]), "sure": sums["sure"],
                 "spread": torch.cat(seen).std(0).mean()}
 
@@ -356,9 +354,10 @@ PROJECTIONS = ("pool.", "text.pool.", "image_proj.", "text_proj.")
 
 def check(args: Args) -> Args:
     """The arguments, defaults by size filled in; what would fail hours later is refused at once."""
-    for name in ("steps", "batch", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} takes 1 or more, not {getattr(args, name)}")
+    least = {"steps": 1, "batch": 1, "save_every": 1, "log_every": 1, "seed": 0, "micro": 0}
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            raise UserError(f"--{name} takes {bound} or more, not {getattr(args, name)}")
     words = {"stage": "teachers distill align all", "mask": "block random",
              "supervise": "masked all", "teachers": "both semantic texture",
              "schedule": "constant linear cosine"}
@@ -368,8 +367,6 @@ def check(args: Args) -> Args:
     for name in ("masked", "cosine", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} takes a share from 0 to 1, not {getattr(args, name)}")
-    if min(args.seed, args.micro) < 0:
-        raise UserError("--seed and --micro take 0 or more")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % (world * max(1, args.micro)):
         raise UserError(f"--batch={args.batch} is no multiple of {world} ranks x "
@@ -391,8 +388,7 @@ def check(args: Args) -> Args:
     for folder in filter(None, (args.semantic_teacher, args.texture_teacher)):
         load_config(folder)
     if args.pairs:
-        paired, alone = find_pairs(args.pairs, "train")
-        print(f"{len(paired)} pairs for training in {args.pairs}; {alone} files stand alone")
+        find_pairs(args.pairs, "train")
     return args
 
 
@@ -438,7 +434,7 @@ def build(stage: str, args: Args, config: Config, hw, say):
     own = Path(args.out) / "distill"
     first = args.init if args.stage == stage or stage == "distill" else ""
     if stage == "align" and not first:
-        first = str(own) if checkpoints(own) else ""
+        first = own if checkpoints(own) else ""
         say(f"aligning the tower of {first}" if first else "no distilled tower: aligning a new one")
     if first and not folder:
         load_tower(job.visual, find_checkpoint(first))
@@ -501,9 +497,8 @@ def train(stage: str, args: Args, hw):
     drawer = Drawer(stream, workers, 8 * share if args.micro == share else args.micro,
                     overlap=hw.device.type != "cpu" and args.micro == share)
     exam = Exam(config, args.side) if lead else None
-    count = sum(p.numel() for p in job.parameters() if p.requires_grad)
-    say(f"{stage}: {count / 1e6:.2f}M parameters, {args.batch} images a step in micro-batches of "
-        f"{args.micro}, steps {start}..{args.steps}, {workers} drawing processes, run folder {out}")
+    say(f"{stage}: {optimizer.flat.numel() / 1e6:.2f}M parameters, {args.batch} images a step, "
+        f"{args.micro} at a time, steps {start}..{args.steps}, {workers} drawing, in {out}")
     if lead:
         write_json(out / "config.json", asdict(args))
 
@@ -563,11 +558,13 @@ def run(args: Args):
     hw = setup(args.device, args.dtype)
     if args.plan:
         return forecast(args, hw)
-    if hw.rank == 0:
-        print(hw.why)
-        if args.stage != "align" and not (args.semantic_teacher and args.texture_teacher):
-            print("teachers without a folder are stand-ins of our own, trained here on drawings: "
-                  "neither SigLIP2 nor DINOv3")
+    say = print if hw.rank == 0 else (lambda *_: None)
+    say(hw.why)
+    if args.stage != "align" and not (args.semantic_teacher and args.texture_teacher):
+        say("teachers without a folder are stand-ins of our own, trained on drawings")
+    if args.pairs:
+        paired, alone = find_pairs(args.pairs, "train")
+        say(f"{len(paired)} pairs for training in {args.pairs}; {alone} files stand alone")
     for stage in stages(args):
         train(stage, args, hw)
         if hw.world > 1:

@@ -200,7 +200,8 @@ class AttentionPool(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads, self.query = heads, nn.Parameter(torch.randn(width))
-        self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(3))
+        self.k_proj = nn.Linear(width, width, bias=False)  # a bias would shift all scores alike
+        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """x (T, W), lengths (N,) of the segments -> (N, W)"""

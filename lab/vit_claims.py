@@ -4,9 +4,9 @@
     python -m lab.vit_claims --seeds=3 --steps=600
     python -m lab.vit_claims --big=65536         instead: one align step of 64K and one of 1,024
 
-For each seed: both stand-in teachers, then students of both, of either alone, and one held to all
-patches instead of the hidden ones, then alignment of the first. Beside them a tower of random
-weights. Every figure is a probe of train_vit.py on held-out pictures.
+For each seed: both stand-in teachers, then students of both and of either alone, then alignment of
+the first. Beside them a tower of random weights. Every figure is a probe of train_vit.py on
+held-out pictures.
 """
 import json
 import os
@@ -22,8 +22,7 @@ from common import ROOT, UserError, cli, main, setup, write_json
 from model import init, sized
 from pictures import Exam, probe
 
-STUDENTS = {"both": {}, "semantic": {"teachers": "semantic"}, "texture": {"teachers": "texture"},
-            "all patches": {"supervise": "all"}}
+STUDENTS = {"both": {}, "semantic": {"teachers": "semantic"}, "texture": {"teachers": "texture"}}
 
 
 @dataclass
@@ -61,7 +60,7 @@ def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
         found[f"teacher {name}"] = stage(args, hw, name, folder, seed)
     for name, changes in STUDENTS.items():
         # A student's folder is its own; the teachers are those of the seed.
-        own = folder if name == "both" else folder / name.replace(" ", "_")
+        own = folder if name == "both" else folder / f"of_{name}"
         for teacher in ("semantic", "texture"):
             if own != folder and not (own / teacher).exists():
                 own.mkdir(parents=True, exist_ok=True)
@@ -88,7 +87,7 @@ def verdicts(found: dict[str, dict]) -> dict[str, float]:
 
 def claims(args: Args):
     hw = setup(args.device, args.dtype)
-    report = {"title": "claims about the vision tower", "hardware": hw.why, "figures": {}}
+    report = {"title": "claims about the vision tower", "where": hw.why, "figures": {}}
     for seed in range(args.seeds):
         found = one_seed(args, hw, seed)
         for name, row in found.items():

@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -336,7 +338,7 @@ def test_the_centre_moves_against_a_prototype_that_all_choose():
     job.begin(stream)
     head, features = job.ema.head, look(job.ema.visual, stream(0).views)
     usual = F.normalize(head[1](head[0](features.mean((0, 1)))), dim=0)
-    head[2].weight.data[7] += 3 * usual  # an advantage of 75 behind the temperature
+    head[2].weight.data[7] += 3 * usual  # far ahead of all others
     used = [float(job.learn(stream, range(2), args, job.zero_grad)["used"]) for _ in range(25)]
     assert used[0] < 0.01 and used[-1] > 0.2
 
@@ -387,6 +389,25 @@ def test_all_stages_resume_bit_for_bit_and_the_tower_goes_on(tmp_path, monkeypat
         train(tmp_path / "again", "distill", **switches)  # the teacher has what this tower lacks
     log = train(tmp_path / "again", "distill", **{**switches, "qk_norm": True})
     assert "semantic" not in log[-1] and -1 <= log[-1]["texture"] <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path, small_exam):
+    """All stages; the same losses and weights on gloo."""
+    options = [f"--{key}={value}" for key, value in SMALL.items()]
+    train(tmp_path / "one", "all", steps=3)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "train_vit.py", *options, "--steps=3", "--micro=2", f"--out={tmp_path / 'two'}"],
+        cwd=common.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for stage in ("semantic", "texture", "distill", "align"):
+        logs = [(tmp_path / run / stage / "log.jsonl").read_text() for run in ("one", "two")]
+        losses = [[json.loads(line)["loss"] for line in log.splitlines()] for log in logs]
+        assert np.allclose(*losses, atol=1e-4), stage
+        one, two = (load_tensors(tmp_path / run / stage / "step_000003") for run in ("one", "two"))
+        assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3, stage
 
 
 @pytest.mark.parametrize("changes,words", [
