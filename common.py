@@ -330,6 +330,14 @@ def save_state(path, state: dict):
         os.fsync(file.fileno())
 
 
+def keep_earlier(out: Path, resume: bool, say=print):
+    """Move an earlier run out of the way, unless it is to be resumed: nothing is written over."""
+    if not resume and checkpoints(out):
+        kept = next(p for i in range(1, 10_000) if not (p := Path(f"{out}.{i}")).exists())
+        out.rename(kept)
+        say(f"{out} held a run: kept as {kept}")
+
+
 def checkpoints(run) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
     return sorted(p for p in Path(run).glob("step_*") if p.suffix == "" and p.is_dir())

@@ -10,14 +10,17 @@ Letters: T tokens of a row, D documents, P patches, N images, p patch side.
 """
 import atexit
 import functools
+import io
+import json
 import math
 import multiprocessing
 import sysconfig
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -97,6 +100,62 @@ def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
         ids += piece
         weights += [float(learn)] * len(piece)
     return Document(np.array(ids, np.int32), np.array(weights, np.float32), images, source)
+
+
+# ---- episodes: documents that a model made itself ----------------------------------------------
+
+PICTURES: WeakValueDictionary = WeakValueDictionary()
+
+
+def once(image: np.ndarray) -> np.ndarray:
+    """The same picture in memory once, for as long as anything holds it: rollouts of a task see
+    what the others saw, and `collate` lays down each array once."""
+    return PICTURES.setdefault((image.shape, image.tobytes()), image)
+
+
+@dataclass
+class Episode:
+    """One rollout of a task: ordered, played, judged. Those of a group share their task."""
+    task: Task
+    group: int
+    index: int
+    documents: list = field(default_factory=list)  # one; or one a turn, in the segment layout
+    score: gym.Score | None = None                 # a reward, or an error
+    status: str = ""                               # done, truncated (a reply was cut off) or error
+
+
+def to_bytes(episodes: list[Episode]) -> bytes:
+    """Episodes for another process, or for later, as arrays and plain text: reading them can run
+    nothing."""
+    arrays, plain = {}, []
+    for i, e in enumerate(episodes):
+        for j, d in enumerate(e.documents):
+            extras = {f"+{name}": array for name, array in d.extras.items()}
+            parts = {"ids": d.ids, "weights": d.weights, **extras}
+            arrays |= {f"{i}/{j}/{name}": array for name, array in parts.items()}
+            arrays |= {f"{i}/{j}/{n}": image for n, image in enumerate(d.images)}
+        heads = [[d.source, len(d.images), list(d.extras)] for d in e.documents]
+        plain.append([astuple(e.task), e.group, e.index, heads, e.score and vars(e.score),
+                      e.status])
+    buffer = io.BytesIO()
+    np.savez(buffer, plain=np.frombuffer(json.dumps(plain).encode(), np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> list[Episode]:
+    """What `to_bytes` was given. Raises ValueError on anything else."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return [Episode(Task(*task), group, index, [
+                        Document(arrays[f"{i}/{j}/ids"], arrays[f"{i}/{j}/weights"],
+                                 [once(arrays[f"{i}/{j}/{n}"]) for n in range(images)], source,
+                                 {name: arrays[f"{i}/{j}/+{name}"] for name in extras})
+                        for j, (source, images, extras) in enumerate(heads)],
+                            score and gym.Score(**score), status)
+                    for i, (task, group, index, heads, score, status)
+                    in enumerate(json.loads(arrays["plain"].tobytes()))]
+    except Exception as error:  # of damage zipfile and numpy have many kinds
+        raise ValueError(f"these bytes are no episodes: {error}") from None
 
 
 # ---- streams: sample i as a pure function of (seed, i) ------------------------------------------

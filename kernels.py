@@ -217,6 +217,48 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weight
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk)
 
 
+class _LinearLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk):
+        logp = torch.empty(len(hidden), device=hidden.device)
+        entropy = torch.empty_like(logp)
+        for i in range(0, len(hidden), chunk):
+            all_logp = (hidden[i:i + chunk] @ weight.T).float().log_softmax(-1)
+            logp[i:i + chunk] = all_logp.gather(1, targets[i:i + chunk, None])[:, 0]
+            entropy[i:i + chunk] = -(all_logp.exp() * all_logp).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.chunk = chunk
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for i in range(0, len(hidden), ctx.chunk):
+            h, g = hidden[i:i + ctx.chunk], grad[i:i + ctx.chunk, None]
+            # d logp / d logits = onehot - softmax; the logits are made once more
+            d_logits = (h @ weight.T).float().softmax(-1).mul_(-g)
+            d_logits.scatter_add_(1, targets[i:i + ctx.chunk, None], g)
+            d_logits = d_logits.to(h.dtype)
+            d_hidden[i:i + ctx.chunk] = d_logits @ weight
+            d_weight += d_logits.T @ h
+        return d_hidden, d_weight.to(weight.dtype), None, None
+
+
+@dispatch
+def linear_logp(hidden: Tensor, weight: Tensor, targets: Tensor,
+                chunk: int = 0) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden[t] @ weight.T)[targets[t]] for each t, and the entropy, (T,) fp32 both.
+
+    hidden: (T, W); weight: (V, W); targets: (T,) int64. For losses whose coefficients are known
+    only after this forward (RL): the backward makes the logits again, four matmuls in all, and
+    never more than chunk x V of them stand (chunk 0: about 16M). Entropy has no gradient.
+    """
+    return _LinearLogp.apply(hidden, weight, targets, chunk or max(64, 2 ** 24 // len(weight)))
+
+
 class _SigmoidLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, scale, bias, paired, tile):

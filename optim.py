@@ -112,13 +112,14 @@ class Optimizer:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, rate: float, apply: bool = True, idle: str = "") -> float:
+    def step(self, rate: float, apply: bool = True, idle: str = "", group=None) -> float:
         """One update at `rate` times the configured learning rate, from the collected gradients,
         summed over ranks. Returns the gradient norm; if that isn't finite, or without `apply`,
         nothing is changed. idle: matrices whose names begin so are left out; nobody uses them
-        yet, and Newton-Schulz on zeros takes as long as any."""
+        yet, and Newton-Schulz on zeros takes as long as any. group: the ranks that train, if not
+        all do."""
         if dist.is_initialized():
-            dist.all_reduce(self.flat_grad)
+            dist.all_reduce(self.flat_grad, group=group)
         norm = self.flat_grad.norm().item()
         if apply and math.isfinite(norm):
             c = self.config

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, load_tensors,
-                    main, plan, save_checkpoint, save_state, setup, write_json)
+from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, keep_earlier,
+                    load_tensors, main, plan, save_checkpoint, save_state, setup, write_json)
 from data import Drawer, Packer, Stream, collate, parse_mix, sight
 from kernels import linear_cross_entropy
 from mmtp import OPTIONS, attach, head_of, load, losses as mtp_losses, prefix
@@ -155,10 +155,8 @@ def run(args: Args):
             args.row_tokens * model.config.text.hidden_size * 2 * 34
             * (model.config.text.num_hidden_layers + 4 * model.config.vision.depth))
         return plan(hw, counts, args.steps * tokens, flops, memory)
-    if lead and not args.resume and checkpoints(out):  # never write over an earlier run
-        kept = next(p for i in range(1, 10_000) if not (p := Path(f"{out}.{i}")).exists())
-        out.rename(kept)
-        say(f"{out} held a run: kept as {kept}")
+    if lead:
+        keep_earlier(out, args.resume, say)
     say(hw.why)
 
     model, optimizer, start, position = build(args, hw)

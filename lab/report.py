@@ -155,7 +155,15 @@ def page(run: Path) -> str:
         probes = {key: [(line["step"], line[key]) for line in lines if key in line]
                   for key in ("linear", "knn", "dense", "used")}
         parts.append(curve(probes, "probes: shares of right answers; use of prototypes", high=150))
-        for key, title in (("norm", "gradient norm"), ("tok/s", "tokens a second")):
+        right = [(line["step"], line["accuracy"]) for line in lines if "accuracy" in line]
+        reward = smooth([(line["step"], line["reward"]) for line in lines if "reward" in line])
+        parts.append(curve({"sampled reward": reward, "held-out accuracy": right},
+                           "reward in training, accuracy on held-out tasks"))
+        for key, title in (("norm", "gradient norm"), ("tok/s", "tokens a second"),
+                           ("entropy", "entropy, nats a token"),
+                           ("mismatch", "mean |log ratio| of training to sampling"),
+                           ("silent", "share of groups without signal"),
+                           ("stale", "updates that tokens lag behind")):
             points = smooth([(line["step"], line[key]) for line in lines if key in line])
             parts.append(curve({key: points}, title, high=150))
     if facts.get("samples"):

@@ -1,0 +1,501 @@
+"""What to play next, and how groups of rollouts come in while the trainer learns.
+
+    Curriculum   draws tasks of middling difficulty, and keeps the books on every category
+    Here         plays what is ordered to the end, in step with the trainer
+    Actor        plays many rollouts in this process and waits for none of them
+    Remote       the same face for Actors in other processes, which run `serve`
+    Transfer     new weights on their way to them
+    Collector    sorts what comes in: complete, stale, late, delivered twice
+    figures_of, accuracy, samples   what is seen of it
+
+A rollout here is anything with `advance(result) -> Request or None`, `evidence`, `episode` and
+`judged(score)`: rl.Play. Four things go on at once and wait for each other as little as may be
+[C]: generation, environments and verifiers, the making of batches, the journey of weights.
+"""
+import json
+import math
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import gym
+from common import UserError
+from data import Episode, from_bytes, to_bytes
+from gym import Score
+from model import GLMV
+from tasks.base import Task
+from tasks.jury import tally, told
+from tokenizer import Tokenizer
+
+
+# ---- what to play -------------------------------------------------------------------------------
+
+class Curriculum:
+    """Tasks by category and level. A cell's odds are its category's share of the mix times
+    1/4 + 3 p (1 - p), p the mean reward there, smoothed: what is half solved teaches most [R], and
+    nothing leaves the mix, since what is not rewarded is forgotten [O]. A category begins at
+    level 0; the next opens when 80% of the reward of the last is earned.
+
+    faults above 10% of a category's rollouts pause it; above 50% of all, they end the run [O].
+    """
+
+    def __init__(self, mix: tuple, seed: int, levels: int, say=print):
+        self.mix, self.seed, self.levels, self.say = dict(mix), seed, levels, say
+        self.drawn = 0                                  # tasks so far
+        self.kept: list[tuple] = []                     # tasks given up unplayed: they go first
+        self.cells: dict[str, list] = {}                # "name/level": mean reward, groups
+        self.top = dict.fromkeys(self.mix, 0)           # the highest level that is open
+        self.faults: dict[str, list] = {}               # name: errors, rollouts; both fade
+        self.silent = 0.0                               # share of groups without signal
+
+    STATE = ("drawn", "kept", "cells", "top", "faults", "silent")
+
+    def state(self) -> dict:
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def restore(self, state: dict):
+        for name in self.STATE:
+            setattr(self, name, state[name])
+        self.top = {name: self.top.get(name, 0) for name in self.mix}
+
+    @property
+    def expansion(self) -> float:
+        """How many times more groups to begin than are wanted: 1 / (1 - silent) [R]."""
+        return min(4.0, 1 / (1 - min(0.99, self.silent)))
+
+    def paused(self, name: str) -> bool:
+        errors, count = self.faults.get(name, (0, 0))
+        return count >= 32 and errors > 0.1 * count
+
+    def draw(self) -> Task:
+        """The next task; the n-th is a function of seed, n and the books."""
+        if self.kept:
+            return Task(*self.kept.pop(0))
+        names = [name for name, weight in self.mix.items() if weight and not self.paused(name)]
+        if not names:
+            raise UserError("every category of --mix is paused for its errors: see above")
+        cells = [(name, level) for name in names for level in range(self.top[name] + 1)]
+        solved = [self.cells.get(f"{name}/{level}", (0.5, 0))[0] for name, level in cells]
+        odds = np.array([self.mix[name] / (self.top[name] + 1) * (0.25 + 3 * p * (1 - p))
+                         for (name, _), p in zip(cells, solved)])
+        rng = np.random.default_rng([self.seed, self.drawn])
+        self.drawn += 1
+        name, level = cells[int(rng.choice(len(cells), p=odds / odds.sum()))]
+        return Task(name, int(rng.integers(2 ** 31)), level)
+
+    def note(self, group: list[Episode], live: bool):
+        """Enter a finished group into the books; `live`: some of it did better than the rest."""
+        task = group[0].task
+        errors = [e.score.error for e in group if e.score.error]
+        was, book = self.paused(task.category), self.faults.setdefault(task.category, [0.0, 0.0])
+        book[:] = 0.98 * book[0] + len(errors), 0.98 * book[1] + len(group)
+        if self.paused(task.category) and not was:
+            self.say(f"{task.category} is paused: {book[0] / book[1]:.0%} of its rollouts end in "
+                     f"errors, the last in: {errors[-1]}")
+        wrong, count = (sum(b[i] for b in self.faults.values()) for i in (0, 1))
+        if count >= 32 and wrong > 0.5 * count:
+            raise UserError(f"{wrong / count:.0%} of all rollouts end in errors, the last in: "
+                            f"{(errors or ['none'])[-1]}; the run stops")
+        if len(errors) == len(group):
+            return
+        self.silent += 0.02 * ((not live) - self.silent)
+        cell = self.cells.setdefault(f"{task.category}/{task.level}", [0.5, 0])
+        mean = float(np.mean([e.score.reward for e in group if not e.score.error]))
+        cell[1] += 1
+        cell[0] += max(0.1, 1 / cell[1]) * (mean - cell[0])
+        if (task.level == self.top[task.category] < self.levels - 1 and cell[1] >= 16
+                and cell[0] > 0.8):
+            self.top[task.category] += 1
+            self.say(f"{task.category}: level {task.level + 1} opens")
+
+
+# ---- playing ------------------------------------------------------------------------------------
+
+def aside(work, *args) -> Future:
+    """work(*args) in a thread of its own, which may hang without holding anything up at exit."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(work(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+class Here:
+    """The synchronous player: what was ordered is played to its end, all at once, by
+    play(engine, orders)."""
+    idle = 0.0
+
+    def __init__(self, engine, play):
+        self.engine, self.play, self.orders = engine, play, []
+
+    def start(self, orders: list[Episode]):
+        self.orders += orders
+
+    def load(self, weights: dict, version: int):
+        self.engine.load(weights, version)
+
+    def step(self) -> list[Episode]:
+        orders, self.orders = self.orders, []
+        return self.play(self.engine, orders)
+
+
+class Actor:
+    """Rollouts side by side. Environments and verifiers run in threads; each rollout that ends
+    goes to its verifier at once, and those that wait hold no slot of the engine."""
+
+    def __init__(self, engine, rewards, begin, judges: int = 1):
+        self.engine, self.rewards, self.begin = engine, rewards, begin
+        self.outside = {}       # rollout: what its environment will say, as a Future
+        self.asked = {}         # the engine's id: rollout
+        self.judging = {}       # rollout: Future of its Score
+        self.judges = ThreadPoolExecutor(judges)
+        self.idle = 0.0         # seconds in which there was nothing to generate
+
+    def start(self, orders: list[Episode]):
+        for order in orders:
+            play = self.begin(order)
+            self.outside[play] = aside(play.advance)
+
+    def abort(self, group: int):
+        """Forget a group's rollouts, wherever they are."""
+        for id in [id for id, play in self.asked.items() if play.episode.group == group]:
+            self.engine.abort(id)
+            del self.asked[id]
+        for table in (self.outside, self.judging):
+            for play in [play for play in table if play.episode.group == group]:
+                del table[play]
+
+    def load(self, weights: dict, version: int):
+        self.engine.load(weights, version)
+
+    def step(self) -> list[Episode]:
+        """Hand on what has come back, a token or more for all who can; the Episodes that ended."""
+        ended, futures = [], [*self.outside.values(), *self.judging.values()]
+        if not self.engine.busy and not any(f.done() for f in futures):
+            began = time.perf_counter()
+            wait(futures, 0.02, FIRST_COMPLETED) if futures else time.sleep(0.002)
+            self.idle += time.perf_counter() - began
+        for play in [play for play, future in self.outside.items() if future.done()]:
+            request = self.outside.pop(play).result()
+            if request:
+                self.asked[self.engine.submit(request)] = play
+            elif play.evidence is not None:
+                self.judging[play] = self.judges.submit(self.rewards.score, play.episode.task,
+                                                        play.evidence)
+            else:
+                ended.append(play.episode)
+        for result in self.engine.step() if self.engine.busy else ():
+            play = self.asked.pop(result.id)
+            self.outside[play] = aside(play.advance, result)
+        for play in [play for play, future in self.judging.items() if future.done()]:
+            future = self.judging.pop(play)
+            fault = future.exception()
+            ended.append(play.judged(Score(math.nan, {}, told(fault)) if fault
+                                     else future.result()))
+        return ended
+
+
+# ---- across ranks -------------------------------------------------------------------------------
+
+class Transfer:
+    """A model's weights from rank 0 of `group` to its other ranks, while all of them work on.
+
+    They lie end to end in a second buffer and travel in buckets of at most `bucket` bytes. The
+    sender may change its own at once; the receiver swaps between two steps of its engine. [C]
+    """
+
+    def __init__(self, model: GLMV, group, bucket: int = 2 ** 28):
+        like, self.group, self.work = model.lm_head.weight, group, []
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.buffer = like.new_empty(sum(shape.numel() for shape in shapes.values()))
+        self.buckets = self.buffer.split(bucket // like.element_size())
+        parts = self.buffer.split([shape.numel() for shape in shapes.values()])
+        self.weights = {name: part.view(shape) for (name, shape), part
+                        in zip(shapes.items(), parts)}
+
+    @torch.no_grad()
+    def begin(self, weights: dict | None = None):
+        """Start one journey, on every rank of the group; the sender gives its weights."""
+        self.wait()
+        for name, place in self.weights.items() if weights else ():
+            place.copy_(weights[name])
+        self.work = [dist.broadcast(part, 0, group=self.group, async_op=True)
+                     for part in self.buckets]
+
+    def arrived(self) -> bool:
+        return bool(self.work) and all(work.is_completed() for work in self.work)
+
+    def wait(self):
+        for work in self.work:
+            work.wait()
+        self.work = []
+
+
+class Remote:
+    """The trainer's end. Orders and Episodes go through the launcher's key-value store, since
+    gloo's receive can't be polled; weights, the bulk, are broadcast."""
+
+    def __init__(self, store, ranks: list[int], transfer: Transfer):
+        self.store, self.ranks, self.transfer = store, ranks, transfer
+        self.sent, self.heard = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
+        self.idle = 0.0
+
+    def _tell(self, rank: int, order):
+        self.store.set(f"order/{rank}/{self.sent[rank]}", json.dumps(order))
+        self.sent[rank] += 1
+
+    def start(self, orders: list[Episode]):
+        for e in orders:        # a group stays together
+            rank = self.ranks[e.group % len(self.ranks)]
+            self._tell(rank, [astuple(e.task), e.group, e.index])
+
+    def abort(self, group: int):
+        self._tell(self.ranks[group % len(self.ranks)], group)
+
+    def load(self, weights: dict, version: int):
+        self.store.set(f"weights/{version}", b"they come")
+        self.transfer.begin(weights)
+
+    def step(self) -> list[Episode]:
+        ended = []
+        for rank in self.ranks:
+            while self.store.check([key := f"episode/{rank}/{self.heard[rank]}"]):
+                ended += from_bytes(self.store.get(key))
+                self.store.delete_key(key)
+                self.heard[rank] += 1
+        if not ended:
+            time.sleep(0.002)
+        else:
+            self.idle = max(float(self.store.get(f"idle/{rank}")) for rank in self.ranks)
+        return ended
+
+    def close(self):
+        self.transfer.wait()
+        self.store.set("over", b"yes")
+
+
+def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
+    """The life of a rank that plays, until the trainer says that it is over."""
+    heard = sent = 0
+    store.set(f"idle/{rank}", "0")
+    while not store.check(["over"]):
+        while store.check([key := f"order/{rank}/{heard}"]):
+            order = json.loads(store.get(key))
+            store.delete_key(key)
+            heard += 1
+            if isinstance(order, int):
+                actor.abort(order)
+            else:
+                actor.start([Episode(Task(*order[0]), *order[1:])])
+        if not transfer.work and store.check([f"weights/{version + 1}"]):
+            transfer.begin()
+        if transfer.arrived():
+            transfer.wait()
+            version += 1
+            actor.load(transfer.weights, version)
+        for episode in actor.step():
+            store.set(f"idle/{rank}", str(actor.idle))
+            store.set(f"episode/{rank}/{sent}", to_bytes([episode]))
+            sent += 1
+
+
+def shared(groups: list[list[Episode]], ranks) -> list[list[Episode]]:
+    """The groups that rank 0 of `ranks` has, on all of them."""
+    data = to_bytes([e for group in groups for e in group])
+    size = torch.tensor(len(data))
+    dist.broadcast(size, 0, group=ranks)
+    buffer = torch.zeros(int(size), dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(buffer, 0, group=ranks)
+    found: dict[int, list] = {}
+    for episode in from_bytes(buffer.numpy().tobytes()):
+        found.setdefault(episode.group, []).append(episode)
+    return list(found.values())
+
+
+# ---- groups -------------------------------------------------------------------------------------
+
+@dataclass
+class Group:
+    task: Task
+    began: float
+    got: dict = field(default_factory=dict)     # index: Episode
+
+
+class Collector:
+    """Orders groups of `size` rollouts and hands out `prompts` of them a step, oldest first.
+
+    staleness: how many updates the oldest sampled token may lie behind; with 0 nothing is begun
+    while the trainer learns, all groups that are ready are used, and when enough are there the
+    rest is given up: abort by count [C]. patience: seconds until a group is given up: abort by
+    time [C]. What is given up is played again first; what outlasts patience twice is an error.
+    """
+
+    def __init__(self, actor, curriculum: Curriculum, prompts: int, size: int, staleness: int,
+                 patience: float, live):
+        self.actor, self.curriculum, self.live = actor, curriculum, live
+        self.prompts, self.size, self.staleness = prompts, size, staleness
+        self.patience, self.count, self.finished, self.step = patience, 0, 0, 0
+        self.open: dict[int, Group] = {}
+        self.ready: list[list[Episode]] = []
+        self.seen: list[list[Episode]] = []     # every group that ended since the last step
+        self.tried: set[Task] = set()
+        self.stale = self.twice = self.given_up = 0
+        self.waited = 0.0
+
+    def state(self) -> dict:
+        """What to go on from: finished groups as bytes; those under way are simply run again."""
+        ready = [torch.frombuffer(bytearray(to_bytes(group)), dtype=torch.uint8)
+                 for group in self.ready]
+        books = self.curriculum.state()
+        under_way = [astuple(group.task) for group in self.open.values()]
+        return {"count": self.count, "ready": ready,
+                "books": {**books, "kept": under_way + list(books["kept"])}}
+
+    def restore(self, state: dict):
+        self.count = state["count"]
+        self.ready = [from_bytes(data.numpy().tobytes()) for data in state["ready"]]
+        self.curriculum.restore(state["books"])
+
+    def turn(self, collecting: bool = False):
+        """Order what there is room for, let the actor take a step, sort what has come."""
+        wanted = round(self.prompts * self.curriculum.expansion)
+        rounds = self.staleness + collecting
+        most = 4 * self.prompts - self.finished if collecting else wanted * rounds
+        for _ in range(min(wanted * rounds - len(self.ready), most) - len(self.open)):
+            task = self.curriculum.draw()
+            self.open[self.count] = Group(task, time.monotonic())
+            self.actor.start([Episode(task, self.count, i) for i in range(self.size)])
+            self.count += 1
+        for episode in self.actor.step():
+            self._file(episode)
+        for id, group in list(self.open.items()):
+            if time.monotonic() - group.began > self.patience:
+                self._too_long(id, group)
+
+    def collect(self, step: int) -> list[list[Episode]]:
+        """The groups to learn from at `step`, which is also the version of the newest weights."""
+        began, self.finished, self.seen, self.step = time.perf_counter(), 0, [], step
+        self.ready = [group for group in self.ready if not self._is_stale(group, step)]
+        while len(self.ready) < self.prompts:
+            if self.finished >= 4 * self.prompts and not self.open:
+                break           # too little to learn here: go on with what there is
+            self.turn(collecting=True)
+        self.ready.sort(key=lambda group: group[0].group)
+        chosen = self.ready[:None if not self.staleness else self.prompts]
+        self.ready = self.ready[len(chosen):]
+        for id in list(self.open) if not self.staleness else ():
+            self._give_up(id)
+        self.waited = time.perf_counter() - began
+        return chosen
+
+    def _is_stale(self, group, step: int) -> bool:
+        oldest = min((d.extras["version"][d.weights > 0].min() for e in group if not e.score.error
+                      for d in e.documents if d.weights.any()), default=step)
+        if step - oldest > self.staleness:
+            self.stale += 1
+            self.curriculum.kept.append(astuple(group[0].task))
+            return True
+        return False
+
+    def _file(self, episode: Episode):
+        group = self.open.get(episode.group)
+        if group is None or episode.index in group.got:
+            self.twice += 1
+            return
+        group.got[episode.index] = episode
+        if len(group.got) == self.size:
+            del self.open[episode.group]
+            whole = [group.got[i] for i in range(self.size)]
+            live = self.live(whole)
+            self.curriculum.note(whole, live)
+            if live and not self._is_stale(whole, self.step):
+                self.ready.append(whole)
+            self.seen.append(whole)
+            self.finished += 1
+
+    def _give_up(self, id: int):
+        self.actor.abort(id)
+        self.curriculum.kept.append(astuple(self.open.pop(id).task))
+        self.given_up += 1
+
+    def _too_long(self, id: int, group: Group):
+        if group.task not in self.tried:
+            self.tried.add(group.task)
+            return self._give_up(id)
+        self.actor.abort(id)
+        error = Score(math.nan, {}, f"not finished within {self.patience:g} seconds, twice")
+        for index in set(range(self.size)) - set(group.got):
+            self._file(Episode(group.task, id, index, score=error, status="error"))
+
+
+# ---- what is seen -------------------------------------------------------------------------------
+
+def figures_of(groups: list[list[Episode]], live, step: int) -> dict:
+    """What a step's groups show; `by` category, reward and pass@k. Errors count for neither."""
+    episodes = [e for group in groups for e in group]
+    if not episodes:
+        return {}
+    size = len(groups[0])
+    scores = {group[0].task: [e.score for e in group] for group in groups}
+    once, often = tally(scores), tally(scores, size)
+    valid = [e for e in episodes if not e.score.error]
+    rewards = [e.score.reward for e in valid]
+    ages = [step - d.extras["version"][d.weights > 0] for e in valid for d in e.documents]
+    ages = np.concatenate(ages) if ages else np.zeros(1)
+    count = len(episodes)
+    return {"reward": float(np.mean(rewards)) if rewards else 0.0,
+            "pass1": sum(r > 0.999 for r in rewards) / max(1, len(rewards)),
+            "silent": sum(not live(group) for group in groups) / len(groups),
+            "truncated": sum(e.status == "truncated" for e in episodes) / count,
+            "errors": 1 - len(valid) / count, "samples": count,
+            "stale": float(ages.mean()) if len(ages) else 0.0,
+            "by": {name: {"reward": row["reward"], "pass1": row["pass"],
+                          f"pass{size}": often[name]["pass"], "errors": row["errors"]}
+                   for name, row in once.items()}}
+
+
+def accuracy(episodes: list[Episode]) -> dict[str, float]:
+    """Share of full rewards by category, and their mean."""
+    table = {name: row["pass"] for name, row in
+             tally({e.task: [e.score] for e in episodes}).items()}
+    return {**table, "mean": float(np.nanmean(list(table.values())))}
+
+
+def samples(episodes: list[Episode], tokens: Tokenizer, folder: Path) -> list[dict]:
+    """The best and the worst Episode of each category for report.json, with pictures on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def words(ids):
+        return tokens.decode([i for i in ids if i < tokens.n_ranks]).strip()
+
+    made = []
+    for name in dict.fromkeys(e.task.category for e in episodes):
+        own = sorted((e for e in episodes if e.task.category == name and not e.score.error),
+                     key=lambda e: -e.score.reward)
+        for e in own[:1] + own[1:][-1:]:
+            files = []
+            for i, image in enumerate(image for d in e.documents for image in d.images):
+                files.append(f"{name}-{e.task.seed}-{i}.png")
+                Image.fromarray(image).save(folder / files[-1])
+            first, truth = e.documents[0], gym.demonstrate(e.task)
+            truth = " → ".join(talk[1].text for talk in truth)
+            made.append({
+                "category": name, "level": e.task.level, "pictures": files,
+                "question": words(first.ids[:int(first.weights.argmax())]).replace("\n", " "),
+                "answer": " → ".join(words(d.ids[d.weights > 0]) for d in e.documents),
+                "truth": words(tokens.encode_reply(truth)), "reward": e.score.reward})
+    return made

@@ -1,0 +1,597 @@
+"""Joint RL over the gym: the model plays, verifiers judge, and what did better than its like
+becomes more likely.
+
+    python rl.py --mix=counting,gui_click --steps=100     from the demo's checkpoint, any machine
+    python rl.py --init=out/sft --mix=gym --levels=3 --rehearse=0.1
+    python rl.py --max_staleness=2 --workers=4            asynchronous, in one process
+    torchrun --nproc_per_node=2 rl.py --max_staleness=2   the last rank plays, the others train
+
+Down to "what is seen" this is a complete synchronous trainer: `rollout`, `advantages`, `lessons`,
+`row_loss`, `update`, `train`. The asynchronous one uses all of it, and only its groups come in
+another way (collect.py). What is left out, and why:
+- A critic. The mean of the other replies to the same task is the baseline.
+- Dividing advantages by the group's deviation: it favours tasks that nearly all replies solve, or
+  nearly none; --std brings it back. An entropy bonus: it ends in garble [R: GLM-4.5V].
+- A reference model that holds the policy back; --kl brings it back.
+- Several updates from one batch. So without staleness all ratios are 1 and nothing is clipped.
+- Forgetting the optimizer's state whenever new weights are sent out, as GLM-5 does [R].
+- Sharded weights (FSDP2): several trainers hold a copy each.
+
+Letters: T tokens of a packed row, W width, V vocabulary.
+"""
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import gym
+from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accuracy, figures_of,
+                     samples, serve, shared)
+from common import (Interrupt, Log, ROOT, UserError, checkpoints, cli, find_checkpoint,
+                    keep_earlier, load_tensors, main, plan, save_checkpoint, save_state, setup,
+                    write_json)
+from data import Document, Episode, Stream, collate, document, once, parse_mix, sight
+from engine import Engine, Request
+from gym import Score
+from kernels import linear_logp
+from mmtp import head_of, load, losses as mtp_losses, prefix
+from model import GLMV, Config
+from optim import OptimConfig, Optimizer, schedule
+from tasks.base import Task
+from tasks.jury import tally, told
+from tasks.webdev import relative_rewards
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Args:
+    steps: int = 200              # optimizer updates
+    prompts: int = 16             # tasks a step that have something to teach
+    group: int = 8                # rollouts of each
+    row_tokens: int = 2048        # tokens a packed row
+    mix: str = "shape_attr,counting,ocr_line,point,gui_click,gui_form"  # categories and weights
+    levels: int = 1               # levels of difficulty; each opens when the one below is learnt
+    max_new: int = 48             # tokens a reply may have
+    think: int = 0                # tokens of thought before it; then </think> is put in by force
+    context: int = 512            # tokens of a whole conversation
+    loss: str = "double"          # double (two-sided importance sampling), icepop or grpo
+    clip_low: float = 0.2         # ratios under 1 - this are clipped, or masked
+    clip_high: float = 0.28       # ratios over 1 + this: higher, so that rare tokens can rise
+    std: bool = False             # divide advantages by the group's deviation
+    kl: float = 0.0               # weight of the divergence from --init; 0: no reference model
+    rehearse: float = 0.0         # demonstrations beside the episodes, as a share of them
+    mtp: float = 0.1              # weight of the MTP head's own loss, if there is a head
+    lr: float = 8e-4              # peak learning rate; Muon and AdamW alike
+    weight_decay: float = 0.0     # on matrices
+    warmup: int = 10              # steps
+    schedule: str = "linear"      # constant, linear (over the last part) or cosine
+    decay: float = 0.4            # that last part, as a share of the steps
+    max_staleness: int = 0        # updates that a sample may lag behind; 0: synchronous
+    slots: int = 64               # conversations generated side by side
+    drafts: int = 0               # tokens that the MTP head drafts ahead in generation
+    workers: int = 0              # processes of verifiers, killed when they hang; 0: none, here
+    patience: float = 60.0        # seconds until an unfinished group is given up, with workers
+    rollout_ranks: int = 1        # of torchrun's processes, how many play
+    init: str = ""                # folder whose weights to start from; default: the demo's
+    resume: bool = False          # go on with the newest checkpoint in --out
+    out: str = "out/rl"           # run folder: log.jsonl, config.json, checkpoints, pictures
+    save_every: int = 50          # steps between checkpoints
+    eval_every: int = 50          # steps between examinations on held-out tasks; 0 = never
+    eval_count: int = 50          # held-out tasks a category
+    log_every: int = 5            # steps between printed lines
+    seed: int = 0                 # of tasks and sampling
+    device: str = "auto"          # auto, cpu, cuda or mps
+    dtype: str = "auto"           # auto, float32 or bfloat16; masters are fp32 in any case
+    plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
+
+
+# ---- playing ------------------------------------------------------------------------------------
+
+@dataclass
+class Policy:
+    """What playing must know of the model and of the run."""
+    tokens: Tokenizer
+    config: Config
+    context: int
+    max_new: int
+    think: int = 0
+    seed: int = 0
+    temperature: float = 1.0
+
+
+def grow(d: Document, ids, images=(), sampled=None) -> Document:
+    """`d` with more ids behind. Weight 1, log-probability and version where the engine's Result
+    `sampled` brings them; 0 on what was put in: prompts, observations, a forced </think>."""
+    def longer(name, values):
+        had = d.extras.get(name, np.zeros(len(d.ids)))
+        return np.append(had, values[:len(ids)] if sampled else np.zeros(len(ids)))
+    new = {"logp": longer("logp", sampled and sampled.logps),
+           "version": longer("version", sampled and sampled.versions)}
+    return Document(np.append(d.ids, np.array(ids, np.int32)),
+                    np.append(d.weights, np.full(len(ids), bool(sampled), np.float32)),
+                    [*d.images, *images], d.source,
+                    {name: value.astype(np.float32) for name, value in new.items()})
+
+
+class Play:
+    """A rollout under way: the environment on one side, growing Documents on the other. Tokens
+    are kept as they were sampled; nothing is ever encoded a second time."""
+
+    def __init__(self, episode: Episode, policy: Policy):
+        self.episode, self.policy, self.drive, self.evidence = episode, policy, None, None
+        self.turn, self.said = 0, []
+
+    def advance(self, result=None) -> Request | None:
+        """Take the engine's Result and go on to the next Request; None when the episode is over:
+        then `evidence` is there, or the score an error. Never raises: what an environment does
+        wrong is not the model's failure."""
+        try:
+            if self.drive is None:
+                env = gym.make(self.episode.task)
+                self.layout, self.drive = env.layout, gym.drive(env)
+                return self._ask(next(self.drive))
+            reply = self._hear(result)
+            if self.thinking:
+                return self._request(self.policy.max_new, thinking=False)
+            return self._ask(self.drive.send(reply))
+        except StopIteration as end:
+            self.evidence = end.value
+        except Exception as error:
+            self.judged(Score(math.nan, {}, told(error)))
+        return None
+
+    def judged(self, score: Score) -> Episode:
+        self.episode.score = score
+        self.episode.status = "error" if score.error else self.episode.status or "done"
+        return self.episode
+
+    def _ask(self, messages) -> Request:
+        p, documents = self.policy, self.episode.documents
+        old = self.layout == "append" and bool(documents)
+        new = document(messages[-1:] if old else messages, p.tokens, p.config, answer=True)
+        ids = new.ids
+        if p.think:         # the template ends in <think></think> and a newline: reopen the thought
+            ids = ids[:-1 - len(p.tokens.encode("\n"))]
+        if old:             # without [gMASK]<sop>; the model may have said who speaks next itself
+            ids = ids[3 if documents[-1].ids[-1] == ids[2] else 2:]
+            documents[-1] = grow(documents[-1], ids, map(once, new.images))
+        else:           # the group sees the same picture, and the encoder sees it once
+            empty = Document(ids[:0], new.weights[:0])
+            documents.append(grow(empty, ids, map(once, new.images)))
+        self.said = [p.tokens.special["<think>"]] if p.think else []
+        return self._request(p.think or p.max_new, thinking=bool(p.think))
+
+    def _request(self, most: int, thinking: bool) -> Request:
+        prompt, e = self.episode.documents[-1], self.episode
+        if len(prompt.ids) >= self.policy.context:
+            raise ValueError(f"{len(prompt.ids)} tokens outgrew the context")
+        key = [self.policy.seed, e.group, e.index, self.turn]
+        self.turn, self.thinking = self.turn + 1, thinking
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        return Request(prompt, most, self.policy.temperature, seed=seed)
+
+    def _hear(self, result) -> str:
+        """Note what the model said; the reply's text."""
+        tokens, ids = self.policy.tokens, list(result.ids)
+        if ids[-1] == tokens.image:     # it ended the reply; a slot without pixels teaches nothing
+            ids = ids[:-1]
+        documents = self.episode.documents
+        documents[-1] = grow(documents[-1], ids, sampled=result)
+        self.said += ids[:-1] if ids and ids[-1] in tokens.stops else ids
+        self.thinking = self.thinking and result.finish == "length"
+        if self.thinking and tokens.special["</think>"] not in self.said:
+            close = [tokens.special["</think>"], *tokens.encode("\n")]  # time to answer [R]
+            documents[-1] = grow(documents[-1], close)
+            self.said += close
+        elif result.finish != "stop":
+            self.episode.status = "truncated"
+        return tokens.decode(self.said)
+
+
+def rollout(engine: Engine, orders: list[Episode], policy: Policy, rewards) -> list[Episode]:
+    """Play and judge `orders`, all side by side; returned in their order."""
+    asked = {}
+
+    def go_on(play, result=None):
+        request = play.advance(result)
+        if request:
+            asked[engine.submit(request)] = play
+        elif play.evidence is not None:
+            play.judged(rewards.score(play.episode.task, play.evidence))
+
+    for order in orders:
+        go_on(Play(order, policy))
+    while engine.busy:
+        for result in engine.step():
+            go_on(asked.pop(result.id), result)
+    return orders
+
+
+def player(model: GLMV, args: Args, say=print) -> Engine:
+    """The engine that plays. A picture's mark in a reply ends it: there are no pixels for it."""
+    engine = Engine(model, args.slots, args.context, args.drafts, args.max_staleness > 0, say)
+    engine.stops.add(model.config.image_token_id)
+    return engine
+
+
+# ---- learning -----------------------------------------------------------------------------------
+
+def advantages(rewards: list[float], std: bool = False) -> list[float]:
+    """Reward minus the mean of the group. NaN, an error, is no part of the mean and gets 0, and so
+    does one who is alone. [1, NaN, 3] -> [-1, 0, 1]"""
+    r = np.array(rewards, float)
+    valid = np.isfinite(r)
+    if valid.sum() < 2:
+        return [0.0] * len(r)
+    centred = np.where(valid, r - r[valid].mean(), 0.0)
+    return (centred / (r[valid].std() + 1e-6) if std else centred).tolist()
+
+
+# In these categories a group's pages are compared with each other: RVPO [R: UI2Code^N]. A reward
+# of 0 is a page that shows nothing, or, where a draft is mended, one no better than the draft.
+PAGES = {"ui_to_code": None, "ui_polish": 1e-9}
+
+
+def rewards_of(group: list[Episode]) -> list[float]:
+    """The rewards that a group learns from; NaN for errors."""
+    valid = [e for e in group if not e.score.error]
+    values, name = [e.score.reward for e in valid], group[0].task.category
+    if name in PAGES:
+        shown = [value if value or PAGES[name] else None for value in values]
+        values = relative_rewards(shown, PAGES[name])
+    found = {e.index: value for e, value in zip(valid, values)}
+    return [found.get(e.index, math.nan) for e in group]
+
+
+def has_signal(group: list[Episode]) -> bool:
+    """Whether some did better than others."""
+    return max(map(abs, advantages(rewards_of(group)))) > 1e-6
+
+
+def lessons(group: list[Episode], std: bool = False) -> list[list[Document]]:
+    """One list of Documents an Episode, its advantage on each token; weights add up to 1, so that
+    every Episode counts the same, long or short [R: GLM-4.5V]."""
+    made = []
+    for episode, advantage in zip(group, advantages(rewards_of(group), std)):
+        learnt = sum(float(d.weights.sum()) for d in episode.documents)
+        if episode.score.error or not learnt:
+            continue
+        made.append([replace(d, weights=d.weights / learnt, extras={
+            **d.extras, "advantage": np.full(len(d.ids), advantage, np.float32),
+            "taught": np.zeros(len(d.ids), np.float32)}) for d in episode.documents])
+    return made
+
+
+def demonstrations(stream: Stream, first: int, count: int) -> list[list[Document]]:
+    """`count` samples of the gym's own replies, as lessons: rehearsal in the midst of RL."""
+    def lesson(sample):
+        learnt = sum(float(d.weights.sum()) for d in sample)
+        return [replace(d, weights=d.weights / learnt, extras={
+            name: np.full(len(d.ids), value, np.float32) for name, value in
+            (("logp", 0), ("advantage", 1), ("taught", 1))}) for d in sample]
+    return [lesson(stream(first + i)) for i in range(count)]
+
+
+def clipped(logp, old, advantage, low: float, high: float):
+    """GRPO: -min(r A, clip(r) A) with r = exp(logp - old); all (T,). No gradient from a token that
+    has gone as far as low or high allow. `high` farther from 1 than `low` is clip-higher [R]."""
+    ratio = (logp - old).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+
+def masked(logp, old, advantage, low: float, high: float):
+    """Two-sided importance sampling: -f(r) A logp, with f(r) = r inside (low, high), else 0, and
+    no gradient through f [R: GLM-5; IcePop with 1/2 and 2]."""
+    ratio = (logp.detach() - old).exp()
+    inside = (ratio > low) & (ratio < high)
+    return -torch.where(inside, ratio, 0.0) * advantage * logp
+
+
+LOSSES = {"grpo": clipped, "double": masked, "icepop": masked}
+
+
+def band(args: Args) -> tuple[float, float]:
+    """The ratios that count in full."""
+    return (0.5, 2.0) if args.loss == "icepop" else (1 - args.clip_low, 1 + args.clip_high)
+
+
+def logps_of(model: GLMV, batch):
+    """Hidden states of a row (T, W), the places that predict a token with weight, and of those
+    tokens log-probability and entropy."""
+    hidden = model(batch, model.see(batch))
+    at = batch.weights[1:].nonzero()[:, 0]  # token t is predicted from position t-1
+    logp, entropy = linear_logp(hidden[at], model.lm_head.weight, batch.tokens[at + 1])
+    return hidden, at, logp, entropy
+
+
+def row_loss(model: GLMV, batch, args: Args, reference=None):
+    """The loss of one row, summed over its Episodes; and what is seen on the way, as sums (6,):
+    loss, tokens, entropy, |log ratio|, outside the band; last, the largest |log ratio|."""
+    hidden, at, logp, entropy = logps_of(model, batch)
+    old, advantage, taught = (batch.extras[k][at + 1] for k in ("logp", "advantage", "taught"))
+    weight, own, (low, high) = batch.weights[at + 1], taught == 0, band(args)
+    each = torch.where(own, LOSSES[args.loss](logp, old, advantage, low, high), -logp)
+    if reference is not None:   # an estimate of KL(policy || reference) that is never negative
+        apart = torch.where(own, reference - logp, 0.0)
+        each = each + args.kl * (apart.exp() - apart - 1)
+    loss = (each * weight).sum()
+    with torch.no_grad():
+        gap = (logp - old)[own]
+        ratio = gap.exp()
+        seen = torch.stack([loss.detach(), own.sum(), entropy[own].sum(), gap.abs().sum(),
+                            ((ratio <= low) | (ratio >= high)).sum(),
+                            gap.abs().max() if len(gap) else gap.sum()])
+    if args.mtp and head_of(model):         # it learns to guess this policy, and can't move it
+        depths = model.config.mtp_depths or 1
+        further = mtp_losses(model, hidden, batch, depths=depths, detach=True)
+        loss = loss + args.mtp * sum(further) / depths
+    return loss, seen
+
+
+def rows_of(documents: list[Document], room: int) -> list[list[Document]]:
+    """Documents packed into rows of `room` tokens, each into the first that has room for it."""
+    rows, left = [], []
+    for d in documents:
+        row = next((i for i, free in enumerate(left) if free >= len(d.ids)), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            left.append(room)
+        rows[row].append(d)
+        left[row] -= len(d.ids)
+    return rows
+
+
+@dataclass
+class Share:
+    """This rank's part in an update: of the rows that `world` trainers deal out, those of `rank`.
+    between: called after each row."""
+    rank: int = 0
+    world: int = 1
+    group: object = None
+    between: object = None
+
+
+def update(model: GLMV, optimizer: Optimizer, groups: list, taught: list, args: Args, rate: float,
+           share: Share = Share(), reference: GLMV | None = None) -> dict:
+    """One optimizer step on the groups and on demonstrations `taught`, averaged over Episodes.
+
+    The order in which groups arrived changes nothing. The reference model lives in CPU memory, is
+    fetched for its forward and released again [C].
+    """
+    device = model.lm_head.weight.device
+    groups = sorted(groups, key=lambda group: group[0].group)
+    episodes = [lesson for group in groups for lesson in lessons(group, args.std)] + taught
+    if not episodes:
+        return {"pg_loss": 0.0, "tokens": 0}
+    rows = rows_of([d for lesson in episodes for d in lesson], args.row_tokens)
+    batches = [collate(row, model.config).to(device) for row in rows[share.rank::share.world]]
+    told_by = [None] * len(batches)
+    if reference is not None:
+        with torch.no_grad():
+            told_by = [logps_of(reference.to(device), batch)[2] for batch in batches]
+        reference.to("cpu")
+    total, most = torch.zeros(5, device=device), torch.zeros((), device=device)
+    for batch, logp in zip(batches, told_by):
+        loss, seen = row_loss(model, batch, args, logp)
+        (loss / len(episodes)).backward()
+        optimizer.collect()
+        total, most = total + seen[:5], torch.maximum(most, seen[5])
+        if share.between:
+            share.between()
+    if share.world > 1:
+        dist.all_reduce(total, group=share.group)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=share.group)
+    loss, tokens, entropy, gap, outside = total.tolist()
+    idle = "" if args.mtp else prefix(model)
+    norm = optimizer.step(rate, math.isfinite(loss), idle, share.group)
+    tokens = max(1, tokens)
+    return {"pg_loss": loss / len(episodes), "norm": norm, "tokens": int(tokens),
+            "entropy": entropy / tokens, "clipped": outside / tokens, "mismatch": gap / tokens,
+            "mismatch_max": most.item()}
+
+
+def train(model: GLMV, optimizer: Optimizer, collect, args: Args, start: int = 0,
+          share: Share = Share(), reference: GLMV | None = None):
+    """The loop. collect(step) -> (groups, demonstrations); yields (steps done, groups, figures)."""
+    for step in range(start, args.steps):
+        groups, taught = collect(step)
+        began = time.perf_counter()
+        rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
+        figures = update(model, optimizer, groups, taught, args, rate, share, reference)
+        yield step + 1, groups, figures | {"lr": args.lr * rate,
+                                           "learning": time.perf_counter() - began}
+
+
+# ---- what is seen -------------------------------------------------------------------------------
+
+def examine(model: GLMV, policy: Policy, rewards, args: Args) -> list[Episode]:
+    """Greedy replies to held-out tasks, the same at every examination."""
+    names = [name for name, _ in parse_mix(args.mix, sight(model.config))]
+    orders = [Episode(Task(name, 1_000_000 + i, i % args.levels, "test"), i, 0)
+              for name in names for i in range(args.eval_count)]
+    return rollout(player(model, args), orders, replace(policy, temperature=0.0), rewards)
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+def check(args: Args):
+    """Refuse at once what would fail, or do nothing, hours later."""
+    ones = "steps prompts row_tokens max_new context slots save_every eval_count log_every"
+    zeros = "seed max_staleness workers think drafts kl rehearse mtp eval_every"
+    least = {**dict.fromkeys(ones.split(), 1), **dict.fromkeys(zeros.split(), 0), "group": 2}
+    for name, value in least.items():   # a group of one has nobody to be better than
+        if getattr(args, name) < value:
+            raise UserError(f"--{name} takes {value} or more, not {getattr(args, name)}")
+    if not 1 <= args.levels <= 5:
+        raise UserError(f"--levels takes 1 to 5, not {args.levels}")
+    if args.loss not in LOSSES:
+        raise UserError(f"--loss takes {', '.join(LOSSES)}, not '{args.loss}'")
+    if args.schedule not in ("constant", "linear", "cosine"):
+        raise UserError(f"--schedule takes constant, linear or cosine, not '{args.schedule}'")
+
+
+def build(args: Args, hw):
+    """Model, optimizer, the folder it began from, and the state to go on from, if any."""
+    begin = find_checkpoint(args.init or ROOT / "ckpt" / "demo")
+    resumed = args.resume and bool(checkpoints(args.out))
+    folder = find_checkpoint(args.out) if resumed else begin
+    model = load(folder, hw.device, hw.dtype)
+    if not model.config.n_ranks:
+        raise UserError(f"{folder} comes with another tokenizer; RL can't speak it")
+    optimizer = Optimizer(model.named_parameters(), OptimConfig(args.lr, args.weight_decay))
+    stored = {k: v.to(hw.device, torch.float32) for k, v in load_tensors(folder).items()}
+    optimizer.load_masters(optimizer.masters | stored)
+    if not resumed:
+        return model, optimizer, begin, None
+    try:
+        state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # torch.load answers damage with some ten kinds of them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}/train.pt is damaged ({reason}); --init={folder} starts from "
+                        "its weights alone") from None
+    return model, optimizer, begin, state
+
+
+def run(args: Args):
+    check(args)
+    hw = setup(args.device, args.dtype)
+    out, lead = Path(args.out), hw.rank == 0
+    say = print if lead else (lambda *_: None)
+    seats = hw.world - args.rollout_ranks if hw.world > 1 else 1    # ranks that train
+    if not 1 <= seats <= hw.world or hw.world > 1 and args.rollout_ranks < 1:
+        raise UserError(f"--rollout_ranks takes 1 to {hw.world - 1} of {hw.world} processes")
+    if lead and not args.plan:
+        keep_earlier(out, args.resume, say)
+    say(hw.why)
+    model, optimizer, begin, state = build(args, hw)
+    start, counts = state["step"] if state else 0, model.counts()
+    if args.plan:       # a rollout takes about 64 tokens to read and half of what it may say
+        tokens = args.steps * args.prompts * args.group * (64 + args.max_new / 2)
+        memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
+        return plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
+    mix = parse_mix(args.mix, sight(model.config))
+    strange = [name for name, _ in mix if name not in gym.names()]
+    if strange or not sum(weight for _, weight in mix) > 0:
+        raise UserError(f"--mix takes categories of the gym, not '{(strange or [args.mix])[0]}'")
+    policy = Policy(Tokenizer(model.config.n_ranks), model.config, args.context, args.max_new,
+                    args.think, args.seed)
+    rewards, interrupt = gym.Rewards(workers=args.workers), Interrupt()
+    share, route = Share(hw.rank, seats), None
+    if hw.world > 1:
+        share.group = dist.new_group(list(range(seats)))
+        route = dist.new_group([0, *range(seats, hw.world)])
+        store = dist.PrefixStore("rl", dist.distributed_c10d._get_default_store())
+    if lead and route:
+        actor = Remote(store, list(range(seats, hw.world)), Transfer(model, route))
+    elif hw.rank >= seats or args.max_staleness or args.workers:
+        actor = Actor(player(model, args), rewards, lambda e: Play(e, policy), args.workers or 1)
+    else:
+        actor = Here(player(model, args), lambda *now: rollout(*now, policy, rewards))
+    if not (lead and route):
+        actor.load({}, start)
+    if hw.rank >= seats:    # it goes when the trainer says so, a Ctrl-C notwithstanding
+        return serve(actor, Transfer(model, route), store, hw.rank, start)
+
+    stream = Stream(model.config, mix, args.seed, "train", args.levels)
+    collector = Collector(actor, Curriculum(mix, args.seed, args.levels, say), args.prompts,
+                          args.group, args.max_staleness, args.patience, has_signal)
+    exams = state["exams"] if state else []
+    if state:
+        collector.restore(state["collector"])
+    if lead and args.max_staleness:
+        share.between = collector.turn
+    reference = load(begin, "cpu", hw.dtype) if args.kl else None
+    taught = round(args.rehearse * args.prompts * args.group)
+
+    def collect(step):
+        groups = collector.collect(step) if lead else []
+        groups = shared(groups, share.group) if seats > 1 else groups
+        return groups, demonstrations(stream, step * taught, taught)
+
+    def save(step):
+        def write(folder):
+            model.save_pretrained(folder, weights=optimizer.masters)
+            save_state(folder / "train.pt", {
+                "step": step, "optimizer": optimizer.state_dict(), "args": asdict(args),
+                "rng": torch.get_rng_state(), "collector": collector.state(), "exams": exams})
+        return not lead or save_checkpoint(out, step, write)
+
+    def exam(step, reward):
+        episodes = examine(model, policy, rewards, args)
+        exams.append({"step": step, "reward": reward, "accuracy": accuracy(episodes)})
+        first, last = exams[0]["accuracy"], exams[-1]["accuracy"]
+        say(f"held out, greedy, step {step}: " + ", ".join(f"{k} {v:.1%}" for k, v in last.items()))
+        if len(exams) > 2 and reward > exams[1]["reward"] + 0.02 and (
+                last["mean"] < exams[1]["accuracy"]["mean"] - 0.02):
+            say("ALARM: reward rises while held-out accuracy falls; look at out/*/pictures")
+        write_json(out / "report.json", {
+            "title": f"RL, {out.name}", "samples": samples(episodes, policy.tokens,
+                                                           out / "pictures"),
+            "figures": {name: {"before": first[name], f"after {step} steps": last[name]}
+                        for name in last}})
+
+    say(f"{counts['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a step, "
+        f"steps {start}..{args.steps}, staleness {args.max_staleness}, run folder {out}")
+    say("the loss stands near 0 by construction, since a group's advantages add up to 0: "
+        "watch reward and held-out accuracy")
+    if lead:
+        write_json(out / "config.json", asdict(args))
+        if args.eval_every and not exams:
+            exam(0, 0.0)
+    bad, saved, recent, clock = 0, start, [], time.perf_counter()
+    log = Log(out, "rl", args.steps, start, hw.rank)
+    for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
+        if done < args.steps and (lead or seats == 1):
+            actor.load(optimizer.masters, done)
+        bad = 0 if math.isfinite(values.get("norm", 0.0)) else bad + 1
+        if bad == 5:
+            raise UserError(f"five steps in a row were not finite; the last checkpoint of {out} "
+                            "is from before; try a lower --lr")
+        now = time.perf_counter()
+        values |= figures_of(collector.seen, has_signal, done - 1)
+        values |= {"groups": len(groups), "waited": collector.waited, "idle": actor.idle,
+                   "dropped": collector.stale + collector.given_up, "twice": collector.twice,
+                   "dt": now - clock, "tok/s": values["tokens"] / (now - clock)}
+        clock = now
+        recent.append(values.get("reward", 0.0))
+        if lead and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+            exam(done, float(np.mean(recent)))
+            values["accuracy"], recent = exams[-1]["accuracy"]["mean"], []
+        log.step(done, done % args.log_every == 0 or done == args.steps, **values)
+        stop = interrupt.signal
+        if seats > 1:       # all trainers leave together
+            flag = torch.tensor(float(stop), device=hw.device)
+            dist.all_reduce(flag, group=share.group)
+            stop = int(flag)
+        if done % args.save_every == 0 or done == args.steps or stop:
+            saved = done if save(done) else saved
+        if stop:
+            break
+    log.close()
+    rewards.close()
+    if lead and route:
+        actor.close()
+    if start < args.steps and saved != done:
+        raise UserError(f"step {done} could not be saved; {out} has step {saved}")
+    say(f"saved {out}/step_{saved:06d}")
+    if interrupt.signal:
+        raise KeyboardInterrupt
+
+
+# Exercises. Write it, run the test.
+# 1. advantages. pytest tests/test_rl.py -k advantages; 15 minutes.
+# 2. cispo(logp, old, advantage, low, high), another entry of LOSSES: the clipped ratio, without
+#    gradient, times A logp. Then tis: the ratio cut off at `high`, likewise. And gspo, with one
+#    ratio for a whole reply. Their tests wait: pytest tests/test_rl.py -k exercise; 45 minutes.
+# 3. Give every group the reward 1, or a verifier that likes long replies, and train. After how many
+#    steps does the alarm ring?
+
+
+if __name__ == "__main__":
+    main(lambda: run(cli(Args, about=__doc__)))

@@ -1,0 +1,408 @@
+"""RL's promises: what is learnt from, resume, staleness, faults; and both drivers alike.
+
+Runs are in process, a few steps from small random models; faults come at fixed points, from stubs.
+"""
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gym
+import rl
+from collect import Actor, Collector, Curriculum, figures_of, samples
+from common import ROOT, UserError, checkpoints, load_tensors
+from data import Document, Episode, collate, document, from_bytes, to_bytes
+from engine import Engine, Request, Result
+from faults import faulty
+from gym import Rewards, Score
+from kernels import linear_logp
+from mmtp import attach
+from model import GLMV, sized
+from optim import OptimConfig, Optimizer
+from rl import Args, Play, Policy
+from tasks.base import Message, Obs, OneShot, Task
+from test_pretrain import after_step, alike, log_of, own_signals, state_of  # noqa: F401
+from tokenizer import Tokenizer
+
+TOKENS = Tokenizer(512)
+SMALL = dict(prompts=2, group=4, row_tokens=512, max_new=8, slots=8, eval_every=0, warmup=2,
+             mix="counting,gui_click", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A model with a head, whose replies are noise of full entropy."""
+    model = GLMV(sized("tiny"), seed=3).eval()
+    attach(model, 3, seed=3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def begin(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begin")
+    tiny.save_pretrained(folder)
+    return folder
+
+
+def some_reward(monkeypatch):
+    """Noise is never right; let a reply be worth the share of its tokens that are even."""
+    def score(self, task, evidence):
+        said = str(evidence["reply"]).encode()
+        return Score(sum(b % 2 == 0 for b in said) / max(1, len(said)), {})
+    monkeypatch.setattr(Rewards, "score", score)
+
+
+def policy_of(model, **more) -> Policy:
+    return Policy(TOKENS, model.config, **{"context": 512, "max_new": 8, **more})
+
+
+def episode(reward, ids=6, index=0, group=0, advantage=None, version=0) -> Episode:
+    """An Episode of two prompt tokens and some sampled ones; reward None is an error."""
+    rng = np.random.default_rng([group, index])
+    extras = {"logp": np.full(ids, -1.0, np.float32), "version": np.full(ids, version, np.float32)}
+    d = Document(rng.integers(0, 500, ids).astype(np.int32),
+                 np.array([0, 0] + [1] * (ids - 2), np.float32), extras=extras)
+    score = Score(math.nan, {}, "gone") if reward is None else Score(reward)
+    return Episode(Task("counting", group), group, index, [d], score, "done")
+
+
+# ---- losses and advantages, by hand --------------------------------------------------------------
+
+@pytest.mark.parametrize("rewards,want", [
+    ([1, math.nan, 3], [-1, 0, 1]), ([1], [0]), ([math.nan, 2], [0, 0]), ([], []),
+    ([1, 0, 0, 0], [0.75, -0.25, -0.25, -0.25]), ([2, 2], [0, 0]),
+    ([math.inf, 1, 0], [0, .5, -.5])])
+def test_advantages_by_hand(rewards, want):
+    assert rl.advantages(rewards) == pytest.approx(want)
+
+
+def test_advantages_over_their_deviation():
+    assert rl.advantages([1, 0, 0, 0], std=True) == pytest.approx([3 ** .5] + [-3 ** -.5] * 3, 1e-4)
+    assert rl.advantages([1, 1], std=True) == [0, 0]
+
+
+# ratio, advantage: loss and gradient with respect to logp at clip 0.2 below, 0.3 above
+GRPO = [(1.0, 2, -2.0, -2.0), (1.2, 1, -1.2, -1.2), (1.5, 1, -1.3, 0.0), (0.5, 1, -0.5, -0.5),
+        (0.5, -1, 0.8, 0.0), (1.5, -1, 1.5, 1.5), (0.9, -1, 0.9, 0.9)]
+TWO_SIDED = [(1.0, 2, -2.0), (1.2, 1, -1.2), (1.5, 1, 0.0), (0.5, 1, 0.0), (0.5, -1, 0.0),
+             (1.5, -1, 0.0), (0.9, -1, 0.9)]
+
+
+def gradient(loss, ratio, advantage, low, high):
+    old = torch.tensor([-1.5])
+    logp = (old + math.log(ratio)).requires_grad_()
+    value = loss(logp, old, torch.tensor([float(advantage)]), low, high)
+    return value.item(), torch.autograd.grad(value, logp)[0].item()
+
+
+@pytest.mark.parametrize("ratio,advantage,value,slope", GRPO)
+def test_grpo_with_clip_higher_by_hand(ratio, advantage, value, slope):
+    assert gradient(rl.clipped, ratio, advantage, 0.8, 1.3) == pytest.approx((value, slope), 1e-5)
+
+
+@pytest.mark.parametrize("ratio,advantage,slope", TWO_SIDED)
+def test_two_sided_importance_sampling_by_hand(ratio, advantage, slope):
+    _, got = gradient(rl.masked, ratio, advantage, 0.8, 1.3)
+    assert got == pytest.approx(slope, rel=1e-5)
+
+
+def test_the_bands():
+    assert rl.band(Args(loss="icepop")) == (0.5, 2.0)
+    assert rl.band(Args(clip_low=0.1, clip_high=0.4)) == (0.9, 1.4)
+    assert gradient(rl.masked, 1.99, 1, *rl.band(Args(loss="icepop")))[1] == pytest.approx(-1.99)
+    assert gradient(rl.masked, 2.01, 1, *rl.band(Args(loss="icepop")))[1] == 0
+
+
+EXERCISES = {  # ratio, advantage -> gradient with respect to logp at low 0.8, high 1.3
+    "cispo": [(1.0, 2, -2.0), (1.5, 1, -1.3), (0.5, 1, -0.8), (0.9, -1, 0.9)],
+    "tis": [(1.0, 2, -2.0), (1.5, 1, -1.3), (0.5, 1, -0.5), (0.9, -1, 0.9)]}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_exercise_losses(name):
+    if not hasattr(rl, name):
+        pytest.skip(f"rl.{name} waits to be written: exercise 2 of rl.py")
+    for ratio, advantage, slope in EXERCISES[name]:
+        _, got = gradient(getattr(rl, name), ratio, advantage, 0.8, 1.3)
+        assert got == pytest.approx(slope, rel=1e-5)
+
+
+def test_exercise_gspo():
+    """Two replies of 2 and 1 tokens; the ratio of a reply is the geometric mean of its tokens'."""
+    if not hasattr(rl, "gspo"):
+        pytest.skip("rl.gspo waits to be written: exercise 2 of rl.py")
+    old = torch.tensor([-1.0, -1.0, -1.0])
+    logp = (old + torch.tensor([1.2, 0.9, 2.0]).log()).requires_grad_()
+    loss = rl.gspo(logp, old, torch.tensor([1.0, 1.0, 1.0]), 0.8, 1.3, lengths=[2, 1])
+    ratio = (1.2 * 0.9) ** 0.5
+    assert loss.tolist() == pytest.approx([-ratio, -ratio, -1.3], rel=1e-5)
+    slopes = torch.autograd.grad(loss.sum(), logp)[0].tolist()
+    assert slopes == pytest.approx([-ratio, -ratio, 0.0], rel=1e-5)
+
+
+def test_every_episode_counts_the_same():
+    """However long, in however many Documents; errors count nowhere."""
+    group = [episode(1, 6), episode(0, 20, 1), episode(None, 6, 2), episode(0.5, 9, 3)]
+    group[3].documents *= 3
+    made = rl.lessons(group)
+    assert [len(lesson) for lesson in made] == [1, 1, 3]
+    for lesson, advantage in zip(made, (0.5, -0.5, 0.0)):
+        assert sum(d.weights.sum() for d in lesson) == pytest.approx(1)
+        assert all((d.weights[:2] == 0).all() for d in lesson)
+        assert all((d.extras["advantage"] == advantage).all() for d in lesson)
+
+
+def test_pages_are_compared_with_each_other():
+    def of(name, rewards):
+        return rl.rewards_of([Episode(Task(name, 0), 0, i, score=Score(
+            math.nan if r is None else r, {}, "gone" if r is None else None))
+            for i, r in enumerate(rewards)])
+    assert of("counting", [0.5, 0.2, 1.0]) == [0.5, 0.2, 1.0]
+    assert of("ui_to_code", [0.5, 0.0, 0.9, 0.5]) == [2.5, -1, 4, 2.5]
+    found = of("ui_to_code", [0.5, None, 0.9])
+    assert found[0] == 1 and math.isnan(found[1]) and found[2] == 2
+    assert of("ui_polish", [0.0, 0.4, 0.4])[0] == 0
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_linear_logp(chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(10, 16, requires_grad=True)
+    weight = torch.randn(40, 16, requires_grad=True)
+    targets, factors = torch.randint(40, (10,)), torch.randn(10)
+    logp, entropy = linear_logp(hidden, weight, targets, chunk)
+    plain = (hidden @ weight.T).log_softmax(-1)
+    want = plain.gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(logp, want, atol=1e-5) and not entropy.requires_grad
+    assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), atol=1e-5)
+    got = torch.autograd.grad((logp * factors).sum(), (hidden, weight))
+    for a, b in zip(got, torch.autograd.grad((want * factors).sum(), (hidden, weight))):
+        assert torch.allclose(a, b, atol=1e-5)
+    empty, _ = linear_logp(hidden[:0], weight, targets[:0])
+    assert empty.shape == (0,)
+
+
+def test_the_reference_holds_the_policy_back(tiny):
+    """Where the two agree the term is 0; elsewhere it is positive and pulls towards it."""
+    batch = collate([d for lesson in rl.lessons([episode(1), episode(0, index=1)])
+                     for d in lesson], tiny.config)
+    _, _, logp, _ = rl.logps_of(tiny, batch)
+    args = Args(kl=1.0, mtp=0.0)
+    plain, _ = rl.row_loss(tiny, batch, args)
+    same, _ = rl.row_loss(tiny, batch, args, logp.detach())
+    other, _ = rl.row_loss(tiny, batch, args, logp.detach() + 0.5)
+    assert same.item() == pytest.approx(plain.item(), abs=1e-6)
+    # exp(d) - d - 1 at d = 0.5, a mean over two Episodes' tokens
+    assert (other - plain).item() == pytest.approx(2 * (math.exp(0.5) - 1.5), rel=1e-4)
+
+
+# ---- playing ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_on_policy_all_ratios_are_one(tiny, drafts):
+    """On every token: one turn, segments and growing streams, with pictures and speculation."""
+    args = Args(slots=5, context=256, drafts=drafts)
+    policy = policy_of(tiny, max_new=12, think=6, context=256)
+    tasks = [Task(name, i) for i, name in enumerate(
+        ["counting", "point", "gui_form", "text_tools", "visual_tools"])]
+    orders = [Episode(task, i, j) for i, task in enumerate(tasks) for j in range(2)]
+    played = rl.rollout(rl.player(tiny, args), orders, policy, Rewards())
+    documents = [d for e in played for d in e.documents]
+    batch = collate(documents, tiny.config)
+    with torch.no_grad():
+        _, at, logp, _ = rl.logps_of(tiny, batch)
+    assert (logp - batch.extras["logp"][at + 1]).abs().max() < 1e-4
+    assert len(at) > 250 and len(documents) > len(played) and len(batch.grids) >= 3
+    assert {e.status for e in played} <= {"done", "truncated", "error"}
+    assert all(e.score is not None for e in played)
+
+
+class Parrot:
+    """An engine that says what it is told: say(request) -> ids."""
+    def __init__(self, say):
+        self.say, self.asked, self.count, self.version = say, {}, 0, 0
+
+    @property
+    def busy(self):
+        return bool(self.asked)
+
+    def submit(self, request):
+        self.count += 1
+        self.asked[self.count] = request
+        return self.count
+
+    def abort(self, id):
+        self.asked.pop(id, None)
+
+    def load(self, weights, version):
+        self.version = version
+
+    def step(self):
+        asked, self.asked = self.asked, {}
+        results = []
+        for id, request in asked.items():
+            ids = list(self.say(request))
+            finish = "stop" if ids[-1] in (*TOKENS.stops, TOKENS.image) else "length"
+            results.append(Result(id, ids, finish, [-0.5] * len(ids), [self.version] * len(ids)))
+        return results
+
+
+@pytest.mark.parametrize("name", ["counting", "gui_form", "text_tools", "visual_tools"])
+def test_what_is_learnt_is_what_was_shown(tiny, name):
+    """The oracle's replies, sampled token by token, make the documents that SFT would train."""
+    task = Task(name, 5)
+    script, append = gym.play_out(task)[1], gym.make(task).layout == "append"
+    drive, talks = gym.drive(gym.make(task)), []
+    messages = next(drive)
+    for reply in script:
+        talks.append([*messages, Message("assistant", reply)])
+        with contextlib.suppress(StopIteration):
+            messages = drive.send(reply)
+    shown = [document(talk, TOKENS, tiny.config) for talk in talks[-1 if append else 0:]]
+    stops = ["<|observation|>"] * (len(script) - 1) if append else ["<|user|>"] * (len(script) - 1)
+    lines = iter([TOKENS.encode_reply(reply) + [TOKENS.special[stop]]
+                  for reply, stop in zip(script, stops + ["<|user|>"])])
+    policy = policy_of(tiny, context=4096)
+    [e] = rl.rollout(Parrot(lambda _: next(lines)), [Episode(task, 0, 0)], policy, Rewards())
+    assert e.score.reward == pytest.approx(1) and e.status == "done"
+    assert len(e.documents) == len(shown)
+    for got, want in zip(e.documents, shown):
+        assert got.ids.tolist() == want.ids.tolist()
+        assert got.weights.tolist() == want.weights.tolist()
+        assert all((a == b).all() for a, b in zip(got.images, want.images, strict=True))
+        assert ((got.extras["logp"] != 0) == (got.weights > 0)).all()
+
+
+def test_a_thought_without_end_is_ended(tiny):
+    said = []
+
+    def say(request):
+        said.append(request)
+        return [65] * request.max_new if len(said) == 1 else [66, TOKENS.special["<|user|>"]]
+    policy = policy_of(tiny, think=5, max_new=7)
+    [e] = rl.rollout(Parrot(say), [Episode(Task("counting", 1), 0, 0)], policy, Rewards())
+    [d] = e.documents
+    think, close = TOKENS.special["<think>"], TOKENS.special["</think>"]
+    newline = TOKENS.encode("\n")
+    assert d.ids.tolist()[-9 - len(newline):] == [
+        think, *[65] * 5, close, *newline, 66, TOKENS.special["<|user|>"]]
+    assert d.weights.tolist()[-9 - len(newline):] == [0, *[1] * 5, 0, *[0] * len(newline), 1, 1]
+    assert [r.max_new for r in said] == [5, 7] and e.status == "done"
+
+
+def test_garbage_replies_are_zeros_and_train(tiny):
+    """Any token may come: special ones, those behind the vocabulary, marks of pictures."""
+    rng = np.random.default_rng(0)
+    size = tiny.config.text.vocab_size
+
+    def say(request):
+        ids = [i for i in rng.integers(0, size, 9).tolist() if i not in TOKENS.stops]
+        return ids[:ids.index(TOKENS.image) + 1] if TOKENS.image in ids else ids
+    names = ["counting", "gui_form", "text_tools", "visual_tools"]
+    orders = [Episode(Task(name, j), i, j) for i, name in enumerate(names) for j in range(8)]
+    played = rl.rollout(Parrot(say), orders, policy_of(tiny, context=2048), Rewards())
+    assert all(e.score.error is None and e.score.reward < 1 for e in played)
+    batch = collate([d for e in played for d in e.documents], tiny.config)
+    assert len(batch.tokens) > 1000
+    order = [Episode(Task("point", 1), 0, 0)]
+    [e] = rl.rollout(Parrot(lambda _: [65, TOKENS.image]), order, policy_of(tiny), Rewards())
+    assert e.documents[0].weights.sum() == 1    # the mark itself is not learnt
+
+
+# ---- whole runs ---------------------------------------------------------------------------------
+
+def go(out, begin, **changes) -> list[dict]:
+    rl.run(Args(**{**SMALL, "out": str(out), "init": str(begin), **changes}))
+    return log_of(out)
+
+
+@pytest.mark.parametrize("more", [{}, dict(rehearse=0.25, levels=2, drafts=2, kl=0.1)])
+def test_six_steps_are_three_and_resume_and_three(tmp_path, begin, monkeypatch, more):
+    some_reward(monkeypatch)
+    whole = go(tmp_path / "whole", begin, steps=6, eval_every=3, eval_count=2, **more)
+    with monkeypatch.context() as patch:
+        after_step(patch, lambda step: step == 3 and signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "parts", begin, steps=6, eval_every=3, eval_count=2, **more)
+    assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000003"]
+    parts = go(tmp_path / "parts", begin, steps=6, eval_every=3, eval_count=2, resume=True, **more)
+    for key in ("pg_loss", "reward", "mismatch", "entropy", "samples"):
+        assert [x[key] for x in parts] == [x[key] for x in whole] and len(whole) == 6
+    a, b = tmp_path / "whole/step_000006", tmp_path / "parts/step_000006"
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    a, b = state_of(a), state_of(b)
+    assert all(alike(a[key], b[key]) for key in ("step", "optimizer", "collector", "exams"))
+    assert max(x["mismatch_max"] for x in whole) < 1e-4 and any(x["pg_loss"] for x in whole)
+
+
+def test_an_asynchronous_driver_at_staleness_0_is_the_synchronous_one(tmp_path, begin, monkeypatch):
+    some_reward(monkeypatch)
+    plain = go(tmp_path / "plain", begin, steps=3, mix="counting")
+    threads = go(tmp_path / "threads", begin, steps=3, mix="counting", workers=1)
+    for a, b in zip(plain, threads, strict=True):
+        assert b["pg_loss"] == pytest.approx(a["pg_loss"], abs=1e-5)
+        assert b["reward"] == pytest.approx(a["reward"], abs=1e-6) and b["stale"] == 0
+
+
+def test_a_stale_run_keeps_its_bound_and_resumes(tmp_path, begin, monkeypatch):
+    some_reward(monkeypatch)
+    log = go(tmp_path, begin, steps=4, max_staleness=2, save_every=2)
+    assert len(log) == 4 and all(0 <= x["stale"] <= 2 for x in log)
+    held = state_of(tmp_path / "step_000002")["collector"]
+    assert held["ready"] or held["books"]["kept"]       # what was under way is not lost
+    for group in held["ready"]:
+        assert len(from_bytes(group.numpy().tobytes())) == 4
+    assert len(go(tmp_path, begin, steps=6, max_staleness=2, resume=True)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_trainer_and_a_player(tmp_path, begin, staleness):
+    """Two ranks on gloo; without staleness their losses are those of one process."""
+    options = [f"--{k}={v}" for k, v in {
+        **SMALL, "mix": "ocr_line", "steps": 3, "init": begin, "max_staleness": staleness}.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "rl.py", *options, f"--out={tmp_path / 'two'}"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=200)
+    assert done.returncode == 0, done.stderr
+    two = log_of(tmp_path / "two")
+    assert len(two) == 3 and all(x["stale"] <= staleness for x in two)
+    if not staleness:
+        for a, b in zip(go(tmp_path / "one", begin, steps=3, mix="ocr_line"), two, strict=True):
+            assert b["pg_loss"] == pytest.approx(a["pg_loss"], abs=1e-5)
+
+
+def test_the_report_shows_a_run(tmp_path, begin):
+    from lab import report
+    go(tmp_path, begin, steps=2, eval_every=1, eval_count=2)
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "data:image/png;base64" in page and "held-out accuracy" in page and "before" in page
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(mix="countin"), "not 'countin'"), (dict(group=1), "--group takes 2 or more"),
+    (dict(loss="ppo"), "--loss takes grpo"), (dict(init="nowhere"), "no checkpoint"),
+    (dict(levels=9), "--levels takes 1 to 5"), (dict(mix="counting:0"), "--mix takes"),
+    (dict(max_staleness=-1), "--max_staleness takes 0")])
+def test_bad_options_are_one_clear_line(tmp_path, begin, change, message):
+    with pytest.raises(UserError, match=message):
+        go(tmp_path / "run", begin, **{"steps": 1, **change})
+
+
+def test_a_group_is_shown_its_picture_once(tiny):
+    orders = [Episode(Task("counting", 7), 0, i) for i in range(4)]
+    played = rl.rollout(rl.player(tiny, Args(context=128)), orders, policy_of(tiny), Rewards())
+    again = [e for one in played for e in from_bytes(to_bytes([one]))]
+    for episodes in (played, again, played + again):
+        batch = collate([d for e in episodes for d in e.documents], tiny.config)
+        assert len(batch.grids) == 1 and len(batch.visual) == 16 * len(episodes)
