@@ -46,6 +46,7 @@ class Args:
     decay: float = 0.4            # that last part, as a share of the steps
     mtp: int = 3                  # tokens that the MTP head learns to look ahead; 0: no head
     mtp_share: float = 0.2        # the last part of the run, in which it learns
+    mtp_alone: bool = False       # its loss moves the head only, the rest is as without it
     image_option: str = "token"   # what it reads at visual slots: embed, mask or token (mmtp.py)
     init: str = ""                # folder whose weights to start from
     vit: str = ""                 # folder of train_vit.py's whose tower to start from
@@ -63,7 +64,7 @@ class Args:
 
 # ---- the loss ---------------------------------------------------------------------------------
 
-def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token"):
+def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token", alone: bool = False):
     """Weighted sum of the next-token losses of one row, and a list of the MTP head's at each
     depth: fp32 scalars."""
     merged = model.see(batch)
@@ -71,7 +72,8 @@ def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token"):
     # Token t is predicted from position t-1; a document's first token has weight 0.
     main = linear_cross_entropy(hidden[:-1], model.lm_head.weight,
                                 batch.tokens[1:], batch.weights[1:])
-    return main, mtp_losses(model, hidden, batch, merged, depths, option) if depths else []
+    return main, (mtp_losses(model, hidden, batch, merged, depths, option, alone) if depths
+                  else [])
 
 
 def ahead_weight(step: int, args: Args) -> float:
@@ -199,7 +201,7 @@ def run(args: Args):
         for row in rows[hw.rank::hw.world]:
             batch = collate(row, model.config, args.row_tokens).to(hw.device)
             loss, further = loss_sum(model, batch, args.mtp if ahead else 0,
-                                     args.image_option)
+                                     args.image_option, args.mtp_alone)
             (loss + ahead * sum(further) / max(1, args.mtp)).div(weight).backward()
             optimizer.collect()
             total += torch.stack([loss.detach(), *(x.detach() for x in further)]) / weight
