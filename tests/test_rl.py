@@ -9,24 +9,23 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import collect
 import gym
 import rl
-from collect import Actor, Collector, Curriculum, figures_of, samples
-from common import ROOT, UserError, checkpoints, load_tensors
+from collect import Actor, Collector, Curriculum, figures_of
+from common import ROOT, UserError, checkpoints
 from data import Document, Episode, collate, document, from_bytes, to_bytes
-from engine import Engine, Request, Result
+from engine import Engine, Result
 from faults import faulty
 from gym import Rewards, Score
 from kernels import linear_logp
 from mmtp import attach
 from model import GLMV, sized
-from optim import OptimConfig, Optimizer
 from rl import Args, Play, Policy
 from tasks.base import Message, Obs, OneShot, Task
 from test_pretrain import after_step, alike, log_of, own_signals, state_of  # noqa: F401
@@ -364,13 +363,13 @@ def test_a_stale_run_keeps_its_bound_and_resumes(tmp_path, begin, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("staleness", [0, 2])
-def test_a_trainer_and_a_player(tmp_path, begin, staleness):
-    """Two ranks on gloo; without staleness their losses are those of one process."""
+@pytest.mark.parametrize("staleness,ranks", [(0, 2), (2, 2), (0, 3)])
+def test_trainers_and_a_player(tmp_path, begin, staleness, ranks):
+    """On gloo, the last rank plays; without staleness losses are those of one process."""
     options = [f"--{k}={v}" for k, v in {
         **SMALL, "mix": "ocr_line", "steps": 3, "init": begin, "max_staleness": staleness}.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
          "rl.py", *options, f"--out={tmp_path / 'two'}"],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=200)
@@ -378,7 +377,8 @@ def test_a_trainer_and_a_player(tmp_path, begin, staleness):
     two = log_of(tmp_path / "two")
     assert len(two) == 3 and all(x["stale"] <= staleness for x in two)
     if not staleness:
-        for a, b in zip(go(tmp_path / "one", begin, steps=3, mix="ocr_line"), two, strict=True):
+        one = go(tmp_path / "one", begin, steps=3, mix="ocr_line")
+        for a, b in zip(one, two, strict=True):
             assert b["pg_loss"] == pytest.approx(a["pg_loss"], abs=1e-5)
 
 
@@ -406,3 +406,260 @@ def test_a_group_is_shown_its_picture_once(tiny):
     for episodes in (played, again, played + again):
         batch = collate([d for e in episodes for d in e.documents], tiny.config)
         assert len(batch.grids) == 1 and len(batch.visual) == 16 * len(episodes)
+
+
+# ---- faults, at fixed points --------------------------------------------------------------------
+
+class Stage(OneShot):
+    """A task whose seed says what goes wrong."""
+    FAULTS = ("fine", "make", "reset", "step", "evidence", "hang")
+
+    def __init__(self, task):
+        self.task, self.fault = task, self.FAULTS[task.seed] if task.seed < 6 else "fine"
+        self.fail("make")
+
+    def fail(self, where):
+        if self.fault == where:
+            raise OSError(f"{where} fails")
+
+    def reset(self):
+        self.fail("reset")
+        if self.fault == "hang":
+            threading.Event().wait()
+        return Obs("How many?")
+
+    def step(self, text):
+        self.fail("step")
+        self.said = text
+        return super().step(text)
+
+    def evidence(self):
+        self.fail("evidence")
+        return {"reply": self.said}
+
+
+class Even:
+    """Rewards of 1 for replies of even length."""
+    def score(self, task, evidence):
+        return Score(float(len(evidence["reply"]) % 2 == 0))
+
+
+class Given(Curriculum):
+    """Draws tasks of these seeds first, then fine ones."""
+    def __init__(self, *seeds):
+        super().__init__((("counting", 1.0),), 0, 1, lambda line: self.said.append(line))
+        self.seeds, self.said = list(seeds), []
+
+    def draw(self):
+        if self.kept or not self.seeds:
+            return super().draw()
+        return Task("counting", self.seeds.pop(0))
+
+
+def troupe(tiny, monkeypatch, *seeds, actor=Actor, **more) -> Collector:
+    """A Collector of groups of 4 over Stage; replies are one or two letters, in turn."""
+    monkeypatch.setattr(gym, "make", Stage)
+    turns = iter(range(10 ** 6))
+    parrot = Parrot(lambda _: [65] * (1 + next(turns) % 2) + [TOKENS.special["<|user|>"]])
+    player = actor(parrot, Even(), lambda e: Play(e, policy_of(tiny)))
+    return Collector(player, Given(*seeds), live=rl.has_signal,
+                     **{"prompts": 2, "size": 4, "staleness": 0, "patience": 1e9, **more})
+
+
+def test_an_environment_that_raises_is_an_error_and_no_zero(tiny, monkeypatch):
+    faults = [Stage.FAULTS.index(name) for name in ("make", "reset", "step", "evidence")]
+    collector = troupe(tiny, monkeypatch, *faults, 0)
+    groups = collector.collect(0)
+    assert len(groups) == 2 and all(group[0].task.seed not in faults for group in groups)
+    ended = [e for group in collector.seen for e in group]
+    broken = [e for e in ended if e.task.seed in faults]
+    assert len(broken) >= 8 and all(e.status == "error" for e in broken)
+    assert all("fails" in e.score.error and math.isnan(e.score.reward) for e in broken)
+    assert all(e.score.error is None for e in ended if e not in broken)
+    assert figures_of(collector.seen, rl.has_signal, 0)["errors"] == pytest.approx(
+        len(broken) / len(ended))
+
+
+def test_a_screen_that_never_returns_is_given_up_and_played_again(tiny, monkeypatch):
+    """By hand-set clock: after `patience` the task is kept, the second time it is an error."""
+    now = [0.0]
+    monkeypatch.setattr(collect.time, "monotonic", lambda: now[0])
+    hang = Stage.FAULTS.index("hang")
+    collector = troupe(tiny, monkeypatch, hang, patience=10.0, staleness=1)
+
+    def others_done():
+        collector.turn()
+        while any(group.task.seed != hang for group in collector.open.values()):
+            collector.turn()
+    others_done()
+    assert [group.task.seed for group in collector.open.values()] == [hang]
+    now[0] = 11.0
+    collector.turn()
+    assert collector.given_up == 1 and [task[1] for task in collector.curriculum.kept] == [hang]
+    collector.ready.clear()
+    others_done()           # the kept task is drawn first
+    assert [group.task.seed for group in collector.open.values()] == [hang]
+    now[0] = 22.0
+    collector.turn()
+    errors = [e for group in collector.seen for e in group if e.score.error]
+    assert len(errors) == 4 and all("twice" in e.score.error for e in errors)
+    assert not collector.actor.outside
+
+
+def test_enough_is_enough(tiny, monkeypatch):
+    """Abort by count: what is still under way is given up and kept, to be played first."""
+    hang = Stage.FAULTS.index("hang")
+    collector = troupe(tiny, monkeypatch, hang)
+    collector.curriculum.silent = 0.34      # three groups are begun for two
+    assert len(collector.collect(0)) == 2
+    assert not collector.open and collector.given_up == 1
+    assert collector.curriculum.kept == [("counting", hang, 0, "train", 0)]
+
+
+def test_odd_rewards_and_dying_verifiers_are_errors(tiny, monkeypatch):
+    golds = ["nan", "inf", "string", "none", "raise", "kill", "hang", "int", "float"]
+    monkeypatch.setattr(gym, "make", Stage)
+    monkeypatch.setattr(Stage, "evidence", lambda self: {"gold": golds[self.task.pixels]})
+    rewards = Rewards({"counting": ("mean", {"answer": (faulty, 1)})}, workers=2, deadline=1.0)
+    actor = Actor(Parrot(lambda _: [65, TOKENS.special["<|user|>"]]), rewards,
+                  lambda e: Play(e, policy_of(tiny)), judges=2)
+    actor.start([Episode(Task("counting", 9, pixels=i), 0, i) for i in range(len(golds))])
+    ended = []
+    while len(ended) < len(golds):
+        ended += actor.step()
+    rewards.close()
+    by = {golds[e.index]: e.score for e in ended}
+    assert by.pop("int").reward == 1 and by.pop("float").reward == 0.5
+    assert all(score.error and math.isnan(score.reward) for score in by.values())
+    group = sorted(ended, key=lambda e: e.index)
+    assert [a for a in rl.advantages(rl.rewards_of(group)) if a] == [0.25, -0.25]
+
+
+def test_a_reward_system_that_raises_is_an_error(tiny, monkeypatch):
+    collector = troupe(tiny, monkeypatch)
+
+    def gone(task, evidence):
+        raise RuntimeError("a reward worker does not start")
+    collector.actor.rewards.score = gone
+    with pytest.raises(UserError, match="100% of all rollouts end in errors.*does not start"):
+        for step in range(3):
+            assert not collector.collect(step)
+
+
+def test_what_is_delivered_twice_counts_once(tiny, monkeypatch):
+    class Twice(Actor):
+        def step(self):
+            return [e for one in super().step() for e in (one, *from_bytes(to_bytes([one])))]
+    collector = troupe(tiny, monkeypatch, actor=Twice)
+    groups = collector.collect(0)
+    assert [[e.index for e in group] for group in groups] == [[0, 1, 2, 3]] * 2
+    assert collector.twice == 4 * len(collector.seen)
+
+
+def test_weights_that_arrive_in_mid_generation_mark_each_token(tiny):
+    actor = Actor(Engine(tiny, 4, 128), Even(), lambda e: Play(e, policy_of(tiny, max_new=6)))
+    actor.start([Episode(Task("counting", i), 0, i) for i in range(3)])
+    while not any(len(r.ids) == 3 for r in actor.engine.running):
+        assert not actor.step()
+    actor.load(dict(tiny.named_parameters()), 1)
+    ended = []
+    while len(ended) < 3:
+        ended += actor.step()
+    versions = [e.documents[0].extras["version"][e.documents[0].weights > 0] for e in ended]
+    assert all((np.diff(v) >= 0).all() for v in versions)
+    assert any(set(v) == {0, 1} for v in versions)
+    for staleness, late in ((0, True), (1, False)):
+        collector = Collector(actor, Given(), 1, 3, staleness, 1e9, rl.has_signal)
+        assert collector._is_stale(ended, 1) == late and len(collector.curriculum.kept) == late
+
+
+def test_a_category_that_fails_is_paused_and_a_run_that_fails_ends():
+    said = []
+    books = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 1, said.append)
+    for i in range(20):     # one in eight, of one category
+        books.note([episode(1), *[episode(0)] * 6, episode(None)], True)
+        point = [replace_task(episode(i % 2), "point") for i in range(8)]
+        books.note(point, True)
+    assert len(said) == 1 and "counting is paused: 12% of its rollouts" in said[0]
+    assert {books.draw().category for _ in range(30)} == {"point"}
+    with pytest.raises(UserError, match="of all rollouts end in errors, the last in: gone"):
+        for _ in range(60):
+            books.note([episode(None)] * 8, False)
+
+
+def replace_task(e: Episode, name: str) -> Episode:
+    e.task = Task(name, e.task.seed)
+    return e
+
+
+def test_steps_that_are_not_finite_end_the_run(tmp_path, begin, monkeypatch):
+    some_reward(monkeypatch)
+    monkeypatch.setattr(rl, "update", lambda *rest: {"norm": math.nan, "tokens": 1})
+    with pytest.raises(UserError, match="five steps in a row were not finite"):
+        go(tmp_path, begin, steps=9)
+
+
+@pytest.mark.slow
+def test_a_dead_player_restarts_all_from_the_last_checkpoint(tmp_path, begin):
+    """It dies in its first life as weights of version 2 arrive; nothing of steps 1 and 2 is lost."""
+    (tmp_path / "fatal.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import collect, rl
+from common import cli, main
+load = collect.Actor.load
+def fatal(self, weights, version):
+    if version == 2 and not os.path.exists({str(tmp_path / "died")!r}):
+        open({str(tmp_path / "died")!r}, "w").close()
+        os._exit(1)
+    load(self, weights, version)
+collect.Actor.load = fatal
+main(lambda: rl.run(cli(rl.Args)))
+""")
+    options = [f"--{k}={v}" for k, v in {**SMALL, "mix": "ocr_line", "steps": 4, "init": begin,
+                                        "save_every": 1, "out": tmp_path / "run"}.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "--max-restarts=1", str(tmp_path / "fatal.py"), *options, "--resume"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "died").exists() and "steps 2..4" in done.stdout
+    assert [x["step"] for x in log_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+# ---- books and bytes ----------------------------------------------------------------------------
+
+def test_the_curriculum_prefers_what_is_half_solved_and_rises():
+    said = []
+    books = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 2, said.append)
+    for _ in range(30):
+        books.note([episode(1), episode(1, index=1)], False)    # counting is solved
+        books.note([replace_task(episode(i), "point") for i in range(2)], True)
+    assert said == ["counting: level 1 opens"] and books.top == {"counting": 1, "point": 0}
+    names = [books.draw().category for _ in range(400)]
+    assert 0.55 < names.count("point") / 400 < 0.75
+    assert books.expansion == pytest.approx(1 / (1 - books.silent)) and 1.2 < books.expansion < 2
+    other = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 2)
+    other.restore(books.state())
+    assert [other.draw() for _ in range(5)] == [books.draw() for _ in range(5)]
+
+
+def test_episodes_travel_as_bytes(tiny):
+    orders = [Episode(Task("gui_form", 1), 3, i) for i in range(2)]
+    orders[1].task = Task("counting", 0, split="test")
+    played = rl.rollout(rl.player(tiny, Args()), orders, policy_of(tiny), Rewards())
+    back = from_bytes(to_bytes(played + [Episode(Task("point", 2), 1, 0)]))
+    assert back[2] == Episode(Task("point", 2), 1, 0)
+    for a, b in zip(played, back):
+        assert (a.task, a.group, a.index, a.score, a.status) == (
+            b.task, b.group, b.index, b.score, b.status)
+        for c, d in zip(a.documents, b.documents, strict=True):
+            assert (c.ids == d.ids).all() and (c.weights == d.weights).all()
+            assert c.extras.keys() == d.extras.keys() and all(
+                (c.extras[k] == d.extras[k]).all() for k in c.extras)
+            assert all((x == y).all() for x, y in zip(c.images, d.images, strict=True))
+    whole = to_bytes(played)
+    for broken in (b"", b"PK", whole[:100], whole[:-30]):
+        with pytest.raises(ValueError, match="no episodes"):
+            from_bytes(broken)
