@@ -3,15 +3,18 @@
     python -m lab.drafts                       the demo's checkpoint on held-out tasks
     python -m lab.drafts --ckpt=out/pretrain --slots=1
     python -m lab.drafts --size=small          the cost side: random weights, acceptance made up
+    python -m lab.drafts --peer                beside transformers' generate with the same weights
 
 For each K: the share of drafts that stand, tokens a trunk step beside the formula
 (1 - p^(K+1)) / (1 - p) with p the mean share, the cost of a step in plain steps, and useful
 tokens a second as a ratio to plain decoding (median over rounds that run all K in turn). `auto`
 is what the engine chooses by itself. Replies are checked to be those of plain decoding.
+transformers pads its batches, `slots` prompts sorted by length in each.
 
 With --size the trunk is random, so nothing would be accepted: drafts are replaced by the known
 reply, each token wrong with probability 1 - p. Everything is computed and timed as it would be.
 """
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ import sample
 from common import UserError, cli, main, setup, write_json
 from data import document
 from engine import Engine, Request
+from lab.bench import in_batches, padded, peer
 from model import GLMV, sized
 from tasks.base import Task
 from tokenizer import Tokenizer
@@ -43,6 +47,7 @@ class Args:
     prompts: int = 96          # requests
     max_new: int = 48          # tokens of a reply at most
     rounds: int = 5            # times that every K is run
+    peer: bool = False         # transformers too (requirements-peers.txt)
     seed: int = 0              # of prompts and made-up drafts
     device: str = "auto"       # auto, cpu, cuda or mps
     dtype: str = "float32"     # auto, float32 or bfloat16
@@ -78,6 +83,22 @@ def decode(engine, requests: list, replies: list | None, args: Args):
     return found, time.perf_counter() - began
 
 
+def generate(theirs, prompts: list, config, tokens, args: Args, hw):
+    """transformers' replies, and the seconds; padding and positions are its own affair."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    batches = [(part, padded([prompts[i] for i in part], config, hw, left=True))
+               for part in in_batches(order, args.slots)]
+    found, began = [[]] * len(prompts), time.perf_counter()
+    for part, batch in batches:
+        batch.pop("labels")
+        out = theirs.generate(**batch, max_new_tokens=args.max_new, do_sample=False,
+                              eos_token_id=sorted(tokens.stops), pad_token_id=0)
+        for i, row in zip(part, out[:, batch["input_ids"].shape[1]:].tolist()):
+            end = next((n + 1 for n, token in enumerate(row) if token in tokens.stops), len(row))
+            found[i] = row[:end]
+    return found, time.perf_counter() - began
+
+
 def run(args: Args):
     if min(args.slots, args.prompts, args.rounds, args.max_new) < 1 or not 0 <= args.p <= 1:
         raise UserError("--slots, --prompts, --rounds and --max_new take 1 or more, --p 0 to 1")
@@ -106,7 +127,12 @@ def run(args: Args):
 
     plain, _ = decode(engine(0), requests, None, args)
     useful, times, facts = sum(map(len, plain)), {k: [] for k in settings}, {}
+    theirs = peer(model, hw).eval() if args.peer else None
     for _ in range(args.rounds):
+        if theirs:
+            found, took = generate(theirs, prompts, model.config, tokens, args, hw)
+            times.setdefault("peer", []).append(took)
+            agree = sum(a == b for a, b in zip(found, plain))
         for k in settings:
             made = engine(k)
             found, took = decode(made, requests, plain if args.size and k else None, args)
@@ -122,9 +148,9 @@ def run(args: Args):
         ratios = [a / b for a, b in zip(times[0], times[k])]
         f, ratio = facts[k], statistics.median(ratios)
         # the mean p that explains the depths: of all drafts that were tested, those that stood
-        alive = np.cumprod([1.0, *f["rates"][:max(k, 0)]])
+        alive = np.cumprod([1.0, *f["rates"]])
         p = alive[1:].sum() / max(1e-9, alive[:-1].sum())
-        formula = sum(p ** j for j in range(k + 1)) if k > 0 else 1.0
+        formula = sum(p ** j for j in range(k + 1)) if k >= 0 else math.nan
         rows[str(k) if k >= 0 else f"auto {f['depth']}/{-k}"] = {
             "p": p, "tokens": f["tokens"], "formula": formula, "ratio": ratio, "rates": f["rates"],
             "cost": (statistics.median(times[k]) / f["steps"])
@@ -134,6 +160,11 @@ def run(args: Args):
         print(f"{name:<9}{r['p']:>6.2f}{r['tokens']:>13.2f}{r['formula']:>9.2f}{r['cost']:>7.2f}"
               f"{r['ratio']:>7.2f}  {r['range'][0]:.2f}-{r['range'][1]:<7.2f}{r['equal']}"
               f"/{args.prompts}")
+    if theirs:
+        ratios = [a / b for a, b in zip(times["peer"], times[0])]
+        print(f"plain decoding beside transformers: {statistics.median(ratios):.2f} "
+              f"[{min(ratios):.2f}-{max(ratios):.2f}], equal replies {agree}/{args.prompts}")
+        rows["peer"] = {"ratio": 1 / statistics.median(ratios), "equal": agree}
     write_json(Path(args.out), {"hardware": hw.why, "useful": useful, "rows": rows})
 
 
