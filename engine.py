@@ -93,6 +93,7 @@ class Engine:
         self.running: list[_Running] = []
         self.count = 0
         self.last = torch.zeros(slots, dtype=torch.long, device=self.device)
+        self.none = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.state = weight.new_zeros(slots, weight.shape[1])  # the head's, behind each `last`
         self.steps = self.tokens = 0    # trunk steps times requests, and the tokens they gave
         self._measure_anew()
@@ -141,23 +142,34 @@ class Engine:
         ended = self._admit()
         n = len(self.running)
         if n:
-            k, began = self._worthwhile(n), time.perf_counter()
-            length, position = self.cache.length[:n].clone(), self.cache.position[:n].clone()
-            drafts, odds = self._guess(n, k)
-            drafted = time.perf_counter()
-            hidden = self._forward(torch.cat([self.last[:n, None], drafts], 1), position)
-            logits = self.model.lm_head(hidden)
-            stood, chosen = self._verify(logits, drafts, odds)
-            alive = [n, *(stood[:, None] > torch.arange(k, device=self.device)).sum(0).tolist()]
-            verified = time.perf_counter()  # the line above has waited for the device
-            if self.depth:
-                self._follow(hidden, chosen, stood, length, position)
-            self.cache.length[:n] = length + stood + 1
-            self.cache.position[:n] = position + stood + 1
-            self._note(n, k, alive, verified - drafted, time.perf_counter() - verified
-                       + drafted - began)
-            ended += self._append(chosen, stood, logits, 0)
+            ended += self._speculate(n, self._worthwhile(n)) if self.depth else self._plain(n)
         return ended
+
+    def _plain(self, n: int) -> list[Result]:
+        """One token for each of n slots."""
+        position = self.cache.position[:n]
+        logits = self.model.lm_head(self._forward(self.last[:n, None], position))
+        position += 1
+        self.steps, self.tokens = self.steps + n, self.tokens + n
+        return self._append(self._choose(logits[:, 0], 0)[:, None], self.none[:n], logits, 0)
+
+    def _speculate(self, n: int, k: int) -> list[Result]:
+        """Draft k tokens for each of n slots, verify them, go back to the last that stands."""
+        began = time.perf_counter()
+        length, position = self.cache.length[:n].clone(), self.cache.position[:n].clone()
+        drafts, odds = self._guess(n, k)
+        drafted = time.perf_counter()
+        hidden = self._forward(torch.cat([self.last[:n, None], drafts], 1), position)
+        logits = self.model.lm_head(hidden)
+        stood, chosen = self._verify(logits, drafts, odds)
+        alive = [n, *(stood[:, None] > torch.arange(k, device=self.device)).sum(0).tolist()]
+        verified = time.perf_counter()  # the line above has waited for the device
+        self._follow(hidden, chosen, stood, length, position)
+        self.cache.length[:n] = length + stood + 1
+        self.cache.position[:n] = position + stood + 1
+        self._note(n, k, alive, verified - drafted,
+                   time.perf_counter() - verified + drafted - began)
+        return self._append(chosen, stood, logits, 0)
 
     def _forward(self, tokens, position, head=None):
         """The trunk (or, given states `head` (n, k, W), the MTP head) over k more tokens a slot.
@@ -191,7 +203,7 @@ class Engine:
             ahead = batch.tokens.roll(-1).index_copy(0, ends, chosen)
             self.state[rows] = mmtp.draft(self.model, hidden, ahead, batch.positions,
                                           Segments(batch.cu_seqlens, causal=True), cache)[ends]
-        return self._append(chosen[:, None], torch.zeros_like(chosen), logits, first)
+        return self._append(chosen[:, None], self.none[:len(new)], logits, first)
 
     # ---- choosing tokens --------------------------------------------------------------------
 
@@ -219,12 +231,9 @@ class Engine:
         """How many drafts stand in each slot (n,), and the token that follows each place
         (n, K+1): those that stand, then the trunk's own; what is behind is void."""
         n, k = drafts.shape
-        if odds is None and k:      # all greedy
+        if odds is None:            # all greedy
             best = logits.argmax(-1)
             return (drafts == best[:, :k]).long().cumprod(1).sum(1), best
-        if not k:
-            chosen = self._choose(logits[:, 0], 0)
-            return torch.zeros_like(chosen), chosen[:, None]
         shape = [x[:, None].expand(n, k + 1) for x in self._shape(self.running)]
         stood, token = mmtp.accept(probabilities(logits, *shape), odds, drafts,
                                    self._uniforms(self.running, k + 1))
@@ -235,7 +244,8 @@ class Engine:
         """Give the slots from `first` on their new tokens; close the requests that are done."""
         row = torch.arange(len(chosen), device=self.device)
         self.last[first:first + len(row)] = chosen[row, stood]
-        logps = logits.float().log_softmax(-1).gather(-1, chosen[..., None])[..., 0].tolist()
+        logps = logits.gather(-1, chosen[..., None])[..., 0].float()
+        logps = (logps - logits.float().logsumexp(-1)).tolist()
         counts, ended = (stood + 1).tolist(), []
         chosen = chosen.tolist()
         for slot in reversed(range(first, first + len(row))):  # releasing moves the last slot down
@@ -282,8 +292,7 @@ class Engine:
                 odds.append(probabilities(logits, *shape))
                 drafts.append(draw(odds[-1], self._uniforms(self.running, 1)[:, 0]))
         self.cache.length[:n] = length
-        empty = torch.zeros(n, 0, dtype=torch.long, device=self.device)
-        return torch.stack(drafts, 1) if k else empty, torch.stack(odds, 1) if odds else None
+        return torch.stack(drafts, 1), torch.stack(odds, 1) if odds else None
 
     def _follow(self, hidden, chosen, stood, length, position):
         """Let the head take in what the trunk has just read, each state with the token that
@@ -306,7 +315,7 @@ class Engine:
     def _worthwhile(self, n: int) -> int:
         """How many drafts to make now. Times of all K follow from those of two, as lines. Once
         none pay, none are made until new weights arrive."""
-        if not self.adapt or not self.depth:
+        if not self.adapt:
             return self.depth
         size, most = n.bit_length(), self.most
         for k in {most, 1}:
@@ -320,7 +329,7 @@ class Engine:
                                       for k in range(1, most + 1)]
             rates = [s / max(1.0, t) for s, t in zip(self.stood, self.tried)]
             self.depth = mmtp.worth(rates, cost)
-        return self.depth
+        return max(1, self.depth)   # where it is 0 from now on, this is the last to draft
 
 
 # Exercises. Delete the body, write it again, run the test.
