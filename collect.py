@@ -342,11 +342,12 @@ class Collector:
     while the trainer learns, all groups that are ready are used, and when enough are there the
     rest is given up: abort by count [C]. patience: seconds until a group is given up: abort by
     time [C]. What is given up is played again first; what outlasts patience twice is an error.
+    flight: rollouts under way at most; 0: as many as staleness allows.
     """
 
     def __init__(self, actor, curriculum: Curriculum, prompts: int, size: int, staleness: int,
-                 patience: float, live):
-        self.actor, self.curriculum, self.live = actor, curriculum, live
+                 patience: float, live, flight: int = 0):
+        self.actor, self.curriculum, self.live, self.flight = actor, curriculum, live, flight
         self.prompts, self.size, self.staleness = prompts, size, staleness
         self.patience, self.count, self.finished, self.step = patience, 0, 0, 0
         self.open: dict[int, Group] = {}
@@ -376,6 +377,9 @@ class Collector:
         rounds = self.staleness + collecting
         most = 4 * self.prompts - self.finished if collecting else wanted * rounds
         for _ in range(min(wanted * rounds - len(self.ready), most) - len(self.open)):
+            under_way = sum(self.size - len(group.got) for group in self.open.values())
+            if self.flight and under_way + self.size > max(self.flight, self.size):
+                break
             task = self.curriculum.draw()
             self.open[self.count] = Group(task, time.monotonic())
             self.actor.start([Episode(task, self.count, i) for i in range(self.size)])

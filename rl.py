@@ -72,6 +72,7 @@ class Args:
     decay: float = 0.4            # that last part, as a share of the steps
     max_staleness: int = 0        # updates that a sample may lag behind; 0: synchronous
     slots: int = 64               # conversations generated side by side
+    flight: int = 0               # rollouts under way at most; 0: as many as staleness allows
     drafts: int = 0               # tokens that the MTP head drafts ahead in generation
     workers: int = 0              # processes of verifiers, killed when they hang; 0: none, here
     patience: float = 60.0        # seconds until an unfinished group is given up, with workers
@@ -422,7 +423,7 @@ def examine(model: GLMV, policy: Policy, rewards, args: Args) -> list[Episode]:
 def check(args: Args):
     """Refuse at once what would fail, or do nothing, hours later."""
     ones = "steps prompts row_tokens max_new context slots save_every eval_count log_every"
-    zeros = "seed max_staleness workers think drafts kl rehearse mtp eval_every"
+    zeros = "flight seed max_staleness workers think drafts kl rehearse mtp eval_every"
     least = {**dict.fromkeys(ones.split(), 1), **dict.fromkeys(zeros.split(), 0), "group": 2}
     for name, value in least.items():   # a group of one has nobody to be better than
         if getattr(args, name) < value:
@@ -468,13 +469,13 @@ def run(args: Args):
         raise UserError(f"--rollout_ranks takes 1 to {hw.world - 1} of {hw.world} processes")
     if lead and not args.plan:
         keep_earlier(out, args.resume, say)
-    say(hw.why)
     model, optimizer, begin, state = build(args, hw)
     start, counts = state["step"] if state else 0, model.counts()
     if args.plan:       # a rollout takes about 64 tokens to read and half of what it may say
         tokens = args.steps * args.prompts * args.group * (64 + args.max_new / 2)
         memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
         return plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
+    say(hw.why)
     mix = parse_mix(args.mix, sight(model.config))
     strange = [name for name, _ in mix if name not in gym.names()]
     if strange or not sum(weight for _, weight in mix) > 0:
@@ -500,7 +501,8 @@ def run(args: Args):
 
     stream = Stream(model.config, mix, args.seed, "train", args.levels)
     collector = Collector(actor, Curriculum(mix, args.seed, args.levels, say), args.prompts,
-                          args.group, args.max_staleness, args.patience, has_signal)
+                          args.group, args.max_staleness, args.patience, has_signal,
+                          args.flight)
     exams = state["exams"] if state else []
     if state:
         collector.restore(state["collector"])
@@ -529,7 +531,8 @@ def run(args: Args):
         say(f"held out, greedy, step {step}: " + ", ".join(f"{k} {v:.1%}" for k, v in last.items()))
         if len(exams) > 2 and reward > exams[1]["reward"] + 0.02 and (
                 last["mean"] < exams[1]["accuracy"]["mean"] - 0.02):
-            say("ALARM: reward rises while held-out accuracy falls; look at out/*/pictures")
+            say("ALARM: reward rises and held-out accuracy falls: what is it that pays? See "
+                f"{out}/pictures")
         write_json(out / "report.json", {
             "title": f"RL, {out.name}", "samples": samples(episodes, policy.tokens,
                                                            out / "pictures"),

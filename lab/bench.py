@@ -4,6 +4,7 @@
     python -m lab.bench decode             greedy generation, prompts with and without pictures
     python -m lab.bench decode --dtype=bfloat16 --size=small
     python -m lab.bench vit                the vision encoder over pictures of mixed sizes
+    python -m lab.bench rl --rounds=3      asynchronous RL beside synchronous (lab/bench_rl.py)
 
 Both sides get the same random weights, documents, dtype, device and number of threads. First it is
 checked that they do the same work (equal losses, equal tokens); then each side's few settings are
@@ -42,6 +43,7 @@ import gym
 from common import UserError, cli, main, setup, write_json
 from data import Document, Stream, collate, document
 from engine import Engine, Request
+from lab import bench_rl
 from model import Config, GLMV, init, sized
 from pretrain import loss_sum
 from tasks.base import Task
@@ -56,7 +58,7 @@ BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws t
 
 @dataclass
 class Args:
-    what: str = ""             # train, decode or vit
+    what: str = ""             # train, decode, vit or rl
     size: str = "tiny"         # tiny, small or base
     dtype: str = "float32"     # float32 or bfloat16
     device: str = "auto"       # auto, cpu, cuda or mps
@@ -472,24 +474,25 @@ def vit(args: Args, hw) -> dict:
 
 def run(args: Args) -> dict:
     """Measure, print the table, write out/bench/NAME.json; returns what was written."""
-    verbs = {"train": train, "decode": decode, "vit": vit}
+    verbs = {"train": train, "decode": decode, "vit": vit, "rl": bench_rl.measure}
     if args.what not in verbs:
         raise UserError(f"lab.bench takes {', '.join(verbs)}, not '{args.what}'")
     hw = setup(args.device, args.dtype)
     print(f"{hw.why}; {args.size}, {args.documents} documents, {args.rounds} rounds")
     result = {"args": dataclasses.asdict(args), "hardware": hw.why, "aim": AIM,
               **verbs[args.what](args, hw)}
-    unit = "useful patches/s" if args.what == "vit" else "useful tokens/s"
+    units = {"vit": "useful patches/s", "rl": "samples learnt/s"}
+    unit, aim = units.get(args.what, "useful tokens/s"), result["aim"]
     print(f"{unit:<26} {'median':>9} {'least':>9} {'most':>9}  setting")
     for name, case in result["cases"].items():
         print(name)
         for side in ("ours", "theirs"):
             row = case[side]
-            print(f"  {side:<24} {row['median']:>9,.0f} {row['least']:>9,.0f} {row['most']:>9,.0f}"
-                  f"  {row['setting']}")
+            print(f"  {side:<24} {row['median']:>9,.4g} {row['least']:>9,.4g} "
+                  f"{row['most']:>9,.4g}  {row['setting']}")
         low, high = case["ratios"]
         print(f"  {'ratio':<24} {case['ratio']:>9.2f} {low:>9.2f} {high:>9.2f}"
-              f"  aim {AIM}: {'reached' if case['ratio'] >= AIM else 'missed'}")
+              f"  aim {aim}: {'reached' if case['ratio'] >= aim else 'missed'}")
     where = Path(args.out) / f"{args.what}-{args.size}-{args.dtype}-{hw.device.type}.json"
     write_json(where, result)
     print(f"written to {where}")

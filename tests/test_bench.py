@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from common import UserError
-from lab import bench
+from lab import bench, bench_rl
 from lab.bench import Args, run
 
 few = dict(dtype="float32", device="cpu", rounds=1, documents=4)
@@ -48,6 +48,16 @@ def test_the_encoder_compares_equal_losses_and_gradients(tmp_path, capsys, monke
     assert isinstance(sys.modules.get("torchvision"), (ModuleType, type(None)))
 
 
+def test_asynchronous_rl_beside_synchronous(tmp_path, capsys, monkeypatch):
+    for name, value in dict(WAIT=0.02, STEPS=1, FLIGHT=8, SIZE=4, PROMPTS=1).items():
+        monkeypatch.setattr(bench_rl, name, value)
+    result = run(Args("rl", out=str(tmp_path), **few))
+    assert all(ratio > 0 for ratio in ratios(result, tmp_path))
+    for case in result["cases"].values():
+        assert case["bound"] > 0 and case["theirs"]["stale"] == 0 < case["theirs"]["learnt"]
+    assert "samples learnt/s" in capsys.readouterr().out
+
+
 def test_anything_else_is_refused_in_one_line():
-    with pytest.raises(UserError, match="train, decode, vit"):
+    with pytest.raises(UserError, match="train, decode, vit, rl"):
         run(Args("fly"))

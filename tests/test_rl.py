@@ -389,6 +389,16 @@ def test_the_report_shows_a_run(tmp_path, begin):
     assert "data:image/png;base64" in page and "held-out accuracy" in page and "before" in page
 
 
+@pytest.mark.parametrize("rising", [0.1, 0.0])
+def test_the_alarm_rings_when_reward_and_accuracy_part(tmp_path, begin, monkeypatch, capsys,
+                                                       rising):
+    right = iter([0.5, 0.6, 0.5])
+    monkeypatch.setattr(rl, "accuracy", lambda episodes: {"mean": next(right)})
+    monkeypatch.setattr(rl, "figures_of", lambda groups, live, step: {"reward": rising * step})
+    go(tmp_path, begin, steps=2, eval_every=1, eval_count=1)
+    assert ("ALARM" in capsys.readouterr().out) == (rising > 0)
+
+
 @pytest.mark.parametrize("change,message", [
     (dict(mix="countin"), "not 'countin'"), (dict(group=1), "--group takes 2 or more"),
     (dict(loss="ppo"), "--loss takes grpo"), (dict(init="nowhere"), "no checkpoint"),
@@ -601,7 +611,7 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path, begin, monkeypatch):
 
 @pytest.mark.slow
 def test_a_dead_player_restarts_all_from_the_last_checkpoint(tmp_path, begin):
-    """It dies in its first life as weights of version 2 arrive; nothing of steps 1 and 2 is lost."""
+    """It dies in its first life as weights of version 2 arrive; steps 1 and 2 are not lost."""
     (tmp_path / "fatal.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
