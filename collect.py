@@ -495,8 +495,7 @@ def samples(episodes: list[Episode], tokens: Tokenizer, folder: Path) -> list[di
             for i, image in enumerate(image for d in e.documents for image in d.images):
                 files.append(f"{name}-{e.task.seed}-{i}.png")
                 Image.fromarray(image).save(folder / files[-1])
-            first, truth = e.documents[0], gym.demonstrate(e.task)
-            truth = " → ".join(talk[1].text for talk in truth)
+            first, truth = e.documents[0], " → ".join(gym.solve(e.task))
             made.append({
                 "category": name, "level": e.task.level, "pictures": files,
                 "question": words(first.ids[:int(first.weights.argmax())]).replace("\n", " "),
