@@ -26,7 +26,7 @@ from sample import evaluate, play, readable, show
 from tasks.base import Task
 from tokenizer import Tokenizer
 
-MIX = "shape_attr:1.4,counting:0.5,ocr_line:1.1,point:2.0,gui_click:1.2,gui_form:0.8"
+MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:1.5"
 
 
 @dataclass
@@ -49,7 +49,8 @@ def train(args: Args, hw) -> Path:
         return done[0]
     pretrain.run(pretrain.Args(
         steps=args.steps, seed=args.seed, mix=MIX, levels=args.levels, out=str(run), resume=True,
-        mtp_alone=True, save_every=200, eval_every=100, log_every=50, device=args.device))
+        mtp_alone=True, mtp_share=0.12, save_every=200, eval_every=100, log_every=50,
+        device=args.device))
     return find_checkpoint(run)
 
 
