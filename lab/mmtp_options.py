@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import mmtp
 import pretrain
-from common import UserError, cli, main, write_json
+from common import ROOT, UserError, cli, main, write_json
 from data import Packer, Stream, collate, parse_mix
 from kernels import Segments, angles, linear_cross_entropy
 from lab.report import STYLE, curve, read_log, smooth
@@ -177,14 +177,19 @@ def two_stages(option: str, model: GLMV, batch, depths: int) -> float:
     return loss.item()
 
 
+def example(args: Args):
+    """A model with a head, and a row of tasks with pictures."""
+    model = GLMV(sized("tiny"), 0)
+    mmtp.attach(model, args.depths)
+    row = Packer(Stream(model.config, parse_mix(KINDS["image-heavy"])), 2048).row()
+    return model, collate(row, model.config)
+
+
 def stage(args: Args):
     """One of the two processes, under torchrun."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    model = GLMV(sized("tiny"), 0)
-    mmtp.attach(model, args.depths)
-    batch = collate(Packer(Stream(model.config, parse_mix(KINDS["image-heavy"])), 2048).row(),
-                    model.config)
+    model, batch = example(args)
     slots = int((batch.tokens == model.config.image_token_id).sum())
     width, rows = model.config.text.hidden_size, {}
     for option in mmtp.OPTIONS:
@@ -202,10 +207,10 @@ def stage(args: Args):
 
 def count_bytes(args: Args) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "-m", "lab.mmtp_options", "--bytes", f"--out={args.out}",
+               "-m", "lab.mmtp_options", "--bytes", f"--out={Path(args.out).resolve()}",
                f"--depths={args.depths}"]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                          capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          text=True, capture_output=True)
     if done.returncode:
         raise UserError("the two stages failed: " + done.stderr.strip().splitlines()[-1])
     rows = json.loads((Path(args.out) / "bytes.json").read_text(encoding="utf-8"))

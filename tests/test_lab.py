@@ -1,12 +1,13 @@
-"""The demo and its page, end to end at a few steps."""
+"""The demo, its page and the lab sheets, end to end at a few steps."""
 import json
 
 import pytest
 
+import mmtp
 import pretrain
 from common import UserError
 from data import parse_mix
-from lab import demo, report
+from lab import demo, mmtp_options, report
 
 
 def test_the_demo_trains_examines_answers_and_reports(tmp_path, monkeypatch):
@@ -38,3 +39,29 @@ def test_an_empty_folder_is_one_clear_line(tmp_path):
         report.write(tmp_path)
     with pytest.raises(UserError, match="no run folder"):
         report.write(tmp_path / "missing")
+
+
+@pytest.mark.slow
+def test_two_stages_compute_what_one_process_does_and_send_what_the_formula_says(tmp_path):
+    """The model cut in two over gloo: losses of all three options, and bytes, counted."""
+    args = mmtp_options.Args(out=str(tmp_path), depths=2)
+    rows = mmtp_options.count_bytes(args)
+    model, batch = mmtp_options.example(args)
+    for option, row in rows.items():
+        assert row["bytes"] == row["formula"]
+        main, further = pretrain.loss_sum(model, batch, 2, option)
+        assert row["loss"] == pytest.approx((main + 0.1 * sum(further)).item(), rel=1e-5)
+    assert rows["embed"]["bytes"] > rows["token"]["bytes"] == rows["mask"]["bytes"]
+
+
+def test_an_ablation_in_small(tmp_path, monkeypatch):
+    """Two options, one seed, a few steps: figures for each, and a page."""
+    monkeypatch.setattr(mmtp, "OPTIONS", ("embed", "token"))
+    monkeypatch.setattr(mmtp_options, "count_bytes", lambda args: {})
+    args = mmtp_options.Args(steps=4, seeds=1, depths=2, mix="point,text", out=str(tmp_path))
+    mmtp_options.run(args)
+    table = json.loads((tmp_path / "report.json").read_text())["table"]
+    for row in table.values():
+        assert len(row["mtp2"]) == 1 and row["mtp2"][0] > 0
+        assert all(0 <= share <= 1 for runs in row["acceptance"].values() for share in runs[0])
+    assert "<svg" in (tmp_path / "report.html").read_text()
