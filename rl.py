@@ -11,8 +11,9 @@ Down to "what is seen" this is a complete synchronous trainer: `rollout`, `advan
 another way (collect.py). What is left out, and why:
 - A critic. The mean of the other replies to the same task is the baseline.
 - Dividing advantages by the group's deviation: it favours tasks that nearly all replies solve, or
-  nearly none; --std brings it back. An entropy bonus: it ends in garble [R: GLM-4.5V].
-- A reference model that holds the policy back; --kl brings it back.
+  nearly none; --std brings it back.
+- A reference model that holds the policy back; --kl brings it back. An entropy bonus: it ends in
+  garble [R: GLM-4.5V].
 - Several updates from one batch. So without staleness all ratios are 1 and nothing is clipped.
 - Forgetting the optimizer's state whenever new weights are sent out, as GLM-5 does [R].
 - Sharded weights (FSDP2): several trainers hold a copy each.
@@ -42,7 +43,7 @@ from mmtp import head_of, load, losses as mtp_losses, prefix
 from model import GLMV, Config
 from optim import OptimConfig, Optimizer, schedule
 from tasks.base import Task
-from tasks.jury import tally, told
+from tasks.jury import told
 from tasks.webdev import relative_rewards
 from tokenizer import Tokenizer
 
@@ -75,7 +76,7 @@ class Args:
     flight: int = 0               # rollouts under way at most; 0: as many as staleness allows
     drafts: int = 0               # tokens that the MTP head drafts ahead in generation
     workers: int = 0              # processes of verifiers, killed when they hang; 0: none, here
-    patience: float = 60.0        # seconds until an unfinished group is given up, with workers
+    patience: float = 60.0        # seconds until an unfinished group is given up, if asynchronous
     rollout_ranks: int = 1        # of torchrun's processes, how many play
     init: str = ""                # folder whose weights to start from; default: the demo's
     resume: bool = False          # go on with the newest checkpoint in --out
@@ -188,7 +189,7 @@ class Play:
             close = [tokens.special["</think>"], *tokens.encode("\n")]  # time to answer [R]
             documents[-1] = grow(documents[-1], close)
             self.said += close
-        elif result.finish != "stop":
+        elif result.finish != "stop" and not self.thinking:
             self.episode.status = "truncated"
         return tokens.decode(self.said)
 
@@ -501,8 +502,7 @@ def run(args: Args):
 
     stream = Stream(model.config, mix, args.seed, "train", args.levels)
     collector = Collector(actor, Curriculum(mix, args.seed, args.levels, say), args.prompts,
-                          args.group, args.max_staleness, args.patience, has_signal,
-                          args.flight)
+                          args.group, args.max_staleness, args.patience, has_signal, args.flight)
     exams = state["exams"] if state else []
     if state:
         collector.restore(state["collector"])
@@ -550,7 +550,7 @@ def run(args: Args):
     bad, saved, recent, clock = 0, start, [], time.perf_counter()
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
-        if done < args.steps and (lead or seats == 1):
+        if lead and done < args.steps:
             actor.load(optimizer.masters, done)
         bad = 0 if math.isfinite(values.get("norm", 0.0)) else bad + 1
         if bad == 5:
@@ -561,7 +561,6 @@ def run(args: Args):
         values |= {"groups": len(groups), "waited": collector.waited, "idle": actor.idle,
                    "dropped": collector.stale + collector.given_up, "twice": collector.twice,
                    "dt": now - clock, "tok/s": values["tokens"] / (now - clock)}
-        clock = now
         recent.append(values.get("reward", 0.0))
         if lead and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             exam(done, float(np.mean(recent)))
@@ -576,6 +575,7 @@ def run(args: Args):
             saved = done if save(done) else saved
         if stop:
             break
+        clock = time.perf_counter()
     log.close()
     rewards.close()
     if lead and route:

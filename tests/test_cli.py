@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import pretrain
+import rl
 import sample
 from common import ROOT, UserError, cli, field_comments
 from common import main as run_main
@@ -81,7 +82,7 @@ def test_help_lists_every_field_with_its_comment(capsys):
     assert lines[1].split()[0] == "--steps=10"
 
 
-@pytest.mark.parametrize("config", [pretrain.Args, sample.Ask, sample.Eval])
+@pytest.mark.parametrize("config", [pretrain.Args, rl.Args, sample.Ask, sample.Eval])
 def test_every_field_has_a_comment(config):
     assert field_comments(config).keys() == {f.name for f in fields(config)}
 
@@ -127,8 +128,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("words,expect", [
-    ("pretrain.py", "--row_tokens"), ("sample.py", "ask"), ("sample.py ask", "--top_p"),
-    ("sample.py eval", "--count"), ("gym.py", "play"), ("gym.py show", "--level"),
+    ("pretrain.py", "--row_tokens"), ("rl.py", "--max_staleness"), ("sample.py", "ask"),
+    ("sample.py ask", "--top_p"), ("sample.py eval", "--count"), ("gym.py", "play"),
+    ("gym.py show", "--level"),
     ("tokenizer.py", "train"), ("lab/demo.py", "--keep"), ("lab/bench.py", "--rounds"),
     ("lab/report.py", "--run")])
 def test_help(script, words, expect):
@@ -141,6 +143,7 @@ def test_help(script, words, expect):
     ("pretrain.py --size=huge", "tiny, small or base"), ("pretrain.py --seed=-1", "--seed"),
     ("pretrain.py --out=OUT --init=nowhere", "no such folder"),
     ("pretrain.py --out=OUT --mix=pont", "names 'pont'"),
+    ("rl.py --out=OUT --mix=pont", "not 'pont'"), ("rl.py --group=1", "--group takes 2 or more"),
     ("sample.py sing", "'sing' is not one of ask, eval"), ("sample.py ask", "nothing asked"),
     ("sample.py ask What? --image=nowhere.png", "no picture at nowhere.png"),
     ("sample.py ask What? --image=CKPT/broken.png", "can't be read as a picture"),

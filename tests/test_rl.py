@@ -297,6 +297,17 @@ def test_a_thought_without_end_is_ended(tiny):
     assert [r.max_new for r in said] == [5, 7] and e.status == "done"
 
 
+def test_a_thought_that_ends_late_is_not_cut_off(tiny):
+    """The budget runs out in the midst of the answer: nothing is put in, and it goes on."""
+    close, stop = TOKENS.special["</think>"], TOKENS.special["<|user|>"]
+    parts = iter([[65, 65, close, 66], [67, stop]])
+    policy = policy_of(tiny, think=4)
+    [e] = rl.rollout(Parrot(lambda _: next(parts)), [Episode(Task("counting", 1), 0, 0)], policy,
+                     Rewards())
+    assert e.documents[0].ids.tolist()[-6:] == [65, 65, close, 66, 67, stop]
+    assert e.documents[0].weights[-6:].all() and e.status == "done"
+
+
 def test_garbage_replies_are_zeros_and_train(tiny):
     """Any token may come: special ones, those behind the vocabulary, marks of pictures."""
     rng = np.random.default_rng(0)
@@ -340,6 +351,15 @@ def test_six_steps_are_three_and_resume_and_three(tmp_path, begin, monkeypatch, 
     a, b = state_of(a), state_of(b)
     assert all(alike(a[key], b[key]) for key in ("step", "optimizer", "collector", "exams"))
     assert max(x["mismatch_max"] for x in whole) < 1e-4 and any(x["pg_loss"] for x in whole)
+
+
+@pytest.mark.slow
+def test_it_learns(tmp_path, begin, monkeypatch):
+    """From noise, where a third of all bytes pays, to what pays, in 30 steps."""
+    some_reward(monkeypatch)
+    log = go(tmp_path, begin, steps=30, lr=4e-3, prompts=4, group=8, slots=32)
+    first, last = (np.mean([x["reward"] for x in part]) for part in (log[:5], log[-5:]))
+    assert last > first + 0.2
 
 
 def test_an_asynchronous_driver_at_staleness_0_is_the_synchronous_one(tmp_path, begin, monkeypatch):
