@@ -495,7 +495,7 @@ def samples(episodes: list[Episode], tokens: Tokenizer, folder: Path) -> list[di
             for i, image in enumerate(image for d in e.documents for image in d.images):
                 files.append(f"{name}-{e.task.seed}-{i}.png")
                 Image.fromarray(image).save(folder / files[-1])
-            first, truth = e.documents[0], " → ".join(gym.solve(e.task))
+            first, truth = e.documents[0], " → ".join(gym.play_out(e.task)[1])
             made.append({
                 "category": name, "level": e.task.level, "pictures": files,
                 "question": words(first.ids[:int(first.weights.argmax())]).replace("\n", " "),

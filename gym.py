@@ -81,20 +81,6 @@ def drive(env: Env):
     return env.evidence()
 
 
-def solve(task: Task) -> list[str]:
-    """The oracle's replies, in order."""
-    env = make(task)
-    episode, replies = drive(env), []
-    next(episode)
-    for reply in env.oracle():
-        replies.append(reply)
-        try:
-            episode.send(reply)
-        except StopIteration:
-            break
-    return replies
-
-
 def demonstrate(task: Task, think: bool = False) -> list[list[Message]]:
     """Whole conversations in which the oracle answers: one for a one-shot task, with all its
     turns about the picture; one a turn in the segment layout, and one for each further question

@@ -80,7 +80,7 @@ def frames_of(task: Task, replies: list[str]):
     frames = [messages[-1].images[0]]
     for reply in replies[:-1]:
         frames.append(episode.send(reply)[-1].images[0])
-    return frames, goal, " → ".join(map(readable, gym.solve(task)))
+    return frames, goal, " → ".join(map(readable, gym.play_out(task)[1]))
 
 
 def demo(args: Args):
