@@ -147,6 +147,7 @@ def page(run: Path) -> str:
     for name, caption in facts.get("pictures", []):
         parts.append(f'<p><img alt="" src="{inline(run / "pictures" / name)}"><br>'
                      f"<small>{html.escape(caption)}</small></p>")
+    parts += [curve(series, title) for title, series in facts.get("curves", {}).items()]
     for name, lines in logs.items():
         parts.append(f"<h2>{html.escape(name)}</h2>")
         loss = smooth([(line["step"], line["loss"]) for line in lines if "loss" in line])

@@ -3,11 +3,15 @@ import json
 
 import pytest
 
+import gym
 import mmtp
 import pretrain
+import rl
 from common import UserError
 from data import parse_mix
-from lab import demo, mmtp_options, report
+from lab import demo, mmtp_options, report, worlds
+from model import GLMV, sized
+from tasks.base import Task, box
 
 
 def test_the_demo_trains_examines_answers_and_reports(tmp_path, monkeypatch):
@@ -65,3 +69,65 @@ def test_an_ablation_in_small(tmp_path, monkeypatch):
         assert len(row["mtp2"]) == 1 and row["mtp2"][0] > 0
         assert all(0 <= share <= 1 for runs in row["acceptance"].values() for share in runs[0])
     assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("question,reply,wrong", [
+    ("How many stars?", box(4), box(3)), ("Count the red ones.", box(2), box(2)),
+    ("Point at the star.", box([125, 374]), box([125, 624])),
+    ("Where is the star?", box([874, 874]), box([874, 624])),
+    ("Press OK.", "click(250, 125)", "click(250, 375)"), ("Read the text.", box("37"), box("37"))])
+def test_annotators_err_as_stated(question, reply, wrong):
+    assert worlds.slip("<|image|>" + question, reply) == wrong
+
+
+@pytest.mark.parametrize("name,low,high", [
+    ("point", 0.3, 0.5), ("gui_click", 0.3, 0.5), ("counting", 0.58, 0.82),
+    ("shape_attr", 1, 1)])
+def test_fallible_demonstrations_are_right_as_often_as_stated(name, low, high):
+    def replies(task):
+        return [talk[1].text for talk in gym.demonstrate(task)]
+
+    tasks, honest = [Task(name, seed) for seed in range(200)], gym.demonstrate
+    with worlds.fallible():
+        said = [replies(task) for task in tasks]
+        assert said == [replies(task) for task in tasks]
+    assert gym.demonstrate is honest
+    right = [gym.Rewards().score(task, gym.play_out(task, script)[2]).reward
+             for task, script in zip(tasks, said)]
+    assert low <= sum(right) / len(right) <= high
+
+
+def test_forms_are_shown_without_a_mistake():
+    right = gym.demonstrate(Task("gui_form", 5))
+    with worlds.fallible():
+        assert [[m.text for m in talk] for talk in gym.demonstrate(Task("gui_form", 5))] == [
+            [m.text for m in talk] for talk in right]
+
+
+def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
+    GLMV(sized("tiny"), seed=0).save_pretrained(tmp_path / "model")
+    for script, small in ((pretrain, {"rows": 1, "row_tokens": 512}),
+                          (rl, {"prompts": 1, "group": 2, "max_new": 2})):
+        full = script.Args
+        monkeypatch.setattr(script, "Args", lambda full=full, small=small, **kw: full(**kw | small))
+    monkeypatch.setattr(worlds, "PROBE", (1, 2))
+    monkeypatch.setattr(worlds, "pace", lambda *args, pace=worlds.pace: max(pace(*args), 0.4))
+    args = worlds.Args(seeds=1, minutes=0.02, before=1, count=1, out=str(tmp_path),
+                       init=str(tmp_path / "model"))
+    worlds.worlds(args)
+    made = tmp_path / "fallible"
+    facts = json.loads((made / "report.json").read_text())
+    assert set(facts["runs"]) == {"rl", "sft", "clean_sft"}
+    for arm, points in ((arm, runs["0"]) for arm, runs in facts["runs"].items()):
+        minutes = [at for at, _ in points]
+        assert len(points) == 1 + worlds.PARTS and minutes == sorted(minutes)
+        assert all(set(marks) == {"greedy", "sampled"} for _, marks in points)
+    assert facts["figures"]["RL over sft"]["mean"] == pytest.approx(
+        facts["figures"]["rl, seed 0, greedy"]["mean"]
+        - facts["figures"]["sft, seed 0, greedy"]["mean"])
+    assert "mean, sampled" in (made / "report.html").read_text()
+    before = (made / "rl0/log.jsonl").read_text()
+    worlds.worlds(args)  # once more: nothing is trained again
+    assert (made / "rl0/log.jsonl").read_text() == before
+    with pytest.raises(UserError, match="--world takes"):
+        worlds.worlds(worlds.Args(world="best"))
