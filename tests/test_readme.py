@@ -52,7 +52,7 @@ def test_an_episode_longer_than_the_context_is_an_error_and_not_a_zero():
 def test_files_and_commands_that_it_names_exist():
     for name in re.findall(r"^\| `([\w./]+)`", README, re.M):
         assert name in gym.names() or (ROOT / name).exists() or name in (
-            "tokens", "weights", "positions", "cu_seqlens", "patches", "grids"), name
+            "tokens", "weights", "positions", "cu_seqlens", "patches", "grids", "visual"), name
     for script, words in re.findall(r"python (\w+\.py|-m lab\.\w+)((?: \S+)*)", README):
         path = script.replace("-m lab.", "lab/") + (".py" if script.startswith("-m") else "")
         assert (ROOT / path).exists(), script
