@@ -242,9 +242,10 @@ def worth(rates: list[float], cost: list[float]) -> int:
     """How many drafts to make: the K that gives most tokens for its time.
 
     rates[j]: the share of drafts at depth j+1 that stand where those before them did; cost[K]: the
-    time of a step with K drafts. Tokens a step: 1 + r1 + r1 r2 + ... [O]
+    time of a step with K drafts. Tokens a step: 1 + r1 + r1 r2 + ... No drafts are given a tenth's
+    lead, since times are noisy and a wrong yes costs more than a wrong no. [O]
     """
-    expected, alive, best = 1.0, 1.0, (1.0 / cost[0], 0)
+    expected, alive, best = 1.0, 1.0, (1.1 / cost[0], 0)
     for k, rate in enumerate(rates, 1):
         alive *= rate
         expected += alive
