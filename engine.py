@@ -324,7 +324,7 @@ class Engine:
                 return k
         if (size, 0) not in self.seconds:
             self.seconds[size, 0] = min(self._rehearse(n), self._rehearse(n))
-        if self.tried[0] > 64:
+        if self.tried[0] > 32:          # (alone in its slot a request reaches 50, as they fade)
             (_, *last), (_, *first) = self.seconds[size, most], self.seconds[size, 1]
             step = max(0.0, sum(last) - sum(first)) / max(1, most - 1)
             cost = [self.seconds[size, 0]] + [sum(first) + k * step for k in range(most)]

@@ -372,7 +372,7 @@ def test_sampled_drafts_keep_the_distribution():
 
 
 def test_drafts_stop_where_they_don_t_pay():
-    """A random head guesses nothing right: after some sixty guesses it is left alone."""
+    """A random head guesses nothing right: after some dozens of guesses it is left alone."""
     model = with_head()
     engine = Engine(model, 8, 256, drafts=3)
     engine.stops = set()
