@@ -43,6 +43,7 @@ ckpt: .venv/ready
 	@echo "adding the packages that tests compare with"
 	$(PY) -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > .venv/pin.txt
 	.venv/bin/pip install -q -c .venv/pin.txt -r requirements-peers.txt
+	.venv/bin/pip install -q --no-deps "timm>=1.0.31"
 	@touch $@
 
 clean:
