@@ -465,8 +465,8 @@ def test_probes_and_pictures_of_a_tower(tmp_path):
 def test_stamps_are_told_apart_by_the_folders_they_lie_in(tmp_path, small_exam):
     """Pictures and captions of Tux Paint, held out by file name: three times chance."""
     out = tmp_path / "run"
-    train(out, "align", pairs=str(STAMPS), steps=150, batch=64, warmup=10, budgets="64",
-          save_every=150)
+    train(out, "align", pairs=str(STAMPS), steps=300, batch=64, warmup=10, budgets="64",
+          save_every=300)
     job = Contrast(Args(), sized("tiny"))
     job.load_state_dict(load_tensors(checkpoints(out / "align")[-1]))
     right, chance, count = stamps_accuracy(job)
