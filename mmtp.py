@@ -72,7 +72,7 @@ def prefix(model: GLMV) -> str:
 
 def attach(model: GLMV, depths: int = 3, seed: int = 0) -> MTPLayer:
     """Give `model` a new head, meant for `depths` predictions; returns it. Matrices are drawn as
-    the trunk's are; eh_proj starts as the mean of its two halves' random maps [O]."""
+    the trunk's are [O]."""
     if head_of(model) is not None:
         raise ValueError("the model has an MTP head already")
     like = model.lm_head.weight

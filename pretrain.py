@@ -103,6 +103,7 @@ def build(args: Args, hw):
         raise UserError(f"{folder} comes with another tokenizer; only its weights can be used here")
     if args.mtp and not head_of(model):
         attach(model, args.mtp, args.seed)
+    model.config.mtp_depths = max(model.config.mtp_depths, args.mtp)
     if args.vit and not resumed:
         load_tower(model.model.visual, find_checkpoint(args.vit))
     model = model.to(hw.device, hw.dtype)

@@ -102,6 +102,8 @@ def generate(theirs, prompts: list, config, tokens, args: Args, hw):
 def run(args: Args):
     if min(args.slots, args.prompts, args.rounds, args.max_new) < 1 or not 0 <= args.p <= 1:
         raise UserError("--slots, --prompts, --rounds and --max_new take 1 or more, --p 0 to 1")
+    if not all(word.isdigit() and int(word) for word in args.drafts.split(",")):
+        raise UserError(f"--drafts takes numbers from 1 on, as 1,3,5: not '{args.drafts}'")
     if args.size:
         hw = setup(args.device, args.dtype)
         model = GLMV(sized(args.size), args.seed)

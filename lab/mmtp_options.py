@@ -253,6 +253,8 @@ def page(found: dict, sent: dict, args: Args) -> str:
 
 
 def run(args: Args):
+    if min(args.steps, args.seeds, args.depths) < 1:
+        raise UserError("--steps, --seeds and --depths take 1 or more")
     if "RANK" in os.environ:
         return stage(args)
     sent = count_bytes(args)

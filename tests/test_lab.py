@@ -9,7 +9,7 @@ import pretrain
 import rl
 from common import UserError
 from data import parse_mix
-from lab import demo, mmtp_options, report, worlds
+from lab import demo, drafts, mmtp_options, report, worlds
 from model import GLMV, sized
 from tasks.base import Task, box
 
@@ -131,3 +131,12 @@ def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
     assert (made / "rl0/log.jsonl").read_text() == before
     with pytest.raises(UserError, match="--world takes"):
         worlds.worlds(worlds.Args(world="best"))
+
+
+@pytest.mark.parametrize("sheet,words", [(drafts.Args(drafts="1,x"), "1,x"),
+                                         (drafts.Args(drafts="0"), "from 1 on"),
+                                         (mmtp_options.Args(seeds=0), "1 or more")])
+def test_lab_sheets_refuse_bad_numbers(sheet, words):
+    run = drafts.run if isinstance(sheet, drafts.Args) else mmtp_options.run
+    with pytest.raises(UserError, match=words):
+        run(sheet)

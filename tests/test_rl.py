@@ -629,7 +629,7 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path, begin, monkeypatch):
         go(tmp_path, begin, steps=9)
 
 
-@pytest.mark.xfail(strict=False, reason="known fault: after the restart gloo sometimes can't "
+@pytest.mark.xfail(strict=False, reason="known fault: after the restart gloo can't "
                    "connect the ranks, and the trainer outlives SIGTERM while it waits")
 @pytest.mark.slow
 def test_a_dead_player_restarts_all_from_the_last_checkpoint(tmp_path, begin):
