@@ -118,6 +118,11 @@ class Curriculum:
 
 # ---- playing ------------------------------------------------------------------------------------
 
+def never() -> bool:
+    """The `leave` of who waits for nobody but himself."""
+    return False
+
+
 def aside(work, *args) -> Future:
     """work(*args) in a thread of its own, which may hang without holding anything up at exit."""
     future = Future()
@@ -214,10 +219,11 @@ class Transfer:
 
     They lie end to end in a second buffer and travel in buckets of at most `bucket` bytes. The
     sender may change its own at once; the receiver swaps between two steps of its engine. [C]
+    leave: asked while it waits, for who should take the weights may be dead.
     """
 
-    def __init__(self, model: GLMV, group, bucket: int = 2 ** 28):
-        like, self.group, self.work = model.lm_head.weight, group, []
+    def __init__(self, model: GLMV, group, leave=never, bucket: int = 2 ** 28):
+        like, self.group, self.leave, self.work = model.lm_head.weight, group, leave, []
         shapes = {name: p.shape for name, p in model.named_parameters()}
         self.buffer = like.new_empty(sum(shape.numel() for shape in shapes.values()))
         self.buckets = self.buffer.split(bucket // like.element_size())
@@ -228,7 +234,8 @@ class Transfer:
     @torch.no_grad()
     def begin(self, weights: dict | None = None):
         """Start one journey, on every rank of the group; the sender gives its weights."""
-        self.wait()
+        if not self.wait():
+            return
         for name, place in self.weights.items() if weights else ():
             place.copy_(weights[name])
         self.work = [dist.broadcast(part, 0, group=self.group, async_op=True)
@@ -237,19 +244,28 @@ class Transfer:
     def arrived(self) -> bool:
         return bool(self.work) and all(work.is_completed() for work in self.work)
 
-    def wait(self):
+    def wait(self) -> bool:
+        """Whether the journey ended, or `leave` did not let it."""
+        while self.work and not self.arrived():
+            if self.leave():
+                return False
+            time.sleep(0.001)
         for work in self.work:
             work.wait()
         self.work = []
+        return True
 
 
 class Remote:
     """The trainer's end. Orders and Episodes go through the launcher's key-value store, since
-    gloo's receive can't be polled; weights, the bulk, are broadcast."""
+    gloo's receive can't be polled; weights, the bulk, are broadcast. A rank that gives no sign of
+    life for `silence` seconds ends the run: its machine may be gone, and nobody else would say so.
+    """
 
-    def __init__(self, store, ranks: list[int], transfer: Transfer):
-        self.store, self.ranks, self.transfer = store, ranks, transfer
+    def __init__(self, store, ranks: list[int], transfer: Transfer, silence: float = 60.0):
+        self.store, self.ranks, self.transfer, self.silence = store, ranks, transfer, silence
         self.sent, self.heard = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
+        self.alive = dict.fromkeys(ranks, (0, time.monotonic()))    # its count, when it changed
         self.idle = 0.0
 
     def _tell(self, rank: int, order):
@@ -271,6 +287,7 @@ class Remote:
     def step(self) -> list[Episode]:
         ended = []
         for rank in self.ranks:
+            self._feel_pulse(rank, self.store.add(f"alive/{rank}", 0), time.monotonic())
             while self.store.check([key := f"episode/{rank}/{self.heard[rank]}"]):
                 ended += from_bytes(self.store.get(key))
                 self.store.delete_key(key)
@@ -280,6 +297,13 @@ class Remote:
         else:
             self.idle = max(float(self.store.get(f"idle/{rank}")) for rank in self.ranks)
         return ended
+
+    def _feel_pulse(self, rank: int, count: int, now: float):
+        if count != self.alive[rank][0]:
+            self.alive[rank] = count, now
+        elif now - self.alive[rank][1] > self.silence:
+            raise UserError(f"rank {rank}, which plays, has not been heard of for "
+                            f"{self.silence:g} seconds")
 
     def close(self):
         self.transfer.wait()
@@ -291,6 +315,7 @@ def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
     heard = sent = 0
     store.set(f"idle/{rank}", "0")
     while not store.check(["over"]):
+        store.add(f"alive/{rank}", 1)
         while store.check([key := f"order/{rank}/{heard}"]):
             order = json.loads(store.get(key))
             store.delete_key(key)
@@ -311,11 +336,13 @@ def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
             sent += 1
 
 
-def shared(groups: list[list[Episode]], ranks) -> list[list[Episode]]:
-    """The groups that rank 0 of `ranks` has, on all of them."""
-    data = to_bytes([e for group in groups for e in group])
+def shared(groups: list[list[Episode]] | None, ranks) -> list[list[Episode]] | None:
+    """What rank 0 of `ranks` has, on all of them: groups, or None, which is to leave."""
+    data = b"" if groups is None else to_bytes([e for group in groups for e in group])
     size = torch.tensor(len(data))
     dist.broadcast(size, 0, group=ranks)
+    if not size:
+        return None
     buffer = torch.zeros(int(size), dtype=torch.uint8)
     if dist.get_rank() == 0:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
@@ -342,14 +369,15 @@ class Collector:
     while the trainer learns, all groups that are ready are used, and when enough are there the
     rest is given up: abort by count [C]. patience: seconds until a group is given up: abort by
     time [C]. What is given up is played again first; what outlasts patience twice is an error.
-    flight: rollouts under way at most; 0: as many as staleness allows.
+    flight: rollouts under way at most; 0: as many as staleness allows. leave: asked while it
+    waits for groups.
     """
 
     def __init__(self, actor, curriculum: Curriculum, prompts: int, size: int, staleness: int,
-                 patience: float, live, flight: int = 0):
+                 patience: float, live, flight: int = 0, leave=never):
         self.actor, self.curriculum, self.live, self.flight = actor, curriculum, live, flight
         self.prompts, self.size, self.staleness = prompts, size, staleness
-        self.patience, self.count, self.finished, self.step = patience, 0, 0, 0
+        self.patience, self.leave, self.count, self.finished, self.step = patience, leave, 0, 0, 0
         self.open: dict[int, Group] = {}
         self.ready: list[list[Episode]] = []
         self.seen: list[list[Episode]] = []     # every group that ended since the last step
@@ -390,11 +418,14 @@ class Collector:
             if time.monotonic() - group.began > self.patience:
                 self._too_long(id, group)
 
-    def collect(self, step: int) -> list[list[Episode]]:
-        """The groups to learn from at `step`, which is also the version of the newest weights."""
+    def collect(self, step: int) -> list[list[Episode]] | None:
+        """The groups to learn from at `step`, which is also the version of the newest weights;
+        None where it is to leave: what has come by then is in `state`."""
         began, self.finished, self.seen, self.step = time.perf_counter(), 0, [], step
         self.ready = [group for group in self.ready if not self._is_stale(group, step)]
         while len(self.ready) < self.prompts:
+            if self.leave():
+                return None
             if self.finished >= 4 * self.prompts and not self.open:
                 break           # too little to learn here: go on with what there is
             self.turn(collecting=True)

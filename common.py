@@ -18,6 +18,7 @@ import threading
 import time
 import tokenize
 import typing
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +142,8 @@ PEAKS = {  # dense bf16 FLOP/s by the data sheet, and a rental price in $/h (our
 
 @dataclass
 class Hardware:
-    """Where this process runs. `peak` is FLOP/s of one device, `price` $/h of one device."""
+    """Where this process runs. `peak` is FLOP/s of one device, `price` $/h of one device; `store`
+    is the key-value store of all ranks."""
     device: torch.device
     dtype: torch.dtype
     why: str
@@ -150,6 +152,7 @@ class Hardware:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    store: object = None
 
 
 def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
@@ -191,10 +194,33 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
         raise UserError(f"--dtype takes auto, float32 or bfloat16, not '{dtype}'")
     chosen = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
     where = torch.device(device, local) if device == "cuda" else torch.device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    store = None
+    if world > 1:
+        store = new_life(next(dist.rendezvous("env://"))[0], rank, world)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world)
     why = f"{where} in {str(chosen)[6:]}: {because}" + (f", {world} processes" * (world > 1))
-    return Hardware(where, chosen, why, peak, price, rank, world, local)
+    return Hardware(where, chosen, why, peak, price, rank, world, local, store)
+
+
+def new_life(store, rank: int, world: int):
+    """The part of `store` that belongs to this life of the run. torchrun keeps one store through
+    all its restarts: gloo would call on the dead at the addresses that they left there. Its count
+    of restarts differs from machine to machine, so rank 0 names the life: as it may find what a
+    dead rank wrote, it answers until all who live have heard."""
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"here/{rank}", own)
+        life = store.get(f"answer/{own}").decode()      # waits until it is there
+        store.set(f"{life}/heard/{rank}", "")
+        return dist.PrefixStore(life, store)
+    missing = list(range(1, world))
+    while missing:
+        for other in missing:
+            store.set(f"answer/{store.get(f'here/{other}').decode()}", own)
+        time.sleep(0.01)
+        missing = [other for other in missing if not store.check([f"{own}/heard/{other}"])]
+    return dist.PrefixStore(own, store)
 
 
 def total(value: torch.Tensor) -> torch.Tensor:

@@ -429,6 +429,20 @@ class Packer:
                 "skipped": self.skipped}
 
 
+def rows_of(documents: list[Document], room: int) -> list[list[Document]]:
+    """Documents packed into rows of `room` tokens, each into the first that has room for it."""
+    rows, left = [], []
+    for d in documents:
+        row = next((i for i, free in enumerate(left) if free >= len(d.ids)), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            left.append(room)
+        rows[row].append(d)
+        left[row] -= len(d.ids)
+    return rows
+
+
 @dataclass
 class Batch:
     """One packed row: all that a forward and a loss need. A picture that several documents ask

@@ -35,7 +35,8 @@ from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accur
 from common import (Interrupt, Log, ROOT, UserError, checkpoints, cli, find_checkpoint,
                     keep_earlier, load_tensors, main, plan, save_checkpoint, save_state, setup,
                     write_json)
-from data import Document, Episode, Stream, collate, document, once, parse_mix, sight
+from data import (Document, Episode, Stream, collate, document, once, parse_mix, rows_of,
+                  sight)
 from engine import Engine, Request
 from gym import Score
 from kernels import linear_logp
@@ -334,20 +335,6 @@ def row_loss(model: GLMV, batch, args: Args, reference=None):
     return loss, seen
 
 
-def rows_of(documents: list[Document], room: int) -> list[list[Document]]:
-    """Documents packed into rows of `room` tokens, each into the first that has room for it."""
-    rows, left = [], []
-    for d in documents:
-        row = next((i for i, free in enumerate(left) if free >= len(d.ids)), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            left.append(room)
-        rows[row].append(d)
-        left[row] -= len(d.ids)
-    return rows
-
-
 @dataclass
 class Share:
     """This rank's part in an update: of the rows that `world` trainers deal out, those of `rank`.
@@ -402,6 +389,8 @@ def train(model: GLMV, optimizer: Optimizer, collect, args: Args, start: int = 0
     """The loop. collect(step) -> (groups, demonstrations); yields (steps done, groups, figures)."""
     for step in range(start, args.steps):
         groups, taught = collect(step)
+        if groups is None:      # told to leave while it waited
+            return
         began = time.perf_counter()
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
         figures = update(model, optimizer, groups, taught, args, rate, share, reference)
@@ -483,26 +472,32 @@ def run(args: Args):
         raise UserError(f"--mix takes categories of the gym, not '{(strange or [args.mix])[0]}'")
     policy = Policy(Tokenizer(model.config.n_ranks), model.config, args.context, args.max_new,
                     args.think, args.seed)
-    rewards, interrupt = gym.Rewards(workers=args.workers), Interrupt()
-    share, route = Share(hw.rank, seats), None
+    rewards, share, route = gym.Rewards(workers=args.workers), Share(hw.rank, seats), None
     if hw.world > 1:
         share.group = dist.new_group(list(range(seats)))
         route = dist.new_group([0, *range(seats, hw.world)])
-        store = dist.PrefixStore("rl", dist.distributed_c10d._get_default_store())
+        store = dist.PrefixStore("rl", hw.store)
+    if hw.rank < seats:     # who plays for others just goes, on a signal or when they say so
+        interrupt = Interrupt()
+
+    def leave():
+        return interrupt.signal and not isinstance(actor, Here)
+
     if lead and route:
-        actor = Remote(store, list(range(seats, hw.world)), Transfer(model, route))
+        actor = Remote(store, list(range(seats, hw.world)), Transfer(model, route, leave))
     elif hw.rank >= seats or args.max_staleness or args.workers:
         actor = Actor(player(model, args), rewards, lambda e: Play(e, policy), args.workers or 1)
     else:
         actor = Here(player(model, args), lambda *now: rollout(*now, policy, rewards))
     if not (lead and route):
         actor.load({}, start)
-    if hw.rank >= seats:    # it goes when the trainer says so, a Ctrl-C notwithstanding
+    if hw.rank >= seats:
         return serve(actor, Transfer(model, route), store, hw.rank, start)
 
     stream = Stream(model.config, mix, args.seed, "train", args.levels)
     collector = Collector(actor, Curriculum(mix, args.seed, args.levels, say), args.prompts,
-                          args.group, args.max_staleness, args.patience, has_signal, args.flight)
+                          args.group, args.max_staleness, args.patience, has_signal, args.flight,
+                          leave)
     exams = state["exams"] if state else []
     if state:
         collector.restore(state["collector"])
@@ -547,7 +542,7 @@ def run(args: Args):
         write_json(out / "config.json", asdict(args))
         if args.eval_every and not exams:
             exam(0, 0.0)
-    bad, saved, recent, clock = 0, start, [], time.perf_counter()
+    bad, saved, done, recent, clock = 0, start, start, [], time.perf_counter()
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
         if lead and done < args.steps:
@@ -576,13 +571,16 @@ def run(args: Args):
         if stop:
             break
         clock = time.perf_counter()
+    if saved != done:       # told to leave while it waited, or the disk was full
+        saved = done if save(done) else saved
     log.close()
     rewards.close()
     if lead and route:
         actor.close()
-    if start < args.steps and saved != done:
+    if saved != done:
         raise UserError(f"step {done} could not be saved; {out} has step {saved}")
-    say(f"saved {out}/step_{saved:06d}")
+    if saved:
+        say(f"saved {out}/step_{saved:06d}")
     if interrupt.signal:
         raise KeyboardInterrupt
 
