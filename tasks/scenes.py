@@ -13,6 +13,7 @@ COLOR_OF = ("What color is the {}?", "Color of the {}?")
 SHAPE_OF = ("What shape is the {} one?", "Shape of the {} one?")
 HOW_MANY = ("How many {}?", "Count the {}.")
 LIST_ALL = "List all."
+PARTS = ("color", "shape", "place")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
           "bottom right")
 CHINESE = dict(zip((*COLORS, *SHAPES, *PLACES), (
@@ -71,18 +72,19 @@ def window(rng, items):
     return spans
 
 
-def caption(items, spans=((0, GRID), (0, GRID)), language="en") -> str:
+def caption(items, spans=((0, GRID), (0, GRID)), language="en", parts=PARTS) -> str:
     """What is where, in reading order: "red star top left, blue circle right", or the same in
-    Chinese (zh), where the place comes first. `spans` as from `window`."""
+    Chinese (zh), where the place comes first. parts: what is told of each thing; `spans` as from
+    `window`."""
     told = []
     for item in sorted(items, key=lambda item: cell(item.area)[::-1]):
         across, down = ((c + 0.5 - low) / (high - low)
                         for c, (low, high) in zip(cell(item.area), spans))
         third = [(share > 0.45) + (share > 0.55) for share in (down, across)]
-        place = PLACES[3 * third[0] + third[1]]
-        words = ((item.color, item.shape, place) if language == "en" else
-                 [CHINESE[word] for word in (place, item.color, item.shape)])
-        told.append((" " if language == "en" else "").join(words))
+        known = {"place": PLACES[3 * third[0] + third[1]], "color": item.color, "shape": item.shape}
+        order = PARTS if language == "en" else ("place", "color", "shape")
+        words = [known[part] for part in order if part in parts]
+        told.append(" ".join(words) if language == "en" else "".join(map(CHINESE.get, words)))
     return (", " if language == "en" else "，").join(told)
 
 

@@ -27,8 +27,8 @@ from kernels import ring_sigmoid_loss, sigmoid_loss
 from lab import report
 from model import GLMV, init, sized
 from pictures import (Captions, Exam, Pair, Pictures, budgeted, collate_pairs, draw_mask,
-                      draw_pair, find_pairs, hidden, linear_probe, look, pack_texts, pca_picture,
-                      probe, quality, read_captions)
+                      draw_pair, find_pairs, foremost, hidden, linear_probe, look, pack_texts,
+                      pca_picture, probe, quality, read_captions)
 from tasks.scenes import Item, caption, window
 from train_vit import Args, Contrast, Distil, SelfDistil, check
 from vit import AttentionPool, naflex
@@ -128,6 +128,8 @@ def test_captions_say_the_same_in_both_languages():
     items = [Item("red", "star", (0, 0, 200, 200)), Item("blue", "circle", (760, 510, 960, 700))]
     assert caption(items) == "red star top left, blue circle bottom right"
     assert caption(items, language="zh") == "左上红色五角星，右下蓝色圆形"
+    assert caption(items, parts=("shape", "place")) == "star top left, circle bottom right"
+    assert caption(items, language="zh", parts=("color", "shape")) == "红色五角星，蓝色圆形"
     rng = np.random.default_rng(0)
     for _ in range(50):
         (x0, x1), (y0, y1) = window(rng, items)
@@ -445,6 +447,12 @@ def test_probes_find_what_is_there_and_nothing_more():
     blind = torch.cat([x[:, :2], x[:, 3:]], dim=1)  # all but the column that tells
     lost = (linear_probe(blind[:200], labels[:200], blind[200:]) == labels[200:]).float().mean()
     assert right > 0.9 and 0.3 < lost < 0.7
+
+
+def test_the_foremost_patches_are_those_of_the_thing():
+    features = torch.randn(3, 64, 5, generator=torch.Generator().manual_seed(0)) / 10
+    features[torch.arange(3)[:, None], torch.tensor([[3, 9, 10, 60]] * 3)] += 2.0
+    assert torch.allclose(foremost(features), features[:, [3, 9, 10, 60]].mean(1))
 
 
 def test_probes_and_pictures_of_a_tower(tmp_path):
