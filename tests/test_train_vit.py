@@ -258,6 +258,22 @@ def test_replay_of_micro_batches_is_one_batch(n, micro):
         assert (value - many[name]).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), name
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's memory count")
+def test_memory_does_not_grow_with_the_number_of_micro_batches(tmp_path):
+    """As a user gets it, `--dtype=auto`; kernels of a thousand shapes once made it 1.5 GiB."""
+    args = check(Args(batch=1280, micro=32, budgets="16", device="cpu", out=str(tmp_path)))
+    job, stream, *_ = train_vit.build("align", args, sized("tiny"), common.setup("cpu"), print)
+    pages, embed = [], job.embed
+
+    def watched(batch):
+        pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        return embed(batch)
+    job.embed = watched
+    job.learn(stream, range(args.batch), args, job.zero_grad)
+    assert len(pages) == 80 and (pages[39] - pages[7]) * os.sysconf("SC_PAGESIZE") < 50e6
+
+
 class Ramp:
     """A teacher that says of each patch only where it stands: (P, 5)."""
     width = 5
