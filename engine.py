@@ -1,11 +1,11 @@
 """Continuous batched generation: the only place in the project that generates.
 
 Requests come and go one by one; every `step` first lets waiting prompts into free slots (one
-packed forward for all of them, images included), then gives each running request its next token,
-or several where the model has an MTP head: the head drafts K tokens, one forward of the trunk
-verifies them all, and the cache goes back to the last that stands. The cache keeps the running
-requests in slots 0..n-1: when one ends, the last moves into its place, so that decoding reads one
-dense block.
+packed forward for all of them, images included, and a prompt that several have is read once:
+RL asks everything eight times), then gives each running request its next token, or several where
+the model has an MTP head: the head drafts K tokens, one forward of the trunk verifies them all,
+and the cache goes back to the last that stands. The cache keeps the running requests in slots
+0..n-1: when one ends, the last moves into its place, so that decoding reads one dense block.
 
     engine = Engine(model, slots=32, context=1024, drafts=3)
     engine.submit(Request(prompt))           # a Document that ends where the reply begins
@@ -19,6 +19,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 import mmtp
 from common import UserError
@@ -26,6 +27,8 @@ from data import Document, collate
 from kernels import Segments, draw, probabilities
 from model import Cache, GLMV
 from tokenizer import Tokenizer
+
+PATIENCE = 1    # steps of all slots that may be lost before prompts are read a few at a time [O]
 
 
 @dataclass
@@ -91,7 +94,7 @@ class Engine:
         self.cache = Cache(model.config, slots, context + drafts, self.device, weight.dtype, layers)
         self.waiting: deque[_Running] = deque()
         self.running: list[_Running] = []
-        self.count = 0
+        self.count = self.lost = 0  # requests so far; slots left free while others wait, summed
         self.last = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.none = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.state = weight.new_zeros(slots, weight.shape[1])  # the head's, behind each `last`
@@ -186,24 +189,47 @@ class Engine:
         return hidden.unflatten(0, (n, k))
 
     def _admit(self) -> list[Result]:
-        first = len(self.running)
-        new = [self.waiting.popleft() for _ in range(min(self.slots - first, len(self.waiting)))]
+        """Read the prompts of waiting requests into free slots, equal ones once.
+
+        Reading a few costs as much time as reading many. So while more wait than there is room
+        for, slots stay free until what that loses is worth a reading; who finds room for all,
+        or nobody running, never waits."""
+        first, free = len(self.running), self.slots - len(self.running)
+        if first and free < len(self.waiting):
+            self.lost += free
+            if self.lost < PATIENCE * self.slots:
+                return []
+        self.lost = 0
+        new = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
         if not new:
             return []
         self.running += new
-        batch = collate([r.request.prompt for r in new], self.model.config).to(self.device)
+        prompts = [r.request.prompt for r in new]
+        keys = [(p.ids.tobytes(), *map(id, p.images)) for p in prompts]  # `once`: the same array
+        different = dict(zip(keys, prompts))
+        number = {key: i for i, key in enumerate(different)}
+        which = torch.tensor([number[key] for key in keys], device=self.device)
+        batch = collate(list(different.values()), self.model.config).to(self.device)
         merged = self.model.see(batch)
-        cache = self.cache.fill(first, batch.cu_seqlens)
+        cache = self.cache.fill(first, batch.cu_seqlens, which)
         hidden = self.model(batch, merged, cache)
         ends, rows = batch.cu_seqlens[1:].long() - 1, slice(first, len(self.running))
-        self.cache.position[rows] = batch.positions[0, ends] + 1
-        logits = self.model.lm_head(hidden[ends])[:, None]
+        self.cache.position[rows] = batch.positions[0, ends][which] + 1
+        logits = self.model.lm_head(hidden[ends])[which, None]
         chosen = self._choose(logits[:, 0], first)
-        if self.depth:              # the head reads the whole prompt too, one token ahead
-            ahead = batch.tokens.roll(-1).index_copy(0, ends, chosen)
-            self.state[rows] = mmtp.draft(self.model, hidden, ahead, batch.positions,
-                                          Segments(batch.cu_seqlens, causal=True), cache)[ends]
+        if self.depth:
+            self.state[rows] = self._read_ahead(first, batch, hidden, cache.token, chosen)
         return self._append(chosen[:, None], self.none[:len(new)], logits, first)
+
+    def _read_ahead(self, first, batch, hidden, token, chosen):
+        """Let the head read the prompts too, one token ahead. Each ends in what its request has
+        `chosen`, so here none are equal; `token`: where in the batch their tokens lie."""
+        borders = F.pad(self.cache.length[first:first + len(chosen)].cumsum(0), (1, 0)).int()
+        ends = borders[1:].long() - 1
+        ahead = batch.tokens[token].roll(-1).index_copy(0, ends, chosen)
+        cache = self.cache.fill(first, borders)
+        return mmtp.draft(self.model, hidden[token], ahead, batch.positions[:, token],
+                          Segments(borders, causal=True), cache)[ends]
 
     # ---- choosing tokens --------------------------------------------------------------------
 
@@ -347,5 +373,5 @@ class Engine:
 #    pytest tests/test_engine.py; 15 minutes.
 # 2. _guess and _follow: where does the head's part of the cache end, before and after?
 #    pytest tests/test_mmtp.py -k greedy; 60 minutes.
-# 3. Let `_admit` wait until half of the slots are free. What does that do to
-#    `python -m lab.bench decode`, and why would a server not want it?
+# 3. The wait in `_admit`. How many prompts are read at a time without it, and why should who is
+#    alone never wait? pytest tests/test_engine.py -k wait; 20 minutes.

@@ -62,6 +62,22 @@ def make(task: Task) -> Env:
     return kind(task)
 
 
+@lru_cache(maxsize=64)
+def _drawn(kind, task: Task) -> dict:
+    env = kind(task)
+    env.reset()
+    return vars(env)
+
+
+def begin(task: Task) -> Env:
+    """As `make`; but what one-shot tasks show is drawn once for all the rollouts of a group, and
+    to be looked at only: the same objects are in the hands of the others."""
+    env = make(task)
+    if isinstance(env, OneShot):
+        vars(env).update(_drawn(type(env), task))
+    return env
+
+
 def drive(env: Env):
     """Run one episode, whatever its layout: a generator that yields the list of Messages to
     answer, takes the reply's text by `send`, and returns the evidence (StopIteration.value).

@@ -138,14 +138,18 @@ class Cache:
         self.length = torch.zeros(slots, dtype=torch.long, device=device)
         self.position = torch.zeros(slots, dtype=torch.long, device=device)
 
-    def fill(self, first: int, cu_seqlens: Tensor) -> "Prefill":
-        """For a forward over whole prompts, kept in the slots from `first` on."""
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        slots = torch.arange(first, first + len(lengths), device=lengths.device)
-        self.length[slots] = lengths
-        place = torch.arange(int(cu_seqlens[-1]), device=lengths.device)
-        place = place - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
-        return Prefill(self, torch.repeat_interleave(slots, lengths), place)
+    def fill(self, first: int, cu_seqlens: Tensor, which: Tensor | None = None) -> "Prefill":
+        """For a forward over whole prompts, kept in the slots from `first` on: each in its own, or
+        document which[i] in slot first + i, so that several slots go on from one."""
+        if which is None:
+            which = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+        lengths, end = cu_seqlens.diff().long()[which], first + len(which)
+        self.length[first:end] = lengths
+        slot = torch.repeat_interleave(torch.arange(first, end, device=lengths.device), lengths)
+        place = torch.arange(len(slot), device=lengths.device)
+        place = place - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        begin = torch.repeat_interleave(cu_seqlens[:-1].long()[which], lengths)
+        return Prefill(self, slot, place, begin + place)
 
     def extend(self, slots: int, n: int) -> "Extend":
         """For a forward over n new tokens in each of the first `slots` slots."""
@@ -161,14 +165,15 @@ class Cache:
 
 
 class Prefill:
-    """Attention inside the prompts themselves; keys and values are kept on the way."""
+    """Attention inside the prompts themselves; keys and values are kept on the way: those of row
+    token[i] of the batch in slot[i] at place[i]."""
 
-    def __init__(self, cache, slot, place):
-        self.cache, self.slot, self.place = cache, slot, place
+    def __init__(self, cache, slot, place, token):
+        self.cache, self.slot, self.place, self.token = cache, slot, place, token
 
     def attend(self, layer, q, k, v, segments):
-        self.cache.keys[layer, self.slot, :, self.place] = k
-        self.cache.values[layer, self.slot, :, self.place] = v
+        self.cache.keys[layer, self.slot, :, self.place] = k[self.token]
+        self.cache.values[layer, self.slot, :, self.place] = v[self.token]
         return attention(q, k, v, segments)
 
 

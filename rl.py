@@ -134,7 +134,7 @@ class Play:
         wrong is not the model's failure."""
         try:
             if self.drive is None:
-                env = gym.make(self.episode.task)
+                env = gym.begin(self.episode.task)
                 self.layout, self.drive = env.layout, gym.drive(env)
                 return self._ask(next(self.drive))
             reply = self._hear(result)

@@ -138,6 +138,7 @@ class Env:
 class OneShot(Env):
     """One question, one reply. `make` returns (Obs, gold)."""
     shown: list = []            # see `glance`: what might be the gold of some question
+    obs: Obs | None = None      # once drawn
 
     def make(self) -> tuple[Obs, Any]:
         raise NotImplementedError
@@ -147,7 +148,8 @@ class OneShot(Env):
         return box(gold)
 
     def reset(self):
-        self.obs, self.gold = self.make()
+        if self.obs is None:
+            self.obs, self.gold = self.make()
         self.said = None
         return self.obs
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import engine as engine_py
 from common import UserError
 from conftest import random_document
 from data import Document, collate
@@ -155,6 +156,47 @@ def test_requests_may_come_while_others_run(model, prompts):
             engine.submit(left.pop(0))
         results |= {r.id: r.ids for r in engine.step()}
     assert [results[i + 1] for i in range(9)] == want
+
+
+@pytest.fixture
+def readings(monkeypatch) -> list:
+    """How many prompts are read at a time."""
+    sizes = []
+    monkeypatch.setattr(engine_py, "collate", lambda documents, config: (
+        sizes.append(len(documents)) or collate(documents, config)))
+    return sizes
+
+
+def test_a_prompt_that_several_have_is_read_once(model, prompts, readings):
+    """And each gets the reply that it gets alone. The same words about another picture, or about
+    a copy of it, are another prompt."""
+    other = dataclasses.replace(prompts[2], images=[255 - image for image in prompts[2].images])
+    copy = dataclasses.replace(prompts[2], images=[image.copy() for image in prompts[2].images])
+    requests = [Request(prompt, 9, temperature=1.0, seed=seed) for seed in range(3)
+                for prompt in (prompts[2], prompts[8], other, copy)]
+    want = [serve(model, [r])[0] for r in requests]
+    assert len({tuple(r.ids) for r in want}) == 9
+    readings.clear()
+    got = serve(model, requests, slots=12)
+    assert readings == [4]
+    for a, b in zip(got, want):
+        assert a.ids == b.ids and a.logps == pytest.approx(b.logps, abs=1e-4)
+
+
+def test_who_waits_while_slots_are_free(model, prompts, readings):
+    """Only those who are too many, until several can be read at a time."""
+    engine = Engine(model, 4, 128)
+    engine.stops = set()
+    for i in range(36):
+        engine.submit(Request(prompts[i % 9], 3 + i % 7))
+    while engine.busy:
+        engine.step()
+        assert engine.running or not engine.waiting
+    assert sum(readings) == 36 and readings[0] == 4 and len(readings) < 18
+    for n in range(1, 5):       # all find room: nobody waits
+        engine.submit(Request(prompts[n], 100))
+        engine.step()
+        assert len(engine.running) == n
 
 
 @pytest.mark.parametrize("length,words", [(0, "empty"), (64, "64 tokens"), (99, "99 tokens")])

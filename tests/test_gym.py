@@ -54,6 +54,21 @@ def test_splits_and_sizes_share_no_picture_but_sizes_share_the_question():
     assert make(Task("point", 3, 1, "train", 128)).reset().text == train.text
 
 
+def test_a_group_shares_what_is_only_looked_at():
+    """A one-shot task is drawn once, the same as alone; what is said stays apart, and so does
+    whatever an agent can change."""
+    task, form = Task("counting", 5), Task("gui_form", 5)
+    envs = [gym.begin(task) for _ in range(2)]
+    shown, other = [env.reset() for env in envs]
+    alone = make(task).reset()
+    assert shown.images[0] is other.images[0] and shown.text == alone.text
+    assert shown.images[0].tobytes() == alone.images[0].tobytes()
+    [env.step(reply) for env, reply in zip(envs, "ab")]
+    assert [env.evidence()["reply"] for env in envs] == ["a", "b"]
+    first, second = gym.begin(form), gym.begin(form)
+    assert first.reset().images[0] is not second.reset().images[0]
+
+
 def test_training_never_draws_what_is_held_out():
     for seed in range(150):
         for split in ("train", "test"):

@@ -309,17 +309,20 @@ def test_a_thousand_prompts_of_all_kinds(k):
 
 
 def test_the_head_sees_in_decoding_what_it_sees_in_training():
-    """Its state behind a reply, built up step by step, is that of one forward over everything."""
+    """Its state behind a reply, built up step by step, is that of one forward over everything;
+    the prompt is another request's too, which goes on in other words."""
     model = with_head()
     prompt = random_document(model.config, ((4, 6),), 9, 0)
-    engine = Engine(model, 2, 128, drafts=3, adapt=False)
+    engine = Engine(model, 3, 128, drafts=3, adapt=False)
     engine.stops = set()
     engine.submit(Request(random_document(model.config, (), 5, 1), 40))
+    engine.submit(Request(prompt, 40, temperature=1.0))
     id = engine.submit(Request(prompt, 40))
     for _ in range(6):
         engine.step()
     slot = next(i for i, r in enumerate(engine.running) if r.id == id)
     ids = engine.running[slot].ids
+    assert ids[0] != engine.running[1].ids[0]
     whole = dataclasses.replace(prompt, ids=np.append(prompt.ids, ids).astype(np.int32),
                                 weights=np.zeros(len(prompt.ids) + len(ids), np.float32))
     with torch.no_grad():
