@@ -207,7 +207,8 @@ class Stream:
 
     mix: ((name, weight), ...); levels: tasks are drawn from levels 0..levels-1, but from level 0
     alone for the first `easy` samples: a curriculum [O]; think: the share of conversations in which
-    the oracle states its reasons, where it has any.
+    the oracle states its reasons, where it has any; parts: categories of which no episode is shown,
+    only single questions about their screens.
     """
     config: Config
     mix: tuple
@@ -217,6 +218,7 @@ class Stream:
     easy: int = 0
     think: float = 0.0
     text_tokens: int = 128
+    parts: tuple = ()
 
     def __post_init__(self):
         known = [*gym.names(), "text", "code", "atlas"]
@@ -225,6 +227,9 @@ class Stream:
                 raise UserError(f"--mix names '{name}'; there are {', '.join(known)}")
             if not weight >= 0:
                 raise UserError(f"--mix gives {name} the weight {weight}")
+        for name in self.parts:
+            if name not in known or not gym.demonstrate(Task(name, 0), parts=True):
+                raise UserError(f"--parts: there are no questions about the screens of '{name}'")
         total = sum(weight for _, weight in self.mix)
         if not total:
             raise UserError("--mix has no weight above 0")
@@ -240,7 +245,7 @@ class Stream:
             return [self._text(rng, name, source)]
         level = int(rng.integers(self.levels)) if i >= self.easy else 0
         task = Task(name, int(rng.integers(2 ** 31)), level, self.split)
-        conversations = gym.demonstrate(task, think=rng.random() < self.think)
+        conversations = gym.demonstrate(task, rng.random() < self.think, name in self.parts)
         chosen = conversations[int(rng.integers(len(conversations)))]
         if rng.random() < DIALOGUES or any(m.role == "observation" for m in chosen):
             talks = [chosen]

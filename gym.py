@@ -97,11 +97,12 @@ def drive(env: Env):
     return env.evidence()
 
 
-def demonstrate(task: Task, think: bool = False) -> list[list[Message]]:
+def demonstrate(task: Task, think: bool = False, parts: bool = False) -> list[list[Message]]:
     """Whole conversations in which the oracle answers: one for a one-shot task, with all its
     turns about the picture; one a turn in the segment layout, and one for each further question
     about its screen; else one for the episode.
-    think: the thought behind a reply stands before it, where the category states one."""
+    think: the thought behind a reply stands before it, where the category states one; parts: of an
+    episode in the segment layout only the further questions, not how it is done."""
     env = make(task)
 
     def thoughtful(reply):
@@ -117,7 +118,7 @@ def demonstrate(task: Task, think: bool = False) -> list[list[Message]]:
     episode, conversations = drive(env), []
     messages = next(episode)
     for reply in map(thoughtful, env.oracle()):
-        conversations.append([*messages, Message("assistant", reply)])
+        conversations += [[*messages, Message("assistant", reply)]] if not parts else []
         if env.layout == "segment":
             conversations += [[Message("user", IMAGE + question, messages[-1].images),
                                Message("assistant", answer)] for question, answer in env.more]

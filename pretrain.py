@@ -13,7 +13,7 @@ and keeps its rows: simple and exact, and wasteful once drawing costs more than 
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Args:
     mix: str = "gym:8,text:1,code:1"  # sources and weights; gym = all that it can see
     levels: int = 2               # tasks come from levels 0..levels-1
     think: float = 0.0            # share of the gym's replies that state their reasons first
+    parts: str = ""               # categories shown only in single questions about their screens
     curriculum: float = 0.2       # share of the run that sees level 0 only
     lr: float = 4e-3              # peak learning rate; Muon and AdamW alike
     vision_scale: float = 1.0     # factor on it for the vision tower
@@ -166,13 +167,13 @@ def run(args: Args):
     mix = parse_mix(args.mix, sight(model.config))
     # About 110 tokens a sample at tiny: close enough to place the curriculum's end.
     easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 110)
-    stream = Stream(model.config, mix, args.seed, "train", args.levels, easy, args.think)
+    stream = Stream(model.config, mix, args.seed, "train", args.levels, easy, args.think,
+                    parts=tuple(filter(None, args.parts.split(","))))
     cores = os.cpu_count() or 1
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
     drawer = Drawer(stream, workers, overlap=hw.device.type != "cpu")
     packer = Packer(drawer, args.row_tokens, state=position, say=say)
-    held_out = Packer(Stream(model.config, mix, args.seed, "test", args.levels, 0, args.think),
-                      args.row_tokens, say=lambda _: None)
+    held_out = Packer(replace(stream, split="test", easy=0), args.row_tokens, say=lambda _: None)
     exam = [collate(held_out.row(), model.config).to(hw.device) for _ in range(2)]
     counts = model.counts()
     say(f"{counts['total'] / 1e6:.2f}M parameters, {args.rows}x{args.row_tokens} tokens a step, "

@@ -54,7 +54,7 @@ class Args:
     side: int = 0                 # pixels of stage 1's square pictures; 0: 64 at tiny, else 224
     mask: str = "block"           # which patches are hidden: block or random
     masked: float = 0.35          # the share of them
-    supervise: str = "masked"     # where the student is held to the teachers: masked or all
+    supervise: str = "all"        # where the student is held to the teachers: masked or all [O]
     cosine: float = 0.9           # weight of 1 - cosine; the rest is smooth-L1
     qk_norm: bool = True          # RMSNorm on queries and keys; false shows what it is for
     teachers: str = "both"        # both, semantic or texture: whom to learn from

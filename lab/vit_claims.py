@@ -1,8 +1,8 @@
 """Does two-teacher distillation pay? The claims about train_vit.py, over seeds, as a report.
 
-    python -m lab.vit_claims                     one seed; hours on a busy laptop, so it resumes
-    python -m lab.vit_claims --seeds=3 --steps=600
-    python -m lab.vit_claims --big=65536         instead: one align step of 64K and one of 1,024
+    python -m lab.vit_claims                 one seed; what was interrupted goes on
+    python -m lab.vit_claims --seeds=3       about twenty minutes a seed on one quiet core
+    python -m lab.vit_claims --big=65536     instead: one align step of 64K and one of 1,024
 
 For each seed: both stand-in teachers, then students of both and of either alone, then alignment of
 the first. Beside them a tower of random weights. Every figure is a probe of train_vit.py on
@@ -28,8 +28,8 @@ STUDENTS = {"both": {}, "semantic": {"teachers": "semantic"}, "texture": {"teach
 @dataclass
 class Args:
     seeds: int = 1                # how many, from 0
-    steps: int = 250              # of each student and of the alignment
-    teacher_steps: int = 400      # of each stand-in
+    steps: int = 500              # of each student and of the alignment
+    teacher_steps: int = 800      # of the semantic stand-in; half of it, of two views, of the other
     batch: int = 64               # images a step
     big: int = 0                  # global batch of the memory test; 0: the other claims
     micro: int = 128              # images at a time in the memory test
@@ -40,11 +40,11 @@ class Args:
 
 def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict:
     """Run one stage, or what is left of it, and return its figures."""
-    steps = args.steps if name in ("distill", "align") else args.teacher_steps
+    steps = {"semantic": args.teacher_steps, "texture": args.teacher_steps // 2}
     settings = train_vit.check(train_vit.Args(
-        stage="all", steps=steps, batch=args.batch, seed=seed, out=str(folder), resume=True,
-        save_every=50, eval_every=100, log_every=50, device=args.device, dtype=args.dtype,
-        workers=0, **changes))
+        stage="all", steps=steps.get(name, args.steps), batch=args.batch, seed=seed,
+        out=str(folder), resume=True, save_every=100, eval_every=250, log_every=50,
+        device=args.device, dtype=args.dtype, workers=0, **changes))
     train_vit.train(name, settings, hw)
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))["figures"][name]
 

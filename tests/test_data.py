@@ -104,12 +104,22 @@ def test_gym_stands_for_every_category():
 def test_levels_begin_with_the_easy_one(monkeypatch):
     tasks, demonstrate = [], gym.demonstrate
     monkeypatch.setattr(gym, "demonstrate",
-                        lambda task, think: tasks.append(task) or demonstrate(task))
+                        lambda task, *_: tasks.append(task) or demonstrate(task))
     some = stream(parse_mix("gui_form"), levels=3, easy=20, split="test")
     for i in range(60):
         some(i)
     assert {t.level for t in tasks[:20]} == {0} and {t.level for t in tasks[20:]} == {0, 1, 2}
     assert {t.split for t in tasks} == {"test"} and len({t.seed for t in tasks}) == 60
+
+
+def test_parts_show_screens_but_never_an_episode():
+    some = stream(parse_mix("gui_form"), parts=("gui_form",))
+    for i in range(20):
+        for d in some(i):
+            said = TOKENS.decode(d.ids[d.ids < TOKENS.n_ranks].tolist())
+            assert "Click " in said and "Press OK" not in said
+    with pytest.raises(UserError, match="no questions about the screens of 'counter'"):
+        stream(parse_mix("gui_form"), parts=("counter",))
 
 
 def test_the_test_split_is_another():
