@@ -9,7 +9,7 @@
     figures_of, accuracy, samples   what is seen of it
 
 A rollout here is anything with `advance(result) -> Request or None`, `evidence`, `episode` and
-`judged(score)`: rl.Play. Four things go on at once and wait for each other as little as may be
+`judged(score)`: play.Play. Four things go on at once and wait for each other as little as may be
 [C]: generation, environments and verifiers, the making of batches, the journey of weights.
 """
 import json

@@ -102,6 +102,16 @@ def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
     return Document(np.array(ids, np.int32), np.array(weights, np.float32), images, source)
 
 
+@dataclass
+class Request:
+    """A reply to ask of the engine. temperature 0 is greedy; `seed` names its own random stream."""
+    prompt: Document
+    max_new: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
 # ---- episodes: documents that a model made itself ----------------------------------------------
 
 PICTURES: WeakValueDictionary = WeakValueDictionary()
@@ -122,6 +132,13 @@ class Episode:
     documents: list = field(default_factory=list)  # one; or one a turn, in the segment layout
     score: gym.Score | None = None                 # a reward, or an error
     status: str = ""                               # done, truncated (a reply was cut off) or error
+
+    def replies(self, tokens: Tokenizer) -> list[str]:
+        """What the model said, turn by turn."""
+        said = [run for d in self.documents for run, own in zip(
+            *(np.split(x, 1 + np.diff(d.weights > 0).nonzero()[0]) for x in (d.ids, d.weights)))
+            if own.any()]
+        return [tokens.decode(ids[:-1] if ids[-1] in tokens.stops else ids) for ids in said]
 
 
 def to_bytes(episodes: list[Episode]) -> bytes:

@@ -23,22 +23,12 @@ import torch.nn.functional as F
 
 import mmtp
 from common import UserError
-from data import Document, collate
+from data import Request, collate
 from kernels import Segments, draw, probabilities
 from model import Cache, GLMV
 from tokenizer import Tokenizer
 
 PATIENCE = 1    # steps of all slots that may be lost before prompts are read a few at a time [O]
-
-
-@dataclass
-class Request:
-    """temperature 0 is greedy; `seed` names the request's own random stream."""
-    prompt: Document
-    max_new: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass

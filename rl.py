@@ -6,9 +6,11 @@ becomes more likely.
     python rl.py --max_staleness=2 --workers=4            asynchronous, in one process
     torchrun --nproc_per_node=2 rl.py --max_staleness=2   the last rank plays, the others train
 
-Down to "what is seen" this is a complete synchronous trainer: `rollout`, `advantages`, `lessons`,
-`row_loss`, `update`, `train`. The asynchronous one uses all of it, and only its groups come in
-another way (collect.py). What is left out, and why:
+From `advantages` to `train` this is a whole synchronous trainer. Episodes, tasks that the model has
+played and verifiers judged, come in groups that share a task (play.py); `rewards_of`, `advantages`
+and `lessons` turn a group into Documents with a coefficient for each token, `row_loss` and `update`
+learn from them, and `train` goes round. The asynchronous trainer is the same: only its groups come
+in another way (collect.py). What is left out, and why:
 - A critic. The mean of the other replies to the same task is the baseline.
 - Dividing advantages by the group's deviation: it favours tasks that nearly all replies solve, or
   nearly none; --std brings it back.
@@ -35,16 +37,14 @@ from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accur
 from common import (Interrupt, Log, ROOT, UserError, checkpoints, cli, find_checkpoint,
                     keep_earlier, load_tensors, main, plan, save_checkpoint, save_state, setup,
                     write_json)
-from data import (Document, Episode, Stream, collate, document, once, parse_mix, rows_of,
-                  sight)
-from engine import Engine, Request
-from gym import Score
+from data import Document, Episode, Stream, collate, parse_mix, rows_of, sight
+from engine import Engine
 from kernels import linear_logp
 from mmtp import head_of, load, losses as mtp_losses, prefix
-from model import GLMV, Config
+from model import GLMV
 from optim import OptimConfig, Optimizer, schedule
+from play import Play, Policy, rollout
 from tasks.base import Task
-from tasks.jury import told
 from tasks.webdev import relative_rewards
 from tokenizer import Tokenizer
 
@@ -90,135 +90,6 @@ class Args:
     device: str = "auto"          # auto, cpu, cuda or mps
     dtype: str = "auto"           # auto, float32 or bfloat16; masters are fp32 in any case
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
-
-
-# ---- playing ------------------------------------------------------------------------------------
-
-@dataclass
-class Policy:
-    """What playing must know of the model and of the run."""
-    tokens: Tokenizer
-    config: Config
-    context: int
-    max_new: int
-    think: int = 0
-    seed: int = 0
-    temperature: float = 1.0
-
-
-def grow(d: Document, ids, images=(), sampled=None) -> Document:
-    """`d` with more ids behind. Weight 1, log-probability and version where the engine's Result
-    `sampled` brings them; 0 on what was put in: prompts, observations, a forced </think>."""
-    def longer(name, values):
-        had = d.extras.get(name, np.zeros(len(d.ids)))
-        return np.append(had, values[:len(ids)] if sampled else np.zeros(len(ids)))
-    new = {"logp": longer("logp", sampled and sampled.logps),
-           "version": longer("version", sampled and sampled.versions)}
-    return Document(np.append(d.ids, np.array(ids, np.int32)),
-                    np.append(d.weights, np.full(len(ids), bool(sampled), np.float32)),
-                    [*d.images, *images], d.source,
-                    {name: value.astype(np.float32) for name, value in new.items()})
-
-
-class Play:
-    """A rollout under way: the environment on one side, growing Documents on the other. Tokens
-    are kept as they were sampled; nothing is ever encoded a second time."""
-
-    def __init__(self, episode: Episode, policy: Policy):
-        self.episode, self.policy, self.drive, self.evidence = episode, policy, None, None
-        self.turn, self.said = 0, []
-
-    def advance(self, result=None) -> Request | None:
-        """Take the engine's Result and go on to the next Request; None when the episode is over:
-        then `evidence` is there, or the score an error. Never raises: what an environment does
-        wrong is not the model's failure."""
-        try:
-            if self.drive is None:
-                env = gym.begin(self.episode.task)
-                self.layout, self.drive = env.layout, gym.drive(env)
-                return self._ask(next(self.drive))
-            reply = self._hear(result)
-            if self.thinking:
-                return self._request(self.policy.max_new, thinking=False)
-            return self._ask(self.drive.send(reply))
-        except StopIteration as end:
-            self.evidence = end.value
-        except Exception as error:
-            self.judged(Score(math.nan, {}, told(error)))
-        return None
-
-    def judged(self, score: Score) -> Episode:
-        self.episode.score = score
-        self.episode.status = "error" if score.error else self.episode.status or "done"
-        return self.episode
-
-    def _ask(self, messages) -> Request:
-        p, documents = self.policy, self.episode.documents
-        old = self.layout == "append" and bool(documents)
-        new = document(messages[-1:] if old else messages, p.tokens, p.config, answer=True)
-        ids = new.ids
-        if p.think:         # the template ends in <think></think> and a newline: reopen the thought
-            ids = ids[:-1 - len(p.tokens.encode("\n"))]
-        if old:             # without [gMASK]<sop>; the model may have said who speaks next itself
-            ids = ids[3 if documents[-1].ids[-1] == ids[2] else 2:]
-            documents[-1] = grow(documents[-1], ids, map(once, new.images))
-        else:           # the group sees the same picture, and the encoder sees it once
-            empty = Document(ids[:0], new.weights[:0])
-            documents.append(grow(empty, ids, map(once, new.images)))
-        self.said = [p.tokens.special["<think>"]] if p.think else []
-        return self._request(p.think or p.max_new, thinking=bool(p.think))
-
-    def _request(self, most: int, thinking: bool) -> Request:
-        prompt, e = self.episode.documents[-1], self.episode
-        if len(prompt.ids) >= self.policy.context:
-            raise ValueError(f"{len(prompt.ids)} tokens outgrew the context")
-        key = [self.policy.seed, e.group, e.index, self.turn]
-        self.turn, self.thinking = self.turn + 1, thinking
-        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        return Request(prompt, most, self.policy.temperature, seed=seed)
-
-    def _hear(self, result) -> str:
-        """Note what the model said; the reply's text."""
-        tokens, ids = self.policy.tokens, list(result.ids)
-        if ids[-1] == tokens.image:     # it ended the reply; a slot without pixels teaches nothing
-            ids = ids[:-1]
-        documents = self.episode.documents
-        documents[-1] = grow(documents[-1], ids, sampled=result)
-        self.said += ids[:-1] if ids and ids[-1] in tokens.stops else ids
-        self.thinking = self.thinking and result.finish == "length"
-        if self.thinking and tokens.special["</think>"] not in self.said:
-            close = [tokens.special["</think>"], *tokens.encode("\n")]  # time to answer [R]
-            documents[-1] = grow(documents[-1], close)
-            self.said += close
-        elif result.finish != "stop" and not self.thinking:
-            self.episode.status = "truncated"
-        return tokens.decode(self.said)
-
-
-def rollout(engine: Engine, orders: list[Episode], policy: Policy, rewards) -> list[Episode]:
-    """Play and judge `orders`, all side by side; returned in their order."""
-    asked = {}
-
-    def go_on(play, result=None):
-        request = play.advance(result)
-        if request:
-            asked[engine.submit(request)] = play
-        elif play.evidence is not None:
-            play.judged(rewards.score(play.episode.task, play.evidence))
-
-    for order in orders:
-        go_on(Play(order, policy))
-    while engine.busy:
-        for result in engine.step():
-            go_on(asked.pop(result.id), result)
-    return orders
-
-
-def player(model: GLMV, args: Args, say=print) -> Engine:
-    """The engine that plays. A picture's mark in a reply ends it: there are no pixels for it."""
-    engine = Engine(model, args.slots, args.context, args.drafts, args.max_staleness > 0, say)
-    engine.stops.add(model.config.image_token_id)
-    return engine
 
 
 # ---- learning -----------------------------------------------------------------------------------
@@ -267,16 +138,6 @@ def lessons(group: list[Episode], std: bool = False) -> list[list[Document]]:
             **d.extras, "advantage": np.full(len(d.ids), advantage, np.float32),
             "taught": np.zeros(len(d.ids), np.float32)}) for d in episode.documents])
     return made
-
-
-def demonstrations(stream: Stream, first: int, count: int) -> list[list[Document]]:
-    """`count` samples of the gym's own replies, as lessons: rehearsal in the midst of RL."""
-    def lesson(sample):
-        learnt = sum(float(d.weights.sum()) for d in sample)
-        return [replace(d, weights=d.weights / learnt, extras={
-            name: np.full(len(d.ids), value, np.float32) for name, value in
-            (("logp", 0), ("advantage", 1), ("taught", 1))}) for d in sample]
-    return [lesson(stream(first + i)) for i in range(count)]
 
 
 def clipped(logp, old, advantage, low: float, high: float):
@@ -386,7 +247,9 @@ def update(model: GLMV, optimizer: Optimizer, groups: list, taught: list, args: 
 
 def train(model: GLMV, optimizer: Optimizer, collect, args: Args, start: int = 0,
           share: Share = Share(), reference: GLMV | None = None):
-    """The loop. collect(step) -> (groups, demonstrations); yields (steps done, groups, figures)."""
+    """The loop. collect(step) -> (groups, demonstrations): in the plain case tasks are drawn,
+    played to their end by `rollout`, and those kept that have a signal. Yields (steps done, groups,
+    figures)."""
     for step in range(start, args.steps):
         groups, taught = collect(step)
         if groups is None:      # told to leave while it waited
@@ -409,6 +272,23 @@ def examine(model: GLMV, policy: Policy, rewards, args: Args) -> list[Episode]:
 
 
 # ---- the run ------------------------------------------------------------------------------------
+
+def player(model: GLMV, args: Args, say=print) -> Engine:
+    """The engine that plays. A picture's mark in a reply ends it: there are no pixels for it."""
+    engine = Engine(model, args.slots, args.context, args.drafts, args.max_staleness > 0, say)
+    engine.stops.add(model.config.image_token_id)
+    return engine
+
+
+def demonstrations(stream: Stream, first: int, count: int) -> list[list[Document]]:
+    """`count` samples of the gym's own replies, as lessons: rehearsal in the midst of RL."""
+    def lesson(sample):
+        learnt = sum(float(d.weights.sum()) for d in sample)
+        return [replace(d, weights=d.weights / learnt, extras={
+            name: np.full(len(d.ids), value, np.float32) for name, value in
+            (("logp", 0), ("advantage", 1), ("taught", 1))}) for d in sample]
+    return [lesson(stream(first + i)) for i in range(count)]
+
 
 def check(args: Args):
     """Refuse at once what would fail, or do nothing, hours later."""

@@ -15,14 +15,14 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from PIL import Image
 from tqdm import tqdm
 
 import gym
 import mmtp
 from common import ROOT, UserError, cli, find_checkpoint, main, setup, write_json
-from data import document, open_image, parse_mix, sight
-from engine import Engine, Request
+from data import Episode, Request, document, open_image, parse_mix, sight
+from engine import Engine
+from play import Policy, rollout
 from tasks.base import Message, Task
 from tokenizer import Tokenizer
 
@@ -103,51 +103,17 @@ class Eval:
     dtype: str = "auto"           # auto, float32 or bfloat16
 
 
-@dataclass
-class Played:
-    """One episode: its task, what the model said, and how it was judged."""
-    task: Task
-    replies: list
-    score: gym.Score
-
-
 def play(model, tokens, tasks, slots: int = 64, context: int = 512, blank: bool = False,
-         bar=None) -> list[Played]:
+         bar=None) -> list[Episode]:
     """Let the model do `tasks`, greedily, all of them side by side; in the order given.
 
     blank: every picture is replaced by plain grey of the same size.
     """
-    engine, rewards = Engine(model, slots, context), gym.Rewards()
-    episodes, played = {}, {}
-
-    def ask_next(task, episode, replies, messages):
-        if blank:
-            messages = [Message(m.role, m.text, tuple(Image.new("RGB", image.size, (128,) * 3)
-                                                      for image in m.images)) for m in messages]
-        prompt = document(messages, tokens, model.config, answer=True)
-        if len(prompt.ids) < context:
-            episodes[engine.submit(Request(prompt, 48))] = task, episode, replies
-        else:                       # not the model's failure, so no zero
-            why = f"{len(prompt.ids)} tokens outgrew the context of {context}"
-            played[task] = Played(task, replies, gym.Score(math.nan, {}, why))
-            if bar:
-                bar.update(1)
-
-    for task in tasks:
-        episode = gym.drive(gym.make(task))
-        ask_next(task, episode, [], next(episode))
-    while engine.busy:
-        for result in engine.step():
-            task, episode, replies = episodes.pop(result.id)
-            ids = result.ids[:-1] if result.finish == "stop" else result.ids
-            replies.append(tokens.decode(ids))
-            try:
-                ask_next(task, episode, replies, episode.send(replies[-1]))
-            except StopIteration as end:
-                played[task] = Played(task, replies, rewards.score(task, end.value))
-                if bar:
-                    bar.update(1)
-    return [played[task] for task in tasks]
+    engine = Engine(model, slots, context)
+    engine.stops.add(tokens.image)          # there are no pixels for it
+    policy = Policy(tokens, model.config, context, 48, temperature=0.0, blank=blank)
+    orders = [Episode(task, i, 0) for i, task in enumerate(tasks)]
+    return rollout(engine, orders, policy, gym.Rewards(), bar)
 
 
 def interval(share: float, n: int) -> tuple[float, float]:

@@ -273,12 +273,22 @@ def test_what_is_learnt_is_what_was_shown(tiny, name):
     policy = policy_of(tiny, context=4096)
     [e] = rl.rollout(Parrot(lambda _: next(lines)), [Episode(task, 0, 0)], policy, Rewards())
     assert e.score.reward == pytest.approx(1) and e.status == "done"
+    assert [TOKENS.encode_reply(reply) for reply in script] == list(map(
+        TOKENS.encode_reply, e.replies(TOKENS)))
     assert len(e.documents) == len(shown)
     for got, want in zip(e.documents, shown):
         assert got.ids.tolist() == want.ids.tolist()
         assert got.weights.tolist() == want.weights.tolist()
         assert all((a == b).all() for a, b in zip(got.images, want.images, strict=True))
         assert ((got.extras["logp"] != 0) == (got.weights > 0)).all()
+
+
+def test_a_blank_picture_is_grey(tiny):
+    said = Parrot(lambda _: [65, TOKENS.special["<|user|>"]])
+    [e] = rl.rollout(said, [Episode(Task("counting", 5), 0, 0)], policy_of(tiny, blank=True),
+                     Rewards())
+    [image] = e.documents[0].images
+    assert image.shape == (64, 64, 3) and (image == 128).all()
 
 
 def test_a_thought_without_end_is_ended(tiny):
