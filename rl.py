@@ -73,7 +73,7 @@ class Args:
     schedule: str = "linear"      # constant, linear (over the last part) or cosine
     decay: float = 0.4            # that last part, as a share of the steps
     max_staleness: int = 0        # updates that a sample may lag behind; 0: synchronous
-    slots: int = 64               # conversations generated side by side
+    slots: int = 128              # conversations generated side by side
     flight: int = 0               # rollouts under way at most; 0: as many as staleness allows
     drafts: int = 0               # tokens that the MTP head drafts ahead in generation
     workers: int = 0              # processes of verifiers, killed when they hang; 0: none, here
