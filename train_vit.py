@@ -154,17 +154,20 @@ class Contrast(Job):
             return self.embed(collate_pairs(pairs, self.visual.config).to(device))
 
         replay = len(chunks) > 1
-        with torch.set_grad_enabled(not replay):
-            parts = [embed(chunk) for chunk in chunks]
-        x, y = (torch.cat(side).detach().requires_grad_() for side in zip(*parts))
+        # Whole from the start: thousands of small tensors kept would riddle the heap with holes.
+        sides = torch.empty(2, len(mine), len(self.image_proj.weight), device=device)
+        for chunk, part in zip(chunks, sides.split(args.micro, dim=1)):
+            with torch.set_grad_enabled(not replay):
+                made = embed(chunk)
+            part.copy_(torch.stack(made).detach())
+        x, y = (side.requires_grad_() for side in sides)
         loss = ring_sigmoid_loss(x, y, self.logit_scale.exp(), self.logit_bias) / args.batch
         loss.backward()
         values = {"loss": total(loss.detach())}
         if args.pairs:  # corrupt pictures, others in their place
             values["skipped"] = total(torch.tensor(float(sum(skipped)), device=device))
-        gradients = zip(x.grad.split(args.micro), y.grad.split(args.micro))
-        for part, chunk, gradient in zip(parts, chunks, gradients):
-            torch.autograd.backward(embed(chunk) if replay else part, gradient)
+        for chunk, *parts in zip(chunks, x.grad.split(args.micro), y.grad.split(args.micro)):
+            torch.autograd.backward(embed(chunk) if replay else made, parts)
             collect()
         return values
 

@@ -409,6 +409,45 @@ def test_all_stages_resume_bit_for_bit_and_the_tower_goes_on(tmp_path, monkeypat
     assert "semantic" not in log[-1] and -1 <= log[-1]["texture"] <= 1
 
 
+SMALL_TEACHER = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
+FOLDERS = {  # (semantic, texture): class of transformers and its fields; the student's patch is 8
+    "fixed and DINOv2": (("Siglip", dict(
+        vision_config=dict(SMALL_TEACHER, intermediate_size=56, patch_size=16, image_size=64),
+        text_config=dict(SMALL_TEACHER, intermediate_size=56, vocab_size=9))),
+        ("Dinov2", dict(SMALL_TEACHER, patch_size=14, image_size=70))),
+    "NaFlex and DINOv3": (("Siglip2Vision", dict(
+        SMALL_TEACHER, intermediate_size=56, patch_size=16, num_patches=16)),
+        ("DINOv3ViT", dict(SMALL_TEACHER, intermediate_size=56, patch_size=16,
+                           num_register_tokens=4)))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair, dtype", zip(FOLDERS, ("float32", "bfloat16")))
+def test_teachers_of_hugging_face_are_distilled_from(pair, dtype, tmp_path, small_exam):
+    """Folders as transformers writes them, in steps that go on bit for bit."""
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    for folder, (name, fields) in zip(("semantic", "texture"), FOLDERS[pair]):
+        torch.manual_seed(0)
+        config = getattr(transformers, name + "Config")(**fields)
+        getattr(transformers, name + "Model")(config).save_pretrained(tmp_path / folder)
+    options = dict(semantic_teacher=str(tmp_path / "semantic"), micro=4, save_every=1, dtype=dtype,
+                   texture_teacher=str(tmp_path / "texture"), steps=2)
+    log = train(tmp_path / "run", "distill", **options)
+    assert len(log) == 2 and all(math.isfinite(line["loss"]) for line in log)
+    assert all(-1 <= line[name] <= 1 for line in log for name in ("semantic", "texture"))
+    saved = load_tensors(tmp_path / "run/distill/step_000002")
+    for name in ("semantic", "texture"):  # of the teachers nothing but the size of a head
+        assert saved[f"heads.{name}.weight"].shape == (48, 96)
+        assert saved[f"std_{name}"].min() > 1e-4  # their channels tell one patch from another
+    assert not [name for name in saved if name.startswith("teachers")]
+    shutil.rmtree(tmp_path / "run/distill/step_000002")
+    train(tmp_path / "run", "distill", **options, resume=True)
+    again = load_tensors(tmp_path / "run/distill/step_000002")
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+    with pytest.raises(UserError, match="nothing to train"):
+        train(tmp_path / "run", "teachers", **options)
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path, small_exam):
     """All stages; the same losses and weights on gloo."""
