@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -641,7 +642,7 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path, begin, monkeypatch):
 
 
 FATAL = f"""
-import os, sys
+import functools, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import collect, gym, rl
 from common import cli, main
@@ -655,14 +656,15 @@ def dies(where, name, when):
     def fatal(*args):
         if when(*args) and not os.path.exists(trace + "/died"):
             open(trace + "/died", "w").close()
-            os._exit(1)
+            os.kill(os.getppid(), signal.SIGTERM) if how == "agent" else os._exit(1)
         return whole(*args)
     setattr(where, name, fatal)
 
-trace, who = sys.argv.pop(1), sys.argv.pop(1)
+trace, who, how = (sys.argv.pop(1) for _ in range(3))
 if os.path.exists(trace + "/died"):
     open(trace + "/again", "a").close()
 gym.Rewards.score = score
+rl.Remote = functools.partial(rl.Remote, silence=10.0)
 if who == "player":
     dies(collect.Actor, "load", lambda self, weights, version: version == 2)
 else:
@@ -671,10 +673,31 @@ main(lambda: rl.run(cli(rl.Args)))
 """
 
 
-def torchrun(*words, **options) -> list[str]:
-    """A command line: `torchrun words --options`."""
-    return [sys.executable, "-m", "torch.distributed.run", *map(str, words),
-            *(f"--{k}={v}" for k, v in options.items())]
+def torchrun(*words, steps=4, **options) -> subprocess.Popen:
+    """`torchrun words fatal.py ... --options`, which runs on."""
+    options = {**SMALL, "mix": "ocr_line", "save_every": 1, "steps": steps, **options}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, words),
+         *(f"--{k}={v}" for k, v in options.items())], cwd=ROOT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def two_agents(way: str, restarts: int, *words, **options) -> list[tuple[int, str, str]]:
+    """One run under two agents, as on two machines; exit code, output and errors of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"static": ["--master_addr=127.0.0.1", f"--master_port={port}"],
+             "c10d": ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=1",
+                      "--local_addr=127.0.0.1"]}[way]
+    both = [torchrun("--nnodes=2", f"--node_rank={i}", "--nproc_per_node=1", *where,
+                     f"--max-restarts={restarts}", *words, **options) for i in range(2)]
+    try:
+        said = [agent.communicate(timeout=200) for agent in both]
+    finally:
+        for agent in both:
+            agent.terminate()
+    return [(agent.returncode, *told) for agent, told in zip(both, said)]
 
 
 def test_a_new_life_knows_nothing_of_the_last():
@@ -727,17 +750,43 @@ def test_a_dead_rank_restarts_all_from_the_last_checkpoint(tmp_path, begin, who)
     """It dies in its first life after the second step, and nobody has to be killed for it: steps 1
     and 2 are not lost."""
     (tmp_path / "fatal.py").write_text(FATAL)
-    done = subprocess.run(
-        torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1", tmp_path / "fatal.py",
-                 tmp_path, who, "--resume", **{**SMALL, "mix": "ocr_line", "steps": 4,
-                 "init": begin, "save_every": 1, "out": tmp_path / "run"}),
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "steps 2..4" in done.stdout
+    agent = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1",
+                     tmp_path / "fatal.py", tmp_path, who, "exit", "--resume", init=begin,
+                     out=tmp_path / "run")
+    said, wrong = agent.communicate(timeout=200)
+    assert agent.returncode == 0, wrong
+    assert "steps 2..4" in said and "SIGKILL" not in wrong
     assert [x["step"] for x in log_of(tmp_path / "run")] == [1, 2, 3, 4]
-    died, again = (os.path.getmtime(tmp_path / name) for name in ("died", "again"))
-    assert again - died < 28        # after 30 seconds torchrun kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way,who", [("static", "player"), ("static", "trainer"),
+                                     ("c10d", "player")])
+def test_where_one_of_two_machines_goes_the_other_ends(tmp_path, begin, way, who):
+    """Over loopback. Its agent is stopped after the second step; both are started anew, and what
+    is left is done."""
+    (tmp_path / "fatal.py").write_text(FATAL)
+    words = tmp_path / "fatal.py", tmp_path, who, "agent", "--resume"
+    first = two_agents(way, 0, *words, init=begin, out=tmp_path / "run")
+    assert (tmp_path / "died").exists() and any(code for code, *_ in first)
+    assert len(log_of(tmp_path / "run")) < 4
+    assert not any("SIGKILL" in wrong for *_, wrong in first)
+    second = two_agents(way, 0, *words, init=begin, out=tmp_path / "run")
+    assert [code for code, *_ in second] == [0, 0], second
+    begun = 2 if who == "player" else 3     # a trainer finishes the step that it is at
+    assert any(f"steps {begun}..4" in said for _, said, _ in second)
+    assert [x["step"] for x in log_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_where_one_of_two_machines_restarts_the_other_follows(tmp_path, begin):
+    """Only one of the agents counts that as a restart."""
+    (tmp_path / "fatal.py").write_text(FATAL)
+    both = two_agents("c10d", 1, tmp_path / "fatal.py", tmp_path, "player", "exit", "--resume",
+                      init=begin, out=tmp_path / "run")
+    assert [code for code, *_ in both] == [0, 0], both
+    assert any("steps 2..4" in said for _, said, _ in both)
+    assert [x["step"] for x in log_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 # ---- books and bytes ----------------------------------------------------------------------------
