@@ -693,7 +693,7 @@ def two_agents(way: str, restarts: int, *words, **options) -> list[tuple[int, st
     both = [torchrun("--nnodes=2", f"--node_rank={i}", "--nproc_per_node=1", *where,
                      f"--max-restarts={restarts}", *words, **options) for i in range(2)]
     try:
-        said = [agent.communicate(timeout=200) for agent in both]
+        said = [agent.communicate(timeout=400) for agent in both]
     finally:
         for agent in both:
             agent.terminate()
@@ -753,7 +753,7 @@ def test_a_dead_rank_restarts_all_from_the_last_checkpoint(tmp_path, begin, who)
     agent = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1",
                      tmp_path / "fatal.py", tmp_path, who, "exit", "--resume", init=begin,
                      out=tmp_path / "run")
-    said, wrong = agent.communicate(timeout=200)
+    said, wrong = agent.communicate(timeout=400)
     assert agent.returncode == 0, wrong
     assert "steps 2..4" in said and "SIGKILL" not in wrong
     assert [x["step"] for x in log_of(tmp_path / "run")] == [1, 2, 3, 4]
