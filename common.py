@@ -9,6 +9,7 @@ import difflib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -484,3 +485,56 @@ class Interrupt:
             raise KeyboardInterrupt
         self.signal = which
         print("\nstopping after this step (saving; once more to stop at once)", file=sys.stderr)
+
+
+class Watch:
+    """What keeps a run safe from step to step: checkpoints every `every` steps, at the last and
+    where a signal asks to stop; and an end where nothing is finite any more.
+
+    write(folder) fills a checkpoint; only rank 0 does. group: the ranks that leave together.
+    """
+
+    def __init__(self, out: Path, hw: Hardware, steps: int, every: int, start: int, write,
+                 group=None):
+        self.out, self.hw, self.steps, self.every, self.write = out, hw, steps, every, write
+        self.done = self.saved = start
+        self.group, self.interrupt, self.bad, self.skipped = group, Interrupt(), 0, 0
+
+    def finite(self, loss: float, norm: float) -> bool:
+        """Whether a step counts; the fifth in a row that doesn't ends the run."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.bad = 0
+            return True
+        self.bad, self.skipped = self.bad + 1, self.skipped + 1
+        if self.hw.rank == 0:
+            print(f"step {self.done}: loss {loss}, gradient norm {norm}: step skipped "
+                  f"({self.bad} in a row)")
+        if self.bad == 5:
+            raise UserError(f"five steps in a row were not finite; the last checkpoint of "
+                            f"{self.out} is from before; try a lower --lr")
+        return False
+
+    def stop(self, done: int) -> bool:
+        """To be asked after every step: save where it is time; whether to leave now, all ranks."""
+        self.done, stop = done, torch.tensor(float(self.interrupt.signal), device=self.hw.device)
+        if self.hw.world > 1:
+            dist.all_reduce(stop, group=self.group)
+        if done % self.every == 0 or done == self.steps or stop:
+            self._save()
+        return bool(stop)
+
+    def _save(self):
+        if self.hw.rank or save_checkpoint(self.out, self.done, self.write):
+            self.saved = self.done
+
+    def close(self):
+        """The last word. Raises UserError where what was done is not saved."""
+        if self.saved != self.done:     # it left between two steps, or the disk was full
+            self._save()
+        if self.saved != self.done:
+            raise UserError(f"step {self.done} could not be saved; {self.out} has step "
+                            f"{self.saved}")
+        if self.saved and self.hw.rank == 0:
+            print(f"saved {self.out}/step_{self.saved:06d}")
+        if self.interrupt.signal:
+            raise KeyboardInterrupt

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, keep_earlier,
-                    load_tensors, main, plan, save_checkpoint, save_state, setup, write_json)
+from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
+                    load_tensors, main, plan, save_state, setup, write_json)
 from data import Drawer, Packer, Stream, collate, parse_mix, sight
 from kernels import linear_cross_entropy
 from mmtp import OPTIONS, attach, head_of, load, losses as mtp_losses, prefix
@@ -181,16 +181,14 @@ def run(args: Args):
     if lead:
         write_json(out / "config.json", asdict(args))
 
-    def save(step):
-        def write(folder):
-            model.save_pretrained(folder, weights=optimizer.masters)
-            state = {"step": step, "position": packer.state(), "seed": args.seed,
-                     "optimizer": optimizer.state_dict(), "args": asdict(args),
-                     "rng": torch.get_rng_state()}
-            save_state(folder / "train.pt", state)
-        return not lead or save_checkpoint(out, step, write)
+    def write(folder):
+        model.save_pretrained(folder, weights=optimizer.masters)
+        save_state(folder / "train.pt", {
+            "step": watch.done, "position": packer.state(), "seed": args.seed,
+            "optimizer": optimizer.state_dict(), "args": asdict(args),
+            "rng": torch.get_rng_state()})
 
-    interrupt, bad, skipped, saved = Interrupt(), 0, 0, start
+    watch = Watch(out, hw, args.steps, args.save_every, start, write)
     log = Log(out, "pretrain", args.steps, start, hw.rank)
     for step in range(start, args.steps):
         began, drawing = time.perf_counter(), drawer.seconds
@@ -212,14 +210,7 @@ def run(args: Args):
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
         value, *further = total.tolist()
         norm = optimizer.step(rate, math.isfinite(value), idle="" if ahead else prefix(model))
-        if not (math.isfinite(norm) and math.isfinite(value)):
-            bad, skipped = bad + 1, skipped + 1
-            say(f"step {step}: loss {value}, gradient norm {norm}: step skipped ({bad} in a row)")
-            if bad == 5:
-                raise UserError(f"five steps in a row were not finite; the last checkpoint of "
-                                f"{out} is from before; try a lower --lr")
-        else:
-            bad = 0
+        watch.finite(value, norm)
 
         done, took = step + 1, time.perf_counter() - began
         drew = drawer.seconds - drawing
@@ -232,29 +223,18 @@ def run(args: Args):
             values |= {f"mtp{k}": x for k, x in enumerate(further, 1)}
         if drew > 0.05 * took:
             values["drawing"] = drew
-        if skipped or packer.skipped:
-            values["skipped"] = skipped + packer.skipped
+        if watch.skipped or packer.skipped:
+            values["skipped"] = watch.skipped + packer.skipped
         if args.eval_every and done % args.eval_every == 0:
             with torch.no_grad():
                 sums = sum(loss_sum(model, b)[0] for b in exam)
             values["held_out"] = (sums / sum(b.weights.sum() for b in exam)).item()
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
-        stop = interrupt.signal
-        if hw.world > 1:  # all ranks leave together
-            flag = torch.tensor(float(stop), device=hw.device)
-            dist.all_reduce(flag)
-            stop = int(flag)
-        if done % args.save_every == 0 or done == args.steps or stop:
-            saved = done if save(done) else saved
-        if stop:
+        if watch.stop(done):
             break
     log.close()
     drawer.close()
-    if start < args.steps and saved != done:
-        raise UserError(f"step {done} could not be saved; {out} has step {saved}")
-    say(f"saved {out}/step_{saved:06d}")
-    if interrupt.signal:
-        raise KeyboardInterrupt
+    watch.close()
 
 
 # Exercises. Write it again, run the test.

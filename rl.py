@@ -34,9 +34,8 @@ import torch.distributed as dist
 import gym
 from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accuracy, figures_of,
                      samples, serve, shared)
-from common import (Interrupt, Log, ROOT, UserError, checkpoints, cli, find_checkpoint,
-                    keep_earlier, load_tensors, main, plan, save_checkpoint, save_state, setup,
-                    write_json)
+from common import (Log, ROOT, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
+                    load_tensors, main, plan, save_state, setup, write_json)
 from data import Document, Episode, Stream, collate, parse_mix, rows_of, sight
 from engine import Engine
 from kernels import linear_logp
@@ -357,11 +356,9 @@ def run(args: Args):
         share.group = dist.new_group(list(range(seats)))
         route = dist.new_group([0, *range(seats, hw.world)])
         store = dist.PrefixStore("rl", hw.store)
-    if hw.rank < seats:     # who plays for others just goes, on a signal or when they say so
-        interrupt = Interrupt()
 
-    def leave():
-        return interrupt.signal and not isinstance(actor, Here)
+    def leave():            # who plays for others just goes, on a signal or when they say so
+        return watch.interrupt.signal and not isinstance(actor, Here)
 
     if lead and route:
         actor = Remote(store, list(range(seats, hw.world)), Transfer(model, route, leave))
@@ -391,13 +388,13 @@ def run(args: Args):
         groups = shared(groups, share.group) if seats > 1 else groups
         return groups, demonstrations(stream, step * taught, taught)
 
-    def save(step):
-        def write(folder):
-            model.save_pretrained(folder, weights=optimizer.masters)
-            save_state(folder / "train.pt", {
-                "step": step, "optimizer": optimizer.state_dict(), "args": asdict(args),
-                "rng": torch.get_rng_state(), "collector": collector.state(), "exams": exams})
-        return not lead or save_checkpoint(out, step, write)
+    def write(folder):
+        model.save_pretrained(folder, weights=optimizer.masters)
+        save_state(folder / "train.pt", {
+            "step": watch.done, "optimizer": optimizer.state_dict(), "args": asdict(args),
+            "rng": torch.get_rng_state(), "collector": collector.state(), "exams": exams})
+
+    watch = Watch(out, hw, args.steps, args.save_every, start, write, share.group)
 
     def exam(step, reward):
         episodes = examine(model, policy, rewards, args)
@@ -422,15 +419,12 @@ def run(args: Args):
         write_json(out / "config.json", asdict(args))
         if args.eval_every and not exams:
             exam(0, 0.0)
-    bad, saved, done, recent, clock = 0, start, start, [], time.perf_counter()
+    recent, clock = [], time.perf_counter()
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
         if lead and done < args.steps:
             actor.load(optimizer.masters, done)
-        bad = 0 if math.isfinite(values.get("norm", 0.0)) else bad + 1
-        if bad == 5:
-            raise UserError(f"five steps in a row were not finite; the last checkpoint of {out} "
-                            "is from before; try a lower --lr")
+        watch.finite(values["pg_loss"], values.get("norm", 0.0))
         now = time.perf_counter()
         values |= figures_of(collector.seen, has_signal, done - 1)
         values |= {"groups": len(groups), "waited": collector.waited, "idle": actor.idle,
@@ -441,28 +435,16 @@ def run(args: Args):
             exam(done, float(np.mean(recent)))
             values["accuracy"], recent = exams[-1]["accuracy"]["mean"], []
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
-        stop = interrupt.signal
-        if seats > 1:       # all trainers leave together
-            flag = torch.tensor(float(stop), device=hw.device)
-            dist.all_reduce(flag, group=share.group)
-            stop = int(flag)
-        if done % args.save_every == 0 or done == args.steps or stop:
-            saved = done if save(done) else saved
-        if stop:
+        if watch.stop(done):
             break
         clock = time.perf_counter()
-    if saved != done:       # told to leave while it waited, or the disk was full
-        saved = done if save(done) else saved
     log.close()
     rewards.close()
-    if lead and route:
-        actor.close()
-    if saved != done:
-        raise UserError(f"step {done} could not be saved; {out} has step {saved}")
-    if saved:
-        say(f"saved {out}/step_{saved:06d}")
-    if interrupt.signal:
-        raise KeyboardInterrupt
+    try:
+        watch.close()
+    finally:
+        if lead and route:
+            actor.close()
 
 
 # Exercises. Write it, run the test.

@@ -31,9 +31,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import (Interrupt, Log, UserError, checkpoints, cli, find_checkpoint, load_tensors,
-                    main, plan, save_checkpoint, save_state, save_tensors, setup, total,
-                    write_json)
+from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
+                    load_tensors, main, plan, save_state, save_tensors, setup, total, write_json)
 from data import Drawer, pack
 from kernels import ring_sigmoid_loss
 from model import Config, TextTower, init, load_tower, sized
@@ -491,10 +490,8 @@ def train(stage: str, args: Args, hw):
     """One stage, from its newest checkpoint or from the start."""
     out, lead, config = Path(args.out) / stage, hw.rank == 0, sized(args.size)
     say = print if lead else (lambda *_: None)
-    if lead and not args.resume and checkpoints(out):  # never write over an earlier run
-        kept = next(p for i in range(1, 10_000) if not (p := Path(f"{out}.{i}")).exists())
-        out.rename(kept)
-        say(f"{out} held a run: kept as {kept}")
+    if lead:
+        keep_earlier(out, args.resume, say)
     job, stream, optimizer, start = build(stage, args, config, hw, say)
     cores = os.cpu_count() or 1
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
@@ -508,17 +505,15 @@ def train(stage: str, args: Args, hw):
     if lead:
         write_json(out / "config.json", asdict(args))
 
-    def save(step):
-        def write(folder):
-            state = {**job.state_dict(), **optimizer.masters}
-            save_tensors(folder / "model.safetensors", {k: v.float() for k, v in state.items()})
-            write_json(folder / "config.json", {"stage": stage, "size": args.size,
-                                                "vision_config": asdict(config.vision)})
-            state = {"step": step, "optimizer": optimizer.state_dict(), "args": asdict(args)}
-            save_state(folder / "train.pt", state)
-        return not lead or save_checkpoint(out, step, write)
+    def write(folder):
+        state = {**job.state_dict(), **optimizer.masters}
+        save_tensors(folder / "model.safetensors", {k: v.float() for k, v in state.items()})
+        write_json(folder / "config.json", {"stage": stage, "size": args.size,
+                                            "vision_config": asdict(config.vision)})
+        save_state(folder / "train.pt", {"step": watch.done, "args": asdict(args),
+                                         "optimizer": optimizer.state_dict()})
 
-    interrupt, bad, skipped, saved, done = Interrupt(), 0, 0, start, start
+    watch = Watch(out, hw, args.steps, args.save_every, start, write)
     log = Log(out, stage, args.steps, start, hw.rank)
     for step in range(start, args.steps):
         began, drawing = time.perf_counter(), drawer.seconds
@@ -527,16 +522,8 @@ def train(stage: str, args: Args, hw):
         values = {name: float(value) for name, value in values.items()}
         rate = schedule(step, args.steps, args.warmup, args.schedule)
         norm = optimizer.step(rate, apply=math.isfinite(values["loss"]))
-        if math.isfinite(norm) and math.isfinite(values["loss"]):
-            bad = 0
+        if watch.finite(values["loss"], norm):
             job.follow(optimizer.masters, args)
-        else:
-            bad += 1
-            say(f"step {step}: loss {values['loss']}, gradient norm {norm}: step skipped "
-                f"({bad} in a row)")
-            if bad == 5:
-                raise UserError(f"five steps in a row were not finite; the last checkpoint of "
-                                f"{out} is from before; try a lower --lr")
         done, took = step + 1, time.perf_counter() - began
         values |= {"lr": args.lr * rate, "norm": norm, "dt": took, "img/s": args.batch / took}
         if drawer.seconds - drawing > 0.05 * took:
@@ -545,18 +532,11 @@ def train(stage: str, args: Args, hw):
         if lead and (last or args.eval_every and done % args.eval_every == 0):
             values |= examine(job, exam, args, stage, done)
         log.step(done, last or done % args.log_every == 0, **values)
-        stop = total(torch.tensor(float(interrupt.signal), device=hw.device))  # leave together
-        if done % args.save_every == 0 or last or stop:
-            saved = done if save(done) else saved
-        if stop:
+        if watch.stop(done):
             break
     log.close()
     drawer.close()
-    if saved != done:
-        raise UserError(f"step {done} could not be saved; {out} has step {saved}")
-    say(f"saved {out}/step_{saved:06d}")
-    if interrupt.signal:
-        raise KeyboardInterrupt
+    watch.close()
 
 
 def run(args: Args):

@@ -170,7 +170,7 @@ def test_a_writer_killed_at_any_byte_leaves_the_earlier_checkpoint(tmp_path, mon
             found.append((folder.name, state_of(folder)["step"]))
         return save_checkpoint(run, step, write)
 
-    monkeypatch.setattr(pretrain, "save_checkpoint", perilous)
+    monkeypatch.setattr(common, "save_checkpoint", perilous)
     train(tmp_path, steps=2, save_every=1)
     assert found == [("step_000001", 1)] * 10
     assert find_checkpoint(tmp_path).name == "step_000002"  # what the dead left is no obstacle

@@ -636,7 +636,8 @@ def replace_task(e: Episode, name: str) -> Episode:
 
 def test_steps_that_are_not_finite_end_the_run(tmp_path, begin, monkeypatch):
     some_reward(monkeypatch)
-    monkeypatch.setattr(rl, "update", lambda *rest: {"norm": math.nan, "tokens": 1})
+    monkeypatch.setattr(rl, "update", lambda *rest: {
+        "pg_loss": 0.0, "norm": math.nan, "tokens": 1})
     with pytest.raises(UserError, match="five steps in a row were not finite"):
         go(tmp_path, begin, steps=9)
 
