@@ -402,9 +402,8 @@ def stages(args: Args) -> list[str]:
 
 def budgets(stage: str, args: Args) -> tuple:
     """Patches that an image may have: only `align` varies them."""
-    if stage == "align":
-        return tuple(map(int, args.budgets.split(",")))
-    return ((args.side // sized(args.size).vision.patch_size) ** 2,)
+    side = args.side // sized(args.size).vision.patch_size
+    return tuple(map(int, args.budgets.split(","))) if stage == "align" else (side ** 2,)
 
 
 def prepare(stage: str, args: Args, config: Config, hw):
@@ -414,12 +413,11 @@ def prepare(stage: str, args: Args, config: Config, hw):
     if stage == "texture":
         return SelfDistil(args, config), pictures
     if stage == "distill":
-        names = ("semantic", "texture") if args.teachers == "both" else (args.teachers,)
-        teachers = {}
-        for name in names:
-            folder = getattr(args, f"{name}_teacher")
-            teachers[name] = (load_teacher(folder, hw.device, hw.dtype) if folder else
-                              Standin(args, config, name, hw.device))
+        folders = {name: getattr(args, f"{name}_teacher") for name in ("semantic", "texture")
+                   if args.teachers in (name, "both")}
+        teachers = {name: (load_teacher(folder, hw.device, hw.dtype) if folder else
+                           Standin(args, config, name, hw.device))
+                    for name, folder in folders.items()}
         return Distil(args, config, teachers), pictures
     return Contrast(args, config), Captions(config, budgets(stage, args), args.batch, args.seed,
                                             "train", args.side, args.pairs)
@@ -431,10 +429,9 @@ def build(stage: str, args: Args, config: Config, hw, say):
     folder = find_checkpoint(out) if args.resume and checkpoints(out) else None
     job, stream = prepare(stage, args, config, hw)
     init(job, args.seed)
-    own = Path(args.out) / "distill"
     first = args.init if args.stage == stage or stage == "distill" else ""
     if stage == "align" and not first:
-        first = own if checkpoints(own) else ""
+        first = own if checkpoints(own := out.with_name("distill")) else ""
         say(f"aligning the tower of {first}" if first else "no distilled tower: aligning a new one")
     if first and not folder:
         load_tower(job.visual, find_checkpoint(first))
@@ -447,10 +444,10 @@ def build(stage: str, args: Args, config: Config, hw, say):
                 ("logit", 10.0)),  # two numbers with far to go [O]
         decays=(*((name, args.proj_decay) for name in PROJECTIONS), ("text.", args.text_decay))))
     if isinstance(job, Contrast) and hw.device.type == "cpu" and args.dtype == "auto":
-        # bf16 kernels are compiled anew for each shape and a thousand kept, near 1 MB each; of
-        # captions hardly two batches have one shape. A step of 64: 0.30 s, with bf16 0.37. [O]
+        # bf16 kernels, near 1 MB each, of which a thousand are kept: 1.5 GB and 0.37 s a step of
+        # 64 pairs; in fp32, whose kernels take any shape, 0.7 GB and 0.30 s. [O]
+        say("captions vary in length and a CPU compiles bf16 for each shape: in float32")
         hw = replace(hw, dtype=torch.float32)
-        say("captions vary in length: in float32, since a CPU's bf16 kernels are made for a shape")
     for p in job.parameters():
         if p.requires_grad and p.ndim:  # the temperature is too fine for bf16
             p.data = p.data.to(hw.dtype)

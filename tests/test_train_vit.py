@@ -422,7 +422,7 @@ FOLDERS = {  # (semantic, texture): class of transformers and its fields; the st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair, dtype", zip(FOLDERS, ("float32", "bfloat16")))
+@pytest.mark.parametrize("pair, dtype", list(zip(FOLDERS, ("float32", "bfloat16"))))
 def test_teachers_of_hugging_face_are_distilled_from(pair, dtype, tmp_path, small_exam):
     """Folders as transformers writes them, in steps that go on bit for bit."""
     transformers = pytest.importorskip("transformers", exc_type=ImportError)
