@@ -1,14 +1,22 @@
-"""The whole pipeline on a laptop: train, examine, answer, report.
+"""The whole pipeline on a laptop: see, speak, act, learn by doing, examine, report.
 
-    python -m lab.demo                    about nine minutes on 2 cores, no network
+    python -m lab.demo                    about ten minutes on 2 cores, no network
     python -m lab.demo --seed=1 --out=out/demo1
-    python -m lab.demo --keep=ckpt/demo   rebuild the checkpoint that stands in the repository
+    python -m lab.demo --keep=ckpt        rebuild the checkpoints that stand in the repository
 
-What it trains stands for the big run in small: one pretraining stage on six categories of the gym
-at their easiest level, from random weights. Interrupted, it goes on where it was. It writes
-report.json and report.html (curves, table, pictures) into the run folder.
+What it trains stands for the big run in small:
+
+    tower      two teachers, masked distillation from both, alignment with captions
+    pretrain   from that tower, six categories of the gym at their easiest level, MTP at the end. Of
+               forms it sees single questions ("Click K."), never how one is filled in
+    rl         joint RL on all six: forms are learnt by their outcome alone
+
+Interrupted, it goes on where it was. It writes report.json and report.html (curves, tables,
+pictures) into the run folder.
 """
+import json
 import platform
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,39 +27,50 @@ from PIL import Image
 import gym
 import mmtp
 import pretrain
-from common import UserError, checkpoints, clock, cli, find_checkpoint, main, setup, write_json
+import rl
+import train_vit
+from common import (UserError, checkpoints, clock, cli, find_checkpoint, load_tensors, main,
+                    save_tensors, setup, write_json)
 from data import parse_mix
 from lab import report
 from sample import evaluate, play, readable, show
 from tasks.base import Task
 from tokenizer import Tokenizer
 
-MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:1.5"
+MIX = "shape_attr:1.5,counting:0.8,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:0.8"
+TOWER = {"semantic": 160, "texture": 40, "distill": 100, "align": 100}  # steps of 64 pictures
 
 
 @dataclass
 class Args:
-    steps: int = 2600             # of pretraining, about nine minutes on 2 cores
+    steps: int = 1800             # of pretraining, about six minutes on 2 cores
+    rl_steps: int = 60            # of RL, about a minute and a half
     seed: int = 0                 # of weights and samples
     count: int = 300              # held-out tasks a category in the examination
     levels: int = 1               # levels trained and examined, from 0
-    out: str = "out/demo"         # run folder
-    keep: str = ""                # also write the weights here, in bf16
+    out: str = "out/demo"         # run folder, one folder a stage in it
+    keep: str = ""                # also write the weights here, in bf16: vit, start, demo
     device: str = "auto"          # auto, cpu, cuda or mps
 
 
-def train(args: Args, hw) -> Path:
-    """Pretraining, or what is left of it."""
-    run = Path(args.out) / "pretrain"
-    done = [p for p in checkpoints(run) if p.name == f"step_{args.steps:06d}"]
-    if done:
-        print(f"pretraining is done: {done[0]}")
-        return done[0]
-    pretrain.run(pretrain.Args(
-        steps=args.steps, seed=args.seed, mix=MIX, levels=args.levels, out=str(run), resume=True,
-        mtp_alone=True, mtp_share=0.12, save_every=200, eval_every=100, log_every=50,
-        device=args.device))
-    return find_checkpoint(run)
+def tower(args: Args, hw) -> Path:
+    """The four stages of train_vit.py, or what is left of them; the aligned tower."""
+    for name, steps in TOWER.items():
+        if not (Path(args.out) / name / f"step_{steps:06d}").exists():
+            train_vit.train(name, train_vit.check(train_vit.Args(
+                stage="all", steps=steps, seed=args.seed, out=args.out, resume=True, eval_every=0,
+                log_every=20, device=args.device)), hw)
+    return find_checkpoint(Path(args.out) / "align")
+
+
+def stage(work, settings) -> Path:
+    """A run of pretrain.py or rl.py, or what is left of it; its last checkpoint."""
+    last = Path(settings.out) / f"step_{settings.steps:06d}"
+    if last in checkpoints(settings.out):
+        print(f"done already: {last}")
+    else:
+        work(settings)
+    return find_checkpoint(settings.out)
 
 
 def answer(model, tokens, folder: Path, levels: int) -> list[dict]:
@@ -84,36 +103,66 @@ def frames_of(task: Task, replies: list[str]):
     return frames, goal, " → ".join(map(readable, gym.play_out(task)[1]))
 
 
+def keep(args: Args, vit: Path, start: Path, last: Path, table: dict, hw):
+    """The tower, the model before RL and the one after it, as small folders."""
+    for name, folder in (("start", start), ("demo", last)):
+        mmtp.load(folder).save_pretrained(Path(args.keep) / name, torch.bfloat16)
+    tensors = {name: value.bfloat16() for name, value in load_tensors(vit).items()
+               if name.startswith("visual.")}
+    seen = Path(args.keep) / "vit"
+    seen.mkdir(parents=True, exist_ok=True)
+    shutil.copy(vit / "config.json", seen)
+    save_tensors(seen / "model.safetensors", tensors)
+    write_json(Path(args.keep) / "demo" / "report.json", {
+        "table": table, "steps": args.steps, "rl_steps": args.rl_steps, "seed": args.seed,
+        "hardware": hw.why})
+    print(f"weights kept in {args.keep}")
+
+
 def demo(args: Args):
-    began, out = time.time(), Path(args.out)
+    began, out, seconds = time.time(), Path(args.out), {}
     hw = setup(args.device)
     if hw.world > 1:
         raise UserError("the demo is one process; `torchrun pretrain.py` trains with several")
-    print("1/3 pretraining: pictures, questions and answers")
-    folder = train(args, hw)
-    trained = sum(line["dt"] for line in report.read_log(folder.parent / "log.jsonl"))
-    model = mmtp.load(folder, hw.device, hw.dtype)
+
+    def told(name, work, *given):
+        """Say which part begins, and note how long it takes."""
+        start = time.time()
+        print(f"{len(seconds) + 1}/4 {name}", flush=True)
+        found = work(*given)
+        seconds[name.partition(":")[0]] = round(time.time() - start)
+        return found
+
+    common = dict(seed=args.seed, levels=args.levels, mix=MIX, resume=True, save_every=200,
+                  device=args.device)
+    vit = told("tower: two teachers, distillation, alignment", tower, args, hw)
+    start = told("pretraining: pictures, questions and answers", stage, pretrain.run, pretrain.Args(
+        steps=args.steps, vit=str(vit), parts="gui_form", mtp_alone=True, mtp_share=0.12,
+        eval_every=100, log_every=50, out=f"{out}/pretrain", **common))
+    last = told("RL: what pays becomes more likely", stage, rl.run, rl.Args(
+        steps=args.rl_steps, prompts=32, init=str(start), eval_every=args.rl_steps,
+        eval_count=args.count // 3, out=f"{out}/rl", **common))
+    model = mmtp.load(last, hw.device, hw.dtype)
     tokens = Tokenizer(model.config.n_ranks)
-    print("2/3 examination: tasks of held-out seeds, words, shades and layouts")
-    table = evaluate(model, tokens, MIX, args.levels, args.count)
+    table = told("examination: held-out seeds, words, shades and layouts", evaluate, model, tokens,
+                 MIX, args.levels, args.count)
     show(table)
-    print("3/3 answers")
     samples = answer(model, tokens, out / "pictures", args.levels)
     for s in samples:
         print(f"  {s['category']:<11} {s['question']}  {s['answer']}   (truth: {s['truth']})")
+    probes, played = (json.loads((folder / "report.json").read_text(encoding="utf-8"))
+                      for folder in (out, out / "rl"))
     write_json(out / "report.json", {
         "title": "nanoGLM-V demo", "hardware": hw.why, "machine": platform.platform(),
-        "torch": torch.__version__, "seed": args.seed, "steps": args.steps,
-        "parameters": model.counts(), "training_seconds": round(trained),
-        "seconds": round(time.time() - began), "table": table, "samples": samples})
+        "torch": torch.__version__, "seed": args.seed, "steps": args.steps + args.rl_steps,
+        "parameters": model.counts(), "parts": seconds, "training_seconds": sum(seconds.values()),
+        "seconds": round(time.time() - began), "table": table, "samples": samples,
+        "figures": probes["figures"], "pictures": probes["pictures"], "rl": played["figures"]})
     page = report.write(out)
     if args.keep:
-        model.save_pretrained(args.keep, torch.bfloat16)
-        write_json(Path(args.keep) / "report.json", {"table": table, "steps": args.steps,
-                                                     "seed": args.seed, "hardware": hw.why})
-        print(f"weights kept in {args.keep}")
+        keep(args, vit, start, last, table, hw)
     print(f"{clock(time.time() - began)} in all; the report is {page}")
-    print(f'next: python sample.py ask --ckpt={out}/pretrain --image={out}/pictures/'
+    print(f'next: python sample.py ask --ckpt={out}/rl --image={out}/pictures/'
           f'{samples[0]["pictures"][0]} "{samples[0]["question"]}"')
 
 
