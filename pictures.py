@@ -218,8 +218,9 @@ class Captions:
             image, text, skipped = draw_pair(rng, self.folder, self.split)
         else:
             image, items = scene(int(rng.integers(2 ** 31)), self.split, pixels=self.pixels)
-            # At one size the scene stays whole: off the grid of patches shapes are learnt late.
-            spans = window(rng, items) if len(self.budgets) > 1 else ((0, GRID), (0, GRID))
+            # At its own size the scene stays whole: off the grid of patches shapes come late.
+            natural = (self.pixels // self.config.vision.patch_size) ** 2
+            spans = ((0, GRID), (0, GRID)) if budget == natural else window(rng, items)
             unit = CELL * self.pixels / UNITS
             (x0, x1), (y0, y1) = [[edge * unit for edge in span] for span in spans]
             image = image.crop((x0, y0, x1, y1))

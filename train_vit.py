@@ -376,7 +376,7 @@ def check(args: Args) -> Args:
     v, tiny = sized(args.size).vision, args.size == "tiny"
     args = replace(args, micro=args.micro or args.batch // world,
                    side=args.side or (64 if tiny else 224),
-                   budgets=args.budgets or ("36,64,100" if tiny else "128,256,576,784,1024"))
+                   budgets=args.budgets or ("36,64,64,100" if tiny else "128,256,576,784,1024"))
     unit = v.patch_size * v.spatial_merge_size
     if args.side % unit or args.side < 64:
         raise UserError(f"--side takes a multiple of {unit}, two patches of {v.patch_size} pixels, "
