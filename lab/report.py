@@ -145,7 +145,7 @@ def page(run: Path) -> str:
     if facts.get("figures"):
         parts.append("<h2>Figures</h2>" + figures_html(facts["figures"]))
     if "rl" in facts:
-        parts.append("<h2>RL: share of held-out tasks wholly right</h2>" + figures_html(facts["rl"]))
+        parts += ["<h2>RL: share of held-out tasks wholly right</h2>", figures_html(facts["rl"])]
     for name, caption in facts.get("pictures", []):
         parts.append(f'<p><img alt="" src="{inline(run / "pictures" / name)}"><br>'
                      f"<small>{html.escape(caption)}</small></p>")
