@@ -38,13 +38,14 @@ from tasks.base import Task
 from tokenizer import Tokenizer
 
 MIX = "shape_attr:1.5,counting:0.8,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:0.8"
-TOWER = {"semantic": 160, "texture": 40, "distill": 100, "align": 100}  # steps of 64 pictures
+TOWER = {"semantic": 200, "texture": 30, "distill": 90, "align": 180}  # steps of 64 pictures
+PLAYED = "shape_attr,counting,ocr_line,point,gui_click,gui_form:5"
 
 
 @dataclass
 class Args:
-    steps: int = 1800             # of pretraining, about six minutes on 2 cores
-    rl_steps: int = 60            # of RL, about a minute and a half
+    steps: int = 1600             # of pretraining, about five minutes on 2 cores
+    rl_steps: int = 72            # of RL, about two minutes
     seed: int = 0                 # of weights and samples
     count: int = 300              # held-out tasks a category in the examination
     levels: int = 1               # levels trained and examined, from 0
@@ -59,7 +60,7 @@ def tower(args: Args, hw) -> Path:
         if not (Path(args.out) / name / f"step_{steps:06d}").exists():
             train_vit.train(name, train_vit.check(train_vit.Args(
                 stage="all", steps=steps, seed=args.seed, out=args.out, resume=True, eval_every=0,
-                log_every=20, device=args.device)), hw)
+                budgets="64", log_every=20, device=args.device)), hw)
     return find_checkpoint(Path(args.out) / "align")
 
 
@@ -133,14 +134,13 @@ def demo(args: Args):
         seconds[name.partition(":")[0]] = round(time.time() - start)
         return found
 
-    common = dict(seed=args.seed, levels=args.levels, mix=MIX, resume=True, save_every=200,
-                  device=args.device)
+    common = dict(seed=args.seed, levels=args.levels, resume=True, device=args.device)
     vit = told("tower: two teachers, distillation, alignment", tower, args, hw)
     start = told("pretraining: pictures, questions and answers", stage, pretrain.run, pretrain.Args(
-        steps=args.steps, vit=str(vit), parts="gui_form", mtp_alone=True, mtp_share=0.12,
-        eval_every=100, log_every=50, out=f"{out}/pretrain", **common))
+        steps=args.steps, mix=MIX, parts="gui_form", vit=str(vit), mtp_alone=True, mtp_share=0.12,
+        save_every=200, eval_every=100, log_every=50, out=f"{out}/pretrain", **common))
     last = told("RL: what pays becomes more likely", stage, rl.run, rl.Args(
-        steps=args.rl_steps, prompts=32, init=str(start), eval_every=args.rl_steps,
+        steps=args.rl_steps, mix=PLAYED, init=str(start), save_every=20, eval_every=args.rl_steps,
         eval_count=args.count // 3, out=f"{out}/rl", **common))
     model = mmtp.load(last, hw.device, hw.dtype)
     tokens = Tokenizer(model.config.n_ranks)
