@@ -1,7 +1,7 @@
 """Does RL learn, against a fair control? Three worlds, declared as such, as a report with curves.
 
     python -m lab.worlds --world=fallible        annotators err, verifiers don't
-    python -m lab.worlds --world=untold          nobody has ever shown how to fill in a form
+    python -m lab.worlds --world=untold          nobody has ever shown how a form is filled in
     python -m lab.worlds --world=clean           demonstrations are right and endless
     python -m lab.worlds --seeds=1 --minutes=1 --before=300      a quick look
 
@@ -48,7 +48,7 @@ class Args:
     minutes: float = 2.0          # CPU minutes of RL, then of each control; fixed for an --out
     lr: float = 1.5e-3            # peak learning rate of RL; SFT has half of pretraining's
     before: int = 0               # SFT steps that make the start; 0: as many as the world says
-    init: str = ""                # folder to begin from; default: the demo's, or random weights
+    init: str = ""                # folder to begin from; default: ckpt/start
     count: int = 150              # held-out tasks a category in each examination
     out: str = "out/worlds"       # a folder a world: report.json, report.html, a folder a run
 
@@ -90,14 +90,15 @@ class World:
     annotators: object          # and by whom
     played: str                 # the categories of RL
     controls: dict              # for each, the annotators
-    before: int = 400           # SFT steps that make the start
-    init: str = f"{ROOT}/ckpt/demo"     # from this model, or from random weights
+    parts: str = ""             # categories of which no episode is shown
+    before: int = 400           # SFT steps that make the start, from the demo's before its RL
 
 
 WORLDS = {
     "clean": World(MIX, honest, MIX, {"sft": honest}),
     "fallible": World(MIX, fallible, MIX, {"sft": fallible, "clean_sft": honest}),
-    "untold": World(MIX.rpartition(",")[0], honest, MIX, {"sft": honest}, 1600, "")}
+    "untold": World(MIX, honest, MIX.replace("gui_form:1.6", "gui_form:5"), {"sft": honest},
+                    "gui_form", 100)}
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -193,12 +194,12 @@ def worlds(args: Args):
     hw, world, out = setup("cpu"), WORLDS[args.world], Path(args.out) / args.world
     common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu")
     played = rl.Args(**common, mix=world.played, lr=args.lr, dtype="float32")
-    taught = pretrain.Args(**common, mix=world.shown, lr=2e-3, levels=1, curriculum=0, workers=0)
-    init = args.init or world.init
+    taught = pretrain.Args(**common, mix=world.shown, parts=world.parts, lr=2e-3, levels=1,
+                           curriculum=0, workers=0)
     with world.annotators():
         timed(pretrain.run, replace(
-            taught, steps=args.before or world.before, init=init, lr=2e-3 if init else 4e-3,
-            curriculum=0 if init else 0.2, seed=100, out=f"{out}/start"))
+            taught, steps=args.before or world.before, init=args.init or str(ROOT / "ckpt/start"),
+            seed=100, out=f"{out}/start"))
     played.init = taught.init = str(find_checkpoint(out / "start"))
     steps = max(PARTS, round(60 * args.minutes / pace(rl.run, played, out / "pace_rl")))
     each = pace(pretrain.run, taught, out / "pace_sft")
