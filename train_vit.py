@@ -20,6 +20,7 @@ Letters: P patches, N images, W width, E width of the common space, K prototypes
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
+from common import (ROOT, Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
                     load_tensors, main, plan, save_state, save_tensors, setup, total, write_json)
 from data import Drawer, pack
 from kernels import ring_sigmoid_loss
@@ -73,6 +74,7 @@ class Args:
     init: str = ""                # folder whose tower to start from; align: default distill's
     resume: bool = False          # go on with the newest checkpoints in --out
     out: str = "out/vit"          # run folder: one folder a stage, report.json, pictures/
+    keep: str = ""                # also write each stage's tower here, alone and in bf16
     save_every: int = 200         # steps between checkpoints
     eval_every: int = 200         # steps between probes; 0 = at the end only
     log_every: int = 20           # steps between printed lines
@@ -284,7 +286,9 @@ class Standin:
 
     def __init__(self, args: Args, config: Config, name: str, device):
         folder, self.visual = Path(args.out) / name, tower(args, config)
-        if not checkpoints(folder):
+        if not checkpoints(folder) and args.size == "tiny":
+            folder = ROOT / "ckpt" / name       # `make teachers` has trained it
+        elif not checkpoints(folder):
             raise UserError(f"no {name} teacher in {folder}: --stage=teachers trains one, "
                             f"--{name}_teacher=FOLDER takes one")
         load_tower(self.visual, find_checkpoint(folder))
@@ -536,6 +540,17 @@ def train(stage: str, args: Args, hw):
     watch.close()
 
 
+def keep(folder: Path, to: Path):
+    """The tower of a checkpoint, alone and in bf16, as a folder for `load_tower`."""
+    tensors = load_tensors(folder)
+    prefix = "ema.visual." if "ema.visual.post_layernorm.weight" in tensors else "visual."
+    to.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "config.json", to)
+    save_tensors(to / "model.safetensors", {
+        "visual." + name.removeprefix(prefix): value.bfloat16()
+        for name, value in tensors.items() if name.startswith(prefix)})
+
+
 def run(args: Args):
     args = check(args)
     hw = setup(args.device, args.dtype)
@@ -550,6 +565,8 @@ def run(args: Args):
         say(f"{len(paired)} pairs for training in {args.pairs}; {alone} files stand alone")
     for stage in stages(args):
         train(stage, args, hw)
+        if args.keep and hw.rank == 0:
+            keep(find_checkpoint(Path(args.out) / stage), Path(args.keep) / stage)
         if hw.world > 1:
             dist.barrier()  # the next stage reads what rank 0 has saved
 

@@ -176,7 +176,6 @@ class GuiForm(Env):
         first = self.observe()
         # single clicks before whole forms: each tier learns from the one below [C]
         self.more = [(f"Tick {name}.", click(self.areas[name])) for name in names]
-        self.more.append(("Press OK.", click(self.areas["OK"])))
         return first
 
     def observe(self):

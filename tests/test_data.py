@@ -117,7 +117,7 @@ def test_parts_show_screens_but_never_an_episode():
     for i in range(20):
         for d in some(i):
             said = TOKENS.decode(d.ids[d.ids < TOKENS.n_ranks].tolist())
-            assert ("Tick " in said) != ("Press OK" in said) and "\nclick" in said
+            assert "Tick " in said and "Press OK" not in said
     with pytest.raises(UserError, match="no questions about the screens of 'counter'"):
         stream(parse_mix("gui_form"), parts=("counter",))
 

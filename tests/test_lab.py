@@ -24,11 +24,11 @@ def test_the_demo_trains_examines_answers_and_reports(tmp_path, monkeypatch):
                             full(**kw | fewer))
     monkeypatch.setattr(train_vit, "Exam", lambda config, side: Exam(config, side, 48))
     monkeypatch.setattr(demo, "TOWER", dict.fromkeys(demo.TOWER, 1))
-    args = demo.Args(steps=3, rl_steps=1, count=3, out=str(tmp_path / "run"),
+    args = demo.Args(steps=3, sft_steps=2, rl_steps=1, count=3, out=str(tmp_path / "run"),
                      keep=str(tmp_path / "kept"))
     demo.demo(args)
     facts = json.loads((tmp_path / "run/report.json").read_text())
-    assert list(facts["table"]) == [name for name, _ in parse_mix(demo.MIX)]
+    assert list(facts["table"]) == [name for name, _ in parse_mix(demo.PLAYED)]
     assert len(facts["samples"]) == 2 * len(facts["table"])
     assert list(facts["figures"]) == list(demo.TOWER) and facts["rl"].keys() == {
         *facts["table"], "mean"}
@@ -36,9 +36,9 @@ def test_the_demo_trains_examines_answers_and_reports(tmp_path, monkeypatch):
     assert page.count("data:image/png;base64,") >= 16 and "polyline" in page
     assert "http" not in page.replace("http-equiv", "")
     tower = GLMV(sized("tiny")).model.visual
-    load_tower(tower, tmp_path / "kept/vit")
+    load_tower(tower, tmp_path / "kept/align")
     assert all((tmp_path / "kept" / name / "model.safetensors").exists()
-               for name in ("vit", "start", "demo"))
+               for name in ("align", "start", "demo"))
     before = [path.read_text() for path in sorted((tmp_path / "run").glob("*/log.jsonl"))]
     demo.demo(args)  # once more: nothing is trained again
     assert [path.read_text() for path in sorted((tmp_path / "run").glob("*/log.jsonl"))] == before
