@@ -134,10 +134,10 @@ def demo(args: Args):
 
     common = dict(levels=args.levels, resume=True, device=args.device)
     vit = told("tower: distillation from two teachers, alignment", tower, args, hw)
-    first = told("pretraining: pictures, questions and answers", stage, pretrain.run, pretrain.Args(
+    first = told("pretraining: questions and answers", stage, pretrain.run, pretrain.Args(
         steps=args.steps, seed=args.seed, mix=MIX, vit=str(vit), mtp=0, save_every=200,
         eval_every=100, log_every=50, out=f"{out}/pretrain", **common))
-    start = told("SFT: screens of forms, never a form filled in", stage, pretrain.run, pretrain.Args(
+    start = told("SFT: forms, but no form filled in", stage, pretrain.run, pretrain.Args(
         steps=args.sft_steps, seed=args.seed + 1000, mix=SCREENS, parts="gui_form",
         init=str(first), lr=2e-3, curriculum=0, mtp_alone=True, mtp_share=1, log_every=50,
         out=f"{out}/sft", **common))
@@ -156,9 +156,9 @@ def demo(args: Args):
                       for folder in (out, out / "rl"))
     write_json(out / "report.json", {
         "title": "nanoGLM-V demo", "hardware": hw.why, "machine": platform.platform(),
-        "torch": torch.__version__, "seed": args.seed,
+        "torch": torch.__version__, "seed": args.seed, "parts": seconds,
         "steps": args.steps + args.sft_steps + args.rl_steps,
-        "parameters": model.counts(), "parts": seconds, "training_seconds": sum(seconds.values()),
+        "parameters": model.counts(), "training_seconds": sum(seconds.values()),
         "seconds": round(time.time() - began), "table": table, "samples": samples,
         "figures": probes["figures"], "pictures": probes["pictures"], "rl": played["figures"]})
     page = report.write(out)
