@@ -1,4 +1,4 @@
-# make demo | test | test-all | teachers | ckpt | clean
+# make demo | test | test-all | tower | ckpt | clean
 #
 # Each target makes .venv first when it is missing or its requirements changed. An installed torch
 # 2.11-2.13 (of the python3 on your PATH) is used as it is; otherwise 2.13.0 goes into .venv.
@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 PY = .venv/bin/python
 HAVE = import torch, sys; sys.exit(not (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 13))
 
-.PHONY: demo test test-all teachers ckpt clean
+.PHONY: demo test test-all tower ckpt clean
 
 demo: .venv/ready
 	$(PY) -m lab.demo $(ARGS)
@@ -21,13 +21,12 @@ test: .venv/ready
 test-all: .venv/peers
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 $(ARGS)
 
-# What stands in ckpt/: the two small teachers first, then what the demo makes with them.
-teachers: .venv/ready
-	$(PY) train_vit.py --stage=teachers --teachers=semantic --steps=1200 --out=out/teachers --keep=ckpt
-	$(PY) train_vit.py --stage=teachers --teachers=texture --steps=400 --out=out/teachers --keep=ckpt
+# What stands in ckpt/: a small tower, then what the demo makes of it.
+tower: .venv/ready
+	$(PY) train_vit.py --stage=teachers --teachers=semantic --steps=1200 --out=out/tower --keep=ckpt
 
 ckpt: .venv/ready
-	$(PY) -m lab.demo --out=out/ckpt --keep=ckpt $(ARGS)
+	$(PY) -m lab.demo --out=out/ckpt --keep=ckpt/demo $(ARGS)
 
 .venv/ready: requirements.txt
 	@if $(PYTHON) -c '$(HAVE)' 2>/dev/null; then \

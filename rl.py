@@ -1,7 +1,7 @@
 """Joint RL over the gym: the model plays, verifiers judge, and what did better than its like
 becomes more likely.
 
-    python rl.py --steps=100                              learns forms by doing, any machine
+    python rl.py --mix=counting,gui_click --steps=100     from the demo's checkpoint, any machine
     python rl.py --init=out/sft --mix=gym --levels=3 --rehearse=0.1
     python rl.py --max_staleness=2 --workers=4            asynchronous, in one process
     torchrun --nproc_per_node=2 rl.py --max_staleness=2   the last rank plays, the others train
@@ -78,7 +78,7 @@ class Args:
     workers: int = 0              # processes of verifiers, killed when they hang; 0: none, here
     patience: float = 60.0        # seconds until an unfinished group is given up, if asynchronous
     rollout_ranks: int = 1        # of torchrun's processes, how many play
-    init: str = ""                # folder whose weights to start from; default: ckpt/start
+    init: str = ""                # folder whose weights to start from; default: the demo's
     resume: bool = False          # go on with the newest checkpoint in --out
     out: str = "out/rl"           # run folder: log.jsonl, config.json, checkpoints, pictures
     save_every: int = 50          # steps between checkpoints
@@ -307,7 +307,7 @@ def check(args: Args):
 
 def build(args: Args, hw):
     """Model, optimizer, the folder it began from, and the state to go on from, if any."""
-    begin = find_checkpoint(args.init or ROOT / "ckpt" / "start")
+    begin = find_checkpoint(args.init or ROOT / "ckpt" / "demo")
     resumed = args.resume and bool(checkpoints(args.out))
     folder = find_checkpoint(args.out) if resumed else begin
     model = load(folder, hw.device, hw.dtype)

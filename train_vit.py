@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import (ROOT, Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
+from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
                     load_tensors, main, plan, save_state, save_tensors, setup, total, write_json)
 from data import Drawer, pack
 from kernels import ring_sigmoid_loss
@@ -286,9 +286,7 @@ class Standin:
 
     def __init__(self, args: Args, config: Config, name: str, device):
         folder, self.visual = Path(args.out) / name, tower(args, config)
-        if not checkpoints(folder) and args.size == "tiny":
-            folder = ROOT / "ckpt" / name       # `make teachers` has trained it
-        elif not checkpoints(folder):
+        if not checkpoints(folder):
             raise UserError(f"no {name} teacher in {folder}: --stage=teachers trains one, "
                             f"--{name}_teacher=FOLDER takes one")
         load_tower(self.visual, find_checkpoint(folder))

@@ -144,8 +144,6 @@ def page(run: Path) -> str:
         parts.append("<h2>Held-out tasks</h2>" + table_html(facts["table"]))
     if facts.get("figures"):
         parts.append("<h2>Figures</h2>" + figures_html(facts["figures"]))
-    if "rl" in facts:
-        parts += ["<h2>RL: share of held-out tasks wholly right</h2>", figures_html(facts["rl"])]
     for name, caption in facts.get("pictures", []):
         parts.append(f'<p><img alt="" src="{inline(run / "pictures" / name)}"><br>'
                      f"<small>{html.escape(caption)}</small></p>")

@@ -48,7 +48,7 @@ class Args:
     minutes: float = 2.0          # CPU minutes of RL, then of each control; fixed for an --out
     lr: float = 1.5e-3            # peak learning rate of RL; SFT has half of pretraining's
     before: int = 0               # SFT steps that make the start; 0: as many as the world says
-    init: str = ""                # folder to begin from; default: ckpt/start
+    init: str = ""                # folder to begin from; default: the demo's, or a tower alone
     count: int = 150              # held-out tasks a category in each examination
     out: str = "out/worlds"       # a folder a world: report.json, report.html, a folder a run
 
@@ -72,8 +72,8 @@ def fallible():
     function of the task. Forms are shown by others, who make no mistakes. In this process only."""
     true = gym.demonstrate
 
-    def demonstrate(task: Task, *how):
-        talks = true(task, *how)
+    def demonstrate(task: Task, think: bool = False):
+        talks = true(task, think)
         if task.category == "gui_form":
             return talks
         rng = stream(replace(task, split="annotator"))
@@ -90,15 +90,16 @@ class World:
     annotators: object          # and by whom
     played: str                 # the categories of RL
     controls: dict              # for each, the annotators
-    parts: str = ""             # categories of which no episode is shown
-    before: int = 400           # SFT steps that make the start, from the demo's before its RL
+    parts: str = ""             # categories of which only single questions are shown
+    before: int = 400           # SFT steps that make the start
+    init: str = f"{ROOT}/ckpt/demo"     # from this model, or from a vision tower alone
 
 
 WORLDS = {
     "clean": World(MIX, honest, MIX, {"sft": honest}),
     "fallible": World(MIX, fallible, MIX, {"sft": fallible, "clean_sft": honest}),
     "untold": World(MIX, honest, MIX.replace("gui_form:1.6", "gui_form:5"), {"sft": honest},
-                    "gui_form", 100)}
+                    "gui_form", 1600, "")}
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -196,10 +197,11 @@ def worlds(args: Args):
     played = rl.Args(**common, mix=world.played, lr=args.lr, dtype="float32")
     taught = pretrain.Args(**common, mix=world.shown, parts=world.parts, lr=2e-3, levels=1,
                            curriculum=0, workers=0)
+    init = args.init or world.init
     with world.annotators():
         timed(pretrain.run, replace(
-            taught, steps=args.before or world.before, init=args.init or str(ROOT / "ckpt/start"),
-            seed=100, out=f"{out}/start"))
+            taught, steps=args.before or world.before, init=init, lr=2e-3 if init else 4e-3,
+            vit="" if init else f"{ROOT}/ckpt/semantic", seed=100, out=f"{out}/start"))
     played.init = taught.init = str(find_checkpoint(out / "start"))
     steps = max(PARTS, round(60 * args.minutes / pace(rl.run, played, out / "pace_rl")))
     each = pace(pretrain.run, taught, out / "pace_sft")
