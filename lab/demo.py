@@ -63,14 +63,15 @@ def answer(model, tokens, folder: Path, levels: int) -> list[dict]:
     for name, _ in parse_mix(MIX):
         tasks = [Task(name, 2_000_000 + i, i % levels, "test") for i in range(2)]
         for task, played in zip(tasks, play(model, tokens, tasks)):
-            frames, goal, truth = frames_of(task, played.replies)
+            replies = played.replies(tokens)
+            frames, goal, truth = frames_of(task, replies)
             files = []
             for i, frame in enumerate(frames):
                 files.append(f"{name}-{task.seed}-{i}.png")
                 frame.resize((192, 192), Image.Resampling.NEAREST).save(folder / files[-1])
             samples.append({"category": name, "level": task.level, "pictures": files,
                             "question": goal, "truth": truth, "reward": played.score.reward,
-                            "answer": " → ".join(readable(r) for r in played.replies)})
+                            "answer": " → ".join(readable(r) for r in replies)})
     return samples
 
 

@@ -72,8 +72,8 @@ def fallible():
     function of the task. Forms are shown by others, who make no mistakes. In this process only."""
     true = gym.demonstrate
 
-    def demonstrate(task: Task, think: bool = False):
-        talks = true(task, think)
+    def demonstrate(task: Task, *how):
+        talks = true(task, *how)
         if task.category == "gui_form":
             return talks
         rng = stream(replace(task, split="annotator"))
