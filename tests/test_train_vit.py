@@ -154,6 +154,9 @@ def test_a_folder_of_pairs(tmp_path):
     (paths, alone), (test, _) = (find_pairs(str(tmp_path), split) for split in ("train", "test"))
     assert alone == 2 and len(paths) + len(test) == 12 and not set(paths) & set(test)
     assert read_captions(tmp_path / "a.txt", str(tmp_path)) == ["thing a", "东西"]
+    above = f"{tmp_path.parent.name} {tmp_path.name}"
+    assert sorted(read_captions(tmp_path / "a.txt", str(tmp_path.parent.parent))) == sorted(
+        ["thing a", "东西", f"{above}: thing a", f"{above}: 东西", above, above])
     rng = np.random.default_rng(0)
     drawn = [draw_pair(rng, str(tmp_path), "train") for _ in range(60)]
     assert sum(skipped for _, _, skipped in drawn) > 0
