@@ -526,7 +526,6 @@ def test_probes_and_pictures_of_a_tower(tmp_path):
     assert Image.open(tmp_path / "pictures/a.png").size == (294, 194)
 
 
-@pytest.mark.xfail(strict=False, reason="2.9 times chance after 150 steps, 2.4 after 300")
 @pytest.mark.slow
 @pytest.mark.skipif(not STAMPS.is_dir(), reason="needs Debian's tuxpaint-stamps-default")
 def test_stamps_are_told_apart_by_the_folders_they_lie_in(tmp_path, small_exam):
