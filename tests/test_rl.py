@@ -733,9 +733,8 @@ def test_leaving_in_the_midst_loses_no_task_and_counts_none_twice(tiny, monkeypa
         return [group[0].task.seed for group in groups]
     monkeypatch.setattr(Given, "draw", lambda self: Task("counting", self.kept.pop(0)[1])
                         if self.kept else Task("counting", self.seeds.pop(0)))
-    ask = iter([False] * 9 + [True])
     first = troupe(tiny, monkeypatch, *range(100, 200), prompts=9, flight=8,
-                   leave=lambda: next(ask))
+                   leave=lambda: first.ready and first.open)
     assert first.collect(0) is None and first.ready and first.open
     second = troupe(tiny, monkeypatch, *first.curriculum.seeds, prompts=9, flight=8)
     second.restore(first.state())
