@@ -245,8 +245,10 @@ class Stream:
             if not weight >= 0:
                 raise UserError(f"--mix gives {name} the weight {weight}")
         for name in self.parts:
-            if name not in known or not gym.demonstrate(Task(name, 0), parts=True):
+            if name not in gym.names() or not gym.demonstrate(Task(name, 0), parts=True):
                 raise UserError(f"--parts: there are no questions about the screens of '{name}'")
+            if name not in dict(self.mix):
+                raise UserError(f"--parts names {name}, which is no part of --mix")
         total = sum(weight for _, weight in self.mix)
         if not total:
             raise UserError("--mix has no weight above 0")

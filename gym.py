@@ -101,8 +101,8 @@ def demonstrate(task: Task, think: bool = False, parts: bool = False) -> list[li
     """Whole conversations in which the oracle answers: one for a one-shot task, with all its
     turns about the picture; one a turn in the segment layout, and one for each further question
     about its screen; else one for the episode.
-    think: the thought behind a reply stands before it, where the category states one; parts: of an
-    episode in the segment layout only the further questions, not how it is done."""
+    think: the thought behind a reply stands before it, where the category states one; parts: only
+    the further questions about screens, none where the category has no such."""
     env = make(task)
 
     def thoughtful(reply):
@@ -114,11 +114,12 @@ def demonstrate(task: Task, think: bool = False, parts: bool = False) -> list[li
             reply = reply if conversation else thoughtful(reply)
             conversation += [Message("user", question, images), Message("assistant", reply)]
             images = ()
-        return [conversation]
+        return [] if parts else [conversation]
     episode, conversations = drive(env), []
     messages = next(episode)
     for reply in map(thoughtful, env.oracle()):
-        conversations += [[*messages, Message("assistant", reply)]] if not parts else []
+        if not parts:
+            conversations.append([*messages, Message("assistant", reply)])
         if env.layout == "segment":
             conversations += [[Message("user", IMAGE + question, messages[-1].images),
                                Message("assistant", answer)] for question, answer in env.more]

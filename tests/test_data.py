@@ -118,8 +118,11 @@ def test_parts_show_screens_but_never_an_episode():
         for d in some(i):
             said = TOKENS.decode(d.ids[d.ids < TOKENS.n_ranks].tolist())
             assert "Tick " in said and "Press OK" not in said
-    with pytest.raises(UserError, match="no questions about the screens of 'counter'"):
-        stream(parse_mix("gui_form"), parts=("counter",))
+    for name in ("counter", "text", "point"):
+        with pytest.raises(UserError, match=f"no questions about the screens of '{name}'"):
+            stream(parse_mix("gui_form,text,point"), parts=(name,))
+    with pytest.raises(UserError, match="gui_form, which is no part of --mix"):
+        stream(parse_mix("point"), parts=("gui_form",))
 
 
 def test_the_test_split_is_another():

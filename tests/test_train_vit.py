@@ -25,7 +25,7 @@ from conftest import odd_config
 from data import open_image
 from kernels import ring_sigmoid_loss, sigmoid_loss
 from lab import report
-from model import GLMV, init, sized
+from model import GLMV, init, sized, load_tower
 from pictures import (Captions, Exam, Pair, Pictures, budgeted, collate_pairs, draw_mask,
                       draw_pair, find_pairs, foremost, hidden, linear_probe, look, pack_texts,
                       pca_picture, probe, quality, read_captions)
@@ -558,3 +558,13 @@ def stamps_named(job) -> tuple[torch.Tensor, torch.Tensor]:
         named = job.embed_texts(*pack_texts([encode(kind) for kind in kinds]))
     truth = torch.tensor([kinds.index(kind) for kind in truth])
     return (seen @ named.T).argmax(1) == truth, truth
+
+
+@pytest.mark.parametrize("stage,prefix", [("semantic", "visual."), ("texture", "ema.visual.")])
+def test_a_kept_tower_is_the_stages_own_in_bf16(tmp_path, small_exam, stage, prefix):
+    train(tmp_path / "run", "teachers", teachers=stage, steps=1, keep=str(tmp_path / "kept"))
+    whole = load_tensors(checkpoints(tmp_path / "run" / stage)[-1])
+    visual = train_vit.tower(Args(), sized("tiny"))
+    load_tower(visual, tmp_path / "kept" / stage)
+    assert all(torch.equal(value, whole[prefix + name].bfloat16().float())
+               for name, value in visual.state_dict().items())
