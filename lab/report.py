@@ -49,7 +49,8 @@ def smooth(points: list, share: float = 0.02) -> list:
             for i in range(0, len(points), size)]
 
 
-def curve(series: dict[str, list], title: str, wide: int = 620, high: int = 220) -> str:
+def curve(series: dict[str, list], title: str, wide: int = 620, high: int = 220,
+          unit: str = "step") -> str:
     """{name: [(x, y), ...]} as an SVG with axes from 0 to the largest x and y."""
     colors = ("#2f7dd1", "#e0912f", "#16803c", "#8a4fbf")
     drawn = {name: points for name, points in series.items() if points}
@@ -72,7 +73,7 @@ def curve(series: dict[str, list], title: str, wide: int = 620, high: int = 220)
                      f'<text x="40" y="{y + 4}" font-size="11" text-anchor="end">'
                      f'{f"{top * k / 4:,.0f}" if top > 100 else f"{top * k / 4:.2g}"}</text>')
     parts.append(f'<text x="{wide - 15}" y="{high - 8}" font-size="11" text-anchor="end">'
-                 f'step {right:,.0f}</text>')
+                 f'{unit} {right:,.0f}</text>')
     for (name, points), color in zip(drawn.items(), colors):
         line = " ".join(place(x, y) for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
@@ -147,7 +148,8 @@ def page(run: Path) -> str:
     for name, caption in facts.get("pictures", []):
         parts.append(f'<p><img alt="" src="{inline(run / "pictures" / name)}"><br>'
                      f"<small>{html.escape(caption)}</small></p>")
-    parts += [curve(series, title) for title, series in facts.get("curves", {}).items()]
+    parts += [curve(series, title, unit=facts.get("unit", "step"))
+              for title, series in facts.get("curves", {}).items()]
     for name, lines in logs.items():
         parts.append(f"<h2>{html.escape(name)}</h2>")
         loss = smooth([(line["step"], line["loss"]) for line in lines if "loss" in line])

@@ -38,7 +38,7 @@ MIX = "shape_attr:1.3,counting:0.8,ocr_line:0.8,point:1.6,gui_click:1.6,gui_form
 NAMES = [name for name, _ in parse_mix(MIX)]
 ERR = 0.6                                       # share of an annotator's answers that can be wrong
 PARTS = 3                                       # examinations in the course of a run
-PROBE = 5, 15                                   # steps that tell how long one takes
+FEW = 5                                         # steps, of which setting up is most
 
 
 @dataclass
@@ -104,11 +104,12 @@ WORLDS = {
 
 # ---- runs ---------------------------------------------------------------------------------------
 
-def timed(work, settings) -> float:
-    """Do a run, or what is left of it; CPU seconds that it has taken in all."""
+def timed(work, settings, name: str = "") -> float:
+    """Do a run, or what is left of it; CPU seconds that it has taken in all. What is known by its
+    `name` (default: its steps) is not done again."""
     path, began = Path(settings.out) / "seconds.json", time.process_time()
     spent = json.loads(path.read_text()) if path.exists() else {"so far": 0.0}
-    if (name := f"step {settings.steps}") not in spent:
+    if (name := name or f"step {settings.steps}") not in spent:
         before = spent["so far"]
         try:
             work(settings)
@@ -118,10 +119,11 @@ def timed(work, settings) -> float:
     return spent[name]
 
 
-def pace(work, settings, folder: Path) -> float:
-    """CPU seconds a step: of many steps less few, so that setting up doesn't count."""
-    few, more = (timed(work, replace(settings, out=str(folder), steps=n)) for n in PROBE)
-    return (more - few) / (PROBE[1] - PROBE[0])
+def pace(work, settings, folder: Path, steps: int = 10) -> float:
+    """CPU seconds a step: of so many behind the first FEW, so that setting up doesn't count."""
+    few, more = (timed(work, replace(settings, out=str(folder), steps=n))
+                 for n in (FEW, FEW + steps))
+    return (more - few) / steps
 
 
 @functools.cache
@@ -215,7 +217,7 @@ def worlds(args: Args):
             with annotators():
                 runs[arm][seed] = course(pretrain.run, plan, args.count)
         write_json(out / "report.json", {
-            "title": f"RL beside SFT, world: {args.world}", "where": hw.why,
+            "title": f"RL beside SFT, world: {args.world}", "where": hw.why, "unit": "minute",
             "figures": figures(runs), "curves": curves(runs), "runs": runs})
         print(f"after {seed + 1} seeds, points: " + ", ".join(
             f"{name} {row['mean']:.1f}" for name, row in figures(runs).items() if "least" in row))

@@ -1,0 +1,101 @@
+"""Does a trained vision tower pay? Pretraining from three starts, all of the same CPU minutes.
+
+    python -m lab.vit_pays --seeds=3         about twenty minutes a run on one quiet core
+    python -m lab.vit_pays --steps=300 --alone=100 --tower=100,20,50,50           a quick look
+
+`random`: nothing but pretraining. `contrastive`: first a tower is made by alignment alone, as `make
+tower` does. `aligned`: first stand-ins, distillation and alignment. `--steps` of pretraining are what
+`contrastive` has left; its minutes in all, tower included, are everybody's. Towers are made once and
+charged to each seed. What was interrupted goes on; times count whole runs only.
+"""
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+import mmtp
+import pretrain
+import train_vit
+from common import UserError, cli, find_checkpoint, main, setup, write_json
+from lab import report
+from lab.demo import MIX
+from lab.worlds import pace, timed
+from sample import evaluate
+from tokenizer import Tokenizer
+
+STAGES = "semantic", "texture", "distill", "align"
+
+
+@dataclass
+class Args:
+    seeds: int = 1                # of pretraining, from 0
+    steps: int = 2600             # of pretraining, from the contrastive tower
+    alone: int = 1200             # steps that make the contrastive tower
+    tower: str = "500,100,300,400"  # steps of the four stages that make the aligned tower
+    count: int = 300              # held-out tasks a category
+    out: str = "out/vit_pays"     # run folder: report.json, report.html, a folder a run
+
+
+def make_tower(out: Path, steps: list[int], hw) -> float:
+    """CPU seconds of the first stages, as many as `steps` are given for."""
+    settings = train_vit.Args(resume=True, save_every=10 ** 6, eval_every=0, workers=0,
+                              dtype="float32", out=str(out))
+    return sum(timed(lambda s, stage=stage: train_vit.train(stage, train_vit.check(s), hw),
+                     replace(settings, steps=n), f"{stage} {n}")
+               for stage, n in zip(STAGES, steps))
+
+
+def figures(tables: dict[str, dict]) -> dict[str, dict]:
+    """{run: {category: percent right}}, and by how much the means differ from random's."""
+    rows = {run: {name: 100 * row["accuracy"] for name, row in table.items()}
+            for run, table in tables.items()}
+    rows = {run: {"mean": float(np.mean(list(row.values()))), **row} for run, row in rows.items()}
+    for arm in ("contrastive", "aligned"):
+        gains = [row["mean"] - rows[f"random, seed {run.split()[-1]}"]["mean"]
+                 for run, row in rows.items() if run.startswith(arm)]
+        rows[f"{arm} over random, points"] = {
+            "mean": float(np.mean(gains)), "least": min(gains), "most": max(gains)}
+    return rows
+
+
+def pays(args: Args):
+    steps = args.tower.split(",")
+    if min(args.seeds, args.steps, args.alone, args.count) < 1:
+        raise UserError("--seeds, --steps, --alone and --count take 1 or more")
+    if len(steps) != len(STAGES) or not all(n.isdigit() and int(n) for n in steps):
+        raise UserError(f"--tower takes the steps of {', '.join(STAGES)}, as 500,100,300,400")
+    hw, out = setup("cpu", "float32"), Path(args.out)
+    spent = {"random": 0.0, "contrastive": make_tower(out / "contrastive", [args.alone], hw),
+             "aligned": make_tower(out / "aligned", [int(n) for n in steps], hw)}
+    towers = {"random": "", "contrastive": f"{out}/contrastive/semantic",
+              "aligned": f"{out}/aligned/align"}
+    plain = pretrain.Args(mix=MIX, levels=1, resume=True, mtp_alone=True, mtp_share=0.12,
+                          save_every=200, eval_every=100, log_every=50, device="cpu", workers=0)
+    each, tables, curves = pace(pretrain.run, plain, out / "pace", 100), {}, {}
+    minutes = (spent["contrastive"] + args.steps * each) / 60
+    for seed in range(args.seeds):
+        for arm, tower in towers.items():
+            name, left = f"{arm}, seed {seed}", round((60 * minutes - spent[arm]) / each)
+            settings = replace(plain, seed=seed, vit=tower, steps=left, out=f"{out}/{arm}{seed}")
+            if left < 1:
+                raise UserError(f"--tower={args.tower} leaves no minute for pretraining")
+            pretrain.run(settings)
+            model = mmtp.load(find_checkpoint(settings.out))
+            tables[name] = evaluate(model, Tokenizer(model.config.n_ranks), MIX, 1, args.count)
+            log = report.read_log(Path(settings.out) / "log.jsonl")
+            curves[name] = [((spent[arm] + each * line["step"]) / 60, line["held_out"])
+                            for line in log if "held_out" in line]
+            print(f"{name}: {left} steps after {spent[arm] / 60:.1f} minutes for the tower, mean "
+                  f"{100 * np.mean([row['accuracy'] for row in tables[name].values()]):.1f}%")
+        write_json(out / "report.json", {
+            "title": f"Does a trained tower pay? {minutes:.1f} CPU minutes each", "unit": "minute",
+            "where": hw.why, "tower minutes": {k: v / 60 for k, v in spent.items()},
+            "figures": figures(tables), "curves": {
+                f"held-out loss over minutes, seed {s}": {
+                    name.split(",")[0]: line for name, line in curves.items()
+                    if name.endswith(f" {s}")} for s in range(seed + 1)}})
+    print(f"the report is {report.write(out)}")
+
+
+if __name__ == "__main__":
+    main(lambda: pays(cli(Args, about=__doc__)))
