@@ -386,20 +386,23 @@ class GLMV(nn.Module):
                 "total": size(self)}
 
 
-def load_tower(visual: CogViT, folder):
-    """Fill a tower, without its adapter, from a folder of train_vit.py or of a whole model.
-
-    Raises UserError where the folder holds no tower, or one of other sizes.
-    """
+def tower_of(folder) -> dict[str, Tensor]:
+    """The weights of a tower, without its adapter, from a folder of train_vit.py or of a whole
+    model. Raises UserError where the folder holds none."""
     tensors = load_tensors(folder)
     prefix = next((p for p in ("ema.visual.", "visual.", "model.visual.")
                    if p + "post_layernorm.weight" in tensors), None)
     if prefix is None:
         raise UserError(f"{folder} holds no vision tower")
-    adapter = ("downsample.", "merger.")
-    want = {k: v for k, v in visual.state_dict().items() if not k.startswith(adapter)}
-    have = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    have = {k: v for k, v in have.items() if not k.startswith(adapter)}
+    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {k: v for k, v in found.items() if not k.startswith(("downsample.", "merger."))}
+
+
+def load_tower(visual: CogViT, folder):
+    """Fill a tower, not its adapter. Raises UserError where the folder's is of other sizes."""
+    have = tower_of(folder)
+    want = {k: v for k, v in visual.state_dict().items()
+            if not k.startswith(("downsample.", "merger."))}
     check_shapes(f"the tower in {folder} is not of this model's sizes", want, have)
     visual.load_state_dict(have, strict=False)
 

@@ -75,9 +75,12 @@ def hidden(pictures: list[Picture]) -> Tensor:
     return torch.from_numpy(np.concatenate([mask for p in pictures for mask in p.masks]))
 
 
-def whole(features: Tensor, grids: Tensor) -> Tensor:
-    """Patches (P, W) of N views of one size -> their means (N, W)."""
-    return rearrange(features, "(n p) w -> n p w", n=len(grids)).mean(1)
+def foremost(features: Tensor, k: int = 4) -> Tensor:
+    """The mean of the k patches of each picture that differ most from all the others: the thing
+    before its ground. A mean over all patches asks about the ground. (N, P, W) -> (N, W) [O]"""
+    apart = (features - features.mean(1, keepdim=True)).square().sum(-1)
+    chosen = apart.topk(k, dim=1).indices
+    return features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).mean(1)
 
 
 @dataclass
@@ -335,14 +338,6 @@ def patch_labels(image: Image.Image, items: list[Item], patch: int) -> Tensor:
         kinds[y0:y1, x0:x1] = 1 + SHAPES.index(item.shape)
     kinds[share < 0.5] = 0
     return torch.from_numpy(rearrange(kinds, "(y b) (x d) -> (y x b d)", b=2, d=2))
-
-
-def foremost(features: Tensor, k: int = 4) -> Tensor:
-    """The mean of the k patches of each picture that differ most from all the others: the thing
-    before its ground. A mean over all patches asks about the ground. (N, P, W) -> (N, W) [O]"""
-    apart = (features - features.mean(1, keepdim=True)).square().sum(-1)
-    chosen = apart.topk(k, dim=1).indices
-    return features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).mean(1)
 
 
 def probe(visual, exam: Exam) -> dict[str, float]:

@@ -8,10 +8,9 @@
     python pretrain.py --vit=out/vit/align             goes on from the tower
 
 teachers  stand-ins for SigLIP2 and DINOv3, as small as the student and trained here on drawings:
-          `semantic` contrastively on captions, `texture` by self-distillation. They are no
-          substitute; folders of the real ones replace them.
-distill   stage 1 [C]: 35% of the patches are hidden, and the student says what two frozen teachers
-          see there.
+          `semantic` contrastively on captions, `texture` from there on by self-distillation. They
+          are no substitute; folders of the real ones replace them.
+distill   stage 1 [C]: 35% of the patches hidden, the student says what two frozen teachers see.
 align     stage 2 [C]: images of any size against captions in two languages, SigLIP's loss over a
           global batch of any size on any hardware.
 
@@ -36,10 +35,10 @@ from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, ke
                     load_tensors, main, plan, save_state, save_tensors, setup, total, write_json)
 from data import Drawer, pack
 from kernels import ring_sigmoid_loss
-from model import Config, TextTower, init, load_tower, sized
+from model import Config, TextTower, init, load_tower, sized, tower_of
 from optim import OptimConfig, Optimizer, schedule
-from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, find_pairs, hidden,
-                      pack_texts, pca_picture, probe, probe_language, whole)
+from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, find_pairs, foremost, hidden,
+                      pack_texts, pca_picture, probe, probe_language)
 from teachers import load_config, load_teacher
 from vit import AttentionPool, CogViT
 
@@ -71,7 +70,7 @@ class Args:
     proj_decay: float = 0.0       # on the pools' and projections'
     warmup: int = 20              # steps
     schedule: str = "cosine"      # constant, linear or cosine
-    init: str = ""                # folder whose tower to start from; align: default distill's
+    init: str = ""                # folder whose tower distill starts from, or align alone
     resume: bool = False          # go on with the newest checkpoints in --out
     out: str = "out/vit"          # run folder: one folder a stage, report.json, pictures/
     keep: str = ""                # also write each stage's tower here, alone and in bf16
@@ -96,6 +95,7 @@ def tower(args: Args, config: Config) -> CogViT:
 
 class Job(nn.Module):
     """What a stage trains. `learn` leaves gradients and returns figures; the rest is optional."""
+    RATE = 1.0  # on --lr
 
     def begin(self, stream):
         """Before the first step, from random or given weights."""
@@ -191,17 +191,21 @@ class Contrast(Job):
 # ---- the texture stand-in: self-distillation ----------------------------------------------------
 
 class SelfDistil(Job):
-    """DINO's loss on whole views and iBOT's on hidden patches: the student says what its own
-    running mean says of the same picture, of another crop and behind the mask [R].
+    """DINO's loss on views and iBOT's on hidden patches: the student says what its own running mean
+    says of the same picture, of another crop and behind the mask [R]. What is said of a view is
+    said of its `foremost` patches: the mean of all is about the ground [O].
 
     Nothing but itself says what is right, so the cheapest answer would be always the same. Targets
     are centred, so that a prototype that all choose loses its lead, and sharp, so that not all are
-    alike. At this size a fixed temperature was not enough: features grew equal and targets flat;
-    so sharpness is counted in each prototype's own deviation [O]. In the log, as shares of log K:
-    `used`, the entropy of the mean target, near 1 where all prototypes are in use, and `sure`, that
-    of each target, near 0 where it is decided; `spread`: deviation of features between pictures.
+    alike; as a fixed temperature let features grow equal and targets flat, sharpness is counted in
+    each prototype's own deviation [O]. In the log, as shares of log K: `used`, the entropy of the
+    mean target, near 1 where all prototypes are in use, and `sure`, that of each target, near 0
+    where it is decided; `spread`: deviation of features between pictures.
+
+    A laptop's minutes are too few to do so from random weights: what came of it knew no more than
+    they did. So it goes on from the semantic stand-in, as SigLIP2 does in its last part [O].
     """
-    PROTOTYPES, SHARP, SOFT = 256, 0.25, 0.1  # K; temperatures of target and student [O]
+    PROTOTYPES, SHARP, SOFT, RATE = 256, 0.25, 0.1, 0.25  # K; temperatures of target, student [O]
 
     def __init__(self, args: Args, config: Config):
         super().__init__()
@@ -227,7 +231,7 @@ class SelfDistil(Job):
         patches, grids = pack([v for p in pictures for v in p.views], self.visual.config)
         shown = [x.to(self.token.device) for x in (patches, grids, hidden(pictures))]
         features = self.ema.visual(*shown[:2])
-        views = whole(features, grids)
+        views = foremost(features.unflatten(0, (len(grids), -1)))
         return (self.ema.head(views), self.ema.head(features[shown[2]])), views, shown
 
     def learn(self, draw, mine: range, args: Args, collect) -> dict:
@@ -240,8 +244,9 @@ class SelfDistil(Job):
                             for x, deviation in zip(apart, self.deviation)]
             other = rearrange(image, "(n v) k -> n v k", v=2).flip(1).flatten(0, 1)
             said = self.visual(*shown, self.token)
+            thing = foremost(said.unflatten(0, (len(other), -1)))
             losses = [-(target * (self.head(x) / self.SOFT).log_softmax(-1)).sum(-1).mean()
-                      for target, x in ((other, whole(said, shown[1])), (patch, said[shown[2]]))]
+                      for target, x in ((other, thing), (patch, said[shown[2]]))]
             share = len(chunk) / args.batch
             (share * sum(losses)).backward()
             collect()
@@ -353,6 +358,7 @@ class Distil(Job):
 
 # ---- the run ----------------------------------------------------------------------------------
 
+BEFORE = {"texture": "semantic", "align": "distill"}  # from whose tower a stage goes on
 PROJECTIONS = ("pool.", "text.pool.", "image_proj.", "text_proj.")
 
 
@@ -391,6 +397,8 @@ def check(args: Args) -> Args:
         raise UserError("both teachers are given as folders: --stage=teachers has nothing to train")
     for folder in filter(None, (args.semantic_teacher, args.texture_teacher)):
         load_config(folder)
+    if args.pairs:
+        find_pairs(args.pairs, "train")
     return args
 
 
@@ -432,22 +440,21 @@ def build(stage: str, args: Args, config: Config, hw, say):
     job, stream = prepare(stage, args, config, hw)
     init(job, args.seed)
     first = args.init if args.stage == stage or stage == "distill" else ""
-    if stage == "align" and not first:
-        first = own if checkpoints(own := out.with_name("distill")) else ""
-        say(f"aligning the tower of {first}" if first else "no distilled tower: aligning a new one")
+    if stage in BEFORE and not first:
+        first = own if checkpoints(own := out.with_name(BEFORE[stage])) else ""
+        say(f"{stage} goes on from {first}" if first else f"{stage} begins with a new tower")
     if first and not folder:
         load_tower(job.visual, find_checkpoint(first))
     job.to(hw.device)
     if not folder:
         job.begin(stream)
     optimizer = Optimizer(job.named_parameters(), OptimConfig(
-        args.lr, args.weight_decay,
+        job.RATE * args.lr, args.weight_decay,
         scales=(*((name, args.proj_scale) for name in PROJECTIONS), ("text.", args.text_scale),
                 ("logit", 10.0)),  # two numbers with far to go [O]
         decays=(*((name, args.proj_decay) for name in PROJECTIONS), ("text.", args.text_decay))))
     if isinstance(job, Contrast) and hw.device.type == "cpu" and args.dtype == "auto":
-        # bf16 kernels, near 1 MB each, of which a thousand are kept: 1.5 GB and 0.37 s a step of
-        # 64 pairs; in fp32, whose kernels take any shape, 0.7 GB and 0.30 s. [O]
+        # A thousand bf16 kernels are kept: 1.5 GB, 0.37 s a step of 64; in fp32 0.7 and 0.30. [O]
         say("captions vary in length and a CPU compiles bf16 for each shape: in float32")
         hw = replace(hw, dtype=torch.float32)
     for p in job.parameters():
@@ -524,7 +531,8 @@ def train(stage: str, args: Args, hw):
         if watch.finite(values["loss"], norm):
             job.follow(optimizer.masters, args)
         done, took = step + 1, time.perf_counter() - began
-        values |= {"lr": args.lr * rate, "norm": norm, "dt": took, "img/s": args.batch / took}
+        values |= {"lr": job.RATE * args.lr * rate, "norm": norm, "dt": took,
+                   "img/s": args.batch / took}
         if drawer.seconds - drawing > 0.05 * took:
             values["drawing"] = drawer.seconds - drawing
         last = done == args.steps
@@ -540,13 +548,10 @@ def train(stage: str, args: Args, hw):
 
 def keep(folder: Path, to: Path):
     """The tower of a checkpoint, alone and in bf16, as a folder for `load_tower`."""
-    tensors = load_tensors(folder)
-    prefix = "ema.visual." if "ema.visual.post_layernorm.weight" in tensors else "visual."
     to.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "config.json", to)
     save_tensors(to / "model.safetensors", {
-        "visual." + name.removeprefix(prefix): value.bfloat16()
-        for name, value in tensors.items() if name.startswith(prefix)})
+        f"visual.{name}": value.bfloat16() for name, value in tower_of(folder).items()})
 
 
 def run(args: Args):
@@ -574,8 +579,8 @@ def forecast(args: Args, hw):
     captions, attention and drawing left out."""
     config, stage = sized(args.size), stages(args)[-1]
     with torch.device("meta"):
-        parts = {"tower": tower(args, config), "text": TextTower(config.text)}
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (
+            ("tower", tower(args, config)), ("text", TextTower(config.text)))}
     patches = np.mean(budgets(stage, args)).item()
     again = 4 if stage == "distill" else 2  # teachers as large as the student; the replay
     flops = (6 + again) * counts["tower"] * patches * args.batch * args.steps

@@ -29,7 +29,7 @@ STUDENTS = {"both": {}, "semantic": {"teachers": "semantic"}, "texture": {"teach
 class Args:
     seeds: int = 1                # how many, from 0
     steps: int = 500              # of each student and of the alignment
-    teacher_steps: int = 800      # of the semantic stand-in; half of it, of two views, of the other
+    teacher_steps: int = 800      # of the semantic stand-in; a fifth of it of the other
     batch: int = 64               # images a step
     big: int = 0                  # global batch of the memory test; 0: the other claims
     micro: int = 128              # images at a time in the memory test
@@ -40,7 +40,7 @@ class Args:
 
 def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict:
     """Run one stage, or what is left of it, and return its figures."""
-    steps = {"semantic": args.teacher_steps, "texture": args.teacher_steps // 2}
+    steps = {"semantic": args.teacher_steps, "texture": max(1, args.teacher_steps // 5)}
     settings = train_vit.check(train_vit.Args(
         stage="all", steps=steps.get(name, args.steps), batch=args.batch, seed=seed,
         out=str(folder), resume=True, save_every=100, eval_every=250, log_every=50,

@@ -4,9 +4,9 @@
     python -m lab.vit_pays --steps=300 --alone=100 --tower=100,20,50,50           a quick look
 
 `random`: nothing but pretraining. `contrastive`: first a tower is made by alignment alone, as `make
-tower` does. `aligned`: first stand-ins, distillation and alignment. `--steps` of pretraining are what
-`contrastive` has left; its minutes in all, tower included, are everybody's. Towers are made once and
-charged to each seed. What was interrupted goes on; times count whole runs only.
+tower` does. `aligned`: first stand-ins, distillation and alignment. `--steps` of pretraining are
+what `contrastive` has left; its minutes in all, tower included, are everybody's. Towers are made
+once and charged to each seed. What was interrupted goes on.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
