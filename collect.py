@@ -260,10 +260,13 @@ class Remote:
     """The trainer's end. Orders and Episodes go through the launcher's key-value store, since
     gloo's receive can't be polled; weights, the bulk, are broadcast. A rank that gives no sign of
     life for `silence` seconds ends the run: its machine may be gone, and nobody else would say so.
+    An order may overtake the weights: it says how old they may be, `slack` updates, and waits.
     """
 
-    def __init__(self, store, ranks: list[int], transfer: Transfer, silence: float = 60.0):
+    def __init__(self, store, ranks: list[int], transfer: Transfer, version: int, slack: int,
+                 silence: float = 60.0):
         self.store, self.ranks, self.transfer, self.silence = store, ranks, transfer, silence
+        self.version, self.slack = version, slack
         self.sent, self.heard = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
         self.alive = dict.fromkeys(ranks, (0, time.monotonic()))    # its count, when it changed
         self.idle = 0.0
@@ -275,12 +278,13 @@ class Remote:
     def start(self, orders: list[Episode]):
         for e in orders:        # a group stays together
             rank = self.ranks[e.group % len(self.ranks)]
-            self._tell(rank, [astuple(e.task), e.group, e.index])
+            self._tell(rank, [astuple(e.task), e.group, e.index, self.version - self.slack])
 
     def abort(self, group: int):
         self._tell(self.ranks[group % len(self.ranks)], group)
 
     def load(self, weights: dict, version: int):
+        self.version = version
         self.store.set(f"weights/{version}", b"they come")
         self.transfer.begin(weights)
 
@@ -312,7 +316,7 @@ class Remote:
 
 def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
     """The life of a rank that plays, until the trainer says that it is over."""
-    heard = sent = 0
+    heard, sent, early = 0, 0, []
     store.set(f"idle/{rank}", "0")
     while not store.check(["over"]):
         store.add(f"alive/{rank}", 1)
@@ -322,14 +326,18 @@ def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
             heard += 1
             if isinstance(order, int):
                 actor.abort(order)
+                early = [other for other in early if other[1] != order]
             else:
-                actor.start([Episode(Task(*order[0]), *order[1:])])
+                early.append(order)
         if not transfer.work and store.check([f"weights/{version + 1}"]):
             transfer.begin()
         if transfer.arrived():
             transfer.wait()
             version += 1
             actor.load(transfer.weights, version)
+        actor.start([Episode(Task(*task), group, index) for task, group, index, least in early
+                     if least <= version])
+        early = [order for order in early if order[3] > version]
         for episode in actor.step():
             store.set(f"idle/{rank}", str(actor.idle))
             store.set(f"episode/{rank}/{sent}", to_bytes([episode]))

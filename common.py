@@ -197,7 +197,10 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
     where = torch.device(device, local) if device == "cuda" else torch.device(device)
     store = None
     if world > 1:
-        store = new_life(next(dist.rendezvous("env://"))[0], rank, world)
+        try:
+            store = new_life(next(dist.rendezvous("env://"))[0], rank, world)
+        except dist.DistStoreError:
+            raise UserError(f"rank {rank} waited in vain for {world} ranks to come") from None
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world)
     why = f"{where} in {str(chosen)[6:]}: {because}" + (f", {world} processes" * (world > 1))

@@ -262,12 +262,35 @@ def train(model: GLMV, optimizer: Optimizer, collect, args: Args, start: int = 0
 
 # ---- what is seen -------------------------------------------------------------------------------
 
-def examine(model: GLMV, policy: Policy, rewards, args: Args) -> list[Episode]:
-    """Greedy replies to held-out tasks, the same at every examination."""
-    names = [name for name, _ in parse_mix(args.mix, sight(model.config))]
-    orders = [Episode(Task(name, 1_000_000 + i, i % args.levels, "test"), i, 0)
-              for name in names for i in range(args.eval_count)]
-    return rollout(player(model, args), orders, replace(policy, temperature=0.0), rewards)
+class Exams:
+    """Greedy replies to held-out tasks, the same every time, and an alarm where their accuracy
+    falls while reward rises. past: of the run that goes on."""
+
+    def __init__(self, args: Args, policy: Policy, rewards, say, past: list = ()):
+        self.args, self.policy = args, replace(policy, temperature=0.0)
+        self.rewards, self.say, self.held = rewards, say, list(past)
+
+    def hold(self, model: GLMV, step: int, reward: float) -> float:
+        """Examine, say, and write report.json; the mean accuracy."""
+        args, held, out = self.args, self.held, Path(self.args.out)
+        names = [name for name, _ in parse_mix(args.mix, sight(model.config))]
+        episodes = rollout(player(model, args), [
+            Episode(Task(name, 1_000_000 + i, i % args.levels, "test"), i, 0)
+            for name in names for i in range(args.eval_count)], self.policy, self.rewards)
+        held.append({"step": step, "reward": reward, "accuracy": accuracy(episodes)})
+        first, last = held[0]["accuracy"], held[-1]["accuracy"]
+        self.say(f"held out, greedy, step {step}: "
+                 + ", ".join(f"{name} {value:.1%}" for name, value in last.items()))
+        if len(held) > 2 and reward > held[1]["reward"] + 0.02 and (
+                last["mean"] < held[1]["accuracy"]["mean"] - 0.02):
+            self.say("ALARM: reward rises and held-out accuracy falls: what is it that pays? See "
+                     f"{out}/pictures")
+        write_json(out / "report.json", {
+            "title": f"RL, {out.name}",
+            "samples": samples(episodes, self.policy.tokens, out / "pictures"),
+            "figures": {name: {"before": first[name], f"after {step} steps": value}
+                        for name, value in last.items()}})
+        return last["mean"]
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -328,54 +351,70 @@ def build(args: Args, hw):
     return model, optimizer, begin, state
 
 
+def forecast(args: Args, hw, model: GLMV):
+    """What the run would take (`--plan`): a rollout has about 64 tokens to read and half of what it
+    may say."""
+    counts = model.counts()
+    tokens = args.steps * args.prompts * args.group * (64 + args.max_new / 2)
+    memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
+    plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
+
+
+def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, start: int, leave):
+    """(who plays for this rank, its part in the updates). A rank that does nothing but play does so
+    in here, until all is over, and has nobody then."""
+    share, store, route = Share(hw.rank, trainers), None, None
+    if hw.world > 1:
+        store = dist.PrefixStore("rl", hw.store)
+        share.group = dist.new_group(list(range(trainers)))
+        route = dist.new_group([0, *range(trainers, hw.world)])
+        if hw.rank == 0:
+            return Remote(store, list(range(trainers, hw.world)), Transfer(model, route, leave),
+                          start, args.max_staleness), share
+    if hw.rank >= trainers or args.max_staleness or args.workers:
+        actor = Actor(player(model, args), rewards, lambda e: Play(e, policy), args.workers or 1)
+    else:
+        actor = Here(player(model, args), lambda *now: rollout(*now, policy, rewards))
+    actor.load({}, start)
+    if hw.rank < trainers:
+        return actor, share
+    serve(actor, Transfer(model, route), store, hw.rank, start)
+    return None, share
+
+
 def run(args: Args):
     check(args)
     hw = setup(args.device, args.dtype)
     out, lead = Path(args.out), hw.rank == 0
     say = print if lead else (lambda *_: None)
-    seats = hw.world - args.rollout_ranks if hw.world > 1 else 1    # ranks that train
-    if not 1 <= seats <= hw.world or hw.world > 1 and args.rollout_ranks < 1:
+    trainers = hw.world - args.rollout_ranks if hw.world > 1 else 1
+    if not 1 <= trainers <= hw.world or hw.world > 1 and args.rollout_ranks < 1:
         raise UserError(f"--rollout_ranks takes 1 to {hw.world - 1} of {hw.world} processes")
     if lead and not args.plan:
         keep_earlier(out, args.resume, say)
     model, optimizer, begin, state = build(args, hw)
-    start, counts = state["step"] if state else 0, model.counts()
-    if args.plan:       # a rollout takes about 64 tokens to read and half of what it may say
-        tokens = args.steps * args.prompts * args.group * (64 + args.max_new / 2)
-        memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
-        return plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
+    if args.plan:
+        return forecast(args, hw, model)
     say(hw.why)
-    mix = parse_mix(args.mix, sight(model.config))
+    start, mix = state["step"] if state else 0, parse_mix(args.mix, sight(model.config))
     strange = [name for name, _ in mix if name not in gym.names()]
     if strange or not sum(weight for _, weight in mix) > 0:
         raise UserError(f"--mix takes categories of the gym, not '{(strange or [args.mix])[0]}'")
     policy = Policy(Tokenizer(model.config.n_ranks), model.config, args.context, args.max_new,
                     args.think, args.seed)
-    rewards, share, route = gym.Rewards(workers=args.workers), Share(hw.rank, seats), None
-    if hw.world > 1:
-        share.group = dist.new_group(list(range(seats)))
-        route = dist.new_group([0, *range(seats, hw.world)])
-        store = dist.PrefixStore("rl", hw.store)
+    rewards = gym.Rewards(workers=args.workers)
 
     def leave():            # who plays for others just goes, on a signal or when they say so
         return watch.interrupt.signal and not isinstance(actor, Here)
 
-    if lead and route:
-        actor = Remote(store, list(range(seats, hw.world)), Transfer(model, route, leave))
-    elif hw.rank >= seats or args.max_staleness or args.workers:
-        actor = Actor(player(model, args), rewards, lambda e: Play(e, policy), args.workers or 1)
-    else:
-        actor = Here(player(model, args), lambda *now: rollout(*now, policy, rewards))
-    if not (lead and route):
-        actor.load({}, start)
-    if hw.rank >= seats:
-        return serve(actor, Transfer(model, route), store, hw.rank, start)
-
+    actor, share = seat(args, hw, trainers, model, policy, rewards, start, leave)
+    if not actor:
+        return
     stream = Stream(model.config, mix, args.seed, "train", args.levels)
     collector = Collector(actor, Curriculum(mix, args.seed, args.levels, say), args.prompts,
                           args.group, args.max_staleness, args.patience, has_signal, args.flight,
                           leave)
-    exams = state["exams"] if state else []
+    exams = Exams(args, policy, rewards, say, state["exams"] if state else ())
     if state:
         collector.restore(state["collector"])
     if lead and args.max_staleness:
@@ -385,40 +424,24 @@ def run(args: Args):
 
     def collect(step):
         groups = collector.collect(step) if lead else []
-        groups = shared(groups, share.group) if seats > 1 else groups
+        groups = shared(groups, share.group) if trainers > 1 else groups
         return groups, demonstrations(stream, step * taught, taught)
 
     def write(folder):
         model.save_pretrained(folder, weights=optimizer.masters)
         save_state(folder / "train.pt", {
             "step": watch.done, "optimizer": optimizer.state_dict(), "args": asdict(args),
-            "rng": torch.get_rng_state(), "collector": collector.state(), "exams": exams})
+            "rng": torch.get_rng_state(), "collector": collector.state(), "exams": exams.held})
 
     watch = Watch(out, hw, args.steps, args.save_every, start, write, share.group)
-
-    def exam(step, reward):
-        episodes = examine(model, policy, rewards, args)
-        exams.append({"step": step, "reward": reward, "accuracy": accuracy(episodes)})
-        first, last = exams[0]["accuracy"], exams[-1]["accuracy"]
-        say(f"held out, greedy, step {step}: " + ", ".join(f"{k} {v:.1%}" for k, v in last.items()))
-        if len(exams) > 2 and reward > exams[1]["reward"] + 0.02 and (
-                last["mean"] < exams[1]["accuracy"]["mean"] - 0.02):
-            say("ALARM: reward rises and held-out accuracy falls: what is it that pays? See "
-                f"{out}/pictures")
-        write_json(out / "report.json", {
-            "title": f"RL, {out.name}", "samples": samples(episodes, policy.tokens,
-                                                           out / "pictures"),
-            "figures": {name: {"before": first[name], f"after {step} steps": last[name]}
-                        for name in last}})
-
-    say(f"{counts['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a step, "
-        f"steps {start}..{args.steps}, staleness {args.max_staleness}, run folder {out}")
+    say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
+        f"step, steps {start}..{args.steps}, staleness {args.max_staleness}, run folder {out}")
     say("the loss stands near 0 by construction, since a group's advantages add up to 0: "
         "watch reward and held-out accuracy")
     if lead:
         write_json(out / "config.json", asdict(args))
-        if args.eval_every and not exams:
-            exam(0, 0.0)
+        if args.eval_every and not exams.held:
+            exams.hold(model, 0, 0.0)
     recent, clock = [], time.perf_counter()
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
@@ -432,8 +455,7 @@ def run(args: Args):
                    "dt": now - clock, "tok/s": values["tokens"] / (now - clock)}
         recent.append(values.get("reward", 0.0))
         if lead and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            exam(done, float(np.mean(recent)))
-            values["accuracy"], recent = exams[-1]["accuracy"]["mean"], []
+            values["accuracy"], recent = exams.hold(model, done, float(np.mean(recent))), []
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
         if watch.stop(done):
             break
@@ -443,7 +465,7 @@ def run(args: Args):
     try:
         watch.close()
     finally:
-        if lead and route:
+        if lead and hw.world > 1:
             actor.close()
 
 
