@@ -45,8 +45,9 @@ FEW = 5                                         # steps, of which setting up is 
 class Args:
     world: str = "fallible"       # fallible, untold or clean
     seeds: int = 3                # runs of each kind
-    minutes: float = 2.0          # CPU minutes of RL, then of each control; fixed for an --out
-    lr: float = 1.5e-3            # peak learning rate of RL; SFT has half of pretraining's
+    minutes: float = 6.0          # CPU minutes of RL, then of each control; fixed for an --out
+    prompts: int = 32             # tasks a step of RL, eight rollouts each
+    lr: float = 8e-4              # peak learning rate of RL; SFT has half of pretraining's
     before: int = 0               # SFT steps that make the start; 0: as many as the world says
     init: str = ""                # folder to begin from; default: the demo's, or a tower alone
     count: int = 150              # held-out tasks a category in each examination
@@ -192,11 +193,12 @@ def figures(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
 def worlds(args: Args):
     if args.world not in WORLDS:
         raise UserError(f"--world takes {', '.join(WORLDS)}, not '{args.world}'")
-    if min(args.seeds, args.count) < 1 or args.minutes <= 0 or args.before < 0:
-        raise UserError("--seeds and --count take 1 or more, --minutes more than 0")
+    if min(args.seeds, args.count, args.prompts) < 1 or args.minutes <= 0 or args.before < 0:
+        raise UserError("--seeds, --prompts and --count take 1 or more, --minutes more than 0")
     hw, world, out = setup("cpu"), WORLDS[args.world], Path(args.out) / args.world
     common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu")
-    played = rl.Args(**common, mix=world.played, lr=args.lr, dtype="float32")
+    played = rl.Args(**common, mix=world.played, prompts=args.prompts, lr=args.lr,
+                     dtype="float32")
     taught = pretrain.Args(**common, mix=world.shown, parts=world.parts, lr=2e-3, levels=1,
                            curriculum=0, workers=0)
     init = args.init or world.init

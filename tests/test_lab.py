@@ -1,4 +1,5 @@
 """The demo, its page and the lab sheets, end to end at a few steps."""
+import functools
 import json
 
 import pytest
@@ -7,10 +8,12 @@ import gym
 import mmtp
 import pretrain
 import rl
+import train_vit
 from common import UserError
 from data import parse_mix
-from lab import demo, drafts, mmtp_options, report, worlds
+from lab import demo, drafts, mmtp_options, report, vit_claims, vit_pays, worlds
 from model import GLMV, sized
+from pictures import Exam
 from tasks.base import Task, box
 
 
@@ -131,6 +134,47 @@ def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
     assert (made / "rl0/log.jsonl").read_text() == before
     with pytest.raises(UserError, match="--world takes"):
         worlds.worlds(worlds.Args(world="best"))
+
+
+@pytest.fixture
+def small_towers(monkeypatch):
+    full = train_vit.Args
+    monkeypatch.setattr(train_vit, "Args", lambda **kw: full(**kw | {"batch": 4, "micro": 4}))
+    for script in (train_vit, vit_claims):
+        monkeypatch.setattr(script, "Exam", functools.partial(Exam, count=64))
+
+
+def test_claims_about_the_tower(tmp_path, small_towers):
+    vit_claims.claims(vit_claims.Args(steps=1, teacher_steps=5, batch=4, out=str(tmp_path)))
+    figures = json.loads((tmp_path / "report.json").read_text())["figures"]
+    rows = [row.removeprefix("seed 0: ") for row in figures]
+    assert rows == ["random", "teacher semantic", "teacher texture", "student of both",
+                    "student of semantic", "student of texture", "aligned", "aims"]
+    worth = {row: figures[f"seed 0: student of {row}"]["linear"] + figures[
+        f"seed 0: student of {row}"]["dense"] for row in ("both", "semantic", "texture")}
+    assert figures["seed 0: aims"][
+        "linear + dense, points over the better single teacher's student (0)"] == pytest.approx(
+        100 * (worth["both"] - max(worth["semantic"], worth["texture"])))
+
+
+@pytest.mark.slow
+def test_does_a_tower_pay_at_equal_minutes(tmp_path, small_towers, monkeypatch):
+    full = pretrain.Args
+    small = {"rows": 1, "row_tokens": 512}
+    monkeypatch.setattr(pretrain, "Args", lambda **kw: full(**kw | small))
+    monkeypatch.setattr(vit_pays, "timed", lambda work, settings, name: work(settings) or 2.0)
+    monkeypatch.setattr(vit_pays, "pace", lambda *args: 1.0)
+    args = vit_pays.Args(steps=8, alone=1, tower="1,1,1,1", count=1, out=str(tmp_path / "run"))
+    vit_pays.pays(args)
+    steps = {arm: len((tmp_path / f"run/{arm}0/log.jsonl").read_text().splitlines())
+             for arm in ("random", "contrastive", "aligned")}
+    assert steps == {"random": 10, "contrastive": 8, "aligned": 2}  # towers cost 2 and 8 seconds
+    assert "aligned over random" in (tmp_path / "run/report.html").read_text()
+    with pytest.raises(UserError, match="leaves no minute"):
+        vit_pays.pays(vit_pays.Args(steps=1, alone=1, tower="1,1,1,1", count=1,
+                                    out=str(tmp_path / "short")))
+    with pytest.raises(UserError, match="--tower takes the steps"):
+        vit_pays.pays(vit_pays.Args(tower="5,x"))
 
 
 @pytest.mark.parametrize("sheet,words", [(drafts.Args(drafts="1,x"), "1,x"),
