@@ -6,7 +6,7 @@
     Remote       the same face for Actors in other processes, which run `serve`
     Transfer     new weights on their way to them
     Collector    sorts what comes in: complete, stale, late, delivered twice
-    figures_of, accuracy, samples   what is seen of it
+    figures_of, ages_of, accuracy, samples   what is seen of it
 
 A rollout here is anything with `advance(result) -> Request or None`, `evidence`, `episode` and
 `judged(score)`: play.Play. Four things go on at once and wait for each other as little as may be
@@ -100,7 +100,7 @@ class Curriculum:
             self.say(f"{task.category} is paused: {book[0] / book[1]:.0%} of its rollouts end in "
                      f"errors, the last in: {errors[-1]}")
         wrong, count = (sum(b[i] for b in self.faults.values()) for i in (0, 1))
-        if count >= 32 and wrong > 0.5 * count:
+        if count >= 32 * len(self.mix) and wrong > 0.5 * count:     # errors are the first to end
             raise UserError(f"{wrong / count:.0%} of all rollouts end in errors, the last in: "
                             f"{(errors or ['none'])[-1]}; the run stops")
         if len(errors) == len(group):
@@ -487,8 +487,17 @@ class Collector:
 
 # ---- what is seen -------------------------------------------------------------------------------
 
-def figures_of(groups: list[list[Episode]], live, step: int) -> dict:
-    """What a step's groups show; `by` category, reward and pass@k. Errors count for neither."""
+def ages_of(groups: list[list[Episode]], step: int) -> dict:
+    """How many updates the tokens that are learnt from lag behind those done: mean and most."""
+    ages = [step - d.extras["version"][d.weights > 0]
+            for group in groups for e in group for d in e.documents]
+    ages = np.concatenate(ages) if ages else np.zeros(0)
+    return {"stale": float(ages.mean()), "stale_max": float(ages.max())} if len(ages) else {}
+
+
+def figures_of(groups: list[list[Episode]], live) -> dict:
+    """What the groups show that ended in a step, learnt from or not; `by` category, reward and
+    pass@k. Errors count for neither."""
     episodes = [e for group in groups for e in group]
     if not episodes:
         return {}
@@ -497,15 +506,12 @@ def figures_of(groups: list[list[Episode]], live, step: int) -> dict:
     once, often = tally(scores), tally(scores, size)
     valid = [e for e in episodes if not e.score.error]
     rewards = [e.score.reward for e in valid]
-    ages = [step - d.extras["version"][d.weights > 0] for e in valid for d in e.documents]
-    ages = np.concatenate(ages) if ages else np.zeros(1)
     count = len(episodes)
-    return {"reward": float(np.mean(rewards)) if rewards else 0.0,
+    return {**({"reward": float(np.mean(rewards))} if rewards else {}),
             "pass1": sum(r > 0.999 for r in rewards) / max(1, len(rewards)),
             "silent": sum(not live(group) for group in groups) / len(groups),
             "truncated": sum(e.status == "truncated" for e in episodes) / count,
             "errors": 1 - len(valid) / count, "samples": count,
-            "stale": float(ages.mean()) if len(ages) else 0.0,
             "by": {name: {"reward": row["reward"], "pass1": row["pass"],
                           f"pass{size}": often[name]["pass"], "errors": row["errors"]}
                    for name, row in once.items()}}

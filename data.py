@@ -400,6 +400,19 @@ class Drawer:
         self.pipes = []
 
 
+@dataclass
+class Dealt:
+    """The samples of one rank, of a stream that is dealt out `share` a batch to each of `world`."""
+    stream: object
+    rank: int
+    world: int
+    share: int
+
+    def __call__(self, i: int):
+        batch, own = divmod(i, self.share)
+        return self.stream((batch * self.world + self.rank) * self.share + own)
+
+
 # ---- packing ------------------------------------------------------------------------------------
 
 class Packer:

@@ -149,7 +149,7 @@ def find_pairs(folder: str, split: str) -> tuple[list[Path], int]:
     pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in kinds)
     texts = {p.with_suffix("") for p in root.rglob("*.txt")}
     paired = [p for p in pictures if p.with_suffix("") in texts]
-    alone = len(pictures) + len(texts) - 2 * len(paired)
+    alone = len(pictures) - len(paired) + len(texts - {p.with_suffix("") for p in paired})
     chosen = [p for p in paired if held(p.stem) == (split != "train")]
     if not chosen:
         raise UserError(f"--pairs={folder} holds no picture with a .txt beside it for {split}")
@@ -175,12 +175,15 @@ def read_captions(path: Path, folder: str) -> list[str]:
 
 
 def draw_pair(rng, folder: str, split: str) -> tuple[Image.Image, str, int]:
-    """(picture, caption, how many corrupt pictures were passed over). Raises UserError after 20."""
+    """(picture, caption, how many corrupt pictures and long strips were passed over). Raises
+    UserError after 20."""
     paths, _ = find_pairs(folder, split)
     for skipped in range(20):
         path = paths[int(rng.integers(len(paths)))]
         try:
             image = open_image(path)
+            if max(image.size) > 100 * min(image.size):     # no budget has room for such a strip
+                raise UserError(f"{path} is {image.width} x {image.height} pixels")
         except UserError as error:
             reason = error
             continue

@@ -60,8 +60,8 @@ class Play:
         wrong is not the model's failure."""
         try:
             if self.drive is None:
-                env = gym.begin(self.episode.task)
-                self.layout, self.drive = env.layout, gym.drive(env)
+                self.env = gym.begin(self.episode.task)
+                self.layout, self.drive = self.env.layout, gym.drive(self.env)
                 return self._ask(next(self.drive))
             reply = self._hear(result)
             if self.thinking:
@@ -78,7 +78,7 @@ class Play:
         self.episode.status = "error" if score.error else self.episode.status or "done"
         return self.episode
 
-    def _ask(self, messages) -> Request:
+    def _ask(self, messages) -> Request | None:
         p, documents = self.policy, self.episode.documents
         old = self.layout == "append" and bool(documents)
         new = document(messages[-1:] if old else messages, p.tokens, p.config, answer=True)
@@ -94,10 +94,13 @@ class Play:
         self.said = [p.tokens.special["<think>"]] if p.think else []
         return self._request(p.think or p.max_new, thinking=bool(p.think))
 
-    def _request(self, most: int, thinking: bool) -> Request:
+    def _request(self, most: int, thinking: bool) -> Request | None:
         prompt, e = self.episode.documents[-1], self.episode
         if len(prompt.ids) >= self.policy.context:
-            raise ValueError(f"{len(prompt.ids)} tokens outgrew the context")
+            if not self.turn:
+                raise ValueError(f"a task of {len(prompt.ids)} tokens outgrows the context")
+            e.status, self.evidence = "truncated", self.env.evidence()  # it has talked too much
+            return None
         key = [self.policy.seed, e.group, e.index, self.turn]
         self.turn, self.thinking = self.turn + 1, thinking
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])

@@ -32,8 +32,8 @@ import torch
 import torch.distributed as dist
 
 import gym
-from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accuracy, figures_of,
-                     samples, serve, shared)
+from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accuracy, ages_of,
+                     figures_of, samples, serve, shared)
 from common import (Log, ROOT, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
                     load_tensors, main, plan, save_state, setup, write_json)
 from data import Document, Episode, Stream, collate, parse_mix, rows_of, sight
@@ -264,15 +264,16 @@ def train(model: GLMV, optimizer: Optimizer, collect, args: Args, start: int = 0
 
 class Exams:
     """Greedy replies to held-out tasks, the same every time, and an alarm where their accuracy
-    falls while reward rises. past: of the run that goes on."""
+    falls while reward rises. recent: mean rewards of the steps since the last one."""
 
-    def __init__(self, args: Args, policy: Policy, rewards, say, past: list = ()):
+    def __init__(self, args: Args, policy: Policy, rewards, say):
         self.args, self.policy = args, replace(policy, temperature=0.0)
-        self.rewards, self.say, self.held = rewards, say, list(past)
+        self.rewards, self.say, self.held, self.recent = rewards, say, [], []
 
-    def hold(self, model: GLMV, step: int, reward: float) -> float:
+    def hold(self, model: GLMV, step: int) -> float:
         """Examine, say, and write report.json; the mean accuracy."""
         args, held, out = self.args, self.held, Path(self.args.out)
+        reward, self.recent = float(np.mean(self.recent or [0.0])), []
         names = [name for name, _ in parse_mix(args.mix, sight(model.config))]
         episodes = rollout(player(model, args), [
             Episode(Task(name, 1_000_000 + i, i % args.levels, "test"), i, 0)
@@ -414,9 +415,10 @@ def run(args: Args):
     collector = Collector(actor, Curriculum(mix, args.seed, args.levels, say), args.prompts,
                           args.group, args.max_staleness, args.patience, has_signal, args.flight,
                           leave)
-    exams = Exams(args, policy, rewards, say, state["exams"] if state else ())
+    exams = Exams(args, policy, rewards, say)
     if state:
         collector.restore(state["collector"])
+        exams.held, exams.recent = state["exams"], state["recent"]
     if lead and args.max_staleness:
         share.between = collector.turn
     reference = load(begin, "cpu", hw.dtype) if args.kl else None
@@ -431,7 +433,8 @@ def run(args: Args):
         model.save_pretrained(folder, weights=optimizer.masters)
         save_state(folder / "train.pt", {
             "step": watch.done, "optimizer": optimizer.state_dict(), "args": asdict(args),
-            "rng": torch.get_rng_state(), "collector": collector.state(), "exams": exams.held})
+            "rng": torch.get_rng_state(), "collector": collector.state(), "exams": exams.held,
+            "recent": exams.recent})
 
     watch = Watch(out, hw, args.steps, args.save_every, start, write, share.group)
     say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
@@ -441,21 +444,21 @@ def run(args: Args):
     if lead:
         write_json(out / "config.json", asdict(args))
         if args.eval_every and not exams.held:
-            exams.hold(model, 0, 0.0)
-    recent, clock = [], time.perf_counter()
+            exams.hold(model, 0)
+    clock = time.perf_counter()
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
         if lead and done < args.steps:
             actor.load(optimizer.masters, done)
         watch.finite(values["pg_loss"], values.get("norm", 0.0))
         now = time.perf_counter()
-        values |= figures_of(collector.seen, has_signal, done - 1)
+        values |= figures_of(collector.seen, has_signal) | ages_of(groups, done - 1)
         values |= {"groups": len(groups), "waited": collector.waited, "idle": actor.idle,
                    "dropped": collector.stale + collector.given_up, "twice": collector.twice,
                    "dt": now - clock, "tok/s": values["tokens"] / (now - clock)}
-        recent.append(values.get("reward", 0.0))
+        exams.recent += [values["reward"]] if "reward" in values else []
         if lead and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            values["accuracy"], recent = exams.hold(model, done, float(np.mean(recent))), []
+            values["accuracy"] = exams.hold(model, done)
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
         if watch.stop(done):
             break

@@ -384,7 +384,7 @@ def load_config(folder) -> tuple[type[Teacher], TeacherConfig]:
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {config.hidden_act}, not {', '.join(ACTIVATIONS)}")
         return cls, config
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no teacher in {folder}: there is no config.json") from None
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path} does not describe a teacher ({error})") from None

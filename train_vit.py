@@ -33,13 +33,13 @@ from torch import Tensor, nn
 
 from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
                     load_tensors, main, plan, save_state, save_tensors, setup, total, write_json)
-from data import Drawer, pack
+from data import Dealt, Drawer, pack
 from kernels import ring_sigmoid_loss
 from model import Config, TextTower, init, load_tower, sized, tower_of
 from optim import OptimConfig, Optimizer, schedule
 from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, find_pairs, foremost, hidden,
                       pack_texts, pca_picture, probe, probe_language)
-from teachers import load_config, load_teacher
+from teachers import load_teacher
 from vit import AttentionPool, CogViT
 
 
@@ -48,7 +48,7 @@ class Args:
     size: str = "tiny"            # tiny (2 cores), small (one GPU) or base (CogViT-L)
     stage: str = "all"            # teachers, distill, align or all
     steps: int = 600              # optimizer updates of each stage
-    batch: int = 64               # images a step, over all ranks: the global batch
+    batch: int = 0                # images a step, over all ranks; 0: 64, or a few more
     micro: int = 0                # images at a time on a rank; 0: its whole share
     side: int = 0                 # pixels of stage 1's square pictures; 0: 64 at tiny, else 224
     mask: str = "block"           # which patches are hidden: block or random
@@ -199,8 +199,8 @@ class SelfDistil(Job):
     are centred, so that a prototype that all choose loses its lead, and sharp, so that not all are
     alike; as a fixed temperature let features grow equal and targets flat, sharpness is counted in
     each prototype's own deviation [O]. In the log, as shares of log K: `used`, the entropy of the
-    mean target, near 1 where all prototypes are in use, and `sure`, that of each target, near 0
-    where it is decided; `spread`: deviation of features between pictures.
+    mean target of hidden patches, near 1 where all prototypes are in use, and `sure`, that of each
+    such target, near 0 where it is decided; `spread`: deviation of features between pictures.
 
     A laptop's minutes are too few to do so from random weights: what came of it knew no more than
     they did. So it goes on from the semantic stand-in, as SigLIP2 does in its last part [O].
@@ -333,7 +333,7 @@ class Distil(Job):
 
     def learn(self, draw, mine: range, args: Args, collect) -> dict:
         """Gradients of this rank's samples `mine`, `micro` at a time; the loss of each position is
-        0.9 x (1 - cosine) + 0.1 x smooth-L1, the mean of both teachers [O]."""
+        --cosine x (1 - cosine) + the rest x smooth-L1, the mean over teachers [O]."""
         device, sums = self.token.device, {"loss": 0.0, **dict.fromkeys(self.teachers, 0.0)}
         for chunk in cut(mine, args.micro):
             pictures = [draw(i) for i in chunk]
@@ -364,6 +364,8 @@ PROJECTIONS = ("pool.", "text.pool.", "image_proj.", "text_proj.")
 
 def check(args: Args) -> Args:
     """The arguments, defaults by size filled in; what would fail hours later is refused at once."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    args = replace(args, batch=args.batch or -(-64 // world) * world)
     least = {"steps": 1, "batch": 1, "save_every": 1, "log_every": 1, "seed": 0, "micro": 0}
     for name, bound in least.items():
         if getattr(args, name) < bound:
@@ -377,7 +379,6 @@ def check(args: Args) -> Args:
     for name in ("masked", "cosine", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} takes a share from 0 to 1, not {getattr(args, name)}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % (world * max(1, args.micro)):
         raise UserError(f"--batch={args.batch} is no multiple of {world} ranks x "
                         f"--micro={max(1, args.micro)}")
@@ -391,14 +392,12 @@ def check(args: Args) -> Args:
                         f"and at least 64, not {args.side}")
     if round(args.masked * (args.side // v.patch_size) ** 2) < 1:
         raise UserError(f"--masked={args.masked} hides no patch at all")
-    if not all(word.isdigit() and int(word) >= 4 for word in args.budgets.split(",")):
+    if not all(word.isdecimal() and int(word) >= 4 for word in args.budgets.split(",")):
         raise UserError(f"--budgets takes numbers of patches from 4 on, as 36,64: {args.budgets}")
     if not stages(args):
         raise UserError("both teachers are given as folders: --stage=teachers has nothing to train")
     for folder in filter(None, (args.semantic_teacher, args.texture_teacher)):
-        load_config(folder)
-    if args.pairs:
-        find_pairs(args.pairs, "train")
+        load_teacher(folder)
     return args
 
 
@@ -406,6 +405,7 @@ def stages(args: Args) -> list[str]:
     """The folders under --out that this run fills, in order."""
     wanted = ("semantic", "texture") if args.teachers == "both" else (args.teachers,)
     standins = [n for n in wanted if not getattr(args, f"{n}_teacher")]
+    standins = ["semantic", "texture"] if "texture" in standins else standins   # see SelfDistil
     return {"teachers": standins, "distill": ["distill"], "align": ["align"],
             "all": [*standins, "distill", "align"]}[args.stage]
 
@@ -461,7 +461,7 @@ def build(stage: str, args: Args, config: Config, hw, say):
         if p.requires_grad and p.ndim:  # the temperature is too fine for bf16
             p.data = p.data.to(hw.dtype)
     if folder:
-        weights = {k: v.to(hw.device) for k, v in load_tensors(folder).items()}
+        weights = load_tensors(folder)
         try:
             state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
             start = state["step"]
@@ -486,7 +486,8 @@ def examine(job, exam: Exam, args: Args, stage: str, step: int) -> dict[str, flo
     facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
         "title": "the vision tower", "figures": {}, "pictures": []}
     facts["figures"][stage] = {"step": step, **figures}
-    facts["pictures"] = [p for p in facts["pictures"] if p[0] != name] + [
+    earlier = [p for p in facts["pictures"] if p[0] < name or not p[0].startswith(stage)]
+    facts["pictures"] = earlier + [
         [name, f"{stage}, step {step}: pictures, and the tower's features of them"]]
     write_json(path, facts)
     return figures
@@ -499,12 +500,13 @@ def train(stage: str, args: Args, hw):
     if lead:
         keep_earlier(out, args.resume, say)
     job, stream, optimizer, start = build(stage, args, config, hw, say)
-    cores = os.cpu_count() or 1
+    if start >= args.steps:
+        return say(f"{stage}: {start} steps are done, of {args.steps}")
+    cores, share = os.cpu_count() or 1, args.batch // hw.world
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
-    share = args.batch // hw.world
-    # With several micro-batches each sample is drawn twice: drawing further ahead would pile up.
-    drawer = Drawer(stream, workers, 8 * share if args.micro == share else args.micro,
-                    overlap=hw.device.type != "cpu" and args.micro == share)
+    once = args.micro == share  # else each sample is drawn twice: to draw far ahead would pile up
+    drawer = Drawer(Dealt(stream, hw.rank, hw.world, share), workers,
+                    8 * share if once else args.micro, overlap=once and hw.device.type != "cpu")
     exam = Exam(config, args.side) if lead else None
     say(f"{stage}: {optimizer.flat.numel() / 1e6:.2f}M parameters, {args.batch} images a step, "
         f"{args.micro} at a time, steps {start}..{args.steps}, {workers} drawing, in {out}")
@@ -512,8 +514,7 @@ def train(stage: str, args: Args, hw):
         write_json(out / "config.json", asdict(args))
 
     def write(folder):
-        state = {**job.state_dict(), **optimizer.masters}
-        save_tensors(folder / "model.safetensors", {k: v.float() for k, v in state.items()})
+        save_tensors(folder / "model.safetensors", {**job.state_dict(), **optimizer.masters})
         write_json(folder / "config.json", {"stage": stage, "size": args.size,
                                             "vision_config": asdict(config.vision)})
         save_state(folder / "train.pt", {"step": watch.done, "args": asdict(args),
@@ -523,16 +524,15 @@ def train(stage: str, args: Args, hw):
     log = Log(out, stage, args.steps, start, hw.rank)
     for step in range(start, args.steps):
         began, drawing = time.perf_counter(), drawer.seconds
-        first = step * args.batch + hw.rank * share
-        values = job.learn(drawer, range(first, first + share), args, optimizer.collect)
+        values = job.learn(drawer, range(step * share, (step + 1) * share), args, optimizer.collect)
         values = {name: float(value) for name, value in values.items()}
         rate = schedule(step, args.steps, args.warmup, args.schedule)
         norm = optimizer.step(rate, apply=math.isfinite(values["loss"]))
         if watch.finite(values["loss"], norm):
             job.follow(optimizer.masters, args)
         done, took = step + 1, time.perf_counter() - began
-        values |= {"lr": job.RATE * args.lr * rate, "norm": norm, "dt": took,
-                   "img/s": args.batch / took}
+        values |= {"lr": job.RATE * args.lr * rate, "norm": norm,
+                   "dt": took, "img/s": args.batch / took}
         if drawer.seconds - drawing > 0.05 * took:
             values["drawing"] = drawer.seconds - drawing
         last = done == args.steps

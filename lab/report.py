@@ -9,6 +9,7 @@ eval.json, pictures/. Nothing is fetched; the page can be mailed.
 import base64
 import html
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def read_log(path: Path) -> list[dict]:
 
 def smooth(points: list, share: float = 0.02) -> list:
     """Means over consecutive `share` of the points, so that a long run draws as few."""
+    points = [p for p in points if math.isfinite(p[1])]     # steps that were skipped are not
     size = max(1, int(len(points) * share))
     return [tuple(sum(p[k] for p in points[i:i + size]) / len(points[i:i + size]) for k in (0, 1))
             for i in range(0, len(points), size)]

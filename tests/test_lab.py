@@ -162,7 +162,14 @@ def test_does_a_tower_pay_at_equal_minutes(tmp_path, small_towers, monkeypatch):
     full = pretrain.Args
     small = {"rows": 1, "row_tokens": 512}
     monkeypatch.setattr(pretrain, "Args", lambda **kw: full(**kw | small))
-    monkeypatch.setattr(vit_pays, "timed", lambda work, settings, name: work(settings) or 2.0)
+    clock, whole = [0.0], train_vit.train
+
+    def train(*args):
+        whole(*args)
+        clock[0] += 2       # seconds a stage
+
+    monkeypatch.setattr(train_vit, "train", train)
+    monkeypatch.setattr(worlds.time, "process_time", lambda: clock[0])
     monkeypatch.setattr(vit_pays, "pace", lambda *args: 1.0)
     args = vit_pays.Args(steps=8, alone=1, tower="1,1,1,1", count=1, out=str(tmp_path / "run"))
     vit_pays.pays(args)

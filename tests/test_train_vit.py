@@ -22,7 +22,7 @@ import pretrain
 import train_vit
 from common import UserError, checkpoints, load_tensors
 from conftest import odd_config
-from data import open_image
+from data import Dealt, open_image
 from kernels import ring_sigmoid_loss, sigmoid_loss
 from lab import report
 from model import GLMV, init, sized, load_tower
@@ -449,6 +449,30 @@ def test_teachers_of_hugging_face_are_distilled_from(pair, dtype, tmp_path, smal
     assert all(torch.equal(saved[name], again[name]) for name in saved)
     with pytest.raises(UserError, match="nothing to train"):
         train(tmp_path / "run", "teachers", **options)
+
+
+def test_texture_and_align_go_on_from_the_stage_before(tmp_path, small_exam):
+    """After a step of rate 0 they have the tower that they began from."""
+    train(tmp_path, "all", steps=1, lr=0.0)
+    towers = {stage: {name: value for name, value in load_tensors(
+        tmp_path / stage / "step_000001").items() if name.startswith("visual.")}
+        for stage in ("semantic", "texture", "distill", "align")}
+    for later, earlier in (("texture", "semantic"), ("align", "distill")):
+        assert all(torch.equal(towers[later][k], v) for k, v in towers[earlier].items())
+    assert not all(torch.equal(towers["distill"][k], v) for k, v in towers["semantic"].items())
+
+
+def test_a_rank_draws_its_own_samples_and_no_others():
+    dealt = [Dealt(lambda i: i, rank, 3, 2) for rank in range(3)]
+    assert [[d(i) for i in range(4)] for d in dealt] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+
+
+def test_a_long_strip_is_passed_over(tmp_path):
+    for name, size in (("strip", (2000, 8)), ("quad", (32, 32))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    drawn = [draw_pair(np.random.default_rng(i), str(tmp_path), "train") for i in range(8)]
+    assert {text for _, text, _ in drawn} == {"quad"} and sum(skipped for _, _, skipped in drawn)
 
 
 @pytest.mark.slow
