@@ -96,10 +96,11 @@ class Play:
 
     def _request(self, most: int, thinking: bool) -> Request | None:
         prompt, e = self.episode.documents[-1], self.episode
-        if len(prompt.ids) >= self.policy.context:
-            if not self.turn:
-                raise ValueError(f"a task of {len(prompt.ids)} tokens outgrows the context")
-            e.status, self.evidence = "truncated", self.env.evidence()  # it has talked too much
+        put_in = len(prompt.ids) - int(prompt.weights.sum())
+        if put_in >= self.policy.context:
+            raise ValueError(f"{put_in} tokens, the model's own left out, outgrew the context")
+        if len(prompt.ids) >= self.policy.context:      # it has talked too much: judged as it is
+            e.status, self.evidence = "truncated", self.env.evidence()
             return None
         key = [self.policy.seed, e.group, e.index, self.turn]
         self.turn, self.thinking = self.turn + 1, thinking
