@@ -64,6 +64,7 @@ class Curriculum:
         for name in self.STATE:
             setattr(self, name, state[name])
         self.top = {name: self.top.get(name, 0) for name in self.mix}
+        self.kept = [task for task in self.kept if task[0] in self.mix]     # --mix may be another
 
     @property
     def expansion(self) -> float:
@@ -404,7 +405,7 @@ class Collector:
 
     def restore(self, state: dict):
         self.count = state["count"]
-        self.ready = [from_bytes(data.numpy().tobytes()) for data in state["ready"]]
+        self.ready = [from_bytes(data.cpu().numpy().tobytes()) for data in state["ready"]]
         self.curriculum.restore(state["books"])
 
     def turn(self, collecting: bool = False):
