@@ -456,7 +456,8 @@ def run(args: Args):
         values |= {"groups": len(groups), "waited": collector.waited, "idle": actor.idle,
                    "dropped": collector.stale + collector.given_up, "twice": collector.twice,
                    "dt": now - clock, "tok/s": values["tokens"] / (now - clock)}
-        exams.recent += [values["reward"]] if "reward" in values else []
+        if "reward" in values:      # some group has ended
+            exams.recent.append(values["reward"])
         if lead and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             values["accuracy"] = exams.hold(model, done)
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)

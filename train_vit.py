@@ -95,7 +95,7 @@ def tower(args: Args, config: Config) -> CogViT:
 
 class Job(nn.Module):
     """What a stage trains. `learn` leaves gradients and returns figures; the rest is optional."""
-    RATE = 1.0  # on --lr
+    RATE = 1.0  # factor on --lr
 
     def begin(self, stream):
         """Before the first step, from random or given weights."""

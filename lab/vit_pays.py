@@ -74,20 +74,22 @@ def pays(args: Args):
                           save_every=200, eval_every=100, log_every=50, device="cpu", workers=0)
     each, tables, curves = pace(pretrain.run, plain, out / "pace", 100), {}, {}
     minutes = (spent["contrastive"] + args.steps * each) / 60
+    left = {arm: round((60 * minutes - seconds) / each) for arm, seconds in spent.items()}
+    if left["aligned"] < 1:
+        raise UserError(f"--tower={args.tower} leaves no minute for pretraining")
     for seed in range(args.seeds):
         for arm, tower in towers.items():
-            name, left = f"{arm}, seed {seed}", round((60 * minutes - spent[arm]) / each)
-            settings = replace(plain, seed=seed, vit=tower, steps=left, out=f"{out}/{arm}{seed}")
-            if left < 1:
-                raise UserError(f"--tower={args.tower} leaves no minute for pretraining")
+            name = f"{arm}, seed {seed}"
+            settings = replace(plain, seed=seed, vit=tower, steps=left[arm],
+                               out=f"{out}/{arm}{seed}")
             pretrain.run(settings)
             model = mmtp.load(find_checkpoint(settings.out))
             tables[name] = evaluate(model, Tokenizer(model.config.n_ranks), MIX, 1, args.count)
             log = report.read_log(Path(settings.out) / "log.jsonl")
             curves[name] = [((spent[arm] + each * line["step"]) / 60, line["held_out"])
                             for line in log if "held_out" in line]
-            print(f"{name}: {left} steps after {spent[arm] / 60:.1f} minutes for the tower, mean "
-                  f"{100 * np.mean([row['accuracy'] for row in tables[name].values()]):.1f}%")
+            print(f"{name}: {left[arm]} steps after {spent[arm] / 60:.1f} minutes for the tower, "
+                  f"mean {100 * np.mean([row['accuracy'] for row in tables[name].values()]):.1f}%")
         write_json(out / "report.json", {
             "title": f"Does a trained tower pay? {minutes:.1f} CPU minutes each", "unit": "minute",
             "where": hw.why, "tower minutes": {k: v / 60 for k, v in spent.items()},

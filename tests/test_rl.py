@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import collect
 import gym
 import rl
 from collect import Actor, Collector, Curriculum, figures_of
-from common import ROOT, UserError, checkpoints, new_life
+from common import ROOT, UserError, checkpoints, new_life, setup
 from data import Document, Episode, collate, document, from_bytes, to_bytes
 from engine import Engine, Result
 from faults import faulty
@@ -756,6 +757,16 @@ def test_an_order_waits_for_its_weights(slack):
     remote.abort(4)
     collect.serve(Player(), Slow(), store, 1, 0)
     assert seen == ([-4, "weights", 3, 5] if slack == 0 else [-4, 3, 5, "weights"])
+
+
+def test_a_rank_that_never_comes_is_one_clear_line(monkeypatch):
+    store = dist.HashStore()
+    store.set_timeout(timedelta(milliseconds=50))
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 1, 2)]))
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="rank 1 waited in vain for 2 ranks"):
+        setup("cpu")
 
 
 def test_a_new_life_knows_nothing_of_the_last():

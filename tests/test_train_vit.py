@@ -467,6 +467,12 @@ def test_a_rank_draws_its_own_samples_and_no_others():
     assert [[d(i) for i in range(4)] for d in dealt] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
 
 
+def test_the_default_batch_can_be_dealt_out(monkeypatch):
+    for world, batch in ((1, 64), (3, 66), (8, 64)):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert train_vit.check(Args()).batch == batch
+
+
 def test_a_long_strip_is_passed_over(tmp_path):
     for name, size in (("strip", (2000, 8)), ("quad", (32, 32))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
