@@ -141,7 +141,7 @@ def aside(work, *args) -> Future:
 class Here:
     """The synchronous player: what was ordered is played to its end, all at once, by
     play(engine, orders)."""
-    idle = 0.0
+    idle = stalled = 0.0
 
     def __init__(self, engine, play):
         self.engine, self.play, self.orders = engine, play, []
@@ -152,7 +152,7 @@ class Here:
     def load(self, weights: dict, version: int):
         self.engine.load(weights, version)
 
-    def step(self) -> list[Episode]:
+    def step(self, wait_a_little: bool = True) -> list[Episode]:
         orders, self.orders = self.orders, []
         return self.play(self.engine, orders)
 
@@ -168,6 +168,7 @@ class Actor:
         self.judging = {}       # rollout: Future of its Score
         self.judges = ThreadPoolExecutor(judges)
         self.idle = 0.0         # seconds in which there was nothing to generate
+        self.stalled = 0.0      # seconds in which new weights were put in place
 
     def start(self, orders: list[Episode]):
         for order in orders:
@@ -179,17 +180,20 @@ class Actor:
         for id in [id for id, play in self.asked.items() if play.episode.group == group]:
             self.engine.abort(id)
             del self.asked[id]
-        for table in (self.outside, self.judging):
-            for play in [play for play in table if play.episode.group == group]:
-                del table[play]
+        for play in [play for play in self.outside if play.episode.group == group]:
+            del self.outside[play]
+        for play in [play for play in self.judging if play.episode.group == group]:
+            self.judging.pop(play).cancel()
 
     def load(self, weights: dict, version: int):
+        began = time.perf_counter()
         self.engine.load(weights, version)
+        self.stalled += time.perf_counter() - began
 
-    def step(self) -> list[Episode]:
+    def step(self, wait_a_little: bool = True) -> list[Episode]:
         """Hand on what has come back, a token or more for all who can; the Episodes that ended."""
         ended, futures = [], [*self.outside.values(), *self.judging.values()]
-        if not self.engine.busy and not any(f.done() for f in futures):
+        if wait_a_little and not self.engine.busy and not any(f.done() for f in futures):
             began = time.perf_counter()
             wait(futures, 0.02, FIRST_COMPLETED) if futures else time.sleep(0.002)
             self.idle += time.perf_counter() - began
@@ -270,7 +274,7 @@ class Remote:
         self.version, self.slack = version, slack
         self.sent, self.heard = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
         self.alive = dict.fromkeys(ranks, (0, time.monotonic()))    # its count, when it changed
-        self.idle = 0.0
+        self.idle = self.stalled = 0.0          # of the players, the worst
 
     def _tell(self, rank: int, order):
         self.store.set(f"order/{rank}/{self.sent[rank]}", json.dumps(order))
@@ -289,7 +293,7 @@ class Remote:
         self.store.set(f"weights/{version}", b"they come")
         self.transfer.begin(weights)
 
-    def step(self) -> list[Episode]:
+    def step(self, wait_a_little: bool = True) -> list[Episode]:
         ended = []
         for rank in self.ranks:
             self._feel_pulse(rank, self.store.add(f"alive/{rank}", 0), time.monotonic())
@@ -297,10 +301,11 @@ class Remote:
                 ended += from_bytes(self.store.get(key))
                 self.store.delete_key(key)
                 self.heard[rank] += 1
-        if not ended:
+        if ended:
+            self.idle, self.stalled = map(max, zip(*(
+                json.loads(self.store.get(f"delays/{rank}")) for rank in self.ranks)))
+        elif wait_a_little:
             time.sleep(0.002)
-        else:
-            self.idle = max(float(self.store.get(f"idle/{rank}")) for rank in self.ranks)
         return ended
 
     def _feel_pulse(self, rank: int, count: int, now: float):
@@ -318,7 +323,7 @@ class Remote:
 def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
     """The life of a rank that plays, until the trainer says that it is over."""
     heard, sent, early = 0, 0, []
-    store.set(f"idle/{rank}", "0")
+    store.set(f"delays/{rank}", "[0, 0]")
     while not store.check(["over"]):
         store.add(f"alive/{rank}", 1)
         while store.check([key := f"order/{rank}/{heard}"]):
@@ -340,7 +345,7 @@ def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
                      if least <= version])
         early = [order for order in early if order[3] > version]
         for episode in actor.step():
-            store.set(f"idle/{rank}", str(actor.idle))
+            store.set(f"delays/{rank}", json.dumps([actor.idle, actor.stalled]))
             store.set(f"episode/{rank}/{sent}", to_bytes([episode]))
             sent += 1
 
@@ -377,9 +382,9 @@ class Collector:
     staleness: how many updates the oldest sampled token may lie behind; with 0 nothing is begun
     while the trainer learns, all groups that are ready are used, and when enough are there the
     rest is given up: abort by count [C]. patience: seconds until a group is given up: abort by
-    time [C]. What is given up is played again first; what outlasts patience twice is an error.
-    flight: rollouts under way at most; 0: as many as staleness allows. leave: asked while it
-    waits for groups.
+    time [C]. What is given up is played again first, and waited for: if it outlasts patience, its
+    unfinished rollouts are errors. flight: rollouts under way at most; 0: as many as staleness
+    allows. leave: asked while it waits for groups.
     """
 
     def __init__(self, actor, curriculum: Curriculum, prompts: int, size: int, staleness: int,
@@ -390,7 +395,8 @@ class Collector:
         self.open: dict[int, Group] = {}
         self.ready: list[list[Episode]] = []
         self.seen: list[list[Episode]] = []     # every group that ended since the last step
-        self.tried: set[Task] = set()
+        self.tried: set[Task] = set()           # given up once
+        self.clock, self.last = 0.0, time.monotonic()
         self.stale = self.twice = self.given_up = 0
         self.waited = 0.0
 
@@ -410,7 +416,11 @@ class Collector:
 
     def turn(self, collecting: bool = False):
         """Order what there is room for, let the actor take a step, sort what has come."""
-        wanted = round(self.prompts * self.curriculum.expansion)
+        # Of the time between two turns a second counts at most: examinations are nobody's delay.
+        now = time.monotonic()
+        self.clock, self.last = self.clock + min(1.0, now - self.last), now
+        enough = not self.staleness and len(self.ready) >= self.prompts
+        wanted = 0 if enough else round(self.prompts * self.curriculum.expansion)
         rounds = self.staleness + collecting
         most = 4 * self.prompts - self.finished if collecting else wanted * rounds
         for _ in range(min(wanted * rounds - len(self.ready), most) - len(self.open)):
@@ -418,13 +428,13 @@ class Collector:
             if self.flight and under_way + self.size > max(self.flight, self.size):
                 break
             task = self.curriculum.draw()
-            self.open[self.count] = Group(task, time.monotonic())
+            self.open[self.count] = Group(task, self.clock)
             self.actor.start([Episode(task, self.count, i) for i in range(self.size)])
             self.count += 1
-        for episode in self.actor.step():
+        for episode in self.actor.step(collecting):
             self._file(episode)
         for id, group in list(self.open.items()):
-            if time.monotonic() - group.began > self.patience:
+            if self.clock - group.began > self.patience:
                 self._too_long(id, group)
 
     def collect(self, step: int) -> list[list[Episode]] | None:
@@ -432,7 +442,8 @@ class Collector:
         None where it is to leave: what has come by then is in `state`."""
         began, self.finished, self.seen, self.step = time.perf_counter(), 0, [], step
         self.ready = [group for group in self.ready if not self._is_stale(group, step)]
-        while len(self.ready) < self.prompts:
+        while len(self.ready) < self.prompts or not self.staleness and self.tried & {
+                group.task for group in self.open.values()}:
             if self.leave():
                 return None
             if self.finished >= 4 * self.prompts and not self.open:
@@ -462,7 +473,7 @@ class Collector:
             return
         group.got[episode.index] = episode
         if len(group.got) == self.size:
-            del self.open[episode.group]
+            self.tried.discard(self.open.pop(episode.group).task)
             whole = [group.got[i] for i in range(self.size)]
             live = self.live(whole)
             self.curriculum.note(whole, live)
@@ -473,15 +484,17 @@ class Collector:
 
     def _give_up(self, id: int):
         self.actor.abort(id)
-        self.curriculum.kept.append(astuple(self.open.pop(id).task))
+        task = self.open.pop(id).task
+        self.tried.add(task)
+        self.curriculum.kept.append(astuple(task))
         self.given_up += 1
 
     def _too_long(self, id: int, group: Group):
         if group.task not in self.tried:
-            self.tried.add(group.task)
             return self._give_up(id)
         self.actor.abort(id)
-        error = Score(math.nan, {}, f"not finished within {self.patience:g} seconds, twice")
+        error = Score(math.nan, {},
+                      f"not finished within {self.patience:g} seconds when played again")
         for index in set(range(self.size)) - set(group.got):
             self._file(Episode(group.task, id, index, score=error, status="error"))
 

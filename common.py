@@ -201,8 +201,8 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
             store = new_life(next(dist.rendezvous("env://"))[0], rank, world)
         except dist.DistStoreError:
             raise UserError(f"rank {rank} waited in vain for {world} ranks to come") from None
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
+                                rank=rank, world_size=world)
     why = f"{where} in {str(chosen)[6:]}: {because}" + (f", {world} processes" * (world > 1))
     return Hardware(where, chosen, why, peak, price, rank, world, local, store)
 

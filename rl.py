@@ -75,7 +75,7 @@ class Args:
     slots: int = 128              # conversations generated side by side
     flight: int = 0               # rollouts under way at most; 0: as many as staleness allows
     drafts: int = 0               # tokens that the MTP head drafts ahead in generation
-    workers: int = 0              # processes of verifiers, killed when they hang; 0: none, here
+    workers: int = 1              # processes of verifiers, killed when they hang; 0: none, here
     patience: float = 60.0        # seconds until an unfinished group is given up, if asynchronous
     rollout_ranks: int = 1        # of torchrun's processes, how many play
     init: str = ""                # folder whose weights to start from; default: the demo's
@@ -361,6 +361,15 @@ def forecast(args: Args, hw, model: GLMV):
     plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
 
 
+def together(store, hw, start: int):
+    """Refuse to go on where ranks found different checkpoints."""
+    store.set(f"start/{hw.rank}", str(start))
+    lead = int(store.get("start/0"))
+    if lead != start:
+        raise UserError(f"--resume: rank {hw.rank} finds step {start}, rank 0 step {lead}; --out "
+                        "must be a folder that all machines see")
+
+
 def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, start: int, leave):
     """(who plays for this rank, its part in the updates). A rank that does nothing but play does so
     in here, until all is over, and has nobody then."""
@@ -369,15 +378,18 @@ def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, st
         store = dist.PrefixStore("rl", hw.store)
         share.group = dist.new_group(list(range(trainers)))
         route = dist.new_group([0, *range(trainers, hw.world)])
+        together(store, hw, start)
         if hw.rank == 0:
             return Remote(store, list(range(trainers, hw.world)), Transfer(model, route, leave),
                           start, args.max_staleness), share
-    if hw.rank >= trainers or args.max_staleness or args.workers:
+        if hw.rank < trainers:
+            return Here(None, None), share      # rank 0 collects for it
+    if hw.world > 1 or args.max_staleness or args.workers > 1:
         actor = Actor(player(model, args), rewards, lambda e: Play(e, policy), args.workers or 1)
     else:
         actor = Here(player(model, args), lambda *now: rollout(*now, policy, rewards))
     actor.load({}, start)
-    if hw.rank < trainers:
+    if hw.world == 1:
         return actor, share
     serve(actor, Transfer(model, route), store, hw.rank, start)
     return None, share
@@ -403,7 +415,8 @@ def run(args: Args):
         raise UserError(f"--mix takes categories of the gym, not '{(strange or [args.mix])[0]}'")
     policy = Policy(Tokenizer(model.config.n_ranks), model.config, args.context, args.max_new,
                     args.think, args.seed)
-    rewards = gym.Rewards(workers=args.workers)
+    apart = args.max_staleness or hw.world > 1      # where a verifier that hangs would stop all
+    rewards = gym.Rewards(workers=args.workers or int(bool(apart)))
 
     def leave():            # who plays for others just goes, on a signal or when they say so
         return watch.interrupt.signal and not isinstance(actor, Here)
@@ -433,8 +446,7 @@ def run(args: Args):
         model.save_pretrained(folder, weights=optimizer.masters)
         save_state(folder / "train.pt", {
             "step": watch.done, "optimizer": optimizer.state_dict(), "args": asdict(args),
-            "rng": torch.get_rng_state(), "collector": collector.state(), "exams": exams.held,
-            "recent": exams.recent})
+            "collector": collector.state(), "exams": exams.held, "recent": exams.recent})
 
     watch = Watch(out, hw, args.steps, args.save_every, start, write, share.group)
     say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
@@ -445,7 +457,7 @@ def run(args: Args):
         write_json(out / "config.json", asdict(args))
         if args.eval_every and not exams.held:
             exams.hold(model, 0)
-    clock = time.perf_counter()
+    clock, rested = time.perf_counter(), (actor.idle, actor.stalled)
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
         if lead and done < args.steps:
@@ -453,7 +465,8 @@ def run(args: Args):
         watch.finite(values["pg_loss"], values.get("norm", 0.0))
         now = time.perf_counter()
         values |= figures_of(collector.seen, has_signal) | ages_of(groups, done - 1)
-        values |= {"groups": len(groups), "waited": collector.waited, "idle": actor.idle,
+        values |= {"groups": len(groups), "waited": collector.waited,
+                   "idle": actor.idle - rested[0], "stalled": actor.stalled - rested[1],
                    "dropped": collector.stale + collector.given_up, "twice": collector.twice,
                    "dt": now - clock, "tok/s": values["tokens"] / (now - clock)}
         if "reward" in values:      # some group has ended
@@ -463,7 +476,7 @@ def run(args: Args):
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
         if watch.stop(done):
             break
-        clock = time.perf_counter()
+        clock, rested = time.perf_counter(), (actor.idle, actor.stalled)
     log.close()
     rewards.close()
     try:

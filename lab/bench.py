@@ -482,7 +482,7 @@ def run(args: Args) -> dict:
     result = {"args": dataclasses.asdict(args), "hardware": hw.why, "aim": AIM,
               **verbs[args.what](args, hw)}
     units = {"vit": "useful patches/s", "rl": "samples learnt/s"}
-    unit, aim = units.get(args.what, "useful tokens/s"), result["aim"]
+    unit = units.get(args.what, "useful tokens/s")
     print(f"{unit:<26} {'median':>9} {'least':>9} {'most':>9}  setting")
     for name, case in result["cases"].items():
         print(name)
@@ -490,7 +490,7 @@ def run(args: Args) -> dict:
             row = case[side]
             print(f"  {side:<24} {row['median']:>9,.4g} {row['least']:>9,.4g} "
                   f"{row['most']:>9,.4g}  {row['setting']}")
-        low, high = case["ratios"]
+        (low, high), aim = case["ratios"], case.get("aim", result["aim"])
         print(f"  {'ratio':<24} {case['ratio']:>9.2f} {low:>9.2f} {high:>9.2f}"
               f"  aim {aim}: {'reached' if case['ratio'] >= aim else 'missed'}")
     where = Path(args.out) / f"{args.what}-{args.size}-{args.dtype}-{hw.device.type}.json"

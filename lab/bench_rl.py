@@ -1,122 +1,139 @@
 """What asynchrony is worth where the world is slow: `python -m lab.bench rl`.
 
-Verifiers, or screens, that take their time: log-normal, sigma 1, with a mean of WAIT seconds a
-verdict or of a quarter of it a screen. 32 rollouts are under way at most, in groups of 8, four
-groups an update; the model is our own with random weights, and verdicts are drawn by lot. Both
-sides run the same Collector and Actor in one process, generation, environments and updates
-included; `theirs` is staleness 0: all 32 must be back before the trainer learns, and none is begun
-before it is done. `ours` may lag two updates behind.
+Whole runs of rl.py on two ranks of torchrun, one that plays and one that learns, from the demo's
+model. Verifiers, or screens, take their time: log-normal, sigma 1, with a mean of WAIT seconds a
+verdict or of a quarter of it a screen; or neither does. At most FLIGHT rollouts are under way, in
+groups of SIZE, PROMPTS groups an update. `ours` may lag two updates behind. `theirs` is staleness
+0: all groups must be back before the trainer learns, and none is begun before it is done.
 
-The bound is the lesser of two: 32 rollouts that wait W seconds on average can't give more than
-32 / W a second, however fast the rest is; and one process can't give more than the seconds allow
-that it generates and learns. Those are measured, the lesser of both sides, so this half is rough.
+Half of a reward is the verdict and half is drawn by lot, so that every group has something to
+teach and both sides learn from as many.
+
+The bound is the least of three: FLIGHT rollouts that wait W seconds each can't give more than
+FLIGHT / W a second; nor can players and trainer more than they are busy, the lesser of both sides.
 """
+import json
+import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+import gym
 import rl
-from collect import Actor, Collector, Curriculum
-from gym import Score
-from model import GLMV, sized
-from optim import OptimConfig, Optimizer
-from tokenizer import Tokenizer
+from common import ROOT, cli, main, write_json
+from lab.report import read_log
 
 WAIT = 1.0                    # seconds, the mean
-FLIGHT, SIZE, PROMPTS, STEPS = 32, 8, 4, 5
+FLIGHT, SIZE, PROMPTS, STEPS = 32, 8, 4, 24
+EXAM = 200                    # held-out tasks, before and after
+WORLDS = {"verifiers": "counting", "screens": "gui_form", "nothing": "counting"}
 
 
 class Slow:
     """Waits, drawn by lot; and how long they were in all."""
 
-    def __init__(self, seed: int, mean: float):
-        self.rng, self.mean, self.total, self.count = np.random.default_rng(seed), mean, 0.0, 0
+    def __init__(self, mean: float):
+        self.mean, self.total, self.count = mean, 0.0, 0
 
     def __call__(self):
-        seconds = self.mean * float(self.rng.lognormal(-0.5, 1.0))      # e^(mu + 1/2) = 1
+        seconds = self.mean * random.lognormvariate(-0.5, 1.0)      # e^(mu + 1/2) = 1
         self.total, self.count = self.total + seconds, self.count + 1
         time.sleep(seconds)
 
 
-class Verdicts:
-    """Rewards by lot, some time after the question."""
+def rank(world: str, wait: float, args: rl.Args):
+    """One of the two processes: rl.py in this world."""
+    slow = Slow({"verifiers": wait, "screens": wait / 4, "nothing": 0.0}[world])
 
-    def __init__(self, seed: int, wait=None):
-        self.rng, self.wait = np.random.default_rng(seed), wait
+    class Verdicts(gym.Rewards):
+        def __init__(self, workers):        # here in this process: it is waiting that takes long
+            super().__init__()
 
-    def score(self, task, evidence) -> Score:
-        if self.wait:
-            self.wait()
-        return Score(float(self.rng.integers(2)))
+        def score(self, task, evidence):
+            score = super().score(task, evidence)
+            if task.split == "test":        # examinations are none of it
+                return score
+            if world == "verifiers":
+                slow()
+            return replace(score, reward=(score.reward + random.randrange(2)) / 2)
+
+    class Screens(rl.Play):
+        def advance(self, result=None):
+            if world == "screens":
+                slow()
+            return super().advance(result)
+
+    gym.Rewards, rl.Play = Verdicts, Screens
+    rl.run(args)
+    if slow.count:
+        write_json(Path(args.out) / "waits.json", {"count": slow.count, "seconds": slow.total})
 
 
-class SlowPlay(rl.Play):
-    """A rollout whose screens come late."""
-
-    def __init__(self, episode, policy, wait):
-        super().__init__(episode, policy)
-        self.wait = wait
-
-    def advance(self, result=None):
-        self.wait()
-        return super().advance(result)
-
-
-def once(world: str, staleness: int, args, hw, seed: int) -> dict:
-    """STEPS updates; samples learnt a second, and what each stage did with its time."""
-    model = GLMV(sized(args.size), args.seed).to(hw.device, hw.dtype)
-    optimizer = Optimizer(model.named_parameters(), OptimConfig(1e-4))
-    screens = world == "screens"
-    wait = Slow(seed, WAIT / 4 if screens else WAIT)
-    settings = rl.Args(steps=STEPS + 1, prompts=PROMPTS, group=SIZE, slots=FLIGHT, mtp=0.0)
-    policy = rl.Policy(Tokenizer(model.config.n_ranks), model.config, settings.context, 8,
-                       seed=seed)
-    actor = Actor(rl.player(model, settings), Verdicts(seed, None if screens else wait),
-                  lambda e: SlowPlay(e, policy, wait) if screens else rl.Play(e, policy), FLIGHT)
-    category = "gui_form" if screens else "counting"
-    collector = Collector(actor, Curriculum(((category, 1.0),), seed, 1), PROMPTS, SIZE, staleness,
-                          1e9, rl.has_signal, FLIGHT)
-    share = rl.Share(between=collector.turn if staleness else None)
-    learnt, waited, learning = 0, 0.0, 0.0
-    steps = rl.train(model, optimizer, lambda step: (collector.collect(step), []), settings,
-                     share=share)
-    for done, groups, figures in steps:
-        actor.load({}, done)
-        if done == 1:           # the first is for warming up
-            began, idle, slept, waits = (time.perf_counter(), actor.idle, wait.total, wait.count)
-            continue
-        learnt, waited = learnt + SIZE * len(groups), waited + collector.waited
-        learning += figures["learning"]
-    took = time.perf_counter() - began
-    idle, waits = actor.idle - idle, max(1, wait.count - waits)
-    return {"rate": learnt / took, "learnt": learnt, "idle": idle / took, "waited": waited / took,
-            "wait": (wait.total - slept) / waits, "stale": collector.stale,
-            "work": (took - idle) / max(1, learnt), "turns": waits / max(1, learnt)}
+def once(world: str, staleness: int, seed: int) -> dict:
+    """A run; samples learnt a second, and what each stage did with its time."""
+    with tempfile.TemporaryDirectory() as out:
+        options = dict(mix=WORLDS[world], steps=STEPS + 1, prompts=PROMPTS, group=SIZE,
+                       flight=FLIGHT, slots=FLIGHT, workers=FLIGHT, max_staleness=staleness,
+                       seed=seed, mtp=0, eval_every=STEPS + 1, eval_count=EXAM, device="cpu",
+                       out=out)
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             "-m", "lab.bench_rl", world, str(WAIT), *(f"--{k}={v}" for k, v in options.items())],
+            cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        lines, waits = read_log(Path(out) / "log.jsonl")[1:], Path(out) / "waits.json"
+        wait = json.loads(waits.read_text()) if waits.exists() else {"count": 1, "seconds": 0.0}
+        exam = json.loads((Path(out) / "report.json").read_text())["figures"]["mean"]
+    took, learnt = (sum(x[key] for x in lines) for key in ("dt", "groups"))
+    learnt *= SIZE
+    share = {key: sum(x[key] for x in lines) / took
+             for key in ("waited", "learning", "idle", "stalled")}
+    samples = max(1, sum(x.get("samples", 0) for x in lines))
+    turns = wait["count"] * STEPS / (STEPS + 1) / samples if wait["seconds"] else 0.0
+    return {"rate": learnt / took, "learnt": learnt, **share, "stale": lines[-1]["dropped"],
+            "wait": turns * wait["seconds"] / wait["count"], "turns": turns,
+            "stale_max": max(x.get("stale_max", 0) for x in lines),
+            "busy": max(1 - share["idle"], share["learning"]) * took / learnt,
+            "right": list(exam.values())[-1]}
 
 
 def measure(args, hw) -> dict:
-    """Both worlds, both ways, in turn; the cases that lab.bench prints."""
+    """All worlds, both ways, in turn; the cases that lab.bench prints."""
     cases = {}
-    for world in ("verifiers", "screens"):
+    for world in WORLDS:
         runs = {0: [], 2: []}
         for i in range(args.rounds):
             for staleness in runs:
-                runs[staleness].append(once(world, staleness, args, hw, args.seed + i))
+                runs[staleness].append(once(world, staleness, args.seed + i))
         rates = {s: [run["rate"] for run in found] for s, found in runs.items()}
         ratios = [a / b for a, b in zip(rates[2], rates[0])]
         mean = {s: {k: statistics.mean(run[k] for run in found) for k in found[0]}
                 for s, found in runs.items()}
-        bound = min(FLIGHT / (mean[0]["wait"] * mean[0]["turns"]),
-                    1 / min(run["work"] for found in runs.values() for run in found))
+        waiting = mean[0]["wait"]
+        bound = min(FLIGHT / waiting if waiting else np.inf,
+                    1 / min(run["busy"] for found in runs.values() for run in found))
+        spread = {s: 1.96 * (m["right"] * (1 - m["right"]) / (EXAM * args.rounds)) ** 0.5
+                  for s, m in mean.items()}
         cases[f"waiting for {world}"] = {
             side: {"median": statistics.median(rates[s]), "least": min(rates[s]),
                    "most": max(rates[s]), **mean[s], "setting":
-                       f"staleness {s}; nothing to generate {mean[s]['idle']:.0%} of the time, "
-                       f"trainer waits {mean[s]['waited']:.0%}, {mean[s]['stale']:.0f} too old"}
+                       f"staleness {s}; players idle {mean[s]['idle']:.0%}, stalled by weights "
+                       f"{mean[s]['stalled']:.1%}; trainer waits {mean[s]['waited']:.0%}, learns "
+                       f"{mean[s]['learning']:.0%}; held out {mean[s]['right']:.1%} "
+                       f"± {100 * spread[s]:.1f}"}
             for side, s in (("ours", 2), ("theirs", 0))} | {
                 "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)],
-                "bound": bound}
-        print(f"waiting for {world}: {mean[0]['turns']:.1f} waits of {mean[0]['wait']:.2f} s a "
-              f"sample; at most {bound:.1f} samples/s, {bound / mean[0]['rate']:.2f} times theirs")
+                "bound": bound, **({} if waiting else {"aim": 1.0})}
+        print(f"waiting for {world}: {waiting:.2f} s a sample in {mean[0]['turns']:.1f} waits; at "
+              f"most {bound:.1f} samples/s, {bound / mean[0]['rate']:.2f} times theirs")
     return {"cases": cases, "aim": 2.5}
+
+
+if __name__ == "__main__":
+    which, mean_wait = sys.argv.pop(1), float(sys.argv.pop(1))
+    main(lambda: rank(which, mean_wait, cli(rl.Args)))

@@ -32,6 +32,24 @@ td:first-child, th:first-child { text-align: left }
 """
 
 
+# What the lines of a log hold besides loss: {title: {key: name}}.
+CHARTS = {
+    "probes: shares of right answers; use of prototypes":
+        {name: name for name in ("linear", "knn", "dense", "used")},
+    "reward in training, accuracy on held-out tasks":
+        {"reward": "sampled reward", "pass1": "pass@1", "accuracy": "held-out accuracy"},
+    "shares of rollouts, and of tokens outside the clip band":
+        {"truncated": "truncated", "errors": "errors", "clipped": "outside the band"},
+    "share of groups without signal": {"silent": "silent"},
+    "seconds a step": {"dt": "in all", "learning": "learning", "waited": "waiting for rollouts",
+                       "idle": "players idle"},
+    "updates that tokens lag behind": {"stale": "mean", "stale_max": "most"},
+    "entropy, nats a token": {"entropy": "entropy"},
+    "mean |log ratio| of training to sampling": {"mismatch": "mismatch"},
+    "gradient norm": {"norm": "norm"},
+    "tokens a second": {"tok/s": "tok/s"}}
+
+
 @dataclass
 class Args:
     run: str = ""                 # run folder; also as a bare word
@@ -113,6 +131,22 @@ def figures_html(figures: dict[str, dict]) -> str:
     ) + "</table>"
 
 
+def by_category(lines: list[dict]) -> dict[str, dict]:
+    """What RL's sampled rollouts earned, {category: {column: mean}}, early and late in a run."""
+    size = max(1, len(lines) // 10)
+    rows: dict[str, dict] = {}
+    for when, part in (("first", lines[:size]), ("last", lines[-size:])):
+        found: dict[str, dict[str, list]] = {}
+        for line in part:
+            for name, row in line.get("by", {}).items():
+                for key, value in row.items():
+                    found.setdefault(name, {}).setdefault(f"{key}, {when}", []).append(value)
+        for name, row in found.items():
+            rows.setdefault(name, {}).update({k: sum(v) / len(v) for k, v in row.items()})
+    order = sorted({key for row in rows.values() for key in row})
+    return {name: {k: row[k] for k in order if k in row} for name, row in sorted(rows.items())}
+
+
 def inline(path: Path) -> str:
     """A picture file as the address of itself."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
@@ -157,20 +191,14 @@ def page(run: Path) -> str:
         loss = smooth([(line["step"], line["loss"]) for line in lines if "loss" in line])
         held = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
         parts.append(curve({"training": loss, "held out": held}, "loss"))
-        probes = {key: [(line["step"], line[key]) for line in lines if key in line]
-                  for key in ("linear", "knn", "dense", "used")}
-        parts.append(curve(probes, "probes: shares of right answers; use of prototypes", high=150))
-        right = [(line["step"], line["accuracy"]) for line in lines if "accuracy" in line]
-        reward = smooth([(line["step"], line["reward"]) for line in lines if "reward" in line])
-        parts.append(curve({"sampled reward": reward, "held-out accuracy": right},
-                           "reward in training, accuracy on held-out tasks"))
-        for key, title in (("norm", "gradient norm"), ("tok/s", "tokens a second"),
-                           ("entropy", "entropy, nats a token"),
-                           ("mismatch", "mean |log ratio| of training to sampling"),
-                           ("silent", "share of groups without signal"),
-                           ("stale", "updates that tokens lag behind")):
-            points = smooth([(line["step"], line[key]) for line in lines if key in line])
-            parts.append(curve({key: points}, title, high=150))
+        for title, keys in CHARTS.items():
+            drawn = {key: smooth([(line["step"], line[key]) for line in lines if key in line])
+                     for key in keys}
+            parts.append(curve({keys[key]: points for key, points in drawn.items()}, title,
+                               high=150))
+        if table := by_category(lines):
+            parts.append("<p>Sampled rollouts, means over the first and last tenth of the steps:"
+                         "</p>" + figures_html(table))
     if facts.get("samples"):
         cards = "".join(card(sample, run / "pictures") for sample in facts["samples"])
         parts.append(f'<h2>Asked and answered</h2><div class="cards">{cards}</div>')

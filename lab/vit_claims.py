@@ -11,6 +11,7 @@ held-out pictures.
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -85,6 +86,14 @@ def verdicts(found: dict[str, dict]) -> dict[str, float]:
            for name in ("i2t_en", "t2i_en", "i2t_zh", "t2i_zh")}}
 
 
+def spread(figures: dict[str, dict]) -> dict[str, dict]:
+    """{aim: mean, least and most over the seeds}"""
+    rows = [row for name, row in figures.items() if name.endswith(": aims")]
+    return {aim: {"mean": statistics.mean(row[aim] for row in rows),
+                  "least": min(row[aim] for row in rows), "most": max(row[aim] for row in rows)}
+            for aim in rows[0]}
+
+
 def claims(args: Args):
     hw = setup(args.device, args.dtype)
     report = {"title": "claims about the vision tower", "where": hw.why, "figures": {}}
@@ -95,7 +104,8 @@ def claims(args: Args):
         report["figures"][f"seed {seed}: aims"] = verdicts(found)
         for name, value in verdicts(found).items():
             print(f"seed {seed}  {value:8.1f}  {name}")
-        write_json(Path(args.out) / "report.json", report)
+        write_json(Path(args.out) / "report.json", {
+            **report, "figures": spread(report["figures"]) | report["figures"]})
     print(f"figures in {args.out}/report.json; python -m lab.report {args.out} makes the page")
 
 

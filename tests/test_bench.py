@@ -48,13 +48,17 @@ def test_the_encoder_compares_equal_losses_and_gradients(tmp_path, capsys, monke
     assert isinstance(sys.modules.get("torchvision"), (ModuleType, type(None)))
 
 
+@pytest.mark.slow
 def test_asynchronous_rl_beside_synchronous(tmp_path, capsys, monkeypatch):
-    for name, value in dict(WAIT=0.02, STEPS=1, FLIGHT=8, SIZE=4, PROMPTS=1).items():
+    for name, value in dict(WAIT=0.02, STEPS=2, FLIGHT=8, SIZE=4, PROMPTS=1, EXAM=2).items():
         monkeypatch.setattr(bench_rl, name, value)
     result = run(Args("rl", out=str(tmp_path), **few))
-    assert all(ratio > 0 for ratio in ratios(result, tmp_path))
-    for case in result["cases"].values():
-        assert case["bound"] > 0 and case["theirs"]["stale"] == 0 < case["theirs"]["learnt"]
+    found = ratios(result, tmp_path)
+    assert len(found) == 3 and min(found) > 0
+    for world, case in result["cases"].items():
+        assert case["bound"] > 0 and case["theirs"]["stale_max"] == 0 < case["theirs"]["learnt"]
+        assert case["ours"]["stale_max"] <= 2
+        assert (case["theirs"]["wait"] > 0) == (world != "waiting for nothing")
     assert "samples learnt/s" in capsys.readouterr().out
 
 

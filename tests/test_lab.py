@@ -148,7 +148,9 @@ def test_claims_about_the_tower(tmp_path, small_towers):
     vit_claims.claims(vit_claims.Args(steps=1, teacher_steps=5, batch=4, out=str(tmp_path)))
     figures = json.loads((tmp_path / "report.json").read_text())["figures"]
     rows = [row.removeprefix("seed 0: ") for row in figures]
-    assert rows == ["random", "teacher semantic", "teacher texture", "student of both",
+    aims = list(figures["seed 0: aims"])
+    assert rows[:len(aims)] == aims and figures[aims[0]].keys() == {"mean", "least", "most"}
+    assert rows[len(aims):] == ["random", "teacher semantic", "teacher texture", "student of both",
                     "student of semantic", "student of texture", "aligned", "aims"]
     worth = {row: figures[f"seed 0: student of {row}"]["linear"] + figures[
         f"seed 0: student of {row}"]["dense"] for row in ("both", "semantic", "texture")}

@@ -3,6 +3,7 @@
 Runs are in process, a few steps from small random models; faults come at fixed points, from stubs.
 """
 import contextlib
+import copy
 import math
 import os
 import signal
@@ -29,6 +30,7 @@ from gym import Rewards, Score
 from kernels import linear_logp
 from mmtp import attach
 from model import GLMV, sized
+from optim import OptimConfig, Optimizer
 from rl import Args, Play, Policy
 from tasks.base import Message, Obs, OneShot, Task
 from test_pretrain import after_step, alike, log_of, own_signals, state_of  # noqa: F401
@@ -333,8 +335,14 @@ def test_garbage_replies_are_zeros_and_train(tiny):
     orders = [Episode(Task(name, j), i, j) for i, name in enumerate(names) for j in range(8)]
     played = rl.rollout(Parrot(say), orders, policy_of(tiny, context=2048), Rewards())
     assert all(e.score.error is None and e.score.reward < 1 for e in played)
-    batch = collate([d for e in played for d in e.documents], tiny.config)
-    assert len(batch.tokens) > 1000
+    for e in played:
+        e.score = Score(float(e.index % 2))     # as if some were better, so that they are learnt
+    model = copy.deepcopy(tiny)
+    optimizer = Optimizer(model.named_parameters(), OptimConfig(1e-4))
+    groups = [played[i:i + 8] for i in range(0, len(played), 8)]
+    figures = rl.update(model, optimizer, groups, [], Args(loss="grpo"), 1.0)
+    assert figures["tokens"] > 200 and 0 < figures["norm"] < math.inf
+    assert all(torch.isfinite(p).all() for p in model.parameters())
     order = [Episode(Task("point", 1), 0, 0)]
     [e] = rl.rollout(Parrot(lambda _: [65, TOKENS.image]), order, policy_of(tiny), Rewards())
     assert e.documents[0].weights.sum() == 1    # the mark itself is not learnt
@@ -350,13 +358,13 @@ def go(out, begin, **changes) -> list[dict]:
 @pytest.mark.parametrize("more", [{}, dict(rehearse=0.25, levels=2, drafts=2, kl=0.1)])
 def test_six_steps_are_three_and_resume_and_three(tmp_path, begin, monkeypatch, more):
     some_reward(monkeypatch)
-    whole = go(tmp_path / "whole", begin, steps=6, eval_every=3, eval_count=2, **more)
+    whole = go(tmp_path / "whole", begin, steps=6, eval_every=2, eval_count=2, **more)
     with monkeypatch.context() as patch:
         after_step(patch, lambda step: step == 3 and signal.raise_signal(signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "parts", begin, steps=6, eval_every=3, eval_count=2, **more)
+            go(tmp_path / "parts", begin, steps=6, eval_every=2, eval_count=2, **more)
     assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000003"]
-    parts = go(tmp_path / "parts", begin, steps=6, eval_every=3, eval_count=2, resume=True, **more)
+    parts = go(tmp_path / "parts", begin, steps=6, eval_every=2, eval_count=2, resume=True, **more)
     for key in ("pg_loss", "reward", "mismatch", "entropy", "samples"):
         assert [x[key] for x in parts] == [x[key] for x in whole] and len(whole) == 6
     a, b = tmp_path / "whole/step_000006", tmp_path / "parts/step_000006"
@@ -378,7 +386,7 @@ def test_it_learns(tmp_path, begin, monkeypatch):
 def test_an_asynchronous_driver_at_staleness_0_is_the_synchronous_one(tmp_path, begin, monkeypatch):
     some_reward(monkeypatch)
     plain = go(tmp_path / "plain", begin, steps=3, mix="counting")
-    threads = go(tmp_path / "threads", begin, steps=3, mix="counting", workers=1)
+    threads = go(tmp_path / "threads", begin, steps=3, mix="counting", workers=2)
     for a, b in zip(plain, threads, strict=True):
         assert b["pg_loss"] == pytest.approx(a["pg_loss"], abs=1e-5)
         assert b["reward"] == pytest.approx(a["reward"], abs=1e-6) and b["stale"] == 0
@@ -422,7 +430,9 @@ def test_the_report_shows_a_run(tmp_path, begin):
     from lab import report
     go(tmp_path, begin, steps=2, eval_every=1, eval_count=2)
     page = report.write(tmp_path).read_text(encoding="utf-8")
-    assert "data:image/png;base64" in page and "held-out accuracy" in page and "before" in page
+    for shown in ("data:image/png;base64", "held-out accuracy", "before", "pass@1", "truncated",
+                  "outside the band", "waiting for rollouts", "pass4, last"):
+        assert shown in page
 
 
 @pytest.mark.parametrize("rising", [0.1, 0.0])
@@ -526,40 +536,90 @@ def test_an_environment_that_raises_is_an_error_and_no_zero(tiny, monkeypatch):
         len(broken) / len(ended))
 
 
-def test_a_screen_that_never_returns_is_given_up_and_played_again(tiny, monkeypatch):
-    """By hand-set clock: after `patience` the task is kept, the second time it is an error."""
+@pytest.fixture
+def clock(monkeypatch):
+    """Set by hand."""
     now = [0.0]
     monkeypatch.setattr(collect.time, "monotonic", lambda: now[0])
-    hang = Stage.FAULTS.index("hang")
-    collector = troupe(tiny, monkeypatch, hang, patience=10.0, staleness=1)
+    return now
+
+
+HANG = Stage.FAULTS.index("hang")
+
+
+def test_a_screen_that_never_returns_is_given_up_and_played_again(tiny, monkeypatch, clock):
+    """After `patience` the task is kept, the second time it is an error. A minute in which nobody
+    takes a turn, as while a model is examined, counts as a second."""
+    collector = troupe(tiny, monkeypatch, HANG, patience=10.0, staleness=1)
+
+    def turns(seconds):
+        for _ in range(seconds):
+            clock[0] += 1.0
+            collector.turn()
 
     def others_done():
         collector.turn()
-        while any(group.task.seed != hang for group in collector.open.values()):
+        while any(group.task.seed != HANG for group in collector.open.values()):
             collector.turn()
     others_done()
-    assert [group.task.seed for group in collector.open.values()] == [hang]
-    now[0] = 11.0
+    assert [group.task.seed for group in collector.open.values()] == [HANG]
+    clock[0] += 60.0
     collector.turn()
-    assert collector.given_up == 1 and [task[1] for task in collector.curriculum.kept] == [hang]
+    assert collector.open and not collector.given_up
+    turns(10)
+    assert collector.given_up == 1
+    assert [task[1] for task in collector.curriculum.kept] == [HANG]
     collector.ready.clear()
     others_done()           # the kept task is drawn first
-    assert [group.task.seed for group in collector.open.values()] == [hang]
-    now[0] = 22.0
-    collector.turn()
+    assert [group.task.seed for group in collector.open.values()] == [HANG]
+    turns(11)
     errors = [e for group in collector.seen for e in group if e.score.error]
-    assert len(errors) == 4 and all("twice" in e.score.error for e in errors)
-    assert not collector.actor.outside
+    assert len(errors) == 4 and all("played again" in e.score.error for e in errors)
+    assert not collector.actor.outside and not collector.tried
 
 
-def test_enough_is_enough(tiny, monkeypatch):
-    """Abort by count: what is still under way is given up and kept, to be played first."""
-    hang = Stage.FAULTS.index("hang")
-    collector = troupe(tiny, monkeypatch, hang)
+def test_enough_is_enough(tiny, monkeypatch, clock):
+    """Abort by count: what is still under way is given up and kept, to be played first, and then
+    waited for: slow tasks are not put off for ever, and a screen that hangs is an error."""
+    collector = troupe(tiny, monkeypatch, HANG, patience=10.0)
     collector.curriculum.silent = 0.34      # three groups are begun for two
     assert len(collector.collect(0)) == 2
     assert not collector.open and collector.given_up == 1
-    assert collector.curriculum.kept == [("counting", hang, 0, "train", 0)]
+    assert collector.curriculum.kept == [("counting", HANG, 0, "train", 0)]
+    step = collector.actor.step
+
+    def later(*rest):
+        clock[0] += 0.5
+        return step(*rest)
+    collector.actor.step = later
+    assert len(collector.collect(0)) >= 2 and clock[0] > 10
+    assert collector.given_up == 1 and not collector.open and not collector.curriculum.kept
+    errors = [e for group in collector.seen for e in group if e.score.error]
+    assert len(errors) == 4 and all(e.task.seed == HANG for e in errors)
+
+
+def test_a_verdict_that_nobody_wants_any_more_is_not_asked_for(tiny, monkeypatch):
+    """Nine rollouts wait for one verifier that is busy; their group is given up."""
+    monkeypatch.setattr(gym, "make", Stage)
+    asked, go_on = [], threading.Event()
+
+    class Busy:
+        def score(self, task, evidence):
+            asked.append(task.seed)
+            go_on.wait(20)
+            return Score(1.0)
+    actor = Actor(Parrot(lambda _: [65, TOKENS.special["<|user|>"]]), Busy(),
+                  lambda e: Play(e, policy_of(tiny)))
+    actor.start([Episode(Task("counting", 9), group, 0) for group in (1, *[2] * 9)])
+    while len(actor.judging) < 10 or not asked:
+        assert not actor.step()
+    first = next(play.episode.group for play, f in actor.judging.items() if f.running())
+    actor.abort(3 - first)
+    left = len(actor.judging)
+    go_on.set()
+    while actor.judging:
+        actor.step()
+    assert len(asked) == left
 
 
 def test_odd_rewards_and_dying_verifiers_are_errors(tiny, monkeypatch):
@@ -594,8 +654,8 @@ def test_a_reward_system_that_raises_is_an_error(tiny, monkeypatch):
 
 def test_what_is_delivered_twice_counts_once(tiny, monkeypatch):
     class Twice(Actor):
-        def step(self):
-            return [e for one in super().step() for e in (one, *from_bytes(to_bytes([one])))]
+        def step(self, *how):
+            return [e for one in super().step(*how) for e in (one, *from_bytes(to_bytes([one])))]
     collector = troupe(tiny, monkeypatch, actor=Twice)
     groups = collector.collect(0)
     assert [[e.index for e in group] for group in groups] == [[0, 1, 2, 3]] * 2
@@ -735,7 +795,7 @@ def test_an_order_waits_for_its_weights(slack):
             self.work, self.asked = [], 0
 
     class Player:
-        idle = 0.0
+        idle = stalled = 0.0
 
         def start(self, orders):
             seen.extend(order.group for order in orders)
@@ -783,6 +843,16 @@ def test_a_new_life_knows_nothing_of_the_last():
         assert len(met) == 3 and not met[1].check(["mark"])
         met[0].set("mark", "")
         assert met[2].check(["mark"])
+
+
+def test_ranks_that_resume_from_different_steps_are_told():
+    """As where two machines don't share --out."""
+    store = dist.HashStore()
+    ranks = [type("Hardware", (), {"rank": i}) for i in range(3)]
+    rl.together(store, ranks[0], 40)
+    rl.together(store, ranks[2], 40)
+    with pytest.raises(UserError, match="rank 1 finds step 0, rank 0 step 40; --out must be"):
+        rl.together(store, ranks[1], 0)
 
 
 def test_who_waits_for_the_dead_is_told():
