@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -404,13 +405,13 @@ def test_a_stale_run_keeps_its_bound_and_resumes(tmp_path, begin, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("staleness,ranks", [(0, 2), (2, 2), (0, 3)])
-def test_trainers_and_a_player(tmp_path, staleness, ranks):
-    """On gloo, the last rank plays; without staleness losses are those of one process. From the
+@pytest.mark.parametrize("staleness,ranks,players", [(0, 2, 1), (2, 2, 1), (0, 3, 1), (2, 3, 2)])
+def test_trainers_and_players(tmp_path, staleness, ranks, players):
+    """On gloo, the last ranks play; without staleness losses are those of one process. From the
     demo's model, who is sometimes right."""
     settings = dict(mix="counting,gui_form", prompts=4, steps=3, init=ROOT / "ckpt/demo")
     options = [f"--{k}={v}" for k, v in {
-        **SMALL, **settings, "max_staleness": staleness}.items()]
+        **SMALL, **settings, "max_staleness": staleness, "rollout_ranks": players}.items()]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
          "rl.py", *options, f"--out={tmp_path / 'two'}"],
@@ -725,7 +726,22 @@ def dies(where, name, when):
         return whole(*args)
     setattr(where, name, fatal)
 
+def tells(where, name, event):      # what rank 0 does, life after life
+    whole = getattr(where, name)
+    def telling(*args):
+        found = whole(*args)
+        with open(trace + "/events", "a") as file:
+            print(*event(found, *args), file=file)
+        return found
+    setattr(where, name, telling)
+
 trace, who, how = (sys.argv.pop(1) for _ in range(3))
+if os.environ["RANK"] == "0":
+    tells(collect.Curriculum, "draw", lambda task, *_: ("drawn", task.seed))
+    tells(collect.Curriculum, "note", lambda _, books, group, live: ("ended", group[0].task.seed))
+    tells(rl, "save_state", lambda *_: ("saved",))
+    with open(trace + "/events", "a") as file:
+        print("born", file=file)
 if os.path.exists(trace + "/died"):
     open(trace + "/again", "a").close()
 gym.Rewards.score = score
@@ -736,6 +752,25 @@ else:
     dies(rl, "update", lambda *rest: os.path.exists(trace + "/run/step_000002"))
 main(lambda: rl.run(cli(rl.Args)))
 """
+
+
+def nothing_lost_nor_counted_twice(trace):
+    """Of all that happened up to the checkpoint that the next life began from: each task that was
+    drawn has ended, once, or waits in the last checkpoint to be played."""
+    lives: list[list] = []
+    for event in (trace / "events").read_text().splitlines():
+        if event == "born":
+            while lives and lives[-1] and lives[-1][-1] != "saved":
+                lives[-1].pop()         # forgotten with the life
+            lives.append([])
+        else:
+            lives[-1].append(event)
+    events = [event.split() for life in lives for event in life]
+    ended = [int(seed) for kind, *rest in events if kind == "ended" for seed in rest]
+    drawn = {int(seed) for kind, *rest in events if kind == "drawn" for seed in rest}
+    kept = state_of(checkpoints(trace / "run")[-1])["collector"]["books"]["kept"]
+    assert len(lives) > 1 and len(ended) == len(set(ended)) >= 8
+    assert drawn == set(ended) | {task[1] for task in kept}
 
 
 def torchrun(*words, steps=4, **options) -> subprocess.Popen:
@@ -855,6 +890,51 @@ def test_ranks_that_resume_from_different_steps_are_told():
         rl.together(store, ranks[1], 0)
 
 
+def test_a_slow_reader_finds_everything_once():
+    """Two players have long ended what was asked of them when the trainer looks for it."""
+    store = dist.HashStore()
+
+    class Still:
+        work, weights = [], {}
+
+        def arrived(self):
+            return False
+
+        def wait(self):
+            return True
+
+    class Quick:
+        idle = stalled = 0.0
+
+        def __init__(self):
+            self.orders = []
+
+        def start(self, orders):
+            self.orders += orders
+
+        def step(self):
+            ended, self.orders = self.orders, []
+            return [replace(e, score=Score(1.0)) for e in ended]
+    players = {rank: threading.Thread(target=collect.serve, args=(Quick(), Still(), store, rank, 0))
+               for rank in (1, 2)}
+    for player in players.values():
+        player.start()
+    remote = collect.Remote(store, [1, 2], Still(), 0, 0)
+    asked = [Episode(Task("point", group), group, i) for group in range(50) for i in range(4)]
+    remote.start(asked)
+    for rank in players:        # the last of each rank's own
+        store.wait([f"episode/{rank}/99"], timedelta(seconds=30))
+    found = []
+    while len(found) < len(asked):
+        found += remote.step()
+    remote.close()
+    for player in players.values():
+        player.join(20)
+    assert not remote.step() and not any(player.is_alive() for player in players.values())
+    assert sorted((e.group, e.index) for e in found) == [(e.group, e.index) for e in asked]
+    assert all(e.score.reward == 1 for e in found)
+
+
 def test_who_waits_for_the_dead_is_told():
     """A rank without a pulse ends the run; a trainer that does not listen for long does not."""
     remote = collect.Remote(dist.HashStore(), [1], None, 0, 0, silence=5.0)
@@ -894,6 +974,7 @@ def test_a_dead_rank_restarts_all_from_the_last_checkpoint(tmp_path, begin, who)
     said, wrong = agent.communicate(timeout=400)
     assert agent.returncode == 0, wrong
     assert "steps 2..4" in said and "SIGKILL" not in wrong
+    nothing_lost_nor_counted_twice(tmp_path)
     assert [x["step"] for x in log_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
@@ -924,6 +1005,7 @@ def test_where_one_of_two_machines_restarts_the_other_follows(tmp_path, begin):
                       init=begin, out=tmp_path / "run")
     assert [code for code, *_ in both] == [0, 0], both
     assert any("steps 2..4" in said for _, said, _ in both)
+    nothing_lost_nor_counted_twice(tmp_path)
     assert [x["step"] for x in log_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 

@@ -30,6 +30,7 @@ from pictures import (Captions, Exam, Pair, Pictures, budgeted, collate_pairs, d
                       draw_pair, find_pairs, foremost, hidden, linear_probe, look, pack_texts,
                       pca_picture, probe, quality, read_captions)
 from tasks.scenes import Item, caption, window
+from test_pretrain import after_step, child_dies
 from train_vit import Args, Contrast, Distil, SelfDistil, check
 from vit import AttentionPool, naflex
 
@@ -366,25 +367,31 @@ def test_the_centre_moves_against_a_prototype_that_all_choose():
 # ---- runs ---------------------------------------------------------------------------------------
 
 def test_all_stages_resume_bit_for_bit_and_the_tower_goes_on(tmp_path, monkeypatch, small_exam):
-    """Stopped by SIGTERM after step 2 of each stage and resumed, beside an uninterrupted run."""
+    """Stopped by SIGTERM after step 2 of each stage and resumed, or killed at step 3, beside an
+    uninterrupted run."""
     train(tmp_path / "whole", "all")
-    log = common.Log.step
+    passed = tmp_path / "passed"
 
-    def step(self, number, show, **values):
-        log(self, number, show, **values)
-        if number == 2:
-            signal.raise_signal(signal.SIGTERM)
-    for _ in range(5):
-        with monkeypatch.context() as patch:
-            patch.setattr(common.Log, "step", step)
-            try:
+    def dies_the_first_time(step):
+        if step == 3:
+            passed.write_text(passed.read_text() + "3" if passed.exists() else "3")
+            if len(passed.read_text()) % 2:
+                os._exit(9)
+    with monkeypatch.context() as patch:
+        after_step(patch, lambda step: step == 2 and signal.raise_signal(signal.SIGTERM))
+        for stage in range(4):
+            with pytest.raises(KeyboardInterrupt):
                 train(tmp_path / "parts", "all", resume=True)
-            except KeyboardInterrupt:
-                continue
-            break
+        train(tmp_path / "parts", "all", resume=True)
+    with monkeypatch.context() as patch:
+        after_step(patch, dies_the_first_time)
+        for stage in range(4):
+            assert child_dies(lambda: train(tmp_path / "killed", "all", resume=True, save_every=2))
+        train(tmp_path / "killed", "all", resume=True, save_every=2)
     for stage in ("semantic", "texture", "distill", "align"):
-        a, b = (tmp_path / run / stage / "step_000004" for run in ("whole", "parts"))
-        assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+        whole, *others = (tmp_path / run / stage / "step_000004/model.safetensors"
+                          for run in ("whole", "parts", "killed"))
+        assert all(whole.read_bytes() == other.read_bytes() for other in others)
     facts = json.loads((tmp_path / "whole/report.json").read_text())
     assert facts["figures"].keys() == {"semantic", "texture", "distill", "align"}
     assert 0 <= facts["figures"]["align"]["i2t_zh"] <= 1
