@@ -25,7 +25,7 @@ from data import open_image, pack
 from model import Config
 from tasks.base import Task, held
 from tasks.draw import CELL, COLORS, GRID, PAIRS, SHAPES, UNITS
-from tasks.scenes import Item, ShapeAttr, caption, window
+from tasks.scenes import MOVES, Item, ShapeAttr, caption, moving, window
 from tokenizer import Tokenizer
 from vit import VitConfig, naflex
 
@@ -138,6 +138,11 @@ def scene(seed: int, split: str = "train", lone: bool = False, pixels: int = 64)
     return env.reset().images[0], env.items
 
 
+def clip(seed: int, split: str = "train", pixels: int = 64):
+    """(two frames, the lone thing in the first, where it goes)"""
+    return ShapeAttr(Task("shape_attr", seed, 0, split, pixels)).clip()
+
+
 @functools.lru_cache(maxsize=8)
 def find_pairs(folder: str, split: str) -> tuple[list[Path], int]:
     """(pictures beside a .txt of the same name, how many stand alone), sorted; of all names one
@@ -220,6 +225,7 @@ class Captions:
     """Stage 2's stream: scenes with a caption in English or Chinese, or the pairs of a folder.
 
     budgets: patches an image may have, drawn anew for each `batch` consecutive samples (NaFlex).
+    clips: the share of the scenes in which a thing moves, in two frames.
     """
     config: Config
     budgets: tuple
@@ -228,6 +234,7 @@ class Captions:
     split: str = "train"
     pixels: int = 64
     folder: str = ""
+    clips: float = 0.0
 
     def __post_init__(self):
         self.tokens = Tokenizer(self.config.n_ranks)
@@ -239,6 +246,10 @@ class Captions:
         if self.folder:
             image, text, skipped = draw_pair(rng, self.folder, self.split)
             image = crop(rng, image)
+        elif self.clips and rng.random() < self.clips:
+            frames, *what = clip(int(rng.integers(2 ** 31)), self.split, self.pixels)
+            image = np.stack([budgeted(frame, self.config.vision, budget) for frame in frames])
+            return Pair(image, self.encode(moving(*what, ("en", "zh")[int(rng.integers(2))])))
         else:
             image, items = scene(int(rng.integers(2 ** 31)), self.split, pixels=self.pixels)
             # At its own size the scene stays whole: off the grid of patches shapes come late.
@@ -390,6 +401,20 @@ def probe_language(embed_images, embed_texts, exam: Exam) -> dict[str, float]:
                              for _, items in exam.scenes["test"]])
         for name, table in (("i2t", scenes @ texts.T), ("t2i", texts @ scenes.T)):
             figures[f"{name}_{language}"] = float((table.argmax(1) == own).float().mean())
+    return figures
+
+
+def probe_moves(embed_images, embed_texts, side: int, count: int = 256) -> dict[str, float]:
+    """Share of held-out clips, two frames each, of which it is rightly said where the thing goes,
+    of four ways; by chance a quarter. In both languages, embedded as in `probe_language`."""
+    clips = [clip(5_000_000 + i, "test", side) for i in range(count)]
+    truth = torch.tensor([list(MOVES).index(move) for _, _, move in clips])
+    seen = embed_images([np.stack([np.asarray(f) for f in frames]) for frames, _, _ in clips])
+    figures = {}
+    for language in ("en", "zh"):
+        said = embed_texts([moving(item, move, language) for _, item, _ in clips for move in MOVES])
+        scores = torch.einsum("n e, n k e -> n k", seen, said.view(count, len(MOVES), -1))
+        figures[f"moves_{language}"] = float((scores.argmax(1) == truth).float().mean())
     return figures
 
 

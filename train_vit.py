@@ -38,7 +38,7 @@ from kernels import ring_sigmoid_loss
 from model import Config, TextTower, init, load_tower, sized, tower_of
 from optim import OptimConfig, Optimizer, schedule
 from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, find_pairs, foremost, hidden,
-                      pack_texts, pca_picture, probe, probe_language)
+                      pack_texts, pca_picture, probe, probe_language, probe_moves)
 from teachers import load_teacher
 from vit import AttentionPool, CogViT
 
@@ -62,6 +62,7 @@ class Args:
     ema: float = 0.99             # how slowly the texture stand-in's own teacher follows
     budgets: str = ""             # align: patches an image, drawn for each batch; NaFlex's five
     pairs: str = ""               # folder of x.png beside x.txt; default: captioned drawings
+    clips: float = 0.0            # share of those drawings in which something moves, in two frames
     lr: float = 4e-3              # peak learning rate of the vision tower; Muon and AdamW alike
     text_scale: float = 1.0       # align: factor on it for the text tower
     proj_scale: float = 1.0       # align: factor on it for pools and projections
@@ -122,7 +123,7 @@ class Contrast(Job):
         super().__init__()
         v, t = config.vision, config.text
         self.visual, self.text = tower(args, config), TextTower(t)
-        self.pool = AttentionPool(v.hidden_size, v.num_heads)
+        self.pool, self.clips = AttentionPool(v.hidden_size, v.num_heads), args.clips
         self.image_proj = nn.Linear(v.hidden_size, v.hidden_size, bias=False)
         self.text_proj = nn.Linear(t.hidden_size, v.hidden_size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -185,7 +186,8 @@ class Contrast(Job):
             packed = pack_texts([encode(line) for line in lines])
             return self.embed_texts(*(x.to(device) for x in packed)).cpu()
 
-        return probe_language(images, texts, exam)
+        return probe_language(images, texts, exam) | (
+            probe_moves(images, texts, exam.side) if self.clips else {})
 
 
 # ---- the texture stand-in: self-distillation ----------------------------------------------------
@@ -202,8 +204,7 @@ class SelfDistil(Job):
     mean target of hidden patches, near 1 where all prototypes are in use, and `sure`, that of each
     such target, near 0 where it is decided; `spread`: deviation of features between pictures.
 
-    A laptop's minutes are too few to do so from random weights: what came of it knew no more than
-    they did. So it goes on from the semantic stand-in, as SigLIP2 does in its last part [O].
+    Random weights learn too little here in minutes, so it goes on from `semantic`, as SigLIP2 ends.
     """
     PROTOTYPES, SHARP, SOFT, RATE = 256, 0.25, 0.1, 0.25  # K; temperatures of target, student [O]
 
@@ -376,7 +377,7 @@ def check(args: Args) -> Args:
     for name, known in words.items():
         if getattr(args, name) not in known.split():
             raise UserError(f"--{name} is one of: {known}; not '{getattr(args, name)}'")
-    for name in ("masked", "cosine", "ema"):
+    for name in ("masked", "cosine", "ema", "clips"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} takes a share from 0 to 1, not {getattr(args, name)}")
     if args.batch % (world * max(1, args.micro)):
@@ -430,7 +431,7 @@ def prepare(stage: str, args: Args, config: Config, hw):
                     for name, folder in folders.items()}
         return Distil(args, config, teachers), pictures
     return Contrast(args, config), Captions(config, budgets(stage, args), args.batch, args.seed,
-                                            "train", args.side, args.pairs)
+                                            "train", args.side, args.pairs, args.clips)
 
 
 def build(stage: str, args: Args, config: Config, hw, say):
@@ -575,8 +576,7 @@ def run(args: Args):
 
 
 def forecast(args: Args, hw):
-    """What the last stage asked for would take (`--plan`): 6 FLOPs a parameter and patch, the
-    captions, attention and drawing left out."""
+    """What the last stage asked for would take (`--plan`), without captions and attention."""
     config, stage = sized(args.size), stages(args)[-1]
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (

@@ -108,6 +108,16 @@ def ask_count(rng, color, shape, items):
     return pick(rng, HOW_MANY).format(what), count
 
 
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+def moving(item: Item, move: str, language: str = "en") -> str:
+    """"red star moves left", or the same in Chinese (zh)."""
+    if language == "en":
+        return f"{item.name} moves {move}"
+    return f"{CHINESE[item.color]}{CHINESE[item.shape]}向{dict(zip(MOVES, '左右上下'))[move]}移动"
+
+
 class Scene(OneShot):
     """Shapes on a plain ground, one in a cell, moved by up to two units."""
     objects = ((1, 3), (2, 4), (4, 6), (6, 9), (9, 13))         # least and most, by level
@@ -143,6 +153,19 @@ class Scene(OneShot):
         items = [pair and Item(*pair, canvas.shape(pair[1], x, y, size, colors[pair[0]]))
                  for pair, (x, y, size) in zip(pairs, spots)]
         return canvas, items
+
+    def clip(self):
+        """(two frames, the lone thing in the first, where it goes: to the next cell). No category
+        asks about it; a vision tower learns movement from it."""
+        rng, palette, pair = self.rng, self.palette(), pick(self.rng, self.pairs())
+        move = pick(rng, tuple(MOVES))
+        dx, dy = MOVES[move]
+        x, y = (int(rng.integers(max(0, -d), GRID - max(0, d))) for d in (dx, dy))
+        [(left, top, size)] = self.place([y * GRID + x])
+        (before, [item]), (after, _) = (
+            self.draw(palette, [pair], [(left + k * dx * CELL, top + k * dy * CELL, size)])
+            for k in (0, 1))
+        return (before.image, after.image), item, move
 
     def others(self, n, allowed, close=lambda pair: False):
         """n (color, shape) distractors that `allowed` admits; from level 2 on, half of them,

@@ -26,10 +26,10 @@ from data import Dealt, open_image
 from kernels import ring_sigmoid_loss, sigmoid_loss
 from lab import report
 from model import GLMV, init, sized, load_tower
-from pictures import (Captions, Exam, Pair, Pictures, budgeted, collate_pairs, draw_mask,
+from pictures import (Captions, Exam, Pair, Pictures, budgeted, clip, collate_pairs, draw_mask,
                       draw_pair, find_pairs, foremost, hidden, linear_probe, look, pack_texts,
                       pca_picture, probe, quality, read_captions)
-from tasks.scenes import Item, caption, window
+from tasks.scenes import MOVES, Item, caption, moving, window
 from test_pretrain import after_step, child_dies
 from train_vit import Args, Contrast, Distil, SelfDistil, check
 from vit import AttentionPool, naflex
@@ -612,6 +612,32 @@ def stamps_named(job, stamps: Path) -> tuple[torch.Tensor, torch.Tensor]:
         named = job.embed_texts(*pack_texts([encode(kind) for kind in kinds]))
     truth = torch.tensor([kinds.index(kind) for kind in truth])
     return (seen @ named.T).argmax(1) == truth, truth
+
+
+def test_clips_show_one_thing_that_moves_by_a_cell():
+    for seed in range(30):
+        frames, item, move = clip(seed)
+        before, after = (np.asarray(frame).astype(int) for frame in frames)
+        y, x = np.abs(after - before).sum(-1).nonzero()
+        wide, high = np.ptp(x) + 1, np.ptp(y) + 1
+        (dx, dy), (x0, y0, x1, y1) = MOVES[move], (c * 64 / 999 for c in item.area)
+        assert (wide > high) == bool(dx)
+        # What changed reaches from where the thing was to the next cell, 16 pixels on.
+        assert abs((x.min() + x.max() + 1 - x0 - x1) / 2 - 8 * dx) < 3
+        assert abs((y.min() + y.max() + 1 - y0 - y1) / 2 - 8 * dy) < 3
+    assert moving(Item("red", "star", ()), "left", "zh") == "红色五角星向左移动"
+
+
+def test_clips_are_pairs_of_two_frames_and_are_examined(tmp_path, small_exam):
+    config = sized("tiny")
+    stream = Captions(config, (64,), 4, clips=0.5)
+    shapes = [stream(i).image.shape for i in range(40)]
+    assert set(shapes) == {(64, 64, 3), (2, 64, 64, 3)}
+    plain, none = Captions(config, (64,), 4), Captions(config, (64,), 4, clips=0.0)
+    assert all((plain(i).image == none(i).image).all() for i in range(5))
+    train(tmp_path / "run", "align", steps=2, clips=0.5, micro=2)
+    figures = json.loads((tmp_path / "run/report.json").read_text())["figures"]["align"]
+    assert 0 <= figures["moves_en"] <= 1 and 0 <= figures["moves_zh"] <= 1
 
 
 @pytest.mark.parametrize("stage,prefix", [("semantic", "visual."), ("texture", "ema.visual.")])
