@@ -1,16 +1,23 @@
-"""The whole pipeline on a laptop: train, examine, answer, report.
+"""The whole pipeline on a laptop: train, examine, answer, learn from reward, report.
 
-    python -m lab.demo                    about nine minutes on 2 cores, no network
+    python -m lab.demo                    about MINUTES minutes on 2 cores, no network
     python -m lab.demo --seed=1 --out=out/demo1
     python -m lab.demo --keep=ckpt/demo   rebuild the checkpoint that stands in the repository
 
 What it trains stands for the big run in small: one pretraining stage on six categories of the gym
 at their easiest level, from the small vision tower that stands in ckpt/semantic (`make tower`
-trains it). Interrupted, it goes on where it was. It writes report.json and report.html (curves,
-table, pictures) into the run folder.
+trains it). Then joint RL, in two of lab.worlds' worlds in small, where demonstrations are what they
+are in life: in `fallible` the annotators err in 60% of what can be wrong, in `untold` nobody has
+ever shown how a form is filled in. Interrupted, it goes on where it was. It writes report.json and
+report.html (curves, table, pictures) into the run folder.
 """
+import json
+import os
 import platform
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +41,7 @@ MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form
 @dataclass
 class Args:
     steps: int = 2600             # of pretraining, about nine minutes on 2 cores
+    rl_steps: int = 40            # of RL in each of the two worlds; 0: without them
     seed: int = 0                 # of weights and samples
     count: int = 300              # held-out tasks a category in the examination
     levels: int = 1               # levels trained and examined, from 0
@@ -86,28 +94,56 @@ def frames_of(task: Task, replies: list[str]):
     return frames, goal, " → ".join(map(readable, gym.play_out(task)[1]))
 
 
+def live(name: str, args: Args, start: Path, before: int) -> dict[str, dict]:
+    """One world of lab.worlds in a process of its own, its lines printed as they come:
+    {what: {category: % right}} of the start, of RL, and of as many minutes of the same SFT."""
+    out = Path(args.out).resolve()
+    work = subprocess.Popen(
+        [sys.executable, "-m", "lab.worlds", f"--world={name}", "--seeds=1", f"--before={before}",
+         f"--steps={args.rl_steps}", "--count=60", f"--init={start.resolve()}", f"--out={out}"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
+    for line in work.stdout:
+        print(f"  {name}: {line}", end="", flush=True)
+    if work.wait():
+        raise UserError(f"the world `{name}` ended with code {work.returncode}: see above")
+    found = json.loads((out / name / "report.json").read_text(encoding="utf-8"))["figures"]
+    return {f"{name}: {told}": found[f"{row}, greedy"] for told, row in (
+        ("start", "start"), ("RL", "rl, seed 0"), ("SFT, as long", "sft, seed 0"))}
+
+
 def demo(args: Args):
     began, out = time.time(), Path(args.out)
     hw = setup(args.device)
     if hw.world > 1:
         raise UserError("the demo is one process; `torchrun pretrain.py` trains with several")
-    print("1/3 pretraining: pictures, questions and answers")
+    print("1/4 pretraining: pictures, questions and answers")
     folder = train(args, hw)
     trained = sum(line["dt"] for line in report.read_log(folder.parent / "log.jsonl"))
     model = mmtp.load(folder, hw.device, hw.dtype)
     tokens = Tokenizer(model.config.n_ranks)
-    print("2/3 examination: tasks of held-out seeds, words, shades and layouts")
+    print("2/4 examination: tasks of held-out seeds, words, shades and layouts")
     table = evaluate(model, tokens, MIX, args.levels, args.count)
     show(table)
-    print("3/3 answers")
+    print("3/4 answers")
     samples = answer(model, tokens, out / "pictures", args.levels)
     for s in samples:
         print(f"  {s['category']:<11} {s['question']}  {s['answer']}   (truth: {s['truth']})")
+    figures = {}
+    if args.rl_steps:
+        print("4/4 joint RL, two worlds side by side: annotators who err, forms nobody has shown")
+        with ThreadPoolExecutor(2) as both:
+            runs = [both.submit(live, *world) for world in (
+                ("fallible", args, folder, 120), ("untold", args, ROOT / "ckpt/untold", 20))]
+        figures = {row: found for run in runs for row, found in run.result().items()}
+        for row, found in figures.items():
+            print(f"  {row:<24} " + "  ".join(f"{k} {v:.0f}" for k, v in found.items()))
     write_json(out / "report.json", {
         "title": "nanoGLM-V demo", "hardware": hw.why, "machine": platform.platform(),
         "torch": torch.__version__, "seed": args.seed, "steps": args.steps,
         "parameters": model.counts(), "training_seconds": round(trained),
-        "seconds": round(time.time() - began), "table": table, "samples": samples})
+        "seconds": round(time.time() - began), "table": table, "figures": figures,
+        "samples": samples})
     page = report.write(out)
     if args.keep:
         model.save_pretrained(args.keep, torch.bfloat16)

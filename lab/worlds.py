@@ -3,7 +3,7 @@
     python -m lab.worlds --world=fallible        annotators err, verifiers don't
     python -m lab.worlds --world=untold          nobody has ever shown how a form is filled in
     python -m lab.worlds --world=clean           demonstrations are right and endless
-    python -m lab.worlds --seeds=1 --minutes=1 --before=300      a quick look
+    python -m lab.worlds --seeds=1 --steps=40 --before=120       a quick look
 
 In the gym every category has an oracle, so SFT on its demonstrations is nearly a ceiling. RL's case
 is where demonstrations are what they are in life. Each world begins with one model, trained by SFT
@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 
 import gym
 import mmtp
@@ -46,12 +47,14 @@ class Args:
     world: str = "fallible"       # fallible, untold or clean
     seeds: int = 3                # runs of each kind
     minutes: float = 6.0          # CPU minutes of RL, then of each control; fixed for an --out
+    steps: int = 0                # of RL instead, and beside it the first control alone
     prompts: int = 32             # tasks a step of RL, eight rollouts each
     lr: float = 8e-4              # peak learning rate of RL; SFT has half of pretraining's
     before: int = 0               # SFT steps that make the start; 0: as many as the world says
     init: str = ""                # folder to begin from; default: the demo's, or a tower alone
     count: int = 150              # held-out tasks a category in each examination
     out: str = "out/worlds"       # a folder a world: report.json, report.html, a folder a run
+    keep: str = ""                # write the start's weights here, in bf16, and stop
 
 
 # ---- the worlds ---------------------------------------------------------------------------------
@@ -193,8 +196,10 @@ def figures(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
 def worlds(args: Args):
     if args.world not in WORLDS:
         raise UserError(f"--world takes {', '.join(WORLDS)}, not '{args.world}'")
-    if min(args.seeds, args.count, args.prompts) < 1 or args.minutes <= 0 or args.before < 0:
-        raise UserError("--seeds, --prompts and --count take 1 or more, --minutes more than 0")
+    if min(args.seeds, args.count, args.prompts) < 1 or args.minutes <= 0 or min(
+            args.before, args.steps) < 0:
+        raise UserError("--seeds, --prompts and --count take 1 or more, --minutes more than 0, "
+                        "--before and --steps 0 or more")
     hw, world, out = setup("cpu"), WORLDS[args.world], Path(args.out) / args.world
     common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu")
     played = rl.Args(**common, mix=world.played, prompts=args.prompts, lr=args.lr,
@@ -207,14 +212,18 @@ def worlds(args: Args):
             taught, steps=args.before or world.before, init=init, lr=2e-3 if init else 4e-3,
             vit="" if init else f"{ROOT}/ckpt/semantic", seed=100, out=f"{out}/start"))
     played.init = taught.init = str(find_checkpoint(out / "start"))
-    steps = max(PARTS, round(60 * args.minutes / pace(rl.run, played, out / "pace_rl")))
+    if args.keep:
+        return mmtp.load(played.init).save_pretrained(args.keep, torch.bfloat16)
+    steps = max(PARTS, args.steps or round(
+        60 * args.minutes / pace(rl.run, played, out / "pace_rl")))
     each = pace(pretrain.run, taught, out / "pace_sft")
-    runs: dict[str, dict] = {"rl": {}, **{arm: {} for arm in world.controls}}
+    controls = dict(list(world.controls.items())[:1 if args.steps else None])
+    runs: dict[str, dict] = {"rl": {}, **{arm: {} for arm in controls}}
     for seed in range(args.seeds):
         plan = replace(played, steps=steps, seed=seed, out=f"{out}/rl{seed}")
         runs["rl"][seed] = course(rl.run, plan, args.count)
         as_long = max(PARTS, round(60 * runs["rl"][seed][-1][0] / each))
-        for arm, annotators in world.controls.items():
+        for arm, annotators in controls.items():
             plan = replace(taught, steps=as_long, seed=seed, out=f"{out}/{arm}{seed}")
             with annotators():
                 runs[arm][seed] = course(pretrain.run, plan, args.count)

@@ -1,15 +1,17 @@
 """The demo, its page and the lab sheets, end to end at a few steps."""
 import functools
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 import gym
 import mmtp
 import pretrain
 import rl
 import train_vit
-from common import UserError
+from common import UserError, load_tensors
 from data import parse_mix
 from lab import demo, drafts, mmtp_options, report, vit_claims, vit_pays, worlds
 from model import GLMV, sized
@@ -21,7 +23,8 @@ def test_the_demo_trains_examines_answers_and_reports(tmp_path, monkeypatch):
     full = pretrain.Args
     small = {"workers": 0, "rows": 1, "row_tokens": 512}
     monkeypatch.setattr(pretrain, "Args", lambda **kw: full(**kw | small))
-    args = demo.Args(steps=3, count=2, out=str(tmp_path / "run"), keep=str(tmp_path / "kept"))
+    args = demo.Args(steps=3, rl_steps=0, count=2, out=str(tmp_path / "run"),
+                     keep=str(tmp_path / "kept"))
     demo.demo(args)
     facts = json.loads((tmp_path / "run/report.json").read_text())
     assert list(facts["table"]) == [name for name, _ in parse_mix(demo.MIX)]
@@ -132,6 +135,15 @@ def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
     before = (made / "rl0/log.jsonl").read_text()
     worlds.worlds(args)  # once more: nothing is trained again
     assert (made / "rl0/log.jsonl").read_text() == before
+    small = worlds.Args(seeds=1, steps=3, before=1, count=1, out=str(tmp_path / "small"),
+                        init=str(tmp_path / "model"))
+    worlds.worlds(small)
+    facts = json.loads((tmp_path / "small/fallible/report.json").read_text())
+    assert set(facts["runs"]) == {"rl", "sft"}
+    assert len((tmp_path / "small/fallible/rl0/log.jsonl").read_text().splitlines()) == 3
+    worlds.worlds(replace(small, keep=str(tmp_path / "kept")))
+    a, b = (load_tensors(tmp_path / name) for name in ("small/fallible/start/step_000001", "kept"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k].bfloat16(), b[k].bfloat16()) for k in a)
     with pytest.raises(UserError, match="--world takes"):
         worlds.worlds(worlds.Args(world="best"))
 
