@@ -218,6 +218,7 @@ class Pair:
 # What a caption tells of each thing. Were it always everything, colours and places would nearly
 # always tell the pictures of a batch apart, and shapes would not be learnt. [O]
 TOLD = (("color", "shape", "place"), ("color", "shape"), ("shape", "place"), ("shape",))
+MOVED = (("color", "shape"), ("shape",), ())    # of what moves, likewise: where it goes in any case
 
 
 @dataclass
@@ -249,7 +250,8 @@ class Captions:
         elif self.clips and rng.random() < self.clips:
             frames, *what = clip(int(rng.integers(2 ** 31)), self.split, self.pixels)
             image = np.stack([budgeted(frame, self.config.vision, budget) for frame in frames])
-            return Pair(image, self.encode(moving(*what, ("en", "zh")[int(rng.integers(2))])))
+            language, told = (of[int(rng.integers(len(of)))] for of in (("en", "zh"), MOVED))
+            return Pair(image, self.encode(moving(*what, language, told)))
         else:
             image, items = scene(int(rng.integers(2 ** 31)), self.split, pixels=self.pixels)
             # At its own size the scene stays whole: off the grid of patches shapes come late.

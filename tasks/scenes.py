@@ -111,11 +111,12 @@ def ask_count(rng, color, shape, items):
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
-def moving(item: Item, move: str, language: str = "en") -> str:
-    """"red star moves left", or the same in Chinese (zh)."""
+def moving(item: Item, move: str, language: str = "en", parts=PARTS) -> str:
+    """"red star moves left", or the same in Chinese (zh). parts: what is told of the thing."""
+    words = [getattr(item, part) for part in ("color", "shape") if part in parts]
     if language == "en":
-        return f"{item.name} moves {move}"
-    return f"{CHINESE[item.color]}{CHINESE[item.shape]}向{dict(zip(MOVES, '左右上下'))[move]}移动"
+        return " ".join([*words, "moves", move])
+    return f"{''.join(map(CHINESE.get, words))}向{dict(zip(MOVES, '左右上下'))[move]}移动"
 
 
 class Scene(OneShot):

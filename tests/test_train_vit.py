@@ -626,6 +626,7 @@ def test_clips_show_one_thing_that_moves_by_a_cell():
         assert abs((x.min() + x.max() + 1 - x0 - x1) / 2 - 8 * dx) < 3
         assert abs((y.min() + y.max() + 1 - y0 - y1) / 2 - 8 * dy) < 3
     assert moving(Item("red", "star", ()), "left", "zh") == "红色五角星向左移动"
+    assert moving(Item("red", "star", ()), "left", parts=("shape",)) == "star moves left"
 
 
 def test_clips_are_pairs_of_two_frames_and_are_examined(tmp_path, small_exam):
