@@ -156,16 +156,16 @@ class Scene(OneShot):
         return canvas, items
 
     def clip(self):
-        """(two frames, the lone thing in the first, where it goes: to the next cell). No category
-        asks about it; a vision tower learns movement from it."""
+        """(two frames, the lone thing in the first, where it goes, by half a patch: so that a
+        patch sees it go). No category asks about it; a vision tower learns movement from it. [O]"""
         rng, palette, pair = self.rng, self.palette(), pick(self.rng, self.pairs())
         move = pick(rng, tuple(MOVES))
         dx, dy = MOVES[move]
         x, y = (int(rng.integers(max(0, -d), GRID - max(0, d))) for d in (dx, dy))
         [(left, top, size)] = self.place([y * GRID + x])
         (before, [item]), (after, _) = (
-            self.draw(palette, [pair], [(left + k * dx * CELL, top + k * dy * CELL, size)])
-            for k in (0, 1))
+            self.draw(palette, [pair], [(left + far * dx, top + far * dy, size)])
+            for far in (0, CELL // 4))
         return (before.image, after.image), item, move
 
     def others(self, n, allowed, close=lambda pair: False):
