@@ -102,7 +102,7 @@ class World:
 WORLDS = {
     "clean": World(MIX, honest, MIX, {"sft": honest}),
     "fallible": World(MIX, fallible, MIX, {"sft": fallible, "clean_sft": honest}),
-    "untold": World(MIX, honest, MIX.replace("gui_form:1.6", "gui_form:5"), {"sft": honest},
+    "untold": World(MIX, honest, MIX.replace("gui_form:1.6", "gui_form:10"), {"sft": honest},
                     "gui_form", 1600, "")}
 
 
