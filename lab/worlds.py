@@ -201,11 +201,12 @@ def worlds(args: Args):
         raise UserError("--seeds, --prompts and --count take 1 or more, --minutes more than 0, "
                         "--before and --steps 0 or more")
     hw, world, out = setup("cpu"), WORLDS[args.world], Path(args.out) / args.world
-    common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu")
+    common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu",
+                  workers=0)    # so that all the work is this process's, which is timed
     played = rl.Args(**common, mix=world.played, prompts=args.prompts, lr=args.lr,
                      dtype="float32")
     taught = pretrain.Args(**common, mix=world.shown, parts=world.parts, lr=2e-3, levels=1,
-                           curriculum=0, workers=0)
+                           curriculum=0)
     init = args.init or world.init
     with world.annotators():
         timed(pretrain.run, replace(
