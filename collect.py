@@ -141,10 +141,11 @@ def aside(work, *args) -> Future:
 class Here:
     """The synchronous player: what was ordered is played to its end, all at once, by
     play(engine, orders)."""
-    idle = stalled = 0.0
-
     def __init__(self, engine, play):
         self.engine, self.play, self.orders = engine, play, []
+
+    def delays(self) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def start(self, orders: list[Episode]):
         self.orders += orders
@@ -167,8 +168,11 @@ class Actor:
         self.asked = {}         # the engine's id: rollout
         self.judging = {}       # rollout: Future of its Score
         self.judges = ThreadPoolExecutor(judges)
-        self.idle = 0.0         # seconds in which there was nothing to generate
-        self.stalled = 0.0      # seconds in which new weights were put in place
+        self.idle = self.stalled = 0.0
+
+    def delays(self) -> tuple[float, float]:
+        """Seconds in which there was nothing to generate, and in which weights were changed."""
+        return self.idle, self.stalled
 
     def start(self, orders: list[Episode]):
         for order in orders:
@@ -274,7 +278,11 @@ class Remote:
         self.version, self.slack = version, slack
         self.sent, self.heard = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
         self.alive = dict.fromkeys(ranks, (0, time.monotonic()))    # its count, when it changed
-        self.idle = self.stalled = 0.0          # of the players, the worst
+
+    def delays(self) -> tuple[float, float]:
+        """Of the players, the worst."""
+        return tuple(map(max, zip(*(json.loads(self.store.get(f"delays/{rank}"))
+                                    for rank in self.ranks))))
 
     def _tell(self, rank: int, order):
         self.store.set(f"order/{rank}/{self.sent[rank]}", json.dumps(order))
@@ -301,10 +309,7 @@ class Remote:
                 ended += from_bytes(self.store.get(key))
                 self.store.delete_key(key)
                 self.heard[rank] += 1
-        if ended:
-            self.idle, self.stalled = map(max, zip(*(
-                json.loads(self.store.get(f"delays/{rank}")) for rank in self.ranks)))
-        elif wait_a_little:
+        if wait_a_little and not ended:
             time.sleep(0.002)
         return ended
 
@@ -323,9 +328,9 @@ class Remote:
 def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
     """The life of a rank that plays, until the trainer says that it is over."""
     heard, sent, early = 0, 0, []
-    store.set(f"delays/{rank}", "[0, 0]")
     while not store.check(["over"]):
         store.add(f"alive/{rank}", 1)
+        store.set(f"delays/{rank}", json.dumps(actor.delays()))
         while store.check([key := f"order/{rank}/{heard}"]):
             order = json.loads(store.get(key))
             store.delete_key(key)
@@ -345,7 +350,6 @@ def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
                      if least <= version])
         early = [order for order in early if order[3] > version]
         for episode in actor.step():
-            store.set(f"delays/{rank}", json.dumps([actor.idle, actor.stalled]))
             store.set(f"episode/{rank}/{sent}", to_bytes([episode]))
             sent += 1
 
@@ -527,7 +531,8 @@ def figures_of(groups: list[list[Episode]], live) -> dict:
             "truncated": sum(e.status == "truncated" for e in episodes) / count,
             "errors": 1 - len(valid) / count, "samples": count,
             "by": {name: {"reward": row["reward"], "pass1": row["pass"],
-                          f"pass{size}": often[name]["pass"], "errors": row["errors"]}
+                          f"pass{size}": often[name]["pass"],
+                          "errors": row["errors"] / (row["tasks"] * size)}
                    for name, row in once.items()}}
 
 

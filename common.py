@@ -21,6 +21,7 @@ import tokenize
 import typing
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -201,8 +202,9 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
             store = new_life(next(dist.rendezvous("env://"))[0], rank, world)
         except dist.DistStoreError:
             raise UserError(f"rank {rank} waited in vain for {world} ranks to come") from None
+        # Two hours: rank 0 may examine or save for long while the others wait for it.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
-                                rank=rank, world_size=world)
+                                rank=rank, world_size=world, timeout=timedelta(hours=2))
     why = f"{where} in {str(chosen)[6:]}: {because}" + (f", {world} processes" * (world > 1))
     return Hardware(where, chosen, why, peak, price, rank, world, local, store)
 
@@ -478,10 +480,15 @@ class Interrupt:
     """SIGTERM and the first Ctrl-C become a flag, so that the loop saves before it leaves."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.before = 0, {}
         if threading.current_thread() is threading.main_thread():
             for which in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(which, self._note)
+                self.before[which] = signal.signal(which, self._note)
+
+    def restore(self):
+        """There is no loop any more that would look at the flag."""
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
 
     def _note(self, which, frame):
         if self.signal:  # asked twice: leave now
@@ -534,6 +541,7 @@ class Watch:
         """The last word. Raises UserError where what was done is not saved."""
         if self.saved != self.done:     # it left between two steps, or the disk was full
             self._save()
+        self.interrupt.restore()
         if self.saved != self.done:
             raise UserError(f"step {self.done} could not be saved; {self.out} has step "
                             f"{self.saved}")

@@ -75,8 +75,8 @@ class Args:
     slots: int = 128              # conversations generated side by side
     flight: int = 0               # rollouts under way at most; 0: as many as staleness allows
     drafts: int = 0               # tokens that the MTP head drafts ahead in generation
-    workers: int = 1              # processes of verifiers, killed when they hang; 0: none, here
-    patience: float = 60.0        # seconds until an unfinished group is given up, if asynchronous
+    workers: int = 1              # verifying processes, killed if they hang; 0, synchronous: none
+    patience: float = 60.0        # seconds until a group is given up, or its rest, the second time
     rollout_ranks: int = 1        # of torchrun's processes, how many play
     init: str = ""                # folder whose weights to start from; default: the demo's
     resume: bool = False          # go on with the newest checkpoint in --out
@@ -370,7 +370,8 @@ def together(store, hw, start: int):
                         "must be a folder that all machines see")
 
 
-def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, start: int, leave):
+def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, judges: int,
+         start: int, leave):
     """(who plays for this rank, its part in the updates). A rank that does nothing but play does so
     in here, until all is over, and has nobody then."""
     share, store, route = Share(hw.rank, trainers), None, None
@@ -385,7 +386,7 @@ def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, st
         if hw.rank < trainers:
             return Here(None, None), share      # rank 0 collects for it
     if hw.world > 1 or args.max_staleness or args.workers > 1:
-        actor = Actor(player(model, args), rewards, lambda e: Play(e, policy), args.workers or 1)
+        actor = Actor(player(model, args), rewards, lambda e: Play(e, policy), judges)
     else:
         actor = Here(player(model, args), lambda *now: rollout(*now, policy, rewards))
     actor.load({}, start)
@@ -415,13 +416,14 @@ def run(args: Args):
         raise UserError(f"--mix takes categories of the gym, not '{(strange or [args.mix])[0]}'")
     policy = Policy(Tokenizer(model.config.n_ranks), model.config, args.context, args.max_new,
                     args.think, args.seed)
-    apart = args.max_staleness or hw.world > 1      # where a verifier that hangs would stop all
-    rewards = gym.Rewards(workers=args.workers or int(bool(apart)))
+    apart = args.max_staleness or hw.world > 1  # there a verifier that hangs would hold up others
+    judges = max(args.workers, 2) if apart else args.workers
+    rewards = gym.Rewards(workers=judges)
 
     def leave():            # who plays for others just goes, on a signal or when they say so
         return watch.interrupt.signal and not isinstance(actor, Here)
 
-    actor, share = seat(args, hw, trainers, model, policy, rewards, start, leave)
+    actor, share = seat(args, hw, trainers, model, policy, rewards, judges, start, leave)
     if not actor:
         return
     stream = Stream(model.config, mix, args.seed, "train", args.levels)
@@ -457,7 +459,7 @@ def run(args: Args):
         write_json(out / "config.json", asdict(args))
         if args.eval_every and not exams.held:
             exams.hold(model, 0)
-    clock, rested = time.perf_counter(), (actor.idle, actor.stalled)
+    clock, delays = time.perf_counter(), actor.delays()
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
         if lead and done < args.steps:
@@ -466,7 +468,7 @@ def run(args: Args):
         now = time.perf_counter()
         values |= figures_of(collector.seen, has_signal) | ages_of(groups, done - 1)
         values |= {"groups": len(groups), "waited": collector.waited,
-                   "idle": actor.idle - rested[0], "stalled": actor.stalled - rested[1],
+                   **{k: b - a for k, a, b in zip(("idle", "stalled"), delays, actor.delays())},
                    "dropped": collector.stale + collector.given_up, "twice": collector.twice,
                    "dt": now - clock, "tok/s": values["tokens"] / (now - clock)}
         if "reward" in values:      # some group has ended
@@ -476,7 +478,7 @@ def run(args: Args):
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
         if watch.stop(done):
             break
-        clock, rested = time.perf_counter(), (actor.idle, actor.stalled)
+        clock, delays = time.perf_counter(), actor.delays()
     log.close()
     rewards.close()
     try:

@@ -477,7 +477,7 @@ def run(args: Args) -> dict:
     verbs = {"train": train, "decode": decode, "vit": vit, "rl": bench_rl.measure}
     if args.what not in verbs:
         raise UserError(f"lab.bench takes {', '.join(verbs)}, not '{args.what}'")
-    hw = setup(args.device, args.dtype)
+    hw = setup("cpu" if args.what == "rl" else args.device, args.dtype)
     print(f"{hw.why}; {args.size}, {args.documents} documents, {args.rounds} rounds")
     result = {"args": dataclasses.asdict(args), "hardware": hw.why, "aim": AIM,
               **verbs[args.what](args, hw)}

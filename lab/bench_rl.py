@@ -10,7 +10,8 @@ Half of a reward is the verdict and half is drawn by lot, so that every group ha
 teach and both sides learn from as many.
 
 The bound is the least of three: FLIGHT rollouts that wait W seconds each can't give more than
-FLIGHT / W a second; nor can players and trainer more than they are busy, the lesser of both sides.
+FLIGHT / W a second; nor can more be played, or learnt, than the seconds allow that this takes,
+whichever side it took less.
 """
 import json
 import random
@@ -98,7 +99,8 @@ def once(world: str, staleness: int, seed: int) -> dict:
     return {"rate": learnt / took, "learnt": learnt, **share, "stale": lines[-1]["dropped"],
             "wait": turns * wait["seconds"] / wait["count"], "turns": turns,
             "stale_max": max(x.get("stale_max", 0) for x in lines),
-            "busy": max(1 - share["idle"], share["learning"]) * took / learnt,
+            "playing": (1 - share["idle"]) * took / learnt,
+            "training": share["learning"] * took / learnt,
             "right": list(exam.values())[-1]}
 
 
@@ -116,9 +118,9 @@ def measure(args, hw) -> dict:
                 for s, found in runs.items()}
         waiting = mean[0]["wait"]
         bound = min(FLIGHT / waiting if waiting else np.inf,
-                    1 / min(run["busy"] for found in runs.values() for run in found))
-        spread = {s: 1.96 * (m["right"] * (1 - m["right"]) / (EXAM * args.rounds)) ** 0.5
-                  for s, m in mean.items()}
+                    *(1 / min(run[stage] for found in runs.values() for run in found)
+                      for stage in ("playing", "training")))
+        spread = {s: 1.96 * (m["right"] * (1 - m["right"]) / EXAM) ** 0.5 for s, m in mean.items()}
         cases[f"waiting for {world}"] = {
             side: {"median": statistics.median(rates[s]), "least": min(rates[s]),
                    "most": max(rates[s]), **mean[s], "setting":

@@ -1,6 +1,6 @@
 """The whole pipeline on a laptop: train, examine, answer, learn from reward, report.
 
-    python -m lab.demo                    about MINUTES minutes on 2 cores, no network
+    python -m lab.demo                    about thirteen minutes on 2 cores, no network
     python -m lab.demo --seed=1 --out=out/demo1
     python -m lab.demo --keep=ckpt/demo   rebuild the checkpoint that stands in the repository
 
@@ -14,10 +14,11 @@ report.html (curves, table, pictures) into the run folder.
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,22 +95,43 @@ def frames_of(task: Task, replies: list[str]):
     return frames, goal, " → ".join(map(readable, gym.play_out(task)[1]))
 
 
-def live(name: str, args: Args, start: Path, before: int) -> dict[str, dict]:
-    """One world of lab.worlds in a process of its own, its lines printed as they come:
-    {what: {category: % right}} of the start, of RL, and of as many minutes of the same SFT."""
-    out = Path(args.out).resolve()
-    work = subprocess.Popen(
-        [sys.executable, "-m", "lab.worlds", f"--world={name}", "--seeds=1", f"--before={before}",
-         f"--steps={args.rl_steps}", "--count=60", f"--init={start.resolve()}", f"--out={out}"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT)
-    for line in work.stdout:
-        print(f"  {name}: {line}", end="", flush=True)
-    if work.wait():
-        raise UserError(f"the world `{name}` ended with code {work.returncode}: see above")
-    found = json.loads((out / name / "report.json").read_text(encoding="utf-8"))["figures"]
-    return {f"{name}: {told}": found[f"{row}, greedy"] for told, row in (
-        ("start", "start"), ("RL", "rl, seed 0"), ("SFT, as long", "sft, seed 0"))}
+def two_worlds(args: Args, start: Path) -> dict[str, dict]:
+    """Two worlds of lab.worlds in small, each in a process of its own, their lines printed as they
+    come: {what: {category: % right}} of the start, of RL and of as many minutes of the same SFT.
+    """
+    out, runs = Path(args.out).resolve(), {}
+    for name, init, before in (("fallible", start, 120), ("untold", ROOT / "ckpt/untold", 20)):
+        runs[name] = subprocess.Popen(
+            [sys.executable, "-m", "lab.worlds", f"--world={name}", "--seeds=1", "--count=60",
+             f"--before={before}", f"--steps={args.rl_steps}", f"--init={init.resolve()}",
+             f"--out={out}"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def tell(name):
+        for line in runs[name].stdout:
+            print(f"  {name}: {line}", end="", flush=True)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    tellers = [threading.Thread(target=tell, args=(name,), daemon=True) for name in runs]
+    try:
+        for teller in tellers:
+            teller.start()
+        for teller in tellers:
+            teller.join()
+    except SystemExit:          # Ctrl-C reaches them by itself
+        for run in runs.values():
+            run.terminate()
+        raise
+    finally:                    # they save what they have done
+        codes = {name: run.wait() for name, run in runs.items()}
+    figures = {}
+    for name, code in codes.items():
+        if code:
+            raise UserError(f"the world `{name}` ended with code {code}: see above")
+        found = json.loads((out / name / "report.json").read_text(encoding="utf-8"))["figures"]
+        figures |= {f"{name}: {told}": found[f"{row}, greedy"] for told, row in (
+            ("start", "start"), ("RL", "rl, seed 0"), ("SFT, as long", "sft, seed 0"))}
+    return figures
 
 
 def demo(args: Args):
@@ -129,27 +151,29 @@ def demo(args: Args):
     samples = answer(model, tokens, out / "pictures", args.levels)
     for s in samples:
         print(f"  {s['category']:<11} {s['question']}  {s['answer']}   (truth: {s['truth']})")
-    figures = {}
-    if args.rl_steps:
-        print("4/4 joint RL, two worlds side by side: annotators who err, forms nobody has shown")
-        with ThreadPoolExecutor(2) as both:
-            runs = [both.submit(live, *world) for world in (
-                ("fallible", args, folder, 120), ("untold", args, ROOT / "ckpt/untold", 20))]
-        figures = {row: found for run in runs for row, found in run.result().items()}
-        for row, found in figures.items():
-            print(f"  {row:<24} " + "  ".join(f"{k} {v:.0f}" for k, v in found.items()))
-    write_json(out / "report.json", {
+    facts = {
         "title": "nanoGLM-V demo", "hardware": hw.why, "machine": platform.platform(),
         "torch": torch.__version__, "seed": args.seed, "steps": args.steps,
         "parameters": model.counts(), "training_seconds": round(trained),
-        "seconds": round(time.time() - began), "table": table, "figures": figures,
-        "samples": samples})
-    page = report.write(out)
+        "table": table, "samples": samples}
+
+    def write_down(figures):
+        write_json(out / "report.json",
+                   {**facts, "seconds": round(time.time() - began), "figures": figures})
+        return report.write(out)
+
+    page = write_down({})
     if args.keep:
         model.save_pretrained(args.keep, torch.bfloat16)
         write_json(Path(args.keep) / "report.json", {"table": table, "steps": args.steps,
                                                      "seed": args.seed, "hardware": hw.why})
         print(f"weights kept in {args.keep}")
+    if args.rl_steps:
+        print("4/4 joint RL, two worlds side by side: annotators who err, forms nobody has shown")
+        figures = two_worlds(args, folder)
+        for row, found in figures.items():
+            print(f"  {row:<24} " + "  ".join(f"{k} {v:.0f}" for k, v in found.items()))
+        page = write_down(figures)
     print(f"{clock(time.time() - began)} in all; the report is {page}")
     print(f'next: python sample.py ask --ckpt={out}/pretrain --image={out}/pictures/'
           f'{samples[0]["pictures"][0]} "{samples[0]["question"]}"')

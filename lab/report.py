@@ -77,9 +77,10 @@ def curve(series: dict[str, list], title: str, wide: int = 620, high: int = 220,
     if not drawn:
         return ""
     right = max(x for points in drawn.values() for x, _ in points) or 1
-    # The first few losses tower over the rest: clip at four times the median.
     ys = sorted(y for points in drawn.values() for _, y in points)
-    top = min(ys[-1], 4 * ys[len(ys) // 2]) or 1
+    top = ys[-1] or 1
+    if "loss" in title:     # the first few tower over the rest: clip at four times the median
+        top = min(top, 4 * ys[len(ys) // 2]) or 1
 
     def place(x, y):
         return (f"{45 + x / right * (wide - 60):.1f},"
@@ -140,7 +141,8 @@ def by_category(lines: list[dict]) -> dict[str, dict]:
         for line in part:
             for name, row in line.get("by", {}).items():
                 for key, value in row.items():
-                    found.setdefault(name, {}).setdefault(f"{key}, {when}", []).append(value)
+                    if math.isfinite(value):    # NaN: all were errors
+                        found.setdefault(name, {}).setdefault(f"{key}, {when}", []).append(value)
         for name, row in found.items():
             rows.setdefault(name, {}).update({k: sum(v) / len(v) for k, v in row.items()})
     order = sorted({key for row in rows.values() for key in row})

@@ -16,7 +16,7 @@ import re
 import time
 from collections import defaultdict
 from contextlib import nullcontext as honest
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -201,6 +201,12 @@ def worlds(args: Args):
         raise UserError("--seeds, --prompts and --count take 1 or more, --minutes more than 0, "
                         "--before and --steps 0 or more")
     hw, world, out = setup("cpu"), WORLDS[args.world], Path(args.out) / args.world
+    plan, asked = out / "config.json", {
+        name: value for name, value in asdict(args).items() if name not in ("seeds", "out", "keep")}
+    if plan.exists() and json.loads(plan.read_text(encoding="utf-8")) != asked:
+        raise UserError(f"{out} holds runs that were begun with other options, see {plan}; choose "
+                        "another --out")
+    write_json(plan, asked)
     common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu",
                   workers=0)    # so that all the work is this process's, which is timed
     played = rl.Args(**common, mix=world.played, prompts=args.prompts, lr=args.lr,

@@ -161,7 +161,7 @@ class Scene(OneShot):
         rng, palette, pair = self.rng, self.palette(), pick(self.rng, self.pairs())
         move = pick(rng, tuple(MOVES))
         dx, dy = MOVES[move]
-        x, y = (int(rng.integers(max(0, -d), GRID - max(0, d))) for d in (dx, dy))
+        x, y = rng.integers(1, GRID - 1, 2).tolist()    # where it stands tells nothing
         [(left, top, size)] = self.place([y * GRID + x])
         (before, [item]), (after, _) = (
             self.draw(palette, [pair], [(left + far * dx, top + far * dy, size)])

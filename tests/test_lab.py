@@ -17,6 +17,7 @@ from lab import demo, drafts, mmtp_options, report, vit_claims, vit_pays, worlds
 from model import GLMV, sized
 from pictures import Exam
 from tasks.base import Task, box
+from test_pretrain import own_signals  # noqa: F401
 
 
 def test_the_demo_trains_examines_answers_and_reports(tmp_path, monkeypatch):
@@ -36,6 +37,32 @@ def test_the_demo_trains_examines_answers_and_reports(tmp_path, monkeypatch):
     before = (tmp_path / "run/pretrain/log.jsonl").read_text()
     demo.demo(args)  # once more: nothing is trained again
     assert (tmp_path / "run/pretrain/log.jsonl").read_text() == before
+
+
+def test_the_demos_worlds_run_side_by_side_and_are_told_of(tmp_path, monkeypatch, capfd):
+    fake = tmp_path / "lab/worlds.py"
+    fake.parent.mkdir()
+    fake.write_text("""
+import json, pathlib, sys
+words = dict(word[2:].split("=") for word in sys.argv[1:])
+print("steps", words["steps"])
+if words["seeds"] != "1" or words["steps"] == "13":
+    sys.exit(3)
+folder = pathlib.Path(words["out"]) / words["world"]
+folder.mkdir(parents=True)
+names = "start", "rl, seed 0", "sft, seed 0"
+rows = {f"{name}, greedy": {"mean": i} for i, name in enumerate(names)}
+(folder / "report.json").write_text(json.dumps({"figures": rows}))
+""")
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    args = demo.Args(rl_steps=7, out=str(tmp_path / "out"))
+    assert demo.two_worlds(args, tmp_path) == {
+        f"{world}: {what}": {"mean": i} for world in ("fallible", "untold")
+        for i, what in enumerate(("start", "RL", "SFT, as long"))}
+    told = capfd.readouterr().out
+    assert "fallible: steps 7" in told and "untold: steps 7" in told
+    with pytest.raises(UserError, match="`fallible` ended with code 3"):
+        demo.two_worlds(replace(args, rl_steps=13), tmp_path)
 
 
 def test_a_curve_stays_inside_its_axes():
@@ -135,6 +162,8 @@ def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
     before = (made / "rl0/log.jsonl").read_text()
     worlds.worlds(args)  # once more: nothing is trained again
     assert (made / "rl0/log.jsonl").read_text() == before
+    with pytest.raises(UserError, match="begun with other options"):
+        worlds.worlds(replace(args, steps=9))
     small = worlds.Args(seeds=1, steps=3, before=1, count=1, out=str(tmp_path / "small"),
                         init=str(tmp_path / "model"))
     worlds.worlds(small)

@@ -427,8 +427,9 @@ def test_trainers_and_players(tmp_path, staleness, ranks, players):
             assert b["pg_loss"] == pytest.approx(a["pg_loss"], abs=1e-5)
 
 
-def test_the_report_shows_a_run(tmp_path, begin):
+def test_the_report_shows_a_run(tmp_path, begin, monkeypatch):
     from lab import report
+    some_reward(monkeypatch)
     go(tmp_path, begin, steps=2, eval_every=1, eval_count=2)
     page = report.write(tmp_path).read_text(encoding="utf-8")
     for shown in ("data:image/png;base64", "held-out accuracy", "before", "pass@1", "truncated",
@@ -830,7 +831,8 @@ def test_an_order_waits_for_its_weights(slack):
             self.work, self.asked = [], 0
 
     class Player:
-        idle = stalled = 0.0
+        def delays(self):
+            return 0.0, 0.0
 
         def start(self, orders):
             seen.extend(order.group for order in orders)
@@ -904,10 +906,11 @@ def test_a_slow_reader_finds_everything_once():
             return True
 
     class Quick:
-        idle = stalled = 0.0
-
         def __init__(self):
             self.orders = []
+
+        def delays(self):
+            return 1.0, 2.0
 
         def start(self, orders):
             self.orders += orders
@@ -927,6 +930,7 @@ def test_a_slow_reader_finds_everything_once():
     found = []
     while len(found) < len(asked):
         found += remote.step()
+    assert remote.delays() == (1.0, 2.0)
     remote.close()
     for player in players.values():
         player.join(20)
