@@ -21,12 +21,13 @@ test: .venv/ready
 test-all: .venv/peers
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 $(ARGS)
 
-# What stands in ckpt/: a small tower, then what the demo makes of it.
+# What stands in ckpt/: a small tower, what the demo makes of it, where its last world begins.
 tower: .venv/ready
 	$(PY) train_vit.py --stage=teachers --teachers=semantic --steps=1200 --out=out/tower --keep=ckpt
 
 ckpt: .venv/ready
-	$(PY) -m lab.demo --out=out/ckpt --keep=ckpt/demo $(ARGS)
+	$(PY) -m lab.demo --rl_steps=0 --out=out/ckpt --keep=ckpt/demo $(ARGS)
+	$(PY) -m lab.worlds --world=untold --out=out/ckpt --keep=ckpt/untold
 
 .venv/ready: requirements.txt
 	@if $(PYTHON) -c '$(HAVE)' 2>/dev/null; then \
