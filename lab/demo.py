@@ -100,7 +100,7 @@ def two_worlds(args: Args, start: Path) -> dict[str, dict]:
     come: {what: {category: % right}} of the start, of RL and of as many minutes of the same SFT.
     """
     out, runs = Path(args.out).resolve(), {}
-    for name, init, before in (("fallible", start, 120), ("untold", ROOT / "ckpt/untold", 20)):
+    for name, init, before in (("fallible", start, 120), ("untold", ROOT / "ckpt/untold", 5)):
         runs[name] = subprocess.Popen(
             [sys.executable, "-m", "lab.worlds", f"--world={name}", "--seeds=1", "--count=60",
              f"--before={before}", f"--steps={args.rl_steps}", f"--init={init.resolve()}",

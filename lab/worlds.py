@@ -51,7 +51,7 @@ class Args:
     prompts: int = 32             # tasks a step of RL, eight rollouts each
     lr: float = 8e-4              # peak learning rate of RL; SFT has half of pretraining's
     before: int = 0               # SFT steps that make the start; 0: as many as the world says
-    init: str = ""                # folder to begin from; default: the demo's, or a tower alone
+    init: str = ""                # folder to begin from; default: the demo's, or ckpt/untold
     count: int = 150              # held-out tasks a category in each examination
     out: str = "out/worlds"       # a folder a world: report.json, report.html, a folder a run
     keep: str = ""                # write the start's weights here, in bf16, and stop
@@ -96,14 +96,14 @@ class World:
     controls: dict              # for each, the annotators
     parts: str = ""             # categories of which only single questions are shown
     before: int = 400           # SFT steps that make the start
-    init: str = f"{ROOT}/ckpt/demo"     # from this model, or from a vision tower alone
+    init: str = f"{ROOT}/ckpt/demo"     # from this model
 
 
 WORLDS = {
     "clean": World(MIX, honest, MIX, {"sft": honest}),
     "fallible": World(MIX, fallible, MIX, {"sft": fallible, "clean_sft": honest}),
     "untold": World(MIX, honest, MIX.replace("gui_form:1.6", "gui_form:10"), {"sft": honest},
-                    "gui_form", 1600, "")}
+                    "gui_form", 5, f"{ROOT}/ckpt/untold")}
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def pace(work, settings, folder: Path, steps: int = 10) -> float:
 @functools.cache
 def examine(folder: Path, count: int) -> dict[str, dict[str, float]]:
     """{greedy, sampled: {category: accuracy}} of a checkpoint, on the same tasks for all."""
-    model, settings, marks = mmtp.load(folder), rl.Args(), {}
+    model, settings, marks = mmtp.load(folder), rl.Args(max_new=16), {}
     tasks = [Task(name, 3_000_000 + i, 0, "test") for name in NAMES for i in range(count)]
     for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         policy = rl.Policy(Tokenizer(model.config.n_ranks), model.config, settings.context,
@@ -210,14 +210,12 @@ def worlds(args: Args):
     common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu",
                   workers=0)    # so that all the work is this process's, which is timed
     played = rl.Args(**common, mix=world.played, prompts=args.prompts, lr=args.lr,
-                     dtype="float32")
+                     dtype="float32", max_new=16)   # no answer is longer, idle talk would be
     taught = pretrain.Args(**common, mix=world.shown, parts=world.parts, lr=2e-3, levels=1,
                            curriculum=0)
-    init = args.init or world.init
     with world.annotators():
-        timed(pretrain.run, replace(
-            taught, steps=args.before or world.before, init=init, lr=2e-3 if init else 4e-3,
-            vit="" if init else f"{ROOT}/ckpt/semantic", seed=100, out=f"{out}/start"))
+        timed(pretrain.run, replace(taught, steps=args.before or world.before, seed=100,
+                                    init=args.init or world.init, out=f"{out}/start"))
     played.init = taught.init = str(find_checkpoint(out / "start"))
     if args.keep:
         return mmtp.load(played.init).save_pretrained(args.keep, torch.bfloat16)
