@@ -103,9 +103,10 @@ def two_worlds(args: Args, start: Path) -> dict[str, dict]:
     for name, init, before in (("fallible", start, 120), ("untold", ROOT / "ckpt/untold", 5)):
         runs[name] = subprocess.Popen(
             [sys.executable, "-m", "lab.worlds", f"--world={name}", "--seeds=1", "--count=60",
-             f"--before={before}", f"--steps={args.rl_steps}", f"--init={init.resolve()}",
-             f"--out={out}"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+             "--prompts=12", f"--before={before}", f"--steps={args.rl_steps}",
+             f"--init={init.resolve()}", f"--out={out}"], cwd=ROOT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
 
     def tell(name):
         for line in runs[name].stdout:
