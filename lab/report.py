@@ -88,11 +88,12 @@ def curve(series: dict[str, list], title: str, wide: int = 620, high: int = 220,
 
     parts = [f'<svg viewBox="0 0 {wide} {high}" width="{wide}" role="img" aria-label="{title}">',
              f'<text x="45" y="12" font-size="13">{title}</text>']
+    form = ",.0f" if top > 100 else ".3g" if top > 10 else ".2g"
     for k in range(5):
         y = high - 25 - k / 4 * (high - 45)
         parts.append(f'<path d="M45 {y}H{wide - 15}" stroke="#e3e8ee"/>'
                      f'<text x="40" y="{y + 4}" font-size="11" text-anchor="end">'
-                     f'{f"{top * k / 4:,.0f}" if top > 100 else f"{top * k / 4:.2g}"}</text>')
+                     f"{top * k / 4:{form}}</text>")
     parts.append(f'<text x="{wide - 15}" y="{high - 8}" font-size="11" text-anchor="end">'
                  f'{unit} {right:,.0f}</text>')
     for (name, points), color in zip(drawn.items(), colors):
