@@ -1,6 +1,6 @@
 """The whole pipeline on a laptop: train, examine, answer, learn from reward, report.
 
-    python -m lab.demo                    about thirteen minutes on 2 cores, no network
+    python -m lab.demo                    about a quarter of an hour on 2 cores, no network
     python -m lab.demo --seed=1 --out=out/demo1
     python -m lab.demo --keep=ckpt/demo   rebuild the checkpoint that stands in the repository
 
@@ -42,7 +42,7 @@ MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form
 @dataclass
 class Args:
     steps: int = 2600             # of pretraining, about nine minutes on 2 cores
-    rl_steps: int = 40            # of RL in each of the two worlds; 0: without them
+    rl_steps: int = 24            # of RL in each of the two worlds; 0: without them
     seed: int = 0                 # of weights and samples
     count: int = 300              # held-out tasks a category in the examination
     levels: int = 1               # levels trained and examined, from 0
