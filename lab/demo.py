@@ -38,6 +38,8 @@ from tokenizer import Tokenizer
 
 MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:1.5"
 
+WORLDS = {"fallible": "annotators err", "untold": "forms never shown"}
+
 
 @dataclass
 class Args:
@@ -130,7 +132,7 @@ def two_worlds(args: Args, start: Path) -> dict[str, dict]:
         if code:
             raise UserError(f"the world `{name}` ended with code {code}: see above")
         found = json.loads((out / name / "report.json").read_text(encoding="utf-8"))["figures"]
-        figures |= {f"{name}: {told}": found[f"{row}, greedy"] for told, row in (
+        figures |= {f"{WORLDS[name]}: {told}": found[f"{row}, greedy"] for told, row in (
             ("start", "start"), ("RL", "rl, seed 0"), ("SFT, as long", "sft, seed 0"))}
     return figures
 
@@ -173,7 +175,7 @@ def demo(args: Args):
         print("4/4 joint RL, two worlds side by side: annotators who err, forms nobody has shown")
         figures = two_worlds(args, folder)
         for row, found in figures.items():
-            print(f"  {row:<24} " + "  ".join(f"{k} {v:.0f}" for k, v in found.items()))
+            print(f"  {row:<31} " + "  ".join(f"{k} {v:.0f}" for k, v in found.items()))
         page = write_down(figures)
     print(f"{clock(time.time() - began)} in all; the report is {page}")
     print(f'next: python sample.py ask --ckpt={out}/pretrain --image={out}/pictures/'

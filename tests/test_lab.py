@@ -57,7 +57,7 @@ rows = {f"{name}, greedy": {"mean": i} for i, name in enumerate(names)}
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     args = demo.Args(rl_steps=7, out=str(tmp_path / "out"))
     assert demo.two_worlds(args, tmp_path) == {
-        f"{world}: {what}": {"mean": i} for world in ("fallible", "untold")
+        f"{world}: {what}": {"mean": i} for world in demo.WORLDS.values()
         for i, what in enumerate(("start", "RL", "SFT, as long"))}
     told = capfd.readouterr().out
     assert "fallible: steps 7" in told and "untold: steps 7" in told
