@@ -21,7 +21,7 @@ test: .venv/ready
 test-all: .venv/peers
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 $(ARGS)
 
-# What stands in ckpt/: a small tower, what the demo makes of it.
+# What stands in ckpt/: a small tower, and what the demo makes of it.
 tower: .venv/ready
 	$(PY) train_vit.py --stage=teachers --teachers=semantic --steps=1200 --out=out/tower --keep=ckpt
 

@@ -476,6 +476,11 @@ def heartbeat(what: str, every: float = 20):
         done.set()
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in one line of a message."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 class Interrupt:
     """SIGTERM and the first Ctrl-C become a flag, so that the loop saves before it leaves."""
 

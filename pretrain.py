@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
-                    load_tensors, main, plan, save_state, setup, write_json)
+                    load_tensors, main, plan, reason, save_state, setup, write_json)
 from data import Drawer, Packer, Stream, collate, parse_mix, sight
 from kernels import linear_cross_entropy
 from mmtp import OPTIONS, attach, head_of, load, losses as mtp_losses, prefix
@@ -119,9 +119,8 @@ def build(args: Args, hw):
             start, position = state["step"], state["position"]
             optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # torch.load answers damage with some ten kinds of them
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{folder}/train.pt is damaged ({reason}); --init={folder} starts "
-                            "from its weights alone") from None
+            raise UserError(f"{folder}/train.pt is damaged ({reason(error)}); "
+                            f"--init={folder} starts from its weights alone") from None
     return model, optimizer, start, position
 
 

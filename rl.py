@@ -35,7 +35,7 @@ import gym
 from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accuracy, ages_of,
                      figures_of, samples, serve, shared)
 from common import (Log, ROOT, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
-                    load_tensors, main, plan, save_state, setup, write_json)
+                    load_tensors, main, plan, reason, save_state, setup, write_json)
 from data import Document, Episode, Stream, collate, parse_mix, rows_of, sight
 from engine import Engine
 from kernels import linear_logp
@@ -346,9 +346,8 @@ def build(args: Args, hw):
         state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # torch.load answers damage with some ten kinds of them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}/train.pt is damaged ({reason}); --init={folder} starts from "
-                        "its weights alone") from None
+        raise UserError(f"{folder}/train.pt is damaged ({reason(error)}); "
+                        f"--init={folder} starts from its weights alone") from None
     return model, optimizer, begin, state
 
 

@@ -32,7 +32,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
-                    load_tensors, main, plan, save_state, save_tensors, setup, total, write_json)
+                    load_tensors, main, plan, reason, save_state, save_tensors, setup, total,
+                    write_json)
 from data import Dealt, Drawer, pack
 from kernels import ring_sigmoid_loss
 from model import Config, TextTower, init, load_tower, sized, tower_of
@@ -380,6 +381,8 @@ def check(args: Args) -> Args:
     for name in ("masked", "cosine", "ema", "clips"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} takes a share from 0 to 1, not {getattr(args, name)}")
+    if args.pairs and args.clips:
+        raise UserError("--clips is a share of drawings, and --pairs takes their place")
     if args.batch % (world * max(1, args.micro)):
         raise UserError(f"--batch={args.batch} is no multiple of {world} ranks x "
                         f"--micro={max(1, args.micro)}")
@@ -470,9 +473,8 @@ def build(stage: str, args: Args, config: Config, hw, say):
             job.load_state_dict(weights)
             optimizer.load_masters(weights)
         except Exception as error:  # torch.load answers damage with some ten kinds of them
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{folder} can't be resumed ({reason}); --init={folder} starts from "
-                            "its tower alone") from None
+            raise UserError(f"{folder} can't be resumed ({reason(error)}); "
+                            f"--init={folder} starts from its tower alone") from None
     return job, stream, optimizer, start
 
 
@@ -488,8 +490,7 @@ def examine(job, exam: Exam, args: Args, stage: str, step: int) -> dict[str, flo
         "title": "the vision tower", "figures": {}, "pictures": []}
     facts["figures"][stage] = {"step": step, **figures}
     earlier = [p for p in facts["pictures"] if p[0] < name or not p[0].startswith(stage)]
-    facts["pictures"] = earlier + [
-        [name, f"{stage}, step {step}: pictures, and the tower's features of them"]]
+    facts["pictures"] = [*earlier, [name, f"{stage}, step {step}: pictures, the tower's features"]]
     write_json(path, facts)
     return figures
 
@@ -591,8 +592,7 @@ def forecast(args: Args, hw):
 
 
 # Exercises. Delete the body, write it again, run the test.
-# 1. Contrast.learn, so that 64 micro-batches are one batch of 4,096.
-#    pytest tests/test_train_vit.py -k replay; 45 minutes.
+# 1. Contrast.learn: 64 micro-batches as one. pytest tests/test_train_vit.py -k replay; 45 minutes.
 # 2. Take the centre out of SelfDistil.learn, train 300 steps of --stage=teachers, and watch `used`.
 
 

@@ -76,13 +76,13 @@ def rank(world: str, wait: float, args: rl.Args):
         write_json(Path(args.out) / "waits.json", {"count": slow.count, "seconds": slow.total})
 
 
-def once(world: str, staleness: int, seed: int) -> dict:
+def once(world: str, staleness: int, seed: int, dtype: str) -> dict:
     """A run; samples learnt a second, and what each stage did with its time."""
     with tempfile.TemporaryDirectory() as out:
         options = dict(mix=WORLDS[world], steps=STEPS + 1, prompts=PROMPTS, group=SIZE,
                        flight=FLIGHT, slots=FLIGHT, workers=FLIGHT, max_staleness=staleness,
                        seed=seed, mtp=0, eval_every=STEPS + 1, eval_count=EXAM, device="cpu",
-                       out=out)
+                       dtype=dtype, out=out)
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
              "-m", "lab.bench_rl", world, str(WAIT), *(f"--{k}={v}" for k, v in options.items())],
@@ -96,7 +96,7 @@ def once(world: str, staleness: int, seed: int) -> dict:
              for key in ("waited", "learning", "idle", "stalled")}
     samples = max(1, sum(x.get("samples", 0) for x in lines))
     turns = wait["count"] * STEPS / (STEPS + 1) / samples if wait["seconds"] else 0.0
-    return {"rate": learnt / took, "learnt": learnt, **share, "stale": lines[-1]["dropped"],
+    return {"rate": learnt / took, "learnt": learnt, **share,
             "wait": turns * wait["seconds"] / wait["count"], "turns": turns,
             "stale_max": max(x.get("stale_max", 0) for x in lines),
             "playing": (1 - share["idle"]) * took / learnt,
@@ -111,7 +111,7 @@ def measure(args, hw) -> dict:
         runs = {0: [], 2: []}
         for i in range(args.rounds):
             for staleness in runs:
-                runs[staleness].append(once(world, staleness, args.seed + i))
+                runs[staleness].append(once(world, staleness, args.seed + i, args.dtype))
         rates = {s: [run["rate"] for run in found] for s, found in runs.items()}
         ratios = [a / b for a, b in zip(rates[2], rates[0])]
         mean = {s: {k: statistics.mean(run[k] for run in found) for k in found[0]}

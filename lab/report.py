@@ -10,6 +10,7 @@ import base64
 import html
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,18 +137,13 @@ def figures_html(figures: dict[str, dict]) -> str:
 def by_category(lines: list[dict]) -> dict[str, dict]:
     """What RL's sampled rollouts earned, {category: {column: mean}}, early and late in a run."""
     size = max(1, len(lines) // 10)
-    rows: dict[str, dict] = {}
+    rows = defaultdict(lambda: defaultdict(list))
     for when, part in (("first", lines[:size]), ("last", lines[-size:])):
-        found: dict[str, dict[str, list]] = {}
-        for line in part:
-            for name, row in line.get("by", {}).items():
-                for key, value in row.items():
-                    if math.isfinite(value):    # NaN: all were errors
-                        found.setdefault(name, {}).setdefault(f"{key}, {when}", []).append(value)
-        for name, row in found.items():
-            rows.setdefault(name, {}).update({k: sum(v) / len(v) for k, v in row.items()})
-    order = sorted({key for row in rows.values() for key in row})
-    return {name: {k: row[k] for k in order if k in row} for name, row in sorted(rows.items())}
+        for name, row in (pair for line in part for pair in line.get("by", {}).items()):
+            for key, value in row.items():
+                rows[name][f"{key}, {when}"] += [value] * math.isfinite(value)  # NaN: all errors
+    return {name: {key: sum(row[key]) / len(row[key]) for key in sorted(row) if row[key]}
+            for name, row in sorted(rows.items())}
 
 
 def inline(path: Path) -> str:

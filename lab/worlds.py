@@ -206,7 +206,6 @@ def worlds(args: Args):
     if plan.exists() and json.loads(plan.read_text(encoding="utf-8")) != asked:
         raise UserError(f"{out} holds runs that were begun with other options, see {plan}; choose "
                         "another --out")
-    write_json(plan, asked)
     common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu",
                   workers=0)    # so that all the work is this process's, which is timed
     played = rl.Args(**common, mix=world.played, prompts=args.prompts, lr=args.lr,
@@ -217,6 +216,7 @@ def worlds(args: Args):
         timed(pretrain.run, replace(taught, steps=args.before or world.before, seed=100,
                                     init=args.init or world.init, out=f"{out}/start"))
     played.init = taught.init = str(find_checkpoint(out / "start"))
+    write_json(plan, asked)     # once there is something that it holds for
     if args.keep:
         return mmtp.load(played.init).save_pretrained(args.keep, torch.bfloat16)
     steps = max(PARTS, args.steps or round(

@@ -1,6 +1,7 @@
 """The demo, its page and the lab sheets, end to end at a few steps."""
 import functools
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,14 @@ def test_a_curve_stays_inside_its_axes():
     svg = report.curve({"loss": [(0, 100.0), (1, 1.0), (2, 0.9), (3, 0.8)]}, "loss", 620, 220)
     points = svg.split('points="')[1].split('"')[0].split()
     assert all(0 <= float(p.split(",")[1]) <= 220 for p in points)
+
+
+def test_categories_early_and_late_without_steps_of_errors_alone():
+    def line(value):
+        return {"by": {"point": {"reward": value}}}
+    steps = [0.5, math.nan, *[0.0] * 16, 1.0, 0.5]
+    assert report.by_category([line(value) for value in steps] + [{}]) == {
+        "point": {"reward, first": 0.5, "reward, last": 0.5}}
 
 
 def test_an_empty_folder_is_one_clear_line(tmp_path):
@@ -147,6 +156,8 @@ def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(worlds, "pace", lambda *args, pace=worlds.pace: max(pace(*args, 1), 0.4))
     args = worlds.Args(seeds=1, minutes=0.02, before=1, count=1, out=str(tmp_path),
                        init=str(tmp_path / "model"))
+    with pytest.raises(UserError, match="no checkpoint"):
+        worlds.worlds(replace(args, init="nowhere"))    # which is no reason to refuse the next
     worlds.worlds(args)
     made = tmp_path / "fallible"
     facts = json.loads((made / "report.json").read_text())

@@ -498,6 +498,7 @@ def test_two_processes_are_one(tmp_path, small_exam):
 
 
 @pytest.mark.parametrize("changes,words", [
+    (dict(pairs=".", clips=0.5), "--clips is a share of drawings"), (dict(clips=2.0), "--clips"),
     (dict(batch=10, micro=4), "--batch=10 is no multiple of 1 ranks x --micro=4"),
     (dict(side=40), "--side takes a multiple of 16"), (dict(side=32), "at least 64"),
     (dict(size="huge"), "tiny, small or base"), (dict(stage="third"), "--stage is one of"),
