@@ -402,7 +402,17 @@ class Collector:
         self.tried: set[Task] = set()           # given up once
         self.clock, self.last = 0.0, time.monotonic()
         self.stale = self.twice = self.given_up = 0
-        self.waited = 0.0
+        self.waited, self.before = 0.0, (0.0, 0.0)
+
+    def figures(self) -> dict:
+        """What is seen of a step; the players' delays count from the last `mark`."""
+        idle, stalled = (b - a for a, b in zip(self.before, self.actor.delays()))
+        return figures_of(self.seen, self.live) | {
+            "waited": self.waited, "idle": idle, "stalled": stalled,
+            "dropped": self.stale + self.given_up, "twice": self.twice}
+
+    def mark(self):
+        self.before = self.actor.delays()
 
     def state(self) -> dict:
         """What to go on from: finished groups as bytes; those under way are simply run again."""

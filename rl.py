@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 import gym
 from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accuracy, ages_of,
-                     figures_of, samples, serve, shared)
+                     samples, serve, shared)
 from common import (Log, ROOT, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
                     load_tensors, main, plan, reason, save_state, setup, write_json)
 from data import Document, Episode, Stream, collate, parse_mix, rows_of, sight
@@ -329,6 +329,15 @@ def check(args: Args):
         raise UserError(f"--schedule takes constant, linear or cosine, not '{args.schedule}'")
 
 
+def mix_of(args: Args, model: GLMV) -> tuple:
+    """--mix as ((category, weight), ...)"""
+    mix = parse_mix(args.mix, sight(model.config))
+    strange = [name for name, _ in mix if name not in gym.names()]
+    if strange or not sum(weight for _, weight in mix) > 0:
+        raise UserError(f"--mix takes categories of the gym, not '{(strange or [args.mix])[0]}'")
+    return mix
+
+
 def build(args: Args, hw):
     """Model, optimizer, the folder it began from, and the state to go on from, if any."""
     begin = find_checkpoint(args.init or ROOT / "ckpt" / "demo")
@@ -409,10 +418,7 @@ def run(args: Args):
     if args.plan:
         return forecast(args, hw, model)
     say(hw.why)
-    start, mix = state["step"] if state else 0, parse_mix(args.mix, sight(model.config))
-    strange = [name for name, _ in mix if name not in gym.names()]
-    if strange or not sum(weight for _, weight in mix) > 0:
-        raise UserError(f"--mix takes categories of the gym, not '{(strange or [args.mix])[0]}'")
+    start, mix = state["step"] if state else 0, mix_of(args, model)
     policy = Policy(Tokenizer(model.config.n_ranks), model.config, args.context, args.max_new,
                     args.think, args.seed)
     apart = args.max_staleness or hw.world > 1  # there a verifier that hangs would hold up others
@@ -458,18 +464,17 @@ def run(args: Args):
         write_json(out / "config.json", asdict(args))
         if args.eval_every and not exams.held:
             exams.hold(model, 0)
-    clock, delays = time.perf_counter(), actor.delays()
+    clock = time.perf_counter()
+    collector.mark()
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
         if lead and done < args.steps:
             actor.load(optimizer.masters, done)
         watch.finite(values["pg_loss"], values.get("norm", 0.0))
         now = time.perf_counter()
-        values |= figures_of(collector.seen, has_signal) | ages_of(groups, done - 1)
-        values |= {"groups": len(groups), "waited": collector.waited,
-                   **{k: b - a for k, a, b in zip(("idle", "stalled"), delays, actor.delays())},
-                   "dropped": collector.stale + collector.given_up, "twice": collector.twice,
-                   "dt": now - clock, "tok/s": values["tokens"] / (now - clock)}
+        values |= collector.figures() | ages_of(groups, done - 1)
+        values |= {"groups": len(groups), "dt": now - clock,
+                   "tok/s": values["tokens"] / (now - clock)}
         if "reward" in values:      # some group has ended
             exams.recent.append(values["reward"])
         if lead and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
@@ -477,7 +482,8 @@ def run(args: Args):
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
         if watch.stop(done):
             break
-        clock, delays = time.perf_counter(), actor.delays()
+        clock = time.perf_counter()
+        collector.mark()
     log.close()
     rewards.close()
     try:

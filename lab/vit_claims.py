@@ -2,11 +2,17 @@
 
     python -m lab.vit_claims                 one seed; what was interrupted goes on
     python -m lab.vit_claims --seeds=3       about twenty minutes a seed on one quiet core
+    python -m lab.vit_claims --labels=600 --out=out/labels     and if the second teacher knew more?
     python -m lab.vit_claims --big=65536     instead: one align step of 64K and one of 1,024
 
 For each seed: both stand-in teachers, then students of both and of either alone, then alignment of
 the first. Beside them a tower of random weights. Every figure is a probe of train_vit.py on
 held-out pictures.
+
+Our texture stand-in goes on from the semantic one and adds little. With `--labels` a tower stands
+in its place that has been told, patch by patch, which shape lies there: no stand-in any more, but a
+second teacher that certainly knows what the first does not. It asks whether the method fails or
+only that teacher.
 """
 import json
 import os
@@ -15,13 +21,21 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 import train_vit
-from common import ROOT, UserError, cli, main, setup, write_json
-from model import init, sized
-from pictures import Exam, probe
+from common import ROOT, UserError, checkpoints, cli, main, save_tensors, setup, write_json
+from data import pack
+from model import init, load_tower, sized
+from optim import OptimConfig, Optimizer, schedule
+from pictures import Exam, patch_labels, probe, scene
+from tasks.draw import SHAPES
 
 STUDENTS = {"both": {}, "semantic": {"teachers": "semantic"}, "texture": {"teachers": "texture"}}
 
@@ -31,6 +45,7 @@ class Args:
     seeds: int = 1                # how many, from 0
     steps: int = 500              # of each student and of the alignment
     teacher_steps: int = 800      # of the semantic stand-in; a fifth of it of the other
+    labels: int = 0               # steps of a texture teacher that is taught with labels; 0: none
     batch: int = 64               # images a step
     big: int = 0                  # global batch of the memory test; 0: the other claims
     micro: int = 128              # images at a time in the memory test
@@ -50,6 +65,35 @@ def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))["figures"][name]
 
 
+def taught(args: Args, hw, folder: Path, seed: int) -> dict:
+    """A texture teacher that is told the shape under each patch, if there is none; its figures."""
+    config, at = sized("tiny"), folder / "texture" / f"step_{args.labels:06d}"
+    visual = train_vit.tower(train_vit.Args(), config)
+    model = nn.ModuleDict({"visual": visual, "head": nn.Linear(
+        config.vision.hidden_size, 1 + len(SHAPES))})
+    init(model, seed)
+    model.to(hw.device)
+    if checkpoints(at.parent):
+        load_tower(visual, at)
+        return probe(visual, Exam(config, 64))
+    optimizer = Optimizer(model.named_parameters(), OptimConfig())
+    for step in range(args.labels):
+        drawn = [scene(seed * 10 ** 6 + step * args.batch + i) for i in range(args.batch)]
+        patches, grids = pack([np.asarray(image) for image, _ in drawn], config.vision)
+        kinds = [patch_labels(*pair, config.vision.patch_size) for pair in drawn]
+        said = model["head"](visual(patches.to(hw.device), grids.to(hw.device)))
+        loss = F.cross_entropy(said, torch.cat(kinds).to(hw.device))
+        loss.backward()
+        optimizer.collect()
+        optimizer.step(schedule(step, args.labels, 20, "cosine"))
+        if step % 50 == 49:
+            print(f"labels {step + 1}/{args.labels} | loss {loss.item():.4f}", flush=True)
+    at.mkdir(parents=True)
+    write_json(at / "config.json", {"stage": "labels", "vision_config": asdict(config.vision)})
+    save_tensors(at / "model.safetensors", optimizer.masters)
+    return probe(visual, Exam(config, 64))
+
+
 def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
     """{model: its figures}"""
     folder = Path(args.out) / f"seed{seed}"
@@ -57,8 +101,9 @@ def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
     blank = train_vit.tower(train_vit.Args(), config)
     init(blank, seed)
     found = {"random": probe(blank, Exam(config, 64))}
-    for name in ("semantic", "texture"):
-        found[f"teacher {name}"] = stage(args, hw, name, folder, seed)
+    found["teacher semantic"] = stage(args, hw, "semantic", folder, seed)
+    found["teacher texture"] = (taught(args, hw, folder, seed) if args.labels else
+                                stage(args, hw, "texture", folder, seed))
     for name, changes in STUDENTS.items():
         # A student's folder is its own; the teachers are those of the seed.
         own = folder if name == "both" else folder / f"of_{name}"
