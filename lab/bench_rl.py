@@ -2,7 +2,7 @@
 
 Whole runs of rl.py on two ranks of torchrun, one that plays and one that learns, from the demo's
 model. Verifiers, or screens, take their time: log-normal, sigma 1, with a mean of WAIT seconds a
-verdict or of a quarter of it a screen; or neither does. At most FLIGHT rollouts are under way, in
+verdict or a screen; or neither does. At most FLIGHT rollouts are under way, in
 groups of SIZE, PROMPTS groups an update. `ours` may lag two updates behind. `theirs` is staleness
 0: all groups must be back before the trainer learns, and none is begun before it is done.
 
@@ -50,7 +50,7 @@ class Slow:
 
 def rank(world: str, wait: float, args: rl.Args):
     """One of the two processes: rl.py in this world."""
-    slow = Slow({"verifiers": wait, "screens": wait / 4, "nothing": 0.0}[world])
+    slow = Slow(0.0 if world == "nothing" else wait)
 
     class Verdicts(gym.Rewards):
         def __init__(self, workers):        # here in this process: it is waiting that takes long
