@@ -2,9 +2,9 @@
 
 Whole runs of rl.py on two ranks of torchrun, one that plays and one that learns, from the demo's
 model. Verifiers, or screens, take their time: log-normal, sigma 1, with a mean of WAIT seconds a
-verdict or a screen; or neither does. At most FLIGHT rollouts are under way, in
-groups of SIZE, PROMPTS groups an update. `ours` may lag two updates behind. `theirs` is staleness
-0: all groups must be back before the trainer learns, and none is begun before it is done.
+verdict or a screen; or neither does. At most FLIGHT rollouts are under way, in groups of SIZE,
+PROMPTS groups an update. `ours` may lag two updates behind. `theirs` is staleness 0: all groups
+must be back before the trainer learns, and none is begun before it is done.
 
 Half of a reward is the verdict and half is drawn by lot, so that every group has something to
 teach and both sides learn from as many.
