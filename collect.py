@@ -52,7 +52,7 @@ class Curriculum:
         self.kept: list[tuple] = []                     # tasks given up unplayed: they go first
         self.cells: dict[str, list] = {}                # "name/level": mean reward, groups
         self.top = dict.fromkeys(self.mix, 0)           # the highest level that is open
-        self.faults: dict[str, list] = {}               # name: errors, rollouts; both fade
+        self.faults: dict[str, list] = {}       # name: errors and rollouts, both fade; the last
         self.silent = 0.0                               # share of groups without signal
 
     STATE = ("drawn", "kept", "cells", "top", "faults", "silent")
@@ -63,8 +63,12 @@ class Curriculum:
     def restore(self, state: dict):
         for name in self.STATE:
             setattr(self, name, state[name])
-        self.top = {name: self.top.get(name, 0) for name in self.mix}
-        self.kept = [task for task in self.kept if task[0] in self.mix]     # --mix may be another
+        # --mix and --levels may be others; what was paused may be mended.
+        self.top = {name: min(self.top.get(name, 0), self.levels - 1) for name in self.mix}
+        self.kept = [task for task in self.kept if task[0] in self.mix]
+        for name in filter(self.paused, list(self.faults)):
+            self.say(f"{name} was paused for its errors and is tried again")
+            del self.faults[name]
 
     @property
     def expansion(self) -> float:
@@ -72,7 +76,7 @@ class Curriculum:
         return min(4.0, 1 / (1 - min(0.99, self.silent)))
 
     def paused(self, name: str) -> bool:
-        errors, count = self.faults.get(name, (0, 0))
+        errors, count, _ = self.faults.get(name, (0, 0, ""))
         return count >= 32 and errors > 0.1 * count
 
     def draw(self) -> Task:
@@ -95,15 +99,17 @@ class Curriculum:
         """Enter a finished group into the books; `live`: some of it did better than the rest."""
         task = group[0].task
         errors = [e.score.error for e in group if e.score.error]
-        was, book = self.paused(task.category), self.faults.setdefault(task.category, [0.0, 0.0])
-        book[:] = 0.98 * book[0] + len(errors), 0.98 * book[1] + len(group)
+        was = self.paused(task.category)
+        before = self.faults.get(task.category, (0.0, 0.0, ""))
+        book = self.faults[task.category] = [
+            0.98 * before[0] + len(errors), 0.98 * before[1] + len(group), [before[2], *errors][-1]]
         if self.paused(task.category) and not was:
             self.say(f"{task.category} is paused: {book[0] / book[1]:.0%} of its rollouts end in "
-                     f"errors, the last in: {errors[-1]}")
+                     f"errors, the last in: {book[2]}")
         wrong, count = (sum(b[i] for b in self.faults.values()) for i in (0, 1))
         if count >= 32 * len(self.mix) and wrong > 0.5 * count:     # errors are the first to end
             raise UserError(f"{wrong / count:.0%} of all rollouts end in errors, the last in: "
-                            f"{(errors or ['none'])[-1]}; the run stops")
+                            f"{book[2]}; the run stops")
         if len(errors) == len(group):
             return
         self.silent += 0.02 * ((not live) - self.silent)
@@ -228,11 +234,10 @@ class Transfer:
 
     They lie end to end in a second buffer and travel in buckets of at most `bucket` bytes. The
     sender may change its own at once; the receiver swaps between two steps of its engine. [C]
-    leave: asked while it waits, for who should take the weights may be dead.
     """
 
-    def __init__(self, model: GLMV, group, leave=never, bucket: int = 2 ** 28):
-        like, self.group, self.leave, self.work = model.lm_head.weight, group, leave, []
+    def __init__(self, model: GLMV, group, bucket: int = 2 ** 28):
+        like, self.group, self.work = model.lm_head.weight, group, []
         shapes = {name: p.shape for name, p in model.named_parameters()}
         self.buffer = like.new_empty(sum(shape.numel() for shape in shapes.values()))
         self.buckets = self.buffer.split(bucket // like.element_size())
@@ -241,9 +246,10 @@ class Transfer:
                         in zip(shapes.items(), parts)}
 
     @torch.no_grad()
-    def begin(self, weights: dict | None = None):
-        """Start one journey, on every rank of the group; the sender gives its weights."""
-        if not self.wait():
+    def begin(self, weights: dict | None = None, leave=never):
+        """Start one journey, on every rank of the group; the sender gives its weights. leave: asked
+        while it waits for the last one, for who should take that may be dead."""
+        if not self.wait(leave):
             return
         for name, place in self.weights.items() if weights else ():
             place.copy_(weights[name])
@@ -253,12 +259,14 @@ class Transfer:
     def arrived(self) -> bool:
         return bool(self.work) and all(work.is_completed() for work in self.work)
 
-    def wait(self) -> bool:
+    def wait(self, leave=never) -> bool:
         """Whether the journey ended, or `leave` did not let it."""
         while self.work and not self.arrived():
-            if self.leave():
+            if leave():
                 return False
             time.sleep(0.001)
+        if self.work and leave():       # it may have ended because the other side did
+            return False
         for work in self.work:
             work.wait()
         self.work = []
@@ -273,9 +281,9 @@ class Remote:
     """
 
     def __init__(self, store, ranks: list[int], transfer: Transfer, version: int, slack: int,
-                 silence: float = 60.0):
+                 leave=never, silence: float = 60.0):
         self.store, self.ranks, self.transfer, self.silence = store, ranks, transfer, silence
-        self.version, self.slack = version, slack
+        self.version, self.slack, self.leave = version, slack, leave
         self.sent, self.heard = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
         self.alive = dict.fromkeys(ranks, (0, time.monotonic()))    # its count, when it changed
 
@@ -299,12 +307,12 @@ class Remote:
     def load(self, weights: dict, version: int):
         self.version = version
         self.store.set(f"weights/{version}", b"they come")
-        self.transfer.begin(weights)
+        self.transfer.begin(weights, self._hopeless)
 
     def step(self, wait_a_little: bool = True) -> list[Episode]:
         ended = []
+        self._feel_pulses(time.monotonic())
         for rank in self.ranks:
-            self._feel_pulse(rank, self.store.add(f"alive/{rank}", 0), time.monotonic())
             while self.store.check([key := f"episode/{rank}/{self.heard[rank]}"]):
                 ended += from_bytes(self.store.get(key))
                 self.store.delete_key(key)
@@ -313,16 +321,25 @@ class Remote:
             time.sleep(0.002)
         return ended
 
-    def _feel_pulse(self, rank: int, count: int, now: float):
-        if count != self.alive[rank][0]:
-            self.alive[rank] = count, now
-        elif now - self.alive[rank][1] > self.silence:
-            raise UserError(f"rank {rank}, which plays, has not been heard of for "
-                            f"{self.silence:g} seconds")
+    def _feel_pulses(self, now: float):
+        for rank in self.ranks:
+            count = self.store.add(f"alive/{rank}", 0)
+            if count != self.alive[rank][0]:
+                self.alive[rank] = count, now
+            elif now - self.alive[rank][1] > self.silence:
+                raise UserError(f"rank {rank}, which plays, has not been heard of for "
+                                f"{self.silence:g} seconds")
+
+    def _hopeless(self) -> bool:
+        """Whether not to wait for weights to arrive; raises UserError where a rank has gone."""
+        self._feel_pulses(time.monotonic())
+        return self.leave()
 
     def close(self):
-        self.transfer.wait()
-        self.store.set("over", b"yes")
+        try:
+            self.transfer.wait(self._hopeless)
+        finally:
+            self.store.set("over", b"yes")
 
 
 def serve(actor: Actor, transfer: Transfer, store, rank: int, version: int):
@@ -387,8 +404,8 @@ class Collector:
     while the trainer learns, all groups that are ready are used, and when enough are there the
     rest is given up: abort by count [C]. patience: seconds until a group is given up: abort by
     time [C]. What is given up is played again first, and waited for: if it outlasts patience, its
-    unfinished rollouts are errors. flight: rollouts under way at most; 0: as many as staleness
-    allows. leave: asked while it waits for groups.
+    unfinished rollouts are errors. flight: rollouts under way at most, groups begun in part; 0: as
+    many as staleness allows. leave: asked while it waits for groups.
     """
 
     def __init__(self, actor, curriculum: Curriculum, prompts: int, size: int, staleness: int,
@@ -397,6 +414,7 @@ class Collector:
         self.prompts, self.size, self.staleness = prompts, size, staleness
         self.patience, self.leave, self.count, self.finished, self.step = patience, leave, 0, 0, 0
         self.open: dict[int, Group] = {}
+        self.orders: list[Episode] = []         # of open groups, not yet started
         self.ready: list[list[Episode]] = []
         self.seen: list[list[Episode]] = []     # every group that ended since the last step
         self.tried: set[Task] = set()           # given up once
@@ -405,7 +423,8 @@ class Collector:
         self.waited, self.before = 0.0, (0.0, 0.0)
 
     def figures(self) -> dict:
-        """What is seen of a step; the players' delays count from the last `mark`."""
+        """What is seen of a step, players' delays since the last `mark`; `dropped` and `twice`
+        (delivered twice, or too late) since the start."""
         idle, stalled = (b - a for a, b in zip(self.before, self.actor.delays()))
         return figures_of(self.seen, self.live) | {
             "waited": self.waited, "idle": idle, "stalled": stalled,
@@ -420,12 +439,13 @@ class Collector:
                  for group in self.ready]
         books = self.curriculum.state()
         under_way = [astuple(group.task) for group in self.open.values()]
-        return {"count": self.count, "ready": ready,
+        return {"count": self.count, "ready": ready, "tried": sorted(map(astuple, self.tried)),
                 "books": {**books, "kept": under_way + list(books["kept"])}}
 
     def restore(self, state: dict):
-        self.count = state["count"]
-        self.ready = [from_bytes(data.cpu().numpy().tobytes()) for data in state["ready"]]
+        self.count, self.tried = state["count"], {Task(*task) for task in state["tried"]}
+        ready = [from_bytes(data.cpu().numpy().tobytes()) for data in state["ready"]]
+        self.ready = [group for group in ready if group[0].task.category in self.curriculum.mix]
         self.curriculum.restore(state["books"])
 
     def turn(self, collecting: bool = False):
@@ -437,14 +457,19 @@ class Collector:
         wanted = 0 if enough else round(self.prompts * self.curriculum.expansion)
         rounds = self.staleness + collecting
         most = 4 * self.prompts - self.finished if collecting else wanted * rounds
-        for _ in range(min(wanted * rounds - len(self.ready), most) - len(self.open)):
-            under_way = sum(self.size - len(group.got) for group in self.open.values())
-            if self.flight and under_way + self.size > max(self.flight, self.size):
+        groups = min(wanted * rounds - len(self.ready), most) - len(self.open)
+        unfinished = sum(self.size - len(group.got) for group in self.open.values())
+        room = self.flight - unfinished + len(self.orders) if self.flight else self.size * groups
+        for _ in range(groups):
+            if len(self.orders) >= room:
                 break
             task = self.curriculum.draw()
             self.open[self.count] = Group(task, self.clock)
-            self.actor.start([Episode(task, self.count, i) for i in range(self.size)])
+            self.orders += [Episode(task, self.count, i) for i in range(self.size)]
             self.count += 1
+        if room > 0:
+            self.actor.start(self.orders[:room])
+            del self.orders[:room]
         for episode in self.actor.step(collecting):
             self._file(episode)
         for id, group in list(self.open.items()):
@@ -496,8 +521,12 @@ class Collector:
             self.seen.append(whole)
             self.finished += 1
 
-    def _give_up(self, id: int):
+    def _abort(self, id: int):
         self.actor.abort(id)
+        self.orders = [order for order in self.orders if order.group != id]
+
+    def _give_up(self, id: int):
+        self._abort(id)
         task = self.open.pop(id).task
         self.tried.add(task)
         self.curriculum.kept.append(astuple(task))
@@ -506,7 +535,7 @@ class Collector:
     def _too_long(self, id: int, group: Group):
         if group.task not in self.tried:
             return self._give_up(id)
-        self.actor.abort(id)
+        self._abort(id)
         error = Score(math.nan, {},
                       f"not finished within {self.patience:g} seconds when played again")
         for index in set(range(self.size)) - set(group.got):
@@ -518,7 +547,7 @@ class Collector:
 def ages_of(groups: list[list[Episode]], step: int) -> dict:
     """How many updates the tokens that are learnt from lag behind those done: mean and most."""
     ages = [step - d.extras["version"][d.weights > 0]
-            for group in groups for e in group for d in e.documents]
+            for group in groups for e in group if not e.score.error for d in e.documents]
     ages = np.concatenate(ages) if ages else np.zeros(0)
     return {"stale": float(ages.mean()), "stale_max": float(ages.max())} if len(ages) else {}
 

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
+LONG = timedelta(hours=2)   # rank 0 may examine or save for long while others wait for it
 
 
 class UserError(Exception):
@@ -36,13 +37,17 @@ class UserError(Exception):
 
 
 def main(entry, *args):
-    """Run a script's entry point: a UserError becomes one line and exit code 2, Ctrl-C code 130."""
+    """Run a script's entry point: a UserError, or a path that is none, becomes one line and exit
+    code 2, Ctrl-C code 130."""
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows question marks
         stream.reconfigure(errors="replace")
     try:
         entry(*args)
-    except UserError as error:
+    except (UserError, NotADirectoryError, FileExistsError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if dist.is_initialized():   # gloo would wait for a peer whose machine is gone
+            sys.stdout.flush()
+            os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -202,9 +207,8 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
             store = new_life(next(dist.rendezvous("env://"))[0], rank, world)
         except dist.DistStoreError:
             raise UserError(f"rank {rank} waited in vain for {world} ranks to come") from None
-        # Two hours: rank 0 may examine or save for long while the others wait for it.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
-                                rank=rank, world_size=world, timeout=timedelta(hours=2))
+                                rank=rank, world_size=world, timeout=LONG)
     why = f"{where} in {str(chosen)[6:]}: {because}" + (f", {world} processes" * (world > 1))
     return Hardware(where, chosen, why, peak, price, rank, world, local, store)
 
@@ -362,9 +366,12 @@ def save_state(path, state: dict):
         os.fsync(file.fileno())
 
 
-def keep_earlier(out: Path, resume: bool, say=print):
-    """Move an earlier run out of the way, unless it is to be resumed: nothing is written over."""
-    if not resume and checkpoints(out):
+def keep_earlier(out: Path, resume: bool, hw: Hardware, say=print):
+    """Move an earlier run out of the way, unless it is to be resumed: nothing is written over. To
+    be called by all ranks once they have loaded what they begin from, which may lie in there."""
+    if hw.world > 1:
+        dist.barrier()
+    if hw.rank == 0 and not resume and checkpoints(out):
         kept = next(p for i in range(1, 10_000) if not (p := Path(f"{out}.{i}")).exists())
         out.rename(kept)
         say(f"{out} held a run: kept as {kept}")
@@ -477,8 +484,8 @@ def heartbeat(what: str, every: float = 20):
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line of a message."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """What went wrong, in one line of a message: torch's advice behind it may be unsafe."""
+    return str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
 
 
 class Interrupt:
@@ -535,17 +542,17 @@ class Watch:
         if self.hw.world > 1:
             dist.all_reduce(stop, group=self.group)
         if done % self.every == 0 or done == self.steps or stop:
-            self._save()
+            self.save()
         return bool(stop)
 
-    def _save(self):
+    def save(self):
         if self.hw.rank or save_checkpoint(self.out, self.done, self.write):
             self.saved = self.done
 
     def close(self):
         """The last word. Raises UserError where what was done is not saved."""
         if self.saved != self.done:     # it left between two steps, or the disk was full
-            self._save()
+            self.save()
         self.interrupt.restore()
         if self.saved != self.done:
             raise UserError(f"step {self.done} could not be saved; {self.out} has step "

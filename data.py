@@ -303,8 +303,8 @@ def sight(config: Config) -> int:
 
 def parse_mix(text: str, pixels: int = 1024) -> tuple:
     """'point:2,text' -> (('point', 2.0), ('text', 1.0)); 'gym' stands for every category whose
-    pictures can be read at this size."""
-    mix = []
+    pictures can be read at this size. What is named twice has both weights."""
+    mix = {}
     for part in filter(None, text.split(",")):
         name, _, weight = part.partition(":")
         try:
@@ -312,8 +312,9 @@ def parse_mix(text: str, pixels: int = 1024) -> tuple:
         except ValueError:
             raise UserError(f"--mix takes name:weight, not '{part}'") from None
         names = gym.names(pixels) if name == "gym" else [name]
-        mix += [(n, value / len(names)) for n in names]
-    return tuple(mix)
+        for n in names:
+            mix[n] = mix.get(n, 0.0) + value / len(names)
+    return tuple(mix.items())
 
 
 # ---- drawing ahead, in processes of their own ---------------------------------------------------

@@ -13,6 +13,7 @@ G key-value heads, C width of a head, S cache slots, V vocabulary.
 """
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -405,6 +406,14 @@ def load_tower(visual: CogViT, folder):
             if not k.startswith(("downsample.", "merger."))}
     check_shapes(f"the tower in {folder} is not of this model's sizes", want, have)
     visual.load_state_dict(have, strict=False)
+
+
+def keep_tower(folder: Path, to: Path):
+    """Write the tower of a checkpoint of train_vit.py, alone and in bf16, as a folder of its own."""
+    to.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "config.json", to)
+    save_tensors(to / "model.safetensors", {
+        f"visual.{name}": value.bfloat16() for name, value in tower_of(folder).items()})
 
 
 def save_config(config: Config, folder, dtype: str = "float32"):

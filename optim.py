@@ -159,7 +159,10 @@ class Optimizer:
         """The masters are not here: they are the checkpoint's fp32 weights."""
         for name, value in state["momenta"].items():
             self.momenta[name].copy_(value)
+        own = [(group["weight_decay"], group["scale"]) for group in self.adam.param_groups]
         self.adam.load_state_dict(state["adam"])
+        for group, (decay, scale) in zip(self.adam.param_groups, own):  # the options may be others
+            group.update(weight_decay=decay, scale=scale)
 
     @torch.no_grad()
     def load_masters(self, weights: dict[str, Tensor]):

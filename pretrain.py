@@ -158,10 +158,7 @@ def run(args: Args):
             args.row_tokens * model.config.text.hidden_size * 2 * 34
             * (model.config.text.num_hidden_layers + 4 * model.config.vision.depth))
         return plan(hw, counts, args.steps * tokens, flops, memory)
-    if lead:
-        keep_earlier(out, args.resume, say)
     say(hw.why)
-
     model, optimizer, start, position = build(args, hw)
     mix = parse_mix(args.mix, sight(model.config))
     # About 110 tokens a sample at tiny: close enough to place the curriculum's end.
@@ -174,6 +171,7 @@ def run(args: Args):
     packer = Packer(drawer, args.row_tokens, state=position, say=say)
     held_out = Packer(replace(stream, split="test", easy=0), args.row_tokens, say=lambda _: None)
     exam = [collate(held_out.row(), model.config).to(hw.device) for _ in range(2)]
+    keep_earlier(out, args.resume, hw, say)
     counts = model.counts()
     say(f"{counts['total'] / 1e6:.2f}M parameters, {args.rows}x{args.row_tokens} tokens a step, "
         f"steps {start}..{args.steps}, {workers} drawing processes, run folder {out}")

@@ -34,8 +34,8 @@ import torch.distributed as dist
 import gym
 from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accuracy, ages_of,
                      samples, serve, shared)
-from common import (Log, ROOT, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
-                    load_tensors, main, plan, reason, save_state, setup, write_json)
+from common import (LONG, Log, ROOT, UserError, Watch, checkpoints, cli, find_checkpoint,
+                    keep_earlier, load_tensors, main, plan, reason, save_state, setup, write_json)
 from data import Document, Episode, Stream, collate, parse_mix, rows_of, sight
 from engine import Engine
 from kernels import linear_logp
@@ -46,6 +46,9 @@ from play import Play, Policy, rollout
 from tasks.base import Task
 from tasks.webdev import relative_rewards
 from tokenizer import Tokenizer
+
+
+BEGIN = ROOT / "ckpt" / "demo"    # the model that runs begin from, without --init
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Args:
     flight: int = 0               # rollouts under way at most; 0: as many as staleness allows
     drafts: int = 0               # tokens that the MTP head drafts ahead in generation
     workers: int = 1              # verifying processes, killed if they hang; 0, synchronous: none
-    patience: float = 60.0        # seconds until a group is given up, or its rest, the second time
+    patience: float = 60.0        # asynchronous: seconds until a group, or its rest, is given up
     rollout_ranks: int = 1        # of torchrun's processes, how many play
     init: str = ""                # folder whose weights to start from; default: the demo's
     resume: bool = False          # go on with the newest checkpoint in --out
@@ -339,10 +342,9 @@ def mix_of(args: Args, model: GLMV) -> tuple:
 
 
 def build(args: Args, hw):
-    """Model, optimizer, the folder it began from, and the state to go on from, if any."""
-    begin = find_checkpoint(args.init or ROOT / "ckpt" / "demo")
+    """Model, optimizer, and the state to go on from, if any."""
     resumed = args.resume and bool(checkpoints(args.out))
-    folder = find_checkpoint(args.out) if resumed else begin
+    folder = find_checkpoint(args.out if resumed else args.init or BEGIN)
     model = load(folder, hw.device, hw.dtype)
     if not model.config.n_ranks:
         raise UserError(f"{folder} comes with another tokenizer; RL can't speak it")
@@ -350,14 +352,14 @@ def build(args: Args, hw):
     stored = {k: v.to(hw.device, torch.float32) for k, v in load_tensors(folder).items()}
     optimizer.load_masters(optimizer.masters | stored)
     if not resumed:
-        return model, optimizer, begin, None
+        return model, optimizer, None
     try:
         state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # torch.load answers damage with some ten kinds of them
         raise UserError(f"{folder}/train.pt is damaged ({reason(error)}); "
                         f"--init={folder} starts from its weights alone") from None
-    return model, optimizer, begin, state
+    return model, optimizer, state
 
 
 def forecast(args: Args, hw, model: GLMV):
@@ -385,12 +387,12 @@ def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, ju
     share, store, route = Share(hw.rank, trainers), None, None
     if hw.world > 1:
         store = dist.PrefixStore("rl", hw.store)
-        share.group = dist.new_group(list(range(trainers)))
-        route = dist.new_group([0, *range(trainers, hw.world)])
+        share.group = dist.new_group(list(range(trainers)), timeout=LONG)
+        route = dist.new_group([0, *range(trainers, hw.world)], timeout=LONG)
         together(store, hw, start)
         if hw.rank == 0:
-            return Remote(store, list(range(trainers, hw.world)), Transfer(model, route, leave),
-                          start, args.max_staleness), share
+            return Remote(store, list(range(trainers, hw.world)), Transfer(model, route), start,
+                          args.max_staleness, leave), share
         if hw.rank < trainers:
             return Here(None, None), share      # rank 0 collects for it
     if hw.world > 1 or args.max_staleness or args.workers > 1:
@@ -412,13 +414,15 @@ def run(args: Args):
     trainers = hw.world - args.rollout_ranks if hw.world > 1 else 1
     if not 1 <= trainers <= hw.world or hw.world > 1 and args.rollout_ranks < 1:
         raise UserError(f"--rollout_ranks takes 1 to {hw.world - 1} of {hw.world} processes")
-    if lead and not args.plan:
-        keep_earlier(out, args.resume, say)
-    model, optimizer, begin, state = build(args, hw)
+    model, optimizer, state = build(args, hw)
     if args.plan:
         return forecast(args, hw, model)
     say(hw.why)
     start, mix = state["step"] if state else 0, mix_of(args, model)
+    origin = (state["args"] if state else asdict(args))["init"] or BEGIN
+    reference = (load(find_checkpoint(origin), "cpu", hw.dtype)
+                 if args.kl and hw.rank < trainers else None)
+    keep_earlier(out, args.resume, hw, say)
     policy = Policy(Tokenizer(model.config.n_ranks), model.config, args.context, args.max_new,
                     args.think, args.seed)
     apart = args.max_staleness or hw.world > 1  # there a verifier that hangs would hold up others
@@ -441,11 +445,14 @@ def run(args: Args):
         exams.held, exams.recent = state["exams"], state["recent"]
     if lead and args.max_staleness:
         share.between = collector.turn
-    reference = load(begin, "cpu", hw.dtype) if args.kl else None
     taught = round(args.rehearse * args.prompts * args.group)
 
     def collect(step):
-        groups = collector.collect(step) if lead else []
+        try:
+            groups = collector.collect(step) if lead else []
+        except UserError:       # too many errors: what was learnt until then is kept
+            watch.save()
+            raise
         groups = shared(groups, share.group) if trainers > 1 else groups
         return groups, demonstrations(stream, step * taught, taught)
 
@@ -458,12 +465,12 @@ def run(args: Args):
     watch = Watch(out, hw, args.steps, args.save_every, start, write, share.group)
     say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
         f"step, steps {start}..{args.steps}, staleness {args.max_staleness}, run folder {out}")
-    say("the loss stands near 0 by construction, since a group's advantages add up to 0: "
-        "watch reward and held-out accuracy")
+    say("the loss stands near 0 by construction, since a group's advantages add up to 0, and is no "
+        "measure of anything: watch reward and held-out accuracy")
     if lead:
         write_json(out / "config.json", asdict(args))
         if args.eval_every and not exams.held:
-            exams.hold(model, 0)
+            exams.hold(model, start)
     clock = time.perf_counter()
     collector.mark()
     log = Log(out, "rl", args.steps, start, hw.rank)

@@ -19,7 +19,6 @@ Letters: P patches, N images, W width, E width of the common space, K prototypes
 import json
 import math
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, ke
                     write_json)
 from data import Dealt, Drawer, pack
 from kernels import ring_sigmoid_loss
-from model import Config, TextTower, init, load_tower, sized, tower_of
+from model import Config, TextTower, init, keep_tower, load_tower, sized
 from optim import OptimConfig, Optimizer, schedule
 from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, find_pairs, foremost, hidden,
                       pack_texts, pca_picture, probe, probe_language, probe_moves)
@@ -399,9 +398,14 @@ def check(args: Args) -> Args:
     if not all(word.isdecimal() and int(word) >= 4 for word in args.budgets.split(",")):
         raise UserError(f"--budgets takes numbers of patches from 4 on, as 36,64: {args.budgets}")
     if not stages(args):
-        raise UserError("both teachers are given as folders: --stage=teachers has nothing to train")
+        raise UserError("the teachers are given as folders: --stage=teachers has nothing to train")
+    if args.init and args.stage == "teachers":
+        raise UserError("--init is where distill starts, or align alone: no teacher does")
+    if args.init:
+        load_tower(tower(args, sized(args.size)), find_checkpoint(args.init))
     for folder in filter(None, (args.semantic_teacher, args.texture_teacher)):
-        load_teacher(folder)
+        if "distill" in stages(args):
+            load_teacher(folder)
     return args
 
 
@@ -444,7 +448,7 @@ def build(stage: str, args: Args, config: Config, hw, say):
     job, stream = prepare(stage, args, config, hw)
     init(job, args.seed)
     first = args.init if args.stage == stage or stage == "distill" else ""
-    if stage in BEFORE and not first:
+    if stage in BEFORE and not first and not folder:
         first = own if checkpoints(own := out.with_name(BEFORE[stage])) else ""
         say(f"{stage} goes on from {first}" if first else f"{stage} begins with a new tower")
     if first and not folder:
@@ -473,8 +477,8 @@ def build(stage: str, args: Args, config: Config, hw, say):
             job.load_state_dict(weights)
             optimizer.load_masters(weights)
         except Exception as error:  # torch.load answers damage with some ten kinds of them
-            raise UserError(f"{folder} can't be resumed ({reason(error)}); "
-                            f"--init={folder} starts from its tower alone") from None
+            raise UserError(f"{folder} can't be resumed ({reason(error)}); without --resume "
+                            f"{stage} begins again") from None
     return job, stream, optimizer, start
 
 
@@ -499,14 +503,13 @@ def train(stage: str, args: Args, hw):
     """One stage, from its newest checkpoint or from the start."""
     out, lead, config = Path(args.out) / stage, hw.rank == 0, sized(args.size)
     say = print if lead else (lambda *_: None)
-    if lead:
-        keep_earlier(out, args.resume, say)
     job, stream, optimizer, start = build(stage, args, config, hw, say)
+    keep_earlier(out, args.resume, hw, say)
     if start >= args.steps:
         return say(f"{stage}: {start} steps are done, of {args.steps}")
     cores, share = os.cpu_count() or 1, args.batch // hw.world
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
-    once = args.micro == share  # else each sample is drawn twice: to draw far ahead would pile up
+    once = args.micro == share or not isinstance(job, Contrast)     # drawn; else it would pile up
     drawer = Drawer(Dealt(stream, hw.rank, hw.world, share), workers,
                     8 * share if once else args.micro, overlap=once and hw.device.type != "cpu")
     exam = Exam(config, args.side) if lead else None
@@ -548,14 +551,6 @@ def train(stage: str, args: Args, hw):
     watch.close()
 
 
-def keep(folder: Path, to: Path):
-    """The tower of a checkpoint, alone and in bf16, as a folder for `load_tower`."""
-    to.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "config.json", to)
-    save_tensors(to / "model.safetensors", {
-        f"visual.{name}": value.bfloat16() for name, value in tower_of(folder).items()})
-
-
 def run(args: Args):
     args = check(args)
     hw = setup(args.device, args.dtype)
@@ -563,15 +558,17 @@ def run(args: Args):
         return forecast(args, hw)
     say = print if hw.rank == 0 else (lambda *_: None)
     say(hw.why)
-    if args.stage != "align" and not (args.semantic_teacher and args.texture_teacher):
+    if {"semantic", "texture"} & set(stages(args)):
         say("teachers without a folder are stand-ins of our own, trained on drawings")
     if args.pairs:
         paired, alone = find_pairs(args.pairs, "train")
         say(f"{len(paired)} pairs for training in {args.pairs}; {alone} files stand alone")
+    if args.keep:
+        Path(args.keep).mkdir(parents=True, exist_ok=True)  # or fail before hours have passed
     for stage in stages(args):
         train(stage, args, hw)
         if args.keep and hw.rank == 0:
-            keep(find_checkpoint(Path(args.out) / stage), Path(args.keep) / stage)
+            keep_tower(find_checkpoint(Path(args.out) / stage), Path(args.keep) / stage)
         if hw.world > 1:
             dist.barrier()  # the next stage reads what rank 0 has saved
 
@@ -583,7 +580,7 @@ def forecast(args: Args, hw):
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (
             ("tower", tower(args, config)), ("text", TextTower(config.text)))}
     patches = np.mean(budgets(stage, args)).item()
-    again = 4 if stage == "distill" else 2  # teachers as large as the student; the replay
+    again = {"distill": 4, "texture": 10}.get(stage, 2)     # teachers; two views; the replay
     flops = (6 + again) * counts["tower"] * patches * args.batch * args.steps
     memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + (
         args.micro * patches * config.vision.hidden_size * config.vision.depth * 2 * 34)

@@ -7,11 +7,13 @@
 
 In the gym every category has an oracle, so SFT on its demonstrations is nearly a ceiling. RL's case
 is where demonstrations are what they are in life. Each world begins with one model, trained by SFT
-in that world; from there RL and its controls go on, each for the same CPU minutes of one thread,
-examined on the way on held-out tasks. What is done is not done again; what was interrupted goes on.
+in that world; from there RL and its controls go on, each for about the same CPU minutes of one
+thread, examined on the way on held-out tasks. A control gets as many steps as RL's minutes hold at
+its own pace, measured before; the curves are drawn over what it took. What is done is not done again; what was interrupted goes on.
 """
 import functools
 import json
+import os
 import re
 import time
 from collections import defaultdict
@@ -124,7 +126,7 @@ def timed(work, settings, name: str = "") -> float:
 
 
 def pace(work, settings, folder: Path, steps: int = 10) -> float:
-    """CPU seconds a step: of so many behind the first FEW, so that setting up doesn't count."""
+    """CPU seconds a step: of so many behind the first FEW, so that setting up counts little."""
     few, more = (timed(work, replace(settings, out=str(folder), steps=n))
                  for n in (FEW, FEW + steps))
     return (more - few) / steps
@@ -174,7 +176,7 @@ def curves(runs: dict[str, dict]) -> dict:
 def figures(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
     """What RL gained in greedy points: mean, least and most over the seeds. Then percent right by
     category, at the start and at each run's end."""
-    first, gains = runs["rl"][0][0][1], defaultdict(list)
+    first, gains, longer = runs["rl"][0][0][1], defaultdict(list), defaultdict(list)
     for seed, points in runs["rl"].items():
         last = points[-1][1]["greedy"]
         moved = {name: last[name] - value for name, value in first["greedy"].items()}
@@ -182,6 +184,7 @@ def figures(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
         gains["RL's worst category over its start"].append(min(moved.values()))
         for arm in list(runs)[1:]:
             minutes, marks = runs[arm][seed][-1]
+            longer[arm].append(minutes / points[-1][0])
             mean = marks["greedy"]["mean"]
             gains[f"RL over {arm}"].append(last["mean"] - mean)
             gains[f"{arm}, a minute"].append((mean - first["greedy"]["mean"]) / minutes)
@@ -189,6 +192,8 @@ def figures(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
                                for seed, points in runs[arm].items()}
     return {name: {"mean": 100 * float(np.mean(found)), "least": 100 * min(found),
                    "most": 100 * max(found)} for name, found in gains.items()} | {
+        f"{arm}, minutes over RL's": {"mean": float(np.mean(found)), "least": min(found),
+                                      "most": max(found)} for arm, found in longer.items()} | {
         f"{row}, {how}": {name: 100 * value for name, value in marks[how].items()}
         for how in ("greedy", "sampled") for row, marks in ends.items()}
 
@@ -200,6 +205,7 @@ def worlds(args: Args):
             args.before, args.steps) < 0:
         raise UserError("--seeds, --prompts and --count take 1 or more, --minutes more than 0, "
                         "--before and --steps 0 or more")
+    os.environ["OMP_NUM_THREADS"] = "1"         # as minutes are those of one thread
     hw, world, out = setup("cpu"), WORLDS[args.world], Path(args.out) / args.world
     plan, asked = out / "config.json", {
         name: value for name, value in asdict(args).items() if name not in ("seeds", "out", "keep")}
@@ -221,7 +227,7 @@ def worlds(args: Args):
         return mmtp.load(played.init).save_pretrained(args.keep, torch.bfloat16)
     steps = max(PARTS, args.steps or round(
         60 * args.minutes / pace(rl.run, played, out / "pace_rl")))
-    each = pace(pretrain.run, taught, out / "pace_sft")
+    each = pace(pretrain.run, taught, out / "pace_sft", 30)
     controls = dict(list(world.controls.items())[:1 if args.steps else None])
     runs: dict[str, dict] = {"rl": {}, **{arm: {} for arm in controls}}
     for seed in range(args.seeds):
@@ -236,7 +242,7 @@ def worlds(args: Args):
             "title": f"RL beside SFT, world: {args.world}", "where": hw.why, "unit": "minute",
             "figures": figures(runs), "curves": curves(runs), "runs": runs})
         print(f"after {seed + 1} seeds, points: " + ", ".join(
-            f"{name} {row['mean']:.1f}" for name, row in figures(runs).items() if "least" in row))
+            f"{name} {row['mean']:.2f}" for name, row in figures(runs).items() if "least" in row))
     print(f"the report is {report.write(out)}")
 
 

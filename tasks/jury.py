@@ -121,8 +121,9 @@ class Worker:
         path = [str(Path(__file__).parent.parent), *sys.path]
         code = (f"import sys; sys.path[:] = {path}; from tasks.jury import serve; "
                 f"serve({theirs.fileno()}, {deadline})")
+        # A session of its own: a Ctrl-C at the terminal is the trainer's affair.
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL,
-                                        pass_fds=[theirs.fileno()])
+                                        pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         try:                    # wait for it here: its first job's deadline must not pay for that
             if not self.pipe.poll(STARTING):
@@ -162,7 +163,10 @@ class Pool:
             try:                                # once more then, in a fresh process
                 worker = idle.pop()
             except IndexError:
-                worker = Worker(self.deadline)
+                try:
+                    worker = Worker(self.deadline)
+                except (OSError, RuntimeError) as error:
+                    return {}, told(error)
             with suppress(EOFError, OSError):
                 worker.pipe.send_bytes(data)
                 if worker.pipe.poll(self.deadline):
