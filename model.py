@@ -409,7 +409,7 @@ def load_tower(visual: CogViT, folder):
 
 
 def keep_tower(folder: Path, to: Path):
-    """Write the tower of a checkpoint of train_vit.py, alone and in bf16, as a folder of its own."""
+    """Write the tower of a checkpoint of train_vit.py, alone and in bf16, as its own folder."""
     to.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "config.json", to)
     save_tensors(to / "model.safetensors", {

@@ -10,7 +10,7 @@ From `advantages` to `train` this is a whole synchronous trainer. Episodes, task
 played and verifiers judged, come in groups that share a task (play.py); `rewards_of`, `advantages`
 and `lessons` turn a group into Documents with a coefficient for each token, `row_loss` and `update`
 learn from them, and `train` goes round. The asynchronous trainer is the same: only its groups come
-in another way (collect.py). What is left out, and why:
+in another way (collect.py, ranks.py). What is left out, and why:
 - A critic. The mean of the other replies to the same task is the baseline.
 - Dividing advantages by the group's deviation: it favours tasks that nearly all replies solve, or
   nearly none; --std brings it back.
@@ -32,8 +32,7 @@ import torch
 import torch.distributed as dist
 
 import gym
-from collect import (Actor, Collector, Curriculum, Here, Remote, Transfer, accuracy, ages_of,
-                     samples, serve, shared)
+from collect import Actor, Collector, Curriculum, Here, accuracy, ages_of, samples
 from common import (LONG, Log, ROOT, UserError, Watch, checkpoints, cli, find_checkpoint,
                     keep_earlier, load_tensors, main, plan, reason, save_state, setup, write_json)
 from data import Document, Episode, Stream, collate, parse_mix, rows_of, sight
@@ -43,6 +42,7 @@ from mmtp import head_of, load, losses as mtp_losses, prefix
 from model import GLMV
 from optim import OptimConfig, Optimizer, schedule
 from play import Play, Policy, rollout
+from ranks import Remote, Transfer, serve, shared
 from tasks.base import Task
 from tasks.webdev import relative_rewards
 from tokenizer import Tokenizer

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_vit
-from common import ROOT, UserError, checkpoints, cli, main, save_tensors, setup, write_json
+from common import (ROOT, UserError, checkpoints, cli, find_checkpoint, main, save_checkpoint,
+                    save_tensors, setup, write_json)
 from data import pack
 from model import init, load_tower, sized
 from optim import OptimConfig, Optimizer, schedule
@@ -67,18 +68,21 @@ def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict
 
 def taught(args: Args, hw, folder: Path, seed: int) -> dict:
     """A texture teacher that is told the shape under each patch, if there is none; its figures."""
-    config, at = sized("tiny"), folder / "texture" / f"step_{args.labels:06d}"
+    config, out = sized("tiny"), folder / "texture"
     visual = train_vit.tower(train_vit.Args(), config)
     model = nn.ModuleDict({"visual": visual, "head": nn.Linear(
         config.vision.hidden_size, 1 + len(SHAPES))})
     init(model, seed)
     model.to(hw.device)
-    if checkpoints(at.parent):
-        load_tower(visual, at)
+    if checkpoints(out):
+        if json.loads((find_checkpoint(out) / "config.json").read_text())["stage"] != "labels":
+            raise UserError(f"{out} is a stand-in without labels; choose another --out")
+        load_tower(visual, find_checkpoint(out))
         return probe(visual, Exam(config, 64))
     optimizer = Optimizer(model.named_parameters(), OptimConfig())
     for step in range(args.labels):
-        drawn = [scene(seed * 10 ** 6 + step * args.batch + i) for i in range(args.batch)]
+        first = 10 ** 7 + seed * 10 ** 6 + step * args.batch
+        drawn = [scene(first + i) for i in range(args.batch)]
         patches, grids = pack([np.asarray(image) for image, _ in drawn], config.vision)
         kinds = [patch_labels(*pair, config.vision.patch_size) for pair in drawn]
         said = model["head"](visual(patches.to(hw.device), grids.to(hw.device)))
@@ -88,9 +92,12 @@ def taught(args: Args, hw, folder: Path, seed: int) -> dict:
         optimizer.step(schedule(step, args.labels, 20, "cosine"))
         if step % 50 == 49:
             print(f"labels {step + 1}/{args.labels} | loss {loss.item():.4f}", flush=True)
-    at.mkdir(parents=True)
-    write_json(at / "config.json", {"stage": "labels", "vision_config": asdict(config.vision)})
-    save_tensors(at / "model.safetensors", optimizer.masters)
+
+    def write(at):
+        write_json(at / "config.json", {"stage": "labels", "vision_config": asdict(config.vision)})
+        save_tensors(at / "model.safetensors", optimizer.masters)
+
+    save_checkpoint(out, args.labels, write)
     return probe(visual, Exam(config, 64))
 
 

@@ -8,8 +8,8 @@
 In the gym every category has an oracle, so SFT on its demonstrations is nearly a ceiling. RL's case
 is where demonstrations are what they are in life. Each world begins with one model, trained by SFT
 in that world; from there RL and its controls go on, each for about the same CPU minutes of one
-thread, examined on the way on held-out tasks. A control gets as many steps as RL's minutes hold at
-its own pace, measured before; the curves are drawn over what it took. What is done is not done again; what was interrupted goes on.
+thread, examined on the way on held-out tasks: a control gets as many steps as RL's minutes hold at
+its own pace, measured before. What is done is not done again; what was interrupted goes on.
 """
 import functools
 import json

@@ -157,7 +157,8 @@ class Scene(OneShot):
 
     def clip(self):
         """(two frames, the lone thing in the first, where it goes, by half a patch of `tiny`: so
-        that a patch sees it go). No category asks about it; a vision tower learns movement from it. [O]"""
+        that a patch sees it go). No category asks about it; a vision tower learns movement from
+        it. [O]"""
         rng, palette, pair = self.rng, self.palette(), pick(self.rng, self.pairs())
         move = pick(rng, tuple(MOVES))
         dx, dy = MOVES[move]

@@ -101,6 +101,12 @@ def test_gym_stands_for_every_category():
     assert sum(mix.values()) == pytest.approx(9) and len({mix[n] for n in gym.names()}) == 1
 
 
+def test_what_is_named_twice_has_both_weights():
+    mix = parse_mix("point:2,gym,point", sight(TINY))
+    own = 1 / len(gym.names(sight(TINY)))
+    assert dict(mix)["point"] == pytest.approx(3 + own) and len(mix) == len(dict(mix))
+
+
 def test_levels_begin_with_the_easy_one(monkeypatch):
     tasks, demonstrate = [], gym.demonstrate
     monkeypatch.setattr(gym, "demonstrate",

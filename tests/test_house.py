@@ -12,7 +12,7 @@ from common import ROOT
 FLOORS = {
     "common": 0, "tokenizer": 1, "kernels": 1, "tasks": 2, "vit": 2, "optim": 2, "teachers": 3,
     "model": 3, "gym": 3, "data": 4, "mmtp": 4, "engine": 5, "pictures": 5, "play": 5, "collect": 5,
-    "pretrain": 6, "train_vit": 6, "rl": 6, "sample": 6, "serve": 6, "lab": 7,
+    "ranks": 5, "pretrain": 6, "train_vit": 6, "rl": 6, "sample": 6, "serve": 6, "lab": 7,
     "recipes": 7}
 PACKAGES = {"torch", "numpy", "einops", "tiktoken", "PIL", "tqdm", "triton", "pytest"}
 NOT_OURS = {".git", ".venv", "out", "__pycache__", ".pytest_cache"}

@@ -208,6 +208,14 @@ def test_a_saved_state_goes_on_the_same(model):
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
+def test_who_resumes_may_change_the_decay(model):
+    """The options are those of the command line, not of the file."""
+    saved = Optimizer(model.named_parameters(), OptimConfig(weight_decay=0.05)).state_dict()
+    optimizer = Optimizer(model.named_parameters(), OptimConfig(weight_decay=0.5))
+    optimizer.load_state_dict(saved)
+    assert {group["weight_decay"] for group in optimizer.adam.param_groups} == {0.0, 0.5}
+
+
 # ---- schedules ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind,step,want", [

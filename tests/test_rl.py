@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import collect
 import gym
+import ranks
 import rl
 from collect import Actor, Collector, Curriculum, figures_of
 from common import ROOT, UserError, checkpoints, new_life, setup
@@ -453,8 +454,10 @@ def test_the_alarm_rings_when_reward_and_accuracy_part(tmp_path, begin, monkeypa
     (dict(levels=9), "--levels takes 1 to 5"), (dict(mix="counting:0"), "--mix takes"),
     (dict(max_staleness=-1), "--max_staleness takes 0")])
 def test_bad_options_are_one_clear_line(tmp_path, begin, change, message):
+    (tmp_path / "run" / "step_000007").mkdir(parents=True)      # an earlier run: it stays
     with pytest.raises(UserError, match=message):
         go(tmp_path / "run", begin, **{"steps": 1, **change})
+    assert checkpoints(tmp_path / "run")
 
 
 def test_a_group_is_shown_its_picture_once(tiny):
@@ -695,6 +698,55 @@ def test_a_category_that_fails_is_paused_and_a_run_that_fails_ends():
             books.note([episode(None)] * 8, False)
 
 
+def test_an_error_long_ago_may_pause_a_category_in_a_fine_group():
+    said = []
+    books = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 3, said.append)
+    books.note([episode(None)] * 8, False)
+    for _ in range(4):
+        books.note([episode(1)] * 8, False)
+    assert len(said) == 1 and said[0].startswith("counting is paused") and "gone" in said[0]
+    books.top = {"counting": 2, "point": 1}
+    again = Curriculum((("counting", 1.0), ("text_code", 1.0)), 0, 2, said.append)
+    again.restore(books.state())        # by somebody who has mended it
+    assert "counting was paused for its errors and is tried again" in said
+    assert not again.paused("counting") and again.top == {"counting": 1, "text_code": 0}
+
+
+def test_errors_are_learnt_from_by_nobody_and_age_nothing():
+    old = episode(None, version=0)
+    assert collect.ages_of([[old, episode(1, index=1, version=3)]], 4) == {
+        "stale": 1.0, "stale_max": 1.0}
+
+
+def test_so_many_rollouts_are_under_way_and_groups_may_begin_in_part(tiny, monkeypatch):
+    """Three groups of four, of which six rollouts may be under way; the first screen hangs."""
+    collector = troupe(tiny, monkeypatch, HANG, prompts=3, staleness=1, flight=6)
+    begun, start = [], collector.actor.start
+    monkeypatch.setattr(collector.actor, "start", lambda orders: (
+        begun.append([(e.group, e.index) for e in orders]), start(orders)))
+    collector.turn()
+    assert begun == [[(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]] and len(collector.open) == 2
+    groups = collector.collect(0)       # the rest follows, one by one
+    assert len(groups) == 3 and all(len(group) == 4 for group in groups)
+    assert all(group[0].group > 0 for group in groups)
+    collector._give_up(0)
+    assert not any(order.group == 0 for order in collector.orders)
+
+
+def test_a_run_that_ends_for_its_errors_is_saved(tmp_path, begin, monkeypatch):
+    some_reward(monkeypatch)
+    whole = Collector.collect
+
+    def stops(self, step):
+        if step == 2:
+            raise UserError("60% of all rollouts end in errors")
+        return whole(self, step)
+    monkeypatch.setattr(Collector, "collect", stops)
+    with pytest.raises(UserError, match="60% of all"):
+        go(tmp_path, begin, steps=9)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
+
+
 def replace_task(e: Episode, name: str) -> Episode:
     e.task = Task(name, e.task.seed)
     return e
@@ -824,7 +876,7 @@ def test_an_order_waits_for_its_weights(slack):
     class Slow:
         work, weights, asked = [], {}, 0
 
-        def begin(self, weights=None):
+        def begin(self, weights=None, leave=None):
             self.work = ["under way"]
 
         def arrived(self):
@@ -852,11 +904,11 @@ def test_an_order_waits_for_its_weights(slack):
                 store.set("over", b"yes")
             return []
 
-    remote = collect.Remote(store, [1], Slow(), 0, slack)
+    remote = ranks.Remote(store, [1], Slow(), 0, slack)
     remote.load({}, 1)
     remote.start([Episode(Task("point", 0), group, 0) for group in (3, 4, 5)])
     remote.abort(4)
-    collect.serve(Player(), Slow(), store, 1, 0)
+    ranks.serve(Player(), Slow(), store, 1, 0)
     assert seen == ([-4, "weights", 3, 5] if slack == 0 else [-4, 3, 5, "weights"])
 
 
@@ -906,8 +958,8 @@ def test_a_slow_reader_finds_everything_once():
         def arrived(self):
             return False
 
-        def wait(self):
-            return True
+        def wait(self, leave):
+            return not leave()
 
     class Quick:
         def __init__(self):
@@ -922,11 +974,11 @@ def test_a_slow_reader_finds_everything_once():
         def step(self):
             ended, self.orders = self.orders, []
             return [replace(e, score=Score(1.0)) for e in ended]
-    players = {rank: threading.Thread(target=collect.serve, args=(Quick(), Still(), store, rank, 0))
+    players = {rank: threading.Thread(target=ranks.serve, args=(Quick(), Still(), store, rank, 0))
                for rank in (1, 2)}
     for player in players.values():
         player.start()
-    remote = collect.Remote(store, [1, 2], Still(), 0, 0)
+    remote = ranks.Remote(store, [1, 2], Still(), 0, 0)
     asked = [Episode(Task("point", group), group, i) for group in range(50) for i in range(4)]
     remote.start(asked)
     for rank in players:        # the last of each rank's own
@@ -945,12 +997,31 @@ def test_a_slow_reader_finds_everything_once():
 
 def test_who_waits_for_the_dead_is_told():
     """A rank without a pulse ends the run; a trainer that does not listen for long does not."""
-    remote = collect.Remote(dist.HashStore(), [1], None, 0, 0, silence=5.0)
-    remote._feel_pulse(1, 0, remote.alive[1][1] + 5)
-    remote._feel_pulse(1, 7, now := remote.alive[1][1] + 100)
-    remote._feel_pulse(1, 7, now + 5)
+    store = dist.HashStore()
+    remote = ranks.Remote(store, [1], None, 0, 0, silence=5.0)
+    remote._feel_pulses(remote.alive[1][1] + 5)
+    store.add("alive/1", 7)
+    remote._feel_pulses(now := remote.alive[1][1] + 100)
+    remote._feel_pulses(now + 5)
     with pytest.raises(UserError, match="rank 1, which plays, has not been heard of for 5 seconds"):
-        remote._feel_pulse(1, 7, now + 5.1)
+        remote._feel_pulses(now + 5.1)
+
+
+def test_weights_that_never_arrive_hold_nobody_up_for_ever(tiny, monkeypatch):
+    """Who should take them is dead, or told to leave."""
+    transfer = ranks.Transfer(GLMV(sized("tiny")), None)
+    transfer.work = [type("Work", (), {"is_completed": lambda self: False})()]
+    dead = ranks.Remote(dist.HashStore(), [1], transfer, 0, 0, silence=0.01)
+    with pytest.raises(UserError, match="rank 1, which plays, has not been heard of"):
+        dead.load({}, 1)
+    with pytest.raises(UserError, match="rank 1, which plays, has not been heard of"):
+        dead.close()
+    assert dead.store.check(["over"])
+    broken = type("Work", (), {"is_completed": lambda self: True, "wait": lambda self: 1 / 0})
+    transfer.work = [broken()]          # the other side has left, by the same signal
+    left = ranks.Remote(dist.HashStore(), [1], transfer, 0, 0, lambda: True)
+    left.load({}, 1)
+    left.close()
 
 
 def test_leaving_in_the_midst_loses_no_task_and_counts_none_twice(tiny, monkeypatch):

@@ -97,6 +97,10 @@ def test_the_mixture_is_80_10_10_and_of_the_better_of_two():
     busy = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
     blurred = np.asarray(Image.fromarray(busy).resize((8, 8)).resize((64, 64)))
     assert quality(busy) > quality(blurred) > quality(np.full((64, 64, 3), 9, np.uint8)) == 0
+    small, large = (Pictures(sized("tiny"), side) for side in (64, 256))
+    sharp = [np.abs(np.diff(stream._draw(np.random.default_rng(3), "natural"), axis=0)).max(-1) > 60
+             for stream in (small, large)]     # an edge stays one pixel wide
+    assert sharp[1].shape == (255, 256) and sharp[1].mean() < 0.5 * sharp[0].mean()
 
 
 def test_a_batch_has_one_budget_and_uses_it():
@@ -159,8 +163,13 @@ def test_corrupt_pictures_are_counted_and_too_many_are_one_line(tmp_path, small_
     (tmp_path / "pairs" / "a.png").write_bytes(b"")
     log = train(tmp_path, "align", pairs=str(tmp_path / "pairs"), steps=6)
     assert sum(line["skipped"] for line in log) > 0
-    for path in (tmp_path / "pairs").glob("*.png"):
-        path.write_bytes(b"")
+    image, text, *_ = draw_pair(np.random.default_rng(0), str(tmp_path / "pairs"), "train")
+    assert text
+    for i, path in enumerate((tmp_path / "pairs").glob("*.png")):
+        if i % 2:
+            path.write_bytes(b"")
+        else:           # found before, gone now
+            path.with_suffix(".txt").unlink()
     with pytest.raises(UserError, match="20 pictures in a row can't be read"):
         train(tmp_path / "second", "align", pairs=str(tmp_path / "pairs"))
 
@@ -507,7 +516,8 @@ def test_two_processes_are_one(tmp_path, small_exam):
     (dict(budgets="2"), "--budgets takes"), (dict(pairs="nowhere"), "no such folder"),
     (dict(semantic_teacher="nowhere"), "no teacher in nowhere"), (dict(steps=0), "--steps"),
     (dict(supervise="none"), "--supervise"), (dict(seed=-1), "--seed"),
-    (dict(stage="align", init="nowhere"), "no such folder"),
+    (dict(stage="align", init="nowhere"), "no such folder"), (dict(init="nowhere"), "no such"),
+    (dict(stage="teachers", init="."), "no teacher does"),
     (dict(stage="distill"), "no semantic teacher")])
 def test_bad_options_are_one_line(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
