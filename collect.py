@@ -284,6 +284,15 @@ class Collector:
         # Of the time between two turns a second counts at most: examinations are nobody's delay.
         now = time.monotonic()
         self.clock, self.last = self.clock + min(1.0, now - self.last), now
+        self._order(collecting)
+        for episode in self.actor.step(collecting):
+            self._file(episode)
+        for id, group in list(self.open.items()):
+            if self.clock - group.began > self.patience:
+                self._too_long(id, group)
+
+    def _order(self, collecting: bool):
+        """Draw groups, as many as staleness allows, and start what there is room for."""
         enough = not self.staleness and len(self.ready) >= self.prompts
         wanted = 0 if enough else round(self.prompts * self.curriculum.expansion)
         rounds = self.staleness + collecting
@@ -301,11 +310,6 @@ class Collector:
         if room > 0:
             self.actor.start(self.orders[:room])
             del self.orders[:room]
-        for episode in self.actor.step(collecting):
-            self._file(episode)
-        for id, group in list(self.open.items()):
-            if self.clock - group.began > self.patience:
-                self._too_long(id, group)
 
     def collect(self, step: int) -> list[list[Episode]] | None:
         """The groups to learn from at `step`, which is also the version of the newest weights;

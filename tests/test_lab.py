@@ -12,7 +12,7 @@ import mmtp
 import pretrain
 import rl
 import train_vit
-from common import UserError, load_tensors
+from common import UserError, load_tensors, setup
 from data import parse_mix
 from lab import demo, drafts, mmtp_options, report, vit_claims, vit_pays, worlds
 from model import GLMV, sized
@@ -209,6 +209,19 @@ def test_claims_about_the_tower(tmp_path, small_towers):
     assert figures["seed 0: aims"][
         "linear + dense, points over the better single teacher's student (0)"] == pytest.approx(
         100 * (worth["both"] - max(worth["semantic"], worth["texture"])))
+    with pytest.raises(UserError, match="is a stand-in without labels"):
+        vit_claims.claims(vit_claims.Args(steps=1, teacher_steps=5, batch=4, labels=2,
+                                          out=str(tmp_path)))
+
+
+def test_a_teacher_that_was_told_stands_in_the_other_ones_place(tmp_path, small_towers, capsys):
+    settings = vit_claims.Args(steps=1, teacher_steps=5, batch=4, labels=60, out=str(tmp_path))
+    hw = setup("cpu")
+    first = vit_claims.taught(settings, hw, tmp_path / "seed0", 0)
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert first == vit_claims.taught(settings, hw, tmp_path / "seed0", 0) and losses[-1] < 0.6
+    found = vit_claims.one_seed(settings, hw, 0)
+    assert found["teacher texture"] == first and "student of texture" in found
 
 
 @pytest.mark.slow
