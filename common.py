@@ -242,7 +242,7 @@ def total(value: torch.Tensor) -> torch.Tensor:
 
 def plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float, memory: float):
     """Print what a run would take and cost (`--plan`). flops: of the whole run, all ranks."""
-    mfu = 0.4 if hw.device.type == "cuda" else 0.2  # what such runs reach; see LOG.md
+    mfu = 0.4 if hw.device.type == "cuda" else 0.2  # what such runs may reach: a guess
     hours = flops / (hw.peak * hw.world * mfu) / 3600
     print(f"on          {hw.why}")
     for name, count in parts.items():

@@ -3,7 +3,7 @@
     python pretrain.py --steps=200                          a first look, any machine
     python pretrain.py --mix=gym:9,text,code --levels=3     all tasks, up to level 2, some text
     python pretrain.py --init=out/pretrain --lr=1e-3 --out=out/sft   go on from other weights
-    torchrun --nproc_per_node=8 pretrain.py --size=small    data parallel; same batch, same result
+    torchrun --nproc_per_node=8 pretrain.py --size=small --rows=16     two rows a rank
     python pretrain.py --size=base --plan                   what it would take, then stop
 
 One step is `rows` packed rows, dealt out over the ranks; the loss is divided by the summed weights

@@ -3,10 +3,10 @@
     python sample.py ask --image=photo.png "What color is the circle?"
     python sample.py ask --image=a.png --image=b.jpg "Which one is red?" --temperature=0.7
     python sample.py ask --image=photo.png "Read the text." --drafts=3      speculative decoding
-    python sample.py eval --count=200                    every category, held-out tasks
+    python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
 
-Without --ckpt the demo's checkpoint in ckpt/ answers: 0.8M parameters trained for minutes on
+Without --ckpt the demo's checkpoint in ckpt/ answers: 1.0M parameters trained for minutes on
 64-pixel drawings of shapes, characters and buttons. It knows nothing else.
 """
 import json
@@ -51,7 +51,7 @@ class Ask:
     temperature: float = 0.0      # 0 takes the most likely token each time
     top_p: float = 1.0            # keep the most likely tokens up to this probability
     seed: int = 0                 # of the drawing, where temperature is above 0
-    drafts: int = 0               # tokens that the MTP head guesses ahead; the answer is the same
+    drafts: int = 0               # tokens that the MTP head guesses ahead; same answer in float32
     device: str = "auto"          # auto, cpu, cuda or mps
     dtype: str = "auto"           # auto, float32 or bfloat16
 
@@ -93,7 +93,7 @@ def readable(reply: str) -> str:
 class Eval:
     ckpt: str = ""                # checkpoint or run folder; default: the demo's
     mix: str = ""                 # categories; default: those in the checkpoint's report, or gym
-    levels: int = 2               # tasks come from levels 0..levels-1, in turn
+    levels: int = 1               # tasks come from levels 0..levels-1, in turn
     count: int = 200              # tasks a category
     split: str = "test"           # test: held-out seeds and factors; train: as in training
     seed: int = 1_000_000         # first task seed

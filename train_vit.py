@@ -60,7 +60,7 @@ class Args:
     semantic_teacher: str = ""    # Hugging Face folder of SigLIP2; default: the stand-in of --out
     texture_teacher: str = ""     # Hugging Face folder of DINOv3 or DINOv2; default: the stand-in
     ema: float = 0.99             # how slowly the texture stand-in's own teacher follows
-    budgets: str = ""             # align: patches an image, drawn for each batch; NaFlex's five
+    budgets: str = ""             # align: patches an image, drawn for each batch; default: by size
     pairs: str = ""               # folder of x.png beside x.txt; default: captioned drawings
     clips: float = 0.0            # share of those drawings in which something moves, in two frames
     lr: float = 4e-3              # peak learning rate of the vision tower; Muon and AdamW alike

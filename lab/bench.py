@@ -338,7 +338,7 @@ def naflexvit():
         return module
     except ImportError as error:
         raise UserError(f"lab.bench vit compares with timm ({error}): "
-                        "pip install -r requirements-peers.txt") from None
+                        "make .venv/peers, or pip install --no-deps timm") from None
     finally:
         for name in missing:
             del sys.modules[name]

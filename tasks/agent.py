@@ -254,7 +254,7 @@ class GuiMultiApp(Errand):
 
 class WidgetState(OneShot):
     """How one switch, box, slider, tab or choice stands; at level 4 also how many are on."""
-    family, tier, verifier, min_pixels = "agent", 0, "EX", 128
+    family, tier, verifier, min_pixels = "perception", 0, "EX", 128
     blind = (0.5, 0.5, 0.4, 0.3, 0.27)
     kinds = (("switch",), ("switch", "check"), ("switch", "check", "slider"),
              ("switch", "check", "slider", "choice"), ("switch", "slider", "slider", "choice"))
@@ -285,7 +285,7 @@ class WidgetState(OneShot):
 
 class UiGround(OneShot):
     """The box of a row, a button or a single control of any screen."""
-    family, tier, verifier, min_pixels = "agent", 1, "IOU", 128
+    family, tier, verifier, min_pixels = "perception", 1, "IOU", 128
     blind = (0.25, 0.2, 0.15, 0.12, 0.12)
 
     def make(self):
