@@ -1,6 +1,6 @@
 """The whole pipeline on a laptop: train, examine, answer, learn from reward, report.
 
-    python -m lab.demo                    about a quarter of an hour on 2 cores, no network
+    python -m lab.demo                    about 17 minutes on 2 cores, no network
     python -m lab.demo --seed=1 --out=out/demo1
     python -m lab.demo --keep=ckpt/demo   rebuild the checkpoint that stands in the repository
 
