@@ -153,7 +153,8 @@ def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
         full = script.Args
         monkeypatch.setattr(script, "Args", lambda full=full, small=small, **kw: full(**kw | small))
     monkeypatch.setattr(worlds, "FEW", 1)
-    monkeypatch.setattr(worlds, "pace", lambda *args, pace=worlds.pace: max(pace(*args, 1), 0.4))
+    monkeypatch.setattr(worlds, "pace", lambda work, settings, folder, *_, pace=worlds.pace: max(
+        pace(work, settings, folder, 1), 0.4))
     args = worlds.Args(seeds=1, minutes=0.02, before=1, count=1, out=str(tmp_path),
                        init=str(tmp_path / "model"))
     with pytest.raises(UserError, match="no checkpoint"):
