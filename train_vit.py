@@ -60,6 +60,7 @@ class Args:
     semantic_teacher: str = ""    # Hugging Face folder of SigLIP2; default: the stand-in of --out
     texture_teacher: str = ""     # Hugging Face folder of DINOv3 or DINOv2; default: the stand-in
     ema: float = 0.99             # how slowly the texture stand-in's own teacher follows
+    texture_part: float = 0.2     # the share of --steps it takes: with more it forgets [O]
     budgets: str = ""             # align: patches an image, drawn for each batch; default: by size
     pairs: str = ""               # folder of x.png beside x.txt; default: captioned drawings
     clips: float = 0.0            # share of those drawings in which something moves, in two frames
@@ -377,7 +378,7 @@ def check(args: Args) -> Args:
     for name, known in words.items():
         if getattr(args, name) not in known.split():
             raise UserError(f"--{name} is one of: {known}; not '{getattr(args, name)}'")
-    for name in ("masked", "cosine", "ema", "clips"):
+    for name in ("masked", "cosine", "ema", "clips", "texture_part"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} takes a share from 0 to 1, not {getattr(args, name)}")
     if args.pairs and args.clips:
@@ -566,7 +567,8 @@ def run(args: Args):
     if args.keep:
         Path(args.keep).mkdir(parents=True, exist_ok=True)  # or fail before hours have passed
     for stage in stages(args):
-        train(stage, args, hw)
+        part = args.texture_part if stage == "texture" else 1.0
+        train(stage, replace(args, steps=max(1, round(part * args.steps))), hw)
         if args.keep and hw.rank == 0:
             keep_tower(find_checkpoint(Path(args.out) / stage), Path(args.keep) / stage)
         if hw.world > 1:

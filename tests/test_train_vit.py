@@ -35,7 +35,7 @@ from train_vit import Args, Contrast, Distil, SelfDistil, check
 from vit import AttentionPool, naflex
 
 SMALL = dict(steps=4, batch=8, warmup=1, workers=0, eval_every=0, save_every=2, device="cpu",
-             dtype="float32")
+             dtype="float32", texture_part=1.0)
 
 
 @pytest.fixture
