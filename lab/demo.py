@@ -2,11 +2,13 @@
 
     python -m lab.demo                    about 17 minutes on 2 cores, no network
     python -m lab.demo --seed=1 --out=out/demo1
+    python -m lab.demo --tower_steps=300  a tower of its own first: teachers, distill, align
     python -m lab.demo --keep=ckpt/demo   rebuild the checkpoint that stands in the repository
 
 What it trains stands for the big run in small: one pretraining stage on six categories of the gym
 at their easiest level, from the small vision tower that stands in ckpt/semantic (`make tower`
-trains it). Then joint RL, in two of lab.worlds' worlds in small, where demonstrations are what they
+trains it), or, with --tower_steps, from one that has gone through all stages of train_vit.py just
+before: that takes minutes and, at this scale, has not paid (lab.vit_pays). Then joint RL, in two of lab.worlds' worlds in small, where demonstrations are what they
 are in life: in `fallible` the annotators err in 60% of what can be wrong, in `untold` nobody has
 ever shown how a form is filled in. Interrupted, it goes on where it was. It writes report.json and
 report.html (curves, table, pictures) into the run folder.
@@ -28,6 +30,7 @@ from PIL import Image
 import gym
 import mmtp
 import pretrain
+import train_vit
 from common import (ROOT, UserError, checkpoints, clock, cli, find_checkpoint, main, setup,
                     write_json)
 from data import parse_mix
@@ -44,6 +47,7 @@ WORLDS = {"fallible": "annotators err", "untold": "forms never shown"}
 @dataclass
 class Args:
     steps: int = 2600             # of pretraining, about nine minutes on 2 cores
+    tower_steps: int = 0          # of each stage of a vision tower of its own; 0: ckpt/semantic
     rl_steps: int = 24            # of RL in each of the two worlds; 0: without them
     seed: int = 0                 # of weights and samples
     count: int = 300              # held-out tasks a category in the examination
@@ -60,9 +64,15 @@ def train(args: Args, hw) -> Path:
     if done:
         print(f"pretraining is done: {done[0]}")
         return done[0]
+    tower = ROOT / "ckpt/semantic"
+    if args.tower_steps:
+        print("first a vision tower: teachers, distillation, alignment")
+        tower = run.with_name("vit") / "align"
+        train_vit.run(train_vit.Args(steps=args.tower_steps, out=str(tower.parent), resume=True,
+                                     log_every=50, seed=args.seed, device=args.device))
     pretrain.run(pretrain.Args(
         steps=args.steps, seed=args.seed, mix=MIX, levels=args.levels, out=str(run), resume=True,
-        vit=str(ROOT / "ckpt/semantic"), mtp_alone=True, mtp_share=0.12, save_every=200,
+        vit=str(tower), mtp_alone=True, mtp_share=0.12, save_every=200,
         eval_every=100, log_every=50, device=args.device))
     return find_checkpoint(run)
 
@@ -138,6 +148,8 @@ def two_worlds(args: Args, start: Path) -> dict[str, dict]:
 
 
 def demo(args: Args):
+    if min(args.steps, args.count) < 1 or min(args.tower_steps, args.rl_steps) < 0:
+        raise UserError("--steps and --count take 1 or more, --tower_steps and --rl_steps 0 or more")
     began, out = time.time(), Path(args.out)
     hw = setup(args.device)
     if hw.world > 1:

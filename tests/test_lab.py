@@ -12,10 +12,10 @@ import mmtp
 import pretrain
 import rl
 import train_vit
-from common import UserError, load_tensors, setup
+from common import UserError, find_checkpoint, load_tensors, setup
 from data import parse_mix
 from lab import demo, drafts, mmtp_options, report, vit_claims, vit_pays, worlds
-from model import GLMV, sized
+from model import GLMV, load_tower, sized
 from pictures import Exam
 from tasks.base import Task, box
 from test_pretrain import own_signals  # noqa: F401
@@ -38,6 +38,17 @@ def test_the_demo_trains_examines_answers_and_reports(tmp_path, monkeypatch):
     before = (tmp_path / "run/pretrain/log.jsonl").read_text()
     demo.demo(args)  # once more: nothing is trained again
     assert (tmp_path / "run/pretrain/log.jsonl").read_text() == before
+
+
+def test_the_demo_may_make_its_own_tower(tmp_path, small_towers, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pretrain, "run", lambda args: seen.append(load_tower(
+        GLMV(sized("tiny")).model.visual, find_checkpoint(args.vit))))
+    with pytest.raises(UserError, match="no checkpoint"):       # as nothing is pretrained here
+        demo.demo(demo.Args(tower_steps=1, rl_steps=0, out=str(tmp_path)))
+    assert len(seen) == 1 and [p.name for p in sorted((tmp_path / "vit").glob("*/step_*"))]
+    with pytest.raises(UserError, match="--rl_steps 0 or more"):
+        demo.demo(demo.Args(tower_steps=-1))
 
 
 def test_the_demos_worlds_run_side_by_side_and_are_told_of(tmp_path, monkeypatch, capfd):
