@@ -8,10 +8,11 @@
 What it trains stands for the big run in small: one pretraining stage on six categories of the gym
 at their easiest level, from the small vision tower that stands in ckpt/semantic (`make tower`
 trains it), or, with --tower_steps, from one that has gone through all stages of train_vit.py just
-before: that takes minutes and, at this scale, has not paid (lab.vit_pays). Then joint RL, in two of lab.worlds' worlds in small, where demonstrations are what they
-are in life: in `fallible` the annotators err in 60% of what can be wrong, in `untold` nobody has
-ever shown how a form is filled in. Interrupted, it goes on where it was. It writes report.json and
-report.html (curves, table, pictures) into the run folder.
+before: that takes minutes and, at this scale, has not paid (lab.vit_pays). Then joint RL, in two of
+lab.worlds' worlds in small, where demonstrations are what they are in life: in `fallible` the
+annotators err in 60% of what can be wrong, in `untold` nobody has ever shown how a form is filled
+in. Interrupted, it goes on where it was. It writes report.json and report.html (curves, table,
+pictures) into the run folder.
 """
 import json
 import os
@@ -149,7 +150,8 @@ def two_worlds(args: Args, start: Path) -> dict[str, dict]:
 
 def demo(args: Args):
     if min(args.steps, args.count) < 1 or min(args.tower_steps, args.rl_steps) < 0:
-        raise UserError("--steps and --count take 1 or more, --tower_steps and --rl_steps 0 or more")
+        raise UserError("--steps and --count take 1 or more, --tower_steps and --rl_steps 0 or "
+                        "more")
     began, out = time.time(), Path(args.out)
     hw = setup(args.device)
     if hw.world > 1:

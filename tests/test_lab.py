@@ -47,7 +47,7 @@ def test_the_demo_may_make_its_own_tower(tmp_path, small_towers, monkeypatch):
     with pytest.raises(UserError, match="no checkpoint"):       # as nothing is pretrained here
         demo.demo(demo.Args(tower_steps=1, rl_steps=0, out=str(tmp_path)))
     assert len(seen) == 1 and [p.name for p in sorted((tmp_path / "vit").glob("*/step_*"))]
-    with pytest.raises(UserError, match="--rl_steps 0 or more"):
+    with pytest.raises(UserError, match="--rl_steps 0 or "):
         demo.demo(demo.Args(tower_steps=-1))
 
 
