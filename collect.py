@@ -48,7 +48,7 @@ class Curriculum:
         self.kept: list[tuple] = []                     # tasks given up unplayed: they go first
         self.cells: dict[str, list] = {}                # "name/level": mean reward, groups
         self.top = dict.fromkeys(self.mix, 0)           # the highest level that is open
-        self.faults: dict[str, list] = {}       # name: errors and rollouts, both fade; the last
+        self.faults: dict[str, list] = {}       # name: errors, rollouts (both fade), last error
         self.silent = 0.0                               # share of groups without signal
 
     STATE = ("drawn", "kept", "cells", "top", "faults", "silent")
@@ -105,7 +105,7 @@ class Curriculum:
         wrong, count = (sum(b[i] for b in self.faults.values()) for i in (0, 1))
         if count >= 32 * len(self.mix) and wrong > 0.5 * count:     # errors are the first to end
             raise UserError(f"{wrong / count:.0%} of all rollouts end in errors, the last in: "
-                            f"{book[2]}; the run stops")
+                            f"{max(self.faults.values())[2]}; the run stops")
         if len(errors) == len(group):
             return
         self.silent += 0.02 * ((not live) - self.silent)
@@ -239,8 +239,7 @@ class Collector:
     """
 
     def __init__(self, actor, curriculum: Curriculum, prompts: int, size: int, staleness: int,
-                 patience: float, live, flight: int = 0,
-                 leave=lambda: False):
+                 patience: float, live, flight: int = 0, leave=lambda: False):
         self.actor, self.curriculum, self.live, self.flight = actor, curriculum, live, flight
         self.prompts, self.size, self.staleness = prompts, size, staleness
         self.patience, self.leave, self.count, self.finished, self.step = patience, leave, 0, 0, 0
@@ -251,18 +250,15 @@ class Collector:
         self.tried: set[Task] = set()           # given up once
         self.clock, self.last = 0.0, time.monotonic()
         self.stale = self.twice = self.given_up = 0
-        self.waited, self.before = 0.0, (0.0, 0.0)
+        self.waited, self.before = 0.0, (0.0, 0.0)     # what `collect` took; delays when it began
 
     def figures(self) -> dict:
-        """What is seen of a step, players' delays since the last `mark`; `dropped` and `twice`
-        (delivered twice, or too late) since the start."""
+        """What is seen of a step, from the beginning of `collect`; `dropped` and `twice` (delivered
+        twice, or too late) since the start of the run."""
         idle, stalled = (b - a for a, b in zip(self.before, self.actor.delays()))
         return figures_of(self.seen, self.live) | {
             "waited": self.waited, "idle": idle, "stalled": stalled,
             "dropped": self.stale + self.given_up, "twice": self.twice}
-
-    def mark(self):
-        self.before = self.actor.delays()
 
     def state(self) -> dict:
         """What to go on from: finished groups as bytes; those under way are simply run again."""
@@ -315,6 +311,7 @@ class Collector:
         """The groups to learn from at `step`, which is also the version of the newest weights;
         None where it is to leave: what has come by then is in `state`."""
         began, self.finished, self.seen, self.step = time.perf_counter(), 0, [], step
+        self.before = self.actor.delays()
         self.ready = [group for group in self.ready if not self._is_stale(group, step)]
         while len(self.ready) < self.prompts or not self.staleness and self.tried & {
                 group.task for group in self.open.values()}:

@@ -546,6 +546,7 @@ class Watch:
         return bool(stop)
 
     def save(self):
+        """Save now, if this rank is the one to; where that fails `saved` stays behind `done`."""
         if self.hw.rank or save_checkpoint(self.out, self.done, self.write):
             self.saved = self.done
 

@@ -472,7 +472,6 @@ def run(args: Args):
         if args.eval_every and not exams.held:
             exams.hold(model, start)
     clock = time.perf_counter()
-    collector.mark()
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
         if lead and done < args.steps:
@@ -490,7 +489,6 @@ def run(args: Args):
         if watch.stop(done):
             break
         clock = time.perf_counter()
-        collector.mark()
     log.close()
     rewards.close()
     try:

@@ -583,11 +583,12 @@ def forecast(args: Args, hw):
             ("tower", tower(args, config)), ("text", TextTower(config.text)))}
     patches = np.mean(budgets(stage, args)).item()
     again = {"distill": 4, "texture": 10}.get(stage, 2)     # teachers; two views; the replay
-    flops = (6 + again) * counts["tower"] * patches * args.batch * args.steps
+    steps = round(args.steps * (args.texture_part if stage == "texture" else 1))
+    flops = (6 + again) * counts["tower"] * patches * args.batch * steps
     memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + (
         args.micro * patches * config.vision.hidden_size * config.vision.depth * 2 * 34)
-    print(f"stage       {stage}, {args.steps} steps of {args.batch} images")
-    plan(hw, counts, args.steps * args.batch * patches, flops, memory)
+    print(f"stage       {stage}, {steps} steps of {args.batch} images")
+    plan(hw, counts, steps * args.batch * patches, flops, memory)
 
 
 # Exercises. Delete the body, write it again, run the test.

@@ -57,7 +57,8 @@ class Args:
 
 def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict:
     """Run one stage, or what is left of it, and return its figures."""
-    steps = {"semantic": args.teacher_steps, "texture": max(1, args.teacher_steps // 5)}
+    part = train_vit.Args().texture_part
+    steps = {"semantic": args.teacher_steps, "texture": max(1, round(part * args.teacher_steps))}
     settings = train_vit.check(train_vit.Args(
         stage="all", steps=steps.get(name, args.steps), batch=args.batch, seed=seed,
         out=str(folder), resume=True, save_every=100, eval_every=250, log_every=50,
@@ -66,7 +67,7 @@ def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))["figures"][name]
 
 
-def taught(args: Args, hw, folder: Path, seed: int) -> dict:
+def taught(args: Args, hw, folder: Path, seed: int, exam: Exam) -> dict:
     """A texture teacher that is told the shape under each patch, if there is none; its figures."""
     config, out = sized("tiny"), folder / "texture"
     visual = train_vit.tower(train_vit.Args(), config)
@@ -78,7 +79,7 @@ def taught(args: Args, hw, folder: Path, seed: int) -> dict:
         if json.loads((find_checkpoint(out) / "config.json").read_text())["stage"] != "labels":
             raise UserError(f"{out} is a stand-in without labels; choose another --out")
         load_tower(visual, find_checkpoint(out))
-        return probe(visual, Exam(config, 64))
+        return probe(visual, exam)
     optimizer = Optimizer(model.named_parameters(), OptimConfig())
     for step in range(args.labels):
         first = 10 ** 7 + seed * 10 ** 6 + step * args.batch
@@ -98,7 +99,7 @@ def taught(args: Args, hw, folder: Path, seed: int) -> dict:
         save_tensors(at / "model.safetensors", optimizer.masters)
 
     save_checkpoint(out, args.labels, write)
-    return probe(visual, Exam(config, 64))
+    return probe(visual, exam)
 
 
 def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
@@ -107,9 +108,10 @@ def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
     config = sized("tiny")
     blank = train_vit.tower(train_vit.Args(), config)
     init(blank, seed)
-    found = {"random": probe(blank, Exam(config, 64))}
+    exam = Exam(config, 64)
+    found = {"random": probe(blank, exam)}
     found["teacher semantic"] = stage(args, hw, "semantic", folder, seed)
-    found["teacher texture"] = (taught(args, hw, folder, seed) if args.labels else
+    found["teacher texture"] = (taught(args, hw, folder, seed, exam) if args.labels else
                                 stage(args, hw, "texture", folder, seed))
     for name, changes in STUDENTS.items():
         # A student's folder is its own; the teachers are those of the seed.
@@ -147,6 +149,8 @@ def spread(figures: dict[str, dict]) -> dict[str, dict]:
 
 
 def claims(args: Args):
+    if args.seeds < 1 or args.labels < 0:
+        raise UserError("--seeds takes 1 or more, --labels 0 or more")
     hw = setup(args.device, args.dtype)
     report = {"title": "claims about the vision tower", "where": hw.why, "figures": {}}
     for seed in range(args.seeds):

@@ -176,24 +176,22 @@ def curves(runs: dict[str, dict]) -> dict:
 def figures(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
     """What RL gained in greedy points: mean, least and most over the seeds. Then percent right by
     category, at the start and at each run's end."""
-    first, gains, longer = runs["rl"][0][0][1], defaultdict(list), defaultdict(list)
+    first, gains = runs["rl"][0][0][1], defaultdict(list)
     for seed, points in runs["rl"].items():
         last = points[-1][1]["greedy"]
-        moved = {name: last[name] - value for name, value in first["greedy"].items()}
+        moved = {name: 100 * (last[name] - value) for name, value in first["greedy"].items()}
         gains["RL over its start"].append(moved["mean"])
         gains["RL's worst category over its start"].append(min(moved.values()))
         for arm in list(runs)[1:]:
             minutes, marks = runs[arm][seed][-1]
-            longer[arm].append(minutes / points[-1][0])
             mean = marks["greedy"]["mean"]
-            gains[f"RL over {arm}"].append(last["mean"] - mean)
-            gains[f"{arm}, a minute"].append((mean - first["greedy"]["mean"]) / minutes)
+            gains[f"RL over {arm}"].append(100 * (last["mean"] - mean))
+            gains[f"{arm}, a minute"].append(100 * (mean - first["greedy"]["mean"]) / minutes)
+            gains[f"{arm}, minutes over RL's"].append(minutes / points[-1][0])
     ends = {"start": first} | {f"{arm}, seed {seed}": points[-1][1] for arm in runs
                                for seed, points in runs[arm].items()}
-    return {name: {"mean": 100 * float(np.mean(found)), "least": 100 * min(found),
-                   "most": 100 * max(found)} for name, found in gains.items()} | {
-        f"{arm}, minutes over RL's": {"mean": float(np.mean(found)), "least": min(found),
-                                      "most": max(found)} for arm, found in longer.items()} | {
+    return {name: {"mean": float(np.mean(found)), "least": min(found), "most": max(found)}
+            for name, found in gains.items()} | {
         f"{row}, {how}": {name: 100 * value for name, value in marks[how].items()}
         for how in ("greedy", "sampled") for row, marks in ends.items()}
 

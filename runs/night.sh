@@ -14,6 +14,6 @@ $PY pretrain.py --vit="$OUT/vit/align" --mix=gym:9,text,code --levels=2 --steps=
     --out="$OUT/pretrain" --resume
 $PY rl.py --init="$OUT/pretrain" --mix=gym --levels=3 --prompts=48 --context=1024 \
     --steps="$(steps 600)" --eval_count="$(steps 100)" --out="$OUT/rl" --resume
-$PY sample.py eval --ckpt="$OUT/rl" --mix=gym --count="$(steps 200)" --out="$OUT/eval.json"
+$PY sample.py eval --ckpt="$OUT/rl" --mix=gym --levels=2 --count="$(steps 200)" --out="$OUT/eval.json"
 $PY -m lab.report "$OUT/vit"
 $PY -m lab.report "$OUT/rl"

@@ -224,14 +224,18 @@ def test_claims_about_the_tower(tmp_path, small_towers):
     with pytest.raises(UserError, match="is a stand-in without labels"):
         vit_claims.claims(vit_claims.Args(steps=1, teacher_steps=5, batch=4, labels=2,
                                           out=str(tmp_path)))
+    with pytest.raises(UserError, match="--labels 0 or more"):
+        vit_claims.claims(vit_claims.Args(labels=-1, out=str(tmp_path)))
 
 
 def test_a_teacher_that_was_told_stands_in_the_other_ones_place(tmp_path, small_towers, capsys):
     settings = vit_claims.Args(steps=1, teacher_steps=5, batch=4, labels=60, out=str(tmp_path))
     hw = setup("cpu")
-    first = vit_claims.taught(settings, hw, tmp_path / "seed0", 0)
+    exam = Exam(sized("tiny"), 64, 64)
+    first = vit_claims.taught(settings, hw, tmp_path / "seed0", 0, exam)
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
-    assert first == vit_claims.taught(settings, hw, tmp_path / "seed0", 0) and losses[-1] < 0.6
+    again = vit_claims.taught(settings, hw, tmp_path / "seed0", 0, exam)
+    assert first == again and losses[-1] < 0.6
     found = vit_claims.one_seed(settings, hw, 0)
     assert found["teacher texture"] == first and "student of texture" in found
 

@@ -292,6 +292,13 @@ def test_an_earlier_run_is_kept(tmp_path, capsys):
         train(tmp_path / "run", steps=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     assert capsys.readouterr().out.count("kept as") == 2
+
+
+def test_a_wrong_start_leaves_an_earlier_run_where_it_is(tmp_path):
+    (tmp_path / "run/step_000003").mkdir(parents=True)
+    with pytest.raises(UserError, match="no checkpoint at"):
+        pretrain.run(Args(init=str(tmp_path / "none"), out=str(tmp_path / "run"), device="cpu"))
+    assert (tmp_path / "run/step_000003").exists()
     for run in tmp_path.iterdir():
         GLMV.from_pretrained(find_checkpoint(run))
 

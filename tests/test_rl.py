@@ -747,6 +747,13 @@ def test_a_run_that_ends_for_its_errors_is_saved(tmp_path, begin, monkeypatch):
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
 
 
+def test_the_error_that_ends_a_run_is_named_whoever_comes_last():
+    books = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 1, lambda line: None)
+    books.faults = {"counting": [60.0, 60.0, "gone"], "point": [0.0, 8.0, ""]}
+    with pytest.raises(UserError, match="errors, the last in: gone; the run stops"):
+        books.note([replace_task(episode(1), "point")], True)
+
+
 def replace_task(e: Episode, name: str) -> Episode:
     e.task = Task(name, e.task.seed)
     return e
@@ -1007,7 +1014,7 @@ def test_who_waits_for_the_dead_is_told():
         remote._feel_pulses(now + 5.1)
 
 
-def test_weights_that_never_arrive_hold_nobody_up_for_ever(tiny, monkeypatch):
+def test_weights_that_never_arrive_hold_nobody_up_for_ever():
     """Who should take them is dead, or told to leave."""
     transfer = ranks.Transfer(GLMV(sized("tiny")), None)
     transfer.work = [type("Work", (), {"is_completed": lambda self: False})()]

@@ -468,6 +468,23 @@ def test_texture_and_align_go_on_from_the_stage_before(tmp_path, small_exam):
     assert not all(torch.equal(towers["distill"][k], v) for k, v in towers["semantic"].items())
 
 
+def test_self_distillation_takes_its_part_of_the_steps(tmp_path, small_exam):
+    train(tmp_path, "teachers", steps=5, texture_part=0.4)
+    assert [checkpoints(tmp_path / stage)[-1].name for stage in ("semantic", "texture")] == [
+        "step_000005", "step_000002"]
+
+
+def test_a_wrong_start_leaves_an_earlier_run_where_it_is(tmp_path, small_exam):
+    train(tmp_path, "align", steps=1)
+    (tmp_path / "other").mkdir()
+    for init in (tmp_path / "other", tmp_path / "none"):
+        with pytest.raises(UserError):
+            train(tmp_path, "align", init=str(init))
+    assert checkpoints(tmp_path / "align")
+    train(tmp_path, "align", steps=1, init=str(tmp_path / "align"))    # which lies in its own way
+    assert checkpoints(tmp_path / "align") and checkpoints(tmp_path / "align.1")
+
+
 def test_a_rank_draws_its_own_samples_and_no_others():
     dealt = [Dealt(lambda i: i, rank, 3, 2) for rank in range(3)]
     assert [[d(i) for i in range(4)] for d in dealt] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
