@@ -292,6 +292,8 @@ def test_an_earlier_run_is_kept(tmp_path, capsys):
         train(tmp_path / "run", steps=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     assert capsys.readouterr().out.count("kept as") == 2
+    for run in tmp_path.iterdir():
+        GLMV.from_pretrained(find_checkpoint(run))
 
 
 def test_a_wrong_start_leaves_an_earlier_run_where_it_is(tmp_path):
@@ -299,8 +301,6 @@ def test_a_wrong_start_leaves_an_earlier_run_where_it_is(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         pretrain.run(Args(init=str(tmp_path / "none"), out=str(tmp_path / "run"), device="cpu"))
     assert (tmp_path / "run/step_000003").exists()
-    for run in tmp_path.iterdir():
-        GLMV.from_pretrained(find_checkpoint(run))
 
 
 @pytest.mark.parametrize("damage", [b"", b"text", b"garbage " * 50, bytes(100), "cut", "short"])
