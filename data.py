@@ -14,7 +14,9 @@ import io
 import json
 import math
 import multiprocessing
+import signal
 import sysconfig
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -320,7 +322,11 @@ def parse_mix(text: str, pixels: int = 1024) -> tuple:
 # ---- drawing ahead, in processes of their own ---------------------------------------------------
 
 def _draw(pipe, stream):
-    """A drawing process: indices in, documents (or the error) out, until the pipe closes."""
+    """A drawing process: indices in, documents (or the error) out, until the pipe closes.
+
+    A Ctrl-C at the terminal reaches it too. The first one is the trainer's affair, which may have
+    to draw once more before it saves; the second ends both."""
+    signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
     torch.set_num_threads(1)
     try:
         while (indices := pipe.recv()) is not None:
@@ -328,7 +334,7 @@ def _draw(pipe, stream):
                 pipe.send([stream(i) for i in indices])
             except Exception as error:  # the parent decides; this process goes on
                 pipe.send(f"{type(error).__name__}: {error}")
-    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+    except (EOFError, BrokenPipeError):
         pass
 
 
@@ -345,11 +351,18 @@ class Drawer:
         self.ready, self.waiting, self.pipes, self.seconds = {}, [], [], 0.0
         if workers:
             context = multiprocessing.get_context("spawn")
-            for _ in range(workers):
-                ours, theirs = context.Pipe()
-                context.Process(target=_draw, args=(theirs, stream), daemon=True).start()
-                theirs.close()
-                self.pipes.append(ours)
+            # What is ignored here is ignored in a child until `_draw` takes over.
+            main = threading.current_thread() is threading.main_thread()
+            hears = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+            try:
+                for _ in range(workers):
+                    ours, theirs = context.Pipe()
+                    context.Process(target=_draw, args=(theirs, stream), daemon=True).start()
+                    theirs.close()
+                    self.pipes.append(ours)
+            finally:
+                if main:
+                    signal.signal(signal.SIGINT, hears)
             self.pool = ThreadPoolExecutor(workers)
             atexit.register(self.close)
 

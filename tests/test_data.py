@@ -1,6 +1,8 @@
 """Streams, drawing processes, packing, batches, and picture files of every kind."""
 import json
+import multiprocessing
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -44,15 +46,28 @@ def test_a_sample_depends_on_seed_and_index_only():
     assert sum(same(a, stream(seed=1, levels=3)(i)) for i, a in enumerate(forward)) == 0
 
 
-def test_drawing_processes_make_the_same_samples():
+def test_drawing_processes_make_the_same_samples_and_outlive_the_first_ctrl_c():
     """Two processes, bursts of 16, some skipped by who resumes; at first one burst at a time, then
-    the next while the last is used."""
+    the next while the last is used. A terminal sends Ctrl-C to all processes of a run, and the
+    trainer has to draw before it saves; the second ends them, or who leaves at once would wait."""
+    before = set(multiprocessing.active_children())
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
     alone, drawer = stream(), Drawer(stream(), workers=2, burst=16)
     try:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        first, second = set(multiprocessing.active_children()) - before
+        os.kill(first.pid, signal.SIGINT)           # while it starts
         for i in [3, 5, *range(20, 60)]:
             drawer.overlap = i > 40
             assert same(drawer(i), alone(i)), i
+        drawer.overlap = False
+        os.kill(second.pid, signal.SIGINT)          # while it waits
+        assert same(drawer(100), alone(100))
+        os.kill(second.pid, signal.SIGINT)
+        with pytest.raises(RuntimeError, match="a drawing process died"):
+            drawer(200)
     finally:
+        signal.signal(signal.SIGINT, heard)
         drawer.close()
 
 
