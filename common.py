@@ -396,6 +396,21 @@ def find_checkpoint(path) -> Path:
     return steps[-1]
 
 
+@contextlib.contextmanager
+def same_options(path: Path, asked: dict):
+    """Raises UserError where the file `path` says that its folder was begun with other options:
+    what lies there would pass for what is asked for now. It is written when the block, whole or
+    broken off, has left a checkpoint for which it holds."""
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != asked:
+        raise UserError(f"{path.parent} was begun with other options, see {path}; choose another "
+                        "--out")
+    try:
+        yield
+    finally:
+        if any(path.parent.glob("**/step_*")):
+            write_json(path, asked)
+
+
 def write_json(path, value):
     """Write `value` as JSON under a temporary name, then rename."""
     path = Path(path)

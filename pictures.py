@@ -8,7 +8,9 @@ features must answer.
 Letters: P patches, N images, T caption tokens, W width, p patch side.
 """
 import functools
+import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 import gym
-from common import UserError
+from common import UserError, checkpoints, write_json
 from data import open_image, pack
 from model import Config
 from tasks.base import Task, held
@@ -182,6 +184,14 @@ def read_captions(path: Path, folder: str) -> list[str]:
     return [*found, *(f"{above}: {line}" for line in found if above), *kinds] or [path.stem]
 
 
+def read_pair(path: Path, folder: str) -> tuple[Image.Image, list[str]]:
+    """(picture, what may be said of it). Raises UserError or OSError where it can't be used."""
+    image = open_image(path)
+    if max(image.size) > 100 * min(image.size):     # no budget has room for such a strip
+        raise UserError(f"{path} is {image.width} x {image.height} pixels")
+    return image, read_captions(path.with_suffix(".txt"), folder)
+
+
 def draw_pair(rng, folder: str, split: str) -> tuple[Image.Image, str, int]:
     """(picture, caption, how many corrupt pictures and long strips were passed over). Raises
     UserError after 20."""
@@ -189,10 +199,7 @@ def draw_pair(rng, folder: str, split: str) -> tuple[Image.Image, str, int]:
     for skipped in range(20):
         path = paths[int(rng.integers(len(paths)))]
         try:
-            image = open_image(path)
-            if max(image.size) > 100 * min(image.size):     # no budget has room for such a strip
-                raise UserError(f"{path} is {image.width} x {image.height} pixels")
-            lines = read_captions(path.with_suffix(".txt"), folder)
+            image, lines = read_pair(path, folder)
         except (UserError, OSError) as error:
             reason = error
             continue
@@ -347,7 +354,8 @@ def knn_probe(x: Tensor, labels: Tensor, test: Tensor, k: int = 10) -> Tensor:
 
 
 def patch_labels(image: Image.Image, items: list[Item], patch: int) -> Tensor:
-    """What each patch shows, in stored order (P,): 0 the ground, else 1 + the shape's number."""
+    """What each patch shows, in stored order (P,): 1 + the number of the shape that covers half of
+    it or more, else 0, the ground. A small star may have no patch of its own."""
     pixels = np.asarray(image).astype(int)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
     drawn = np.abs(pixels - ground).sum(-1) > 60
@@ -392,22 +400,50 @@ def probe_language(embed_images, embed_texts, exam: Exam) -> dict[str, float]:
 
     embed_images: list of pictures -> (N, E); embed_texts: list of str -> (N, E), of length one.
     """
-    figures = {"chance": 1 / len(exam.scenes["test"])}
     lone = embed_images([image for image, _ in exam.lone["test"]])
     named = torch.tensor([PAIRS.index((items[0].color, items[0].shape))
                           for _, items in exam.lone["test"]])
-    scenes = embed_images([image for image, _ in exam.scenes["test"]])
+    scenes, figures = embed_images([image for image, _ in exam.scenes["test"]]), {}
     for language in ("en", "zh"):
         kinds = embed_texts([caption([Item(*pair, (0, 0, 0, 0))], language=language,
                                      parts=("color", "shape")) for pair in PAIRS])
         said = (lone @ kinds.T).argmax(1)
         figures[f"zero_shot_{language}"] = float((said == named).float().mean())
         lines = [caption(items, language=language) for _, items in exam.scenes["test"]]
-        texts = embed_texts(lines)
-        for name, table in (("i2t", scenes @ texts.T), ("t2i", texts @ scenes.T)):
-            figures[f"{name}_{language}"] = float(np.mean([
-                lines[i] == line for i, line in zip(table.argmax(1).tolist(), lines)]))
+        found = retrieval(scenes, embed_texts(lines), lines)
+        figures |= {f"{name}_{language}": value for name, value in found.items()}
     return figures
+
+
+def retrieval(images: Tensor, texts: Tensor, lines: list[str]) -> dict[str, float]:
+    """Shares of images (N, E) whose nearest text (N, E) is their line, or one that reads the same,
+    and the other way round; `chance` is that of picking blindly."""
+    def right(table):
+        return float(np.mean([lines[i] == line for i, line in zip(table.argmax(1), lines)]))
+
+    return {"i2t": right(images @ texts.T), "t2i": right(texts @ images.T),
+            "chance": sum(n * n for n in Counter(lines).values()) / len(lines) ** 2}
+
+
+def probe_pairs(embed_images, embed_texts, exam: Exam, folder: str, count: int = 256) -> dict:
+    """Retrieval among held-out pairs of a folder, each with the first of what may be said of it;
+    nothing where fewer than two are held out. Embedding as in `probe_language`."""
+    images, lines, vision = [], [], exam.config.vision
+    try:
+        paths, _ = find_pairs(folder, "test")
+    except UserError:
+        return {}
+    for path in paths[::math.ceil(len(paths) / count)]:     # sorted, often by kind: some of each
+        try:
+            image, said = read_pair(path, folder)
+        except (UserError, OSError):        # corrupt ones are told of in training
+            continue
+        images.append(budgeted(image, vision, (exam.side // vision.patch_size) ** 2))
+        lines.append(said[0])
+    if len(lines) < 2:
+        return {}
+    found = retrieval(embed_images(images), embed_texts(lines), lines)
+    return {f"pairs_{name}": value for name, value in found.items()} | {"pairs": len(lines)}
 
 
 def probe_moves(embed_images, embed_texts, side: int, count: int = 256) -> dict[str, float]:
@@ -443,6 +479,35 @@ def pca_picture(visual, images: list, path: Path):
                    (98 * i, 98))
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
+
+
+def noted(run: Path) -> dict:
+    """What `examine` has noted of the stages in a run folder, without those that are there no
+    longer."""
+    facts, path = {"title": "the vision tower", "figures": {}, "pictures": []}, run / "report.json"
+    if path.exists():
+        facts |= json.loads(path.read_text(encoding="utf-8"))
+    facts["figures"] = {k: row for k, row in facts["figures"].items() if checkpoints(run / k)}
+    facts["pictures"] = [(k, told) for k, told in facts["pictures"] if (run / k).exists()]
+    return facts
+
+
+def examine(job, exam: Exam, out: Path, step: int) -> dict[str, float]:
+    """What the probes say of a stage's tower as it stands (of its running mean, where it has one)
+    and of what else the job asks for; noted beside the stage's folder `out` for lab.report, with
+    its features as a picture."""
+    visual, stage = getattr(job, "ema", job).visual, out.name
+    figures, name = {**probe(visual, exam), **job.figures(exam)}, f"{stage}/features-{step:06d}.png"
+    try:
+        facts = noted(out.parent)
+        pca_picture(visual, [image for image, _ in exam.scenes["test"][:6]], out.parent / name)
+        facts["figures"][stage] = {"step": step, **figures}
+        facts["pictures"] = [*((k, told) for k, told in facts["pictures"] if k != name),
+                             (name, f"{stage}, step {step}: pictures, the tower's features")]
+        write_json(out.parent / "report.json", facts)
+    except OSError as error:        # a full disk is no reason to lose the run
+        print(f"{stage}, step {step}: figures and picture are not kept ({error})")
+    return figures
 
 
 # Exercises. Delete the body, write it again, run the test.

@@ -16,7 +16,6 @@ align     stage 2 [C]: images of any size against captions in two languages, Sig
 
 Letters: P patches, N images, W width, E width of the common space, K prototypes, B global batch.
 """
-import json
 import math
 import os
 import time
@@ -37,8 +36,8 @@ from data import Dealt, Drawer, pack
 from kernels import ring_sigmoid_loss
 from model import Config, TextTower, init, keep_tower, load_tower, sized
 from optim import OptimConfig, Optimizer, schedule
-from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, find_pairs, foremost, hidden,
-                      pack_texts, pca_picture, probe, probe_language, probe_moves)
+from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, examine, find_pairs, foremost,
+                      hidden, noted, pack_texts, probe_language, probe_moves, probe_pairs)
 from teachers import load_teacher
 from vit import AttentionPool, CogViT
 
@@ -74,7 +73,7 @@ class Args:
     schedule: str = "cosine"      # constant, linear or cosine
     init: str = ""                # folder whose tower distill starts from, or align alone
     resume: bool = False          # go on with the newest checkpoints in --out
-    out: str = "out/vit"          # run folder: one folder a stage, report.json, pictures/
+    out: str = "out/vit"          # run folder: one folder a stage, report.json
     keep: str = ""                # also write each stage's tower here, alone and in bf16
     save_every: int = 200         # steps between checkpoints
     eval_every: int = 200         # steps between probes; 0 = at the end only
@@ -124,7 +123,7 @@ class Contrast(Job):
         super().__init__()
         v, t = config.vision, config.text
         self.visual, self.text = tower(args, config), TextTower(t)
-        self.pool, self.clips = AttentionPool(v.hidden_size, v.num_heads), args.clips
+        self.pool, self.args = AttentionPool(v.hidden_size, v.num_heads), args
         self.image_proj = nn.Linear(v.hidden_size, v.hidden_size, bias=False)
         self.text_proj = nn.Linear(t.hidden_size, v.hidden_size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -187,8 +186,9 @@ class Contrast(Job):
             packed = pack_texts([encode(line) for line in lines])
             return self.embed_texts(*(x.to(device) for x in packed)).cpu()
 
-        return probe_language(images, texts, exam) | (
-            probe_moves(images, texts, exam.side) if self.clips else {})
+        return {**probe_language(images, texts, exam),
+                **(probe_moves(images, texts, exam.side) if self.args.clips else {}),
+                **(probe_pairs(images, texts, exam, self.args.pairs) if self.args.pairs else {})}
 
 
 # ---- the texture stand-in: self-distillation ----------------------------------------------------
@@ -360,6 +360,7 @@ class Distil(Job):
 
 # ---- the run ----------------------------------------------------------------------------------
 
+STAGES = "semantic", "texture", "distill", "align"
 BEFORE = {"texture": "semantic", "align": "distill"}  # from whose tower a stage goes on
 PROJECTIONS = ("pool.", "text.pool.", "image_proj.", "text_proj.")
 
@@ -404,6 +405,9 @@ def check(args: Args) -> Args:
         raise UserError("--init is where distill starts, or align alone: no teacher does")
     if args.init:
         load_tower(tower(args, sized(args.size)), find_checkpoint(args.init))
+        first, moved = Path(args.init).resolve(), [Path(args.out, s).resolve() for s in STAGES]
+        if args.stage == "all" and not args.resume and {first, *first.parents} & set(moved):
+            raise UserError(f"--init={args.init} is part of what it replaces; choose another --out")
     for folder in filter(None, (args.semantic_teacher, args.texture_teacher)):
         if "distill" in stages(args):
             load_teacher(folder)
@@ -417,6 +421,11 @@ def stages(args: Args) -> list[str]:
     standins = ["semantic", "texture"] if "texture" in standins else standins   # see SelfDistil
     return {"teachers": standins, "distill": ["distill"], "align": ["align"],
             "all": [*standins, "distill", "align"]}[args.stage]
+
+
+def steps_of(stage: str, args: Args) -> int:
+    """How many of --steps a stage takes: the texture stand-in its part."""
+    return max(1, round(args.texture_part * args.steps)) if stage == "texture" else args.steps
 
 
 def budgets(stage: str, args: Args) -> tuple:
@@ -483,30 +492,16 @@ def build(stage: str, args: Args, config: Config, hw, say):
     return job, stream, optimizer, start
 
 
-def examine(job, exam: Exam, args: Args, stage: str, step: int) -> dict[str, float]:
-    """Probes of the tower as it stands, and its features as a picture; figures to report.json."""
-    visual = job.ema.visual if stage == "texture" else job.visual
-    figures = {**probe(visual, exam), **job.figures(exam)}
-    name = f"{stage}-{step:06d}.png"
-    pca_picture(visual, [image for image, _ in exam.scenes["test"][:6]],
-                Path(args.out) / "pictures" / name)
-    path = Path(args.out) / "report.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
-        "title": "the vision tower", "figures": {}, "pictures": []}
-    facts["figures"][stage] = {"step": step, **figures}
-    earlier = [p for p in facts["pictures"] if p[0] < name or not p[0].startswith(stage)]
-    facts["pictures"] = [*earlier, [name, f"{stage}, step {step}: pictures, the tower's features"]]
-    write_json(path, facts)
-    return figures
-
-
 def train(stage: str, args: Args, hw):
     """One stage, from its newest checkpoint or from the start."""
     out, lead, config = Path(args.out) / stage, hw.rank == 0, sized(args.size)
     say = print if lead else (lambda *_: None)
     job, stream, optimizer, start = build(stage, args, config, hw, say)
-    keep_earlier(out, args.resume, hw, say)
+    for name in STAGES[STAGES.index(stage):]:   # later ones too: --resume would take them for ours
+        keep_earlier(out.with_name(name), args.resume, hw, say)
     if start >= args.steps:
+        if lead and noted(out.parent)["figures"].get(stage, {}).get("step") != start:
+            examine(job, Exam(config, args.side), out, start)
         return say(f"{stage}: {start} steps are done, of {args.steps}")
     cores, share = os.cpu_count() or 1, args.batch // hw.world
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
@@ -518,6 +513,7 @@ def train(stage: str, args: Args, hw):
         f"{args.micro} at a time, steps {start}..{args.steps}, {workers} drawing, in {out}")
     if lead:
         write_json(out / "config.json", asdict(args))
+        write_json(out.parent / "report.json", noted(out.parent))
 
     def write(folder):
         save_tensors(folder / "model.safetensors", {**job.state_dict(), **optimizer.masters})
@@ -543,7 +539,7 @@ def train(stage: str, args: Args, hw):
             values["drawing"] = drawer.seconds - drawing
         last = done == args.steps
         if lead and (last or args.eval_every and done % args.eval_every == 0):
-            values |= examine(job, exam, args, stage, done)
+            values |= examine(job, exam, out, done)
         log.step(done, last or done % args.log_every == 0, **values)
         if watch.stop(done):
             break
@@ -560,15 +556,14 @@ def run(args: Args):
     say = print if hw.rank == 0 else (lambda *_: None)
     say(hw.why)
     if {"semantic", "texture"} & set(stages(args)):
-        say("teachers without a folder are stand-ins of our own, trained on drawings")
+        say(f"teachers without a folder are stand-ins, trained on {args.pairs or 'drawings'}")
     if args.pairs:
         paired, alone = find_pairs(args.pairs, "train")
         say(f"{len(paired)} pairs for training in {args.pairs}; {alone} files stand alone")
     if args.keep:
         Path(args.keep).mkdir(parents=True, exist_ok=True)  # or fail before hours have passed
     for stage in stages(args):
-        part = args.texture_part if stage == "texture" else 1.0
-        train(stage, replace(args, steps=max(1, round(part * args.steps))), hw)
+        train(stage, replace(args, steps=steps_of(stage, args)), hw)
         if args.keep and hw.rank == 0:
             keep_tower(find_checkpoint(Path(args.out) / stage), Path(args.keep) / stage)
         if hw.world > 1:
@@ -583,7 +578,7 @@ def forecast(args: Args, hw):
             ("tower", tower(args, config)), ("text", TextTower(config.text)))}
     patches = np.mean(budgets(stage, args)).item()
     again = {"distill": 4, "texture": 10}.get(stage, 2)     # teachers; two views; the replay
-    steps = round(args.steps * (args.texture_part if stage == "texture" else 1))
+    steps = steps_of(stage, args)
     flops = (6 + again) * counts["tower"] * patches * args.batch * steps
     memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + (
         args.micro * patches * config.vision.hidden_size * config.vision.depth * 2 * 34)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import pictures
 import pretrain
 import train_vit
 from common import UserError, checkpoints, load_tensors
@@ -27,8 +28,10 @@ from kernels import ring_sigmoid_loss, sigmoid_loss
 from lab import report
 from model import GLMV, init, sized, load_tower
 from pictures import (Captions, Exam, Pair, Pictures, budgeted, clip, collate_pairs, draw_mask,
-                      draw_pair, find_pairs, foremost, hidden, linear_probe, look, pack_texts,
-                      pca_picture, probe, quality, read_captions)
+                      draw_pair, examine, find_pairs, foremost, hidden, linear_probe, look, noted,
+                      pack_texts, patch_labels, pca_picture, probe, probe_language, probe_moves,
+                      probe_pairs, quality, read_captions)
+from tasks.draw import SHAPES
 from tasks.scenes import MOVES, Item, caption, moving, window
 from test_pretrain import after_step, child_dies, own_signals  # noqa: F401
 from train_vit import Args, Contrast, Distil, SelfDistil, check
@@ -136,7 +139,7 @@ def test_captions_say_the_same_in_both_languages():
 def fill(folder, names="abcdefghijkl"):
     folder.mkdir(exist_ok=True)
     for i, name in enumerate(names):
-        Image.new("RGB", (20 + i, 30), (10 * i, 0, 0)).save(folder / f"{name}.png")
+        Image.new("RGB", (20 + i, 30), (4 * i, 0, 0)).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"thing {name}\nde.utf8=Ding\nzh_cn.utf8=东西\n")
 
 
@@ -163,6 +166,8 @@ def test_corrupt_pictures_are_counted_and_too_many_are_one_line(tmp_path, small_
     (tmp_path / "pairs" / "a.png").write_bytes(b"")
     log = train(tmp_path, "align", pairs=str(tmp_path / "pairs"), steps=6)
     assert sum(line["skipped"] for line in log) > 0
+    held_out = find_pairs(str(tmp_path / "pairs"), "test")[0]
+    assert log[-1]["pairs"] == len(held_out) > 1 and 0 <= log[-1]["pairs_t2i"] <= 1
     image, text, *_ = draw_pair(np.random.default_rng(0), str(tmp_path / "pairs"), "train")
     assert text
     for i, path in enumerate((tmp_path / "pairs").glob("*.png")):
@@ -216,10 +221,12 @@ def test_the_ring_equals_one_process(tmp_path, world):
     for rank in range(world):
         child = os.fork()
         if not child:
+            code = 1
             try:
                 part_of_ring(rank, world, tmp_path)
+                code = 0
             finally:
-                os._exit(0)
+                os._exit(code)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
@@ -566,6 +573,114 @@ def test_the_foremost_patches_are_those_of_the_thing():
     features = torch.randn(3, 64, 5, generator=torch.Generator().manual_seed(0)) / 10
     features[torch.arange(3)[:, None], torch.tensor([[3, 9, 10, 60]] * 3)] += 2.0
     assert torch.allclose(foremost(features), features[:, [3, 9, 10, 60]].mean(1))
+
+
+def told(line: str, known=None) -> torch.Tensor:
+    """A vector of its own for each line; `known`: {picture's bytes: line} instead of a line."""
+    line = line if isinstance(line, str) else known[line.tobytes()]
+    return F.normalize(torch.from_numpy(np.random.default_rng(
+        list(line.encode())).standard_normal(64)), dim=0)
+
+
+@pytest.mark.parametrize("language,other", [("en", "zh"), ("zh", "en")])
+def test_who_knows_the_captions_passes_the_language_probes_and_who_knows_nothing_does_not(
+        language, other):
+    exam, parts = Exam(sized("tiny"), 64, 64), ("color", "shape")
+    known = {image.tobytes(): caption(items, language=language)
+             for image, items in exam.scenes["test"]}
+    known |= {image.tobytes(): caption(items, language=language, parts=parts)
+              for image, items in exam.lone["test"]}
+    figures = probe_language(lambda images: torch.stack([told(x, known) for x in images]),
+                             lambda lines: torch.stack([told(x) for x in lines]), exam)
+    for name in ("zero_shot", "i2t", "t2i"):
+        assert figures[f"{name}_{language}"] == 1
+        assert figures[f"{name}_{other}"] < 0.2
+    lines = [caption(items) for _, items in exam.scenes["test"]]
+    same = sum(a == b for a in lines for b in lines) / len(lines) ** 2
+    assert figures["chance_en"] == pytest.approx(same) and same >= 1 / len(lines)
+    frames = {np.stack(list(map(np.asarray, pair))).tobytes(): moving(item, move, language)
+              for pair, item, move in (clip(5_000_000 + i, "test", 64) for i in range(32))}
+    moves = probe_moves(lambda clips: torch.stack([told(x, frames) for x in clips]),
+                        lambda lines: torch.stack([told(x) for x in lines]), 64, 32)
+    assert moves[f"moves_{language}"] == 1 and moves[f"moves_{other}"] < 0.6
+
+
+def test_held_out_pairs_are_asked_for(tmp_path):
+    fill(tmp_path, [f"n{i}" for i in range(60)])
+    paths, _ = find_pairs(str(tmp_path), "test")
+    vision = sized("tiny").vision
+    known = {budgeted(open_image(p), vision, 64).tobytes(): f"thing {p.stem}" for p in paths[1:]}
+    paths[0].write_bytes(b"not a picture")
+    Image.new("RGB", (700, 3)).save(paths[1])       # a strip
+    ask = (lambda images: torch.stack([told(x, known) for x in images]),
+           lambda lines: torch.stack([told(x) for x in lines]), Exam(sized("tiny"), 64, 8),
+           str(tmp_path))
+    n = len(paths) - 2
+    assert n > 2 and probe_pairs(*ask) == {
+        "pairs_i2t": 1, "pairs_t2i": 1, "pairs_chance": pytest.approx(1 / n), "pairs": n}
+    assert probe_pairs(*ask, count=3)["pairs"] == 2     # every fourth; the first is no picture
+    assert probe_pairs(*ask, count=1) == {}
+    fill(tmp_path / "few", "a")
+    assert probe_pairs(*ask[:3], str(tmp_path / "few")) == {}
+
+
+def test_patches_are_labelled_with_the_thing_that_lies_there():
+    for image, items in Exam(sized("tiny"), 64, 64).scenes["test"]:
+        labels = patch_labels(image, items, 8).view(4, 4, 2, 2).transpose(1, 2).reshape(8, 8)
+        for y, x in labels.nonzero().tolist():
+            assert any(labels[y, x] == 1 + SHAPES.index(item.shape)
+                       and item.area[0] - 63 <= x * 125 + 62 <= item.area[2] + 63
+                       and item.area[1] - 63 <= y * 125 + 62 <= item.area[3] + 63 for item in items)
+        for item in items:      # what fills its place has a patch at least
+            assert item.shape != "square" or (labels == 1 + SHAPES.index("square")).any()
+
+
+def test_figures_of_stages_that_are_gone_are_left_out_and_a_full_disk_is_survived(
+        tmp_path, monkeypatch, capsys):
+    exam, job = Exam(sized("tiny"), 64, 16), train_vit.Job()
+    job.visual = train_vit.tower(Args(), sized("tiny"))
+    init(job, 0)
+
+    def facts():
+        return json.loads((tmp_path / "report.json").read_text())
+
+    for stage in ("semantic", "distill"):
+        (tmp_path / stage / "step_000005").mkdir(parents=True)
+        examine(job, exam, tmp_path / stage, 5)
+    assert list(facts()["figures"]) == ["semantic", "distill"] and len(facts()["pictures"]) == 2
+    (tmp_path / "distill").rename(tmp_path / "distill.1")
+    figures = examine(job, exam, tmp_path / "semantic", 9)
+    assert figures.keys() == {"linear", "knn", "dense"}
+    assert facts()["figures"] == {"semantic": {"step": 9, **figures}}
+    assert [name for name, _ in facts()["pictures"]] == [
+        f"semantic/features-00000{step}.png" for step in (5, 9)]
+    assert report.page(tmp_path).count("data:image/png") == 2
+    before = facts()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pictures, "pca_picture", full)
+    assert examine(job, exam, tmp_path / "semantic", 10) == figures
+    assert facts() == before and "not kept ([Errno 28] No space" in capsys.readouterr().out
+
+
+def test_what_an_earlier_run_left_of_later_stages_is_moved_away_too(tmp_path, small_exam):
+    for stage in ("semantic", "align"):
+        (tmp_path / stage / "step_000004").mkdir(parents=True)
+    common.write_json(tmp_path / "report.json", {"figures": {"align": {"step": 4}}})
+    train(tmp_path, "teachers", teachers="semantic", steps=1)
+    assert (tmp_path / "align.1/step_000004").exists() and not (tmp_path / "align").exists()
+    assert checkpoints(tmp_path / "semantic") == [tmp_path / "semantic/step_000001"]
+    assert list(noted(tmp_path)["figures"]) == ["semantic"]
+    (tmp_path / "report.json").unlink()         # as a full disk leaves it
+    train(tmp_path, "teachers", teachers="semantic", steps=1, resume=True)
+    assert noted(tmp_path)["figures"]["semantic"]["step"] == 1
+    with pytest.raises(UserError, match="is part of what it replaces"):
+        settled(stage="all", out=str(tmp_path), init=str(tmp_path / "semantic"))
+    shutil.copytree(tmp_path / "semantic", tmp_path / "align.2")
+    settled(stage="all", out=str(tmp_path), init=str(tmp_path / "align.2"))
+    settled(stage="align", out=str(tmp_path), init=str(tmp_path / "semantic"))
 
 
 def test_probes_and_pictures_of_a_tower(tmp_path):
