@@ -21,12 +21,14 @@ test: .venv/ready
 test-all: .venv/peers
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 $(ARGS)
 
-# What stands in ckpt/: a small tower, and what the demo makes of it.
+# What stands in ckpt/: the tower after each stage; from the first of them, without the others, a
+# model of the demo's kind that has seen twice as many questions.
 tower: .venv/ready
-	$(PY) train_vit.py --stage=teachers --teachers=semantic --steps=1200 --out=out/tower --keep=ckpt
+	$(PY) train_vit.py --steps=1200 --out=out/tower --keep=ckpt
 
 ckpt: .venv/ready
-	$(PY) -m lab.demo --rl_steps=0 --out=out/ckpt --keep=ckpt/demo $(ARGS)
+	$(PY) -m lab.demo --tower_steps=0 --rows=2 --steps=2600 --rl_steps=0 --out=out/ckpt \
+	    --keep=ckpt/demo $(ARGS)
 
 .venv/ready: requirements.txt
 	@if $(PYTHON) -c '$(HAVE)' 2>/dev/null; then \

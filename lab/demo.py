@@ -1,18 +1,17 @@
 """The whole pipeline on a laptop: train, examine, answer, learn from reward, report.
 
-    python -m lab.demo                    about 17 minutes on 2 cores, no network
+    python -m lab.demo                    about eleven minutes on 2 cores, no network
     python -m lab.demo --seed=1 --out=out/demo1
-    python -m lab.demo --tower_steps=300  a tower of its own first: teachers, distill, align
-    python -m lab.demo --keep=ckpt/demo   rebuild the checkpoint that stands in the repository
+    python -m lab.demo --tower_steps=0 --rows=2 --rl_steps=0 --out=out/longer     pretraining alone
+    python -m lab.demo --keep=out/kept    also write the weights there, in bf16
 
-What it trains stands for the big run in small: one pretraining stage on six categories of the gym
-at their easiest level, from the small vision tower that stands in ckpt/semantic (`make tower`
-trains it), or, with --tower_steps, from one that has gone through all stages of train_vit.py just
-before: that takes minutes and, at this scale, has not paid (lab.vit_pays). Then joint RL, in two of
-lab.worlds' worlds in small, where demonstrations are what they are in life: in `fallible` the
-annotators err in 60% of what can be wrong, in `untold` nobody has ever shown how a form is filled
-in. Interrupted, it goes on where it was. It writes report.json and report.html (curves, table,
-pictures) into the run folder.
+What it trains stands for the big run in small, every stage: a vision tower with its teachers,
+distilled and aligned (train_vit.py); pretraining from that tower on six categories of the gym at
+their easiest level; then joint RL, in two of lab.worlds' worlds, where demonstrations are what they
+are in life: in `fallible` the annotators err in 60% of what can be wrong, in `untold` nobody has
+ever shown how a form is filled in. The tower is here because it belongs there: at this scale the
+same minutes of pretraining teach more (lab.vit_pays). Interrupted, the demo goes on where it was.
+It writes report.json and report.html (curves, tables, pictures) into the run folder.
 """
 import json
 import os
@@ -32,24 +31,29 @@ import gym
 import mmtp
 import pretrain
 import train_vit
-from common import (ROOT, UserError, checkpoints, clock, cli, find_checkpoint, main, setup,
-                    write_json)
+from common import (ROOT, UserError, checkpoints, clock, cli, find_checkpoint, main, same_options,
+                    setup, write_json)
 from data import parse_mix
 from lab import report
+from model import init, sized
+from pictures import Exam, probe
 from sample import evaluate, play, readable, show
 from tasks.base import Task
 from tokenizer import Tokenizer
 
 MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:1.5"
 
+PROBES = {"linear": "linear probe", "dense": "dense probe", "zero_shot_en": "zero-shot naming",
+          "i2t_en": "R@1 image to text", "t2i_en": "R@1 text to image"}     # of train_vit.py
 WORLDS = {"fallible": "annotators err", "untold": "forms never shown"}
 
 
 @dataclass
 class Args:
-    steps: int = 2600             # of pretraining, about nine minutes on 2 cores
-    tower_steps: int = 0          # of each stage of a vision tower of its own; 0: ckpt/semantic
-    rl_steps: int = 24            # of RL in each of the two worlds; 0: without them
+    tower_steps: int = 150        # of each stage of the vision tower; 0: take ckpt/semantic
+    steps: int = 2400             # of pretraining
+    rows: int = 1                 # of 2,048 tokens a step, some 45 pictures each
+    rl_steps: int = 12            # of RL in each of the two worlds; 0: without them
     seed: int = 0                 # of weights and samples
     count: int = 300              # held-out tasks a category in the examination
     levels: int = 1               # levels trained and examined, from 0
@@ -58,22 +62,40 @@ class Args:
     device: str = "auto"          # auto, cpu, cuda or mps
 
 
-def train(args: Args, hw) -> Path:
-    """Pretraining, or what is left of it."""
+def untrained(seed: int, exam: Exam) -> dict[str, float]:
+    """What the probes say of a tower of random weights."""
+    blank = train_vit.tower(train_vit.Args(), exam.config)
+    init(blank, seed)
+    return probe(blank, exam)
+
+
+def make_tower(args: Args) -> dict:
+    """All stages of train_vit.py, or what is left of them: {"figures": {stage: what its probes say,
+    in percent}, "pictures": of its features}, and first the probes of random weights."""
+    out = Path(args.out) / "vit"
+    train_vit.run(train_vit.Args(steps=args.tower_steps, out=str(out), resume=True, log_every=50,
+                                 seed=args.seed, device=args.device))
+    facts = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    figures = {}
+    for stage, row in {"random weights": untrained(args.seed, Exam(sized("tiny"), 64)),
+                       **facts["figures"]}.items():
+        figures[f"tower: {stage}"] = {told: 100 * row[name] for name, told in PROBES.items()
+                                      if name in row}
+    return {"figures": figures,
+            "pictures": [(f"vit/{name}", told) for name, told in facts["pictures"]]}
+
+
+def train(args: Args) -> Path:
+    """Pretraining, or what is left of it; the folder of the newest checkpoint."""
     run = Path(args.out) / "pretrain"
     done = [p for p in checkpoints(run) if p.name == f"step_{args.steps:06d}"]
     if done:
         print(f"pretraining is done: {done[0]}")
         return done[0]
-    tower = ROOT / "ckpt/semantic"
-    if args.tower_steps:
-        print("first a vision tower: teachers, distillation, alignment")
-        tower = run.with_name("vit") / "align"
-        train_vit.run(train_vit.Args(steps=args.tower_steps, out=str(tower.parent), resume=True,
-                                     log_every=50, seed=args.seed, device=args.device))
+    tower = run.with_name("vit") / "align" if args.tower_steps else ROOT / "ckpt/semantic"
     pretrain.run(pretrain.Args(
-        steps=args.steps, seed=args.seed, mix=MIX, levels=args.levels, out=str(run), resume=True,
-        vit=str(tower), mtp_alone=True, mtp_share=0.12, save_every=200,
+        steps=args.steps, rows=args.rows, seed=args.seed, mix=MIX, levels=args.levels,
+        out=str(run), resume=True, vit=str(tower), mtp_alone=True, mtp_share=0.12, save_every=200,
         eval_every=100, log_every=50, device=args.device))
     return find_checkpoint(run)
 
@@ -112,7 +134,7 @@ def two_worlds(args: Args, start: Path) -> dict[str, dict]:
     """Two worlds of lab.worlds in small, each in a process of its own, their lines printed as they
     come: {what: {category: % right}} of the start, of RL and of as many minutes of the same SFT.
     """
-    out, runs = Path(args.out).resolve(), {}
+    out, runs = Path(args.out).resolve() / f"rl_{args.rl_steps}", {}
     for name, init, before in (("fallible", start, 120), ("untold", ROOT / "ckpt/untold", 5)):
         runs[name] = subprocess.Popen(
             [sys.executable, "-m", "lab.worlds", f"--world={name}", "--seeds=1", "--count=60",
@@ -121,12 +143,12 @@ def two_worlds(args: Args, start: Path) -> dict[str, dict]:
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT)
 
-    def tell(name):
+    def pass_on(name):
         for line in runs[name].stdout:
             print(f"  {name}: {line}", end="", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    tellers = [threading.Thread(target=tell, args=(name,), daemon=True) for name in runs]
+    tellers = [threading.Thread(target=pass_on, args=(name,), daemon=True) for name in runs]
     try:
         for teller in tellers:
             teller.start()
@@ -148,23 +170,38 @@ def two_worlds(args: Args, start: Path) -> dict[str, dict]:
     return figures
 
 
+def tell(figures: dict[str, dict]):
+    for row, found in figures.items():
+        print(f"  {row:<31} " + "  ".join(f"{name} {value:.0f}" for name, value in found.items()))
+
+
 def demo(args: Args):
-    if min(args.steps, args.count) < 1 or min(args.tower_steps, args.rl_steps) < 0:
-        raise UserError("--steps and --count take 1 or more, --tower_steps and --rl_steps 0 or "
-                        "more")
+    if min(args.steps, args.rows, args.count) < 1 or min(args.tower_steps, args.rl_steps) < 0:
+        raise UserError("--steps, --rows and --count take 1 or more, --tower_steps and --rl_steps "
+                        "0 or more")
+    if not 1 <= args.levels <= 5:       # pretraining would say so, after the tower's minutes
+        raise UserError(f"--levels takes 1 to 5, not {args.levels}")
     began, out = time.time(), Path(args.out)
     hw = setup(args.device)
     if hw.world > 1:
         raise UserError("the demo is one process; `torchrun pretrain.py` trains with several")
-    print("1/4 pretraining: pictures, questions and answers")
-    folder = train(args, hw)
+    asked = {name: getattr(args, name)
+             for name in ("tower_steps", "steps", "rows", "levels", "seed")}
+    tower = {"figures": {}, "pictures": []}
+    with same_options(out / "config.json", asked):
+        if args.tower_steps:
+            print("1/5 a vision tower: teachers, distillation, alignment")
+            tower = make_tower(args)
+            tell(tower["figures"])
+        print("2/5 pretraining: pictures, questions and answers")
+        folder = train(args)
     trained = sum(line["dt"] for line in report.read_log(folder.parent / "log.jsonl"))
     model = mmtp.load(folder, hw.device, hw.dtype)
     tokens = Tokenizer(model.config.n_ranks)
-    print("2/4 examination: tasks of held-out seeds, words, shades and layouts")
+    print("3/5 examination: tasks of held-out seeds, words, shades and layouts")
     table = evaluate(model, tokens, MIX, args.levels, args.count)
     show(table)
-    print("3/4 answers")
+    print("4/5 answers")
     samples = answer(model, tokens, out / "pictures", args.levels)
     for s in samples:
         print(f"  {s['category']:<11} {s['question']}  {s['answer']}   (truth: {s['truth']})")
@@ -172,11 +209,11 @@ def demo(args: Args):
         "title": "nanoGLM-V demo", "hardware": hw.why, "machine": platform.platform(),
         "torch": torch.__version__, "seed": args.seed, "steps": args.steps,
         "parameters": model.counts(), "training_seconds": round(trained),
-        "table": table, "samples": samples}
+        "table": table, "samples": samples, "pictures": tower["pictures"]}
 
     def write_down(figures):
-        write_json(out / "report.json",
-                   {**facts, "seconds": round(time.time() - began), "figures": figures})
+        write_json(out / "report.json", {**facts, "seconds": round(time.time() - began),
+                                         "figures": tower["figures"] | figures})
         return report.write(out)
 
     page = write_down({})
@@ -186,10 +223,9 @@ def demo(args: Args):
                                                      "seed": args.seed, "hardware": hw.why})
         print(f"weights kept in {args.keep}")
     if args.rl_steps:
-        print("4/4 joint RL, two worlds side by side: annotators who err, forms nobody has shown")
+        print("5/5 joint RL, two worlds side by side: annotators who err, forms nobody has shown")
         figures = two_worlds(args, folder)
-        for row, found in figures.items():
-            print(f"  {row:<31} " + "  ".join(f"{k} {v:.0f}" for k, v in found.items()))
+        tell(figures)
         page = write_down(figures)
     print(f"{clock(time.time() - began)} in all; the report is {page}")
     print(f'next: python sample.py ask --ckpt={out}/pretrain --image={out}/pictures/'

@@ -124,7 +124,17 @@ def table_html(table: dict) -> str:
 
 
 def figures_html(figures: dict[str, dict]) -> str:
-    """{row: {column: number}} as a table; not every row has every column."""
+    """{row: {column: number}} as a table; not every row has every column. Rows that share none with
+    the rows above begin a table of their own."""
+    tables = []
+    for name, row in figures.items():
+        if not tables or not row.keys() & {key for found in tables[-1].values() for key in found}:
+            tables.append({})
+        tables[-1][name] = row
+    return "<p></p>".join(map(one_table, tables))
+
+
+def one_table(figures: dict[str, dict]) -> str:
     columns = list(dict.fromkeys(name for row in figures.values() for name in row))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))
     rows = ["".join(f"<td>{row[name]:.3g}</td>" if name in row else "<td></td>" for name in columns)
@@ -180,9 +190,8 @@ def page(run: Path) -> str:
         parts.append("<h2>Held-out tasks</h2>" + table_html(facts["table"]))
     if facts.get("figures"):
         parts.append("<h2>Figures</h2>" + figures_html(facts["figures"]))
-    for name, caption in facts.get("pictures", []):
-        parts.append(f'<p><img alt="" src="{inline(run / "pictures" / name)}"><br>'
-                     f"<small>{html.escape(caption)}</small></p>")
+    parts += [f'<p><img alt="" src="{inline(run / name)}"><br><small>{html.escape(caption)}</small>'
+              "</p>" for name, caption in facts.get("pictures", []) if (run / name).exists()]
     parts += [curve(series, title, unit=facts.get("unit", "step"))
               for title, series in facts.get("curves", {}).items()]
     for name, lines in logs.items():

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_vit
-from common import (ROOT, UserError, checkpoints, cli, find_checkpoint, main, save_checkpoint,
-                    save_tensors, setup, write_json)
+from common import (ROOT, UserError, checkpoints, cli, find_checkpoint, main, same_options,
+                    save_checkpoint, save_tensors, setup, write_json)
 from data import pack
+from lab.demo import untrained
 from model import init, load_tower, sized
 from optim import OptimConfig, Optimizer, schedule
 from pictures import Exam, patch_labels, probe, scene
@@ -57,13 +58,11 @@ class Args:
 
 def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict:
     """Run one stage, or what is left of it, and return its figures."""
-    part = train_vit.Args().texture_part
-    steps = {"semantic": args.teacher_steps, "texture": max(1, round(part * args.teacher_steps))}
     settings = train_vit.check(train_vit.Args(
-        stage="all", steps=steps.get(name, args.steps), batch=args.batch, seed=seed,
-        out=str(folder), resume=True, save_every=100, eval_every=250, log_every=50,
-        device=args.device, dtype=args.dtype, workers=0, **changes))
-    train_vit.train(name, settings, hw)
+        stage="all", steps=args.teacher_steps if name in ("semantic", "texture") else args.steps,
+        batch=args.batch, seed=seed, out=str(folder), resume=True, save_every=100, eval_every=250,
+        log_every=50, device=args.device, dtype=args.dtype, workers=0, **changes))
+    train_vit.train(name, replace(settings, steps=train_vit.steps_of(name, settings)), hw)
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))["figures"][name]
 
 
@@ -76,8 +75,6 @@ def taught(args: Args, hw, folder: Path, seed: int, exam: Exam) -> dict:
     init(model, seed)
     model.to(hw.device)
     if checkpoints(out):
-        if json.loads((find_checkpoint(out) / "config.json").read_text())["stage"] != "labels":
-            raise UserError(f"{out} is a stand-in without labels; choose another --out")
         load_tower(visual, find_checkpoint(out))
         return probe(visual, exam)
     optimizer = Optimizer(model.named_parameters(), OptimConfig())
@@ -105,11 +102,8 @@ def taught(args: Args, hw, folder: Path, seed: int, exam: Exam) -> dict:
 def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
     """{model: its figures}"""
     folder = Path(args.out) / f"seed{seed}"
-    config = sized("tiny")
-    blank = train_vit.tower(train_vit.Args(), config)
-    init(blank, seed)
-    exam = Exam(config, 64)
-    found = {"random": probe(blank, exam)}
+    exam = Exam(sized("tiny"), 64)
+    found = {"random": untrained(seed, exam)}
     found["teacher semantic"] = stage(args, hw, "semantic", folder, seed)
     found["teacher texture"] = (taught(args, hw, folder, seed, exam) if args.labels else
                                 stage(args, hw, "texture", folder, seed))
@@ -130,14 +124,15 @@ def verdicts(found: dict[str, dict]) -> dict[str, float]:
     def worth(name):
         return found[name]["linear"] + found[name]["dense"]
 
-    both, chance = found["student of both"], found["aligned"]["chance"]
+    both, aligned = found["student of both"], found["aligned"]
     return {
         "linear probe, points over random (20)": 100 * (both["linear"] - found["random"]["linear"]),
         "linear + dense, points over the better single teacher's student (0)": 100 * (
             worth("student of both") - max(worth("student of semantic"),
                                            worth("student of texture"))),
-        **{f"retrieval {name}, times chance (10)": found["aligned"][name] / chance
-           for name in ("i2t_en", "t2i_en", "i2t_zh", "t2i_zh")}}
+        **{f"retrieval {way}_{language}, times chance (10)":
+           aligned[f"{way}_{language}"] / aligned[f"chance_{language}"]
+           for language in ("en", "zh") for way in ("i2t", "t2i")}}
 
 
 def spread(figures: dict[str, dict]) -> dict[str, dict]:
@@ -152,9 +147,11 @@ def claims(args: Args):
     if args.seeds < 1 or args.labels < 0:
         raise UserError("--seeds takes 1 or more, --labels 0 or more")
     hw = setup(args.device, args.dtype)
+    asked = {name: getattr(args, name) for name in ("steps", "teacher_steps", "labels", "batch")}
     report = {"title": "claims about the vision tower", "where": hw.why, "figures": {}}
     for seed in range(args.seeds):
-        found = one_seed(args, hw, seed)
+        with same_options(Path(args.out) / "config.json", asked):
+            found = one_seed(args, hw, seed)
         for name, row in found.items():
             report["figures"][f"seed {seed}: {name}"] = row
         report["figures"][f"seed {seed}: aims"] = verdicts(found)

@@ -1,12 +1,12 @@
 """Does a trained vision tower pay? Pretraining from three starts, all of the same CPU minutes.
 
     python -m lab.vit_pays --seeds=3         about twenty minutes a run on one quiet core
-    python -m lab.vit_pays --steps=300 --alone=100 --tower=100,20,50,50           a quick look
+    python -m lab.vit_pays --steps=300 --alone=100 --tower=100,20,50,50 --out=out/look
 
-`random`: nothing but pretraining. `contrastive`: first a tower is made by alignment alone, as `make
-tower` does. `aligned`: first stand-ins, distillation and alignment. `--steps` of pretraining are
-what `contrastive` has left; its minutes in all, tower included, are everybody's. Towers are made
-once and charged to each seed. What was interrupted goes on.
+`random`: nothing but pretraining. `contrastive`: first a tower is made by alignment alone, as
+`ckpt/semantic` was. `aligned`: first stand-ins, distillation and alignment. `--steps` of
+pretraining are what `contrastive` has left; its minutes in all, tower included, are everybody's.
+Towers are made once and charged to each seed. What was interrupted goes on.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +16,12 @@ import numpy as np
 import mmtp
 import pretrain
 import train_vit
-from common import UserError, cli, find_checkpoint, main, setup, write_json
+from common import UserError, cli, find_checkpoint, main, same_options, setup, write_json
 from lab import report
 from lab.demo import MIX
 from lab.worlds import pace, timed
 from sample import evaluate
 from tokenizer import Tokenizer
-
-STAGES = "semantic", "texture", "distill", "align"
 
 
 @dataclass
@@ -40,7 +38,7 @@ def make_tower(out: Path, steps: list[int], hw) -> float:
     """CPU seconds of the first stages, as many as `steps` are given for."""
     settings = train_vit.Args(resume=True, save_every=10 ** 6, eval_every=0, workers=0,
                               dtype="float32", out=str(out))
-    for stage, n in zip(STAGES, steps):
+    for stage, n in zip(train_vit.STAGES, steps):
         seconds = timed(lambda s, stage=stage: train_vit.train(stage, train_vit.check(s), hw),
                         replace(settings, steps=n), f"{stage} {n}")
     return seconds      # so far, all stages
@@ -63,11 +61,14 @@ def pays(args: Args):
     steps = args.tower.split(",")
     if min(args.seeds, args.steps, args.alone, args.count) < 1:
         raise UserError("--seeds, --steps, --alone and --count take 1 or more")
-    if len(steps) != len(STAGES) or not all(n.isdigit() and int(n) for n in steps):
-        raise UserError(f"--tower takes the steps of {', '.join(STAGES)}, as 500,100,300,400")
+    if len(steps) != len(train_vit.STAGES) or not all(n.isdigit() and int(n) for n in steps):
+        raise UserError("--tower takes the steps of semantic, texture, distill and align, as "
+                        "500,100,300,400")
     hw, out = setup("cpu", "float32"), Path(args.out)
-    spent = {"random": 0.0, "contrastive": make_tower(out / "contrastive", [args.alone], hw),
-             "aligned": make_tower(out / "aligned", [int(n) for n in steps], hw)}
+    asked = {name: getattr(args, name) for name in ("steps", "alone", "tower")}
+    with same_options(out / "config.json", asked):
+        spent = {"random": 0.0, "contrastive": make_tower(out / "contrastive", [args.alone], hw),
+                 "aligned": make_tower(out / "aligned", [int(n) for n in steps], hw)}
     towers = {"random": "", "contrastive": f"{out}/contrastive/semantic",
               "aligned": f"{out}/aligned/align"}
     plain = pretrain.Args(mix=MIX, levels=1, resume=True, mtp_alone=True, mtp_share=0.12,
@@ -92,7 +93,8 @@ def pays(args: Args):
                   f"mean {100 * np.mean([row['accuracy'] for row in tables[name].values()]):.1f}%")
         write_json(out / "report.json", {
             "title": f"Does a trained tower pay? {minutes:.1f} CPU minutes each", "unit": "minute",
-            "where": hw.why, "tower minutes": {k: v / 60 for k, v in spent.items()},
+            "where": f"towers: {hw.why}; pretraining: {setup('cpu').why}",
+            "tower minutes": {k: v / 60 for k, v in spent.items()},
             "figures": figures(tables), "curves": {
                 f"held-out loss over minutes, seed {s}": {
                     name.split(",")[0]: line for name, line in curves.items()

@@ -30,7 +30,8 @@ import mmtp
 import pretrain
 import rl
 from collect import accuracy
-from common import ROOT, UserError, cli, find_checkpoint, main, setup, write_json
+from common import (ROOT, UserError, cli, find_checkpoint, main, same_options, setup,
+                    write_json)
 from data import Episode, parse_mix
 from lab import report
 from tasks.base import Task, stream
@@ -207,20 +208,16 @@ def worlds(args: Args):
     hw, world, out = setup("cpu"), WORLDS[args.world], Path(args.out) / args.world
     plan, asked = out / "config.json", {
         name: value for name, value in asdict(args).items() if name not in ("seeds", "out", "keep")}
-    if plan.exists() and json.loads(plan.read_text(encoding="utf-8")) != asked:
-        raise UserError(f"{out} holds runs that were begun with other options, see {plan}; choose "
-                        "another --out")
     common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu",
                   workers=0)    # so that all the work is this process's, which is timed
     played = rl.Args(**common, mix=world.played, prompts=args.prompts, lr=args.lr,
                      dtype="float32", max_new=16)   # no answer is longer, idle talk would be
     taught = pretrain.Args(**common, mix=world.shown, parts=world.parts, lr=2e-3, levels=1,
                            curriculum=0)
-    with world.annotators():
+    with same_options(plan, asked), world.annotators():
         timed(pretrain.run, replace(taught, steps=args.before or world.before, seed=100,
                                     init=args.init or world.init, out=f"{out}/start"))
     played.init = taught.init = str(find_checkpoint(out / "start"))
-    write_json(plan, asked)     # once there is something that it holds for
     if args.keep:
         return mmtp.load(played.init).save_pretrained(args.keep, torch.bfloat16)
     steps = max(PARTS, args.steps or round(

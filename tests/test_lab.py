@@ -12,43 +12,60 @@ import mmtp
 import pretrain
 import rl
 import train_vit
-from common import UserError, find_checkpoint, load_tensors, setup
+from common import ROOT, UserError, find_checkpoint, load_tensors, setup
 from data import parse_mix
 from lab import demo, drafts, mmtp_options, report, vit_claims, vit_pays, worlds
-from model import GLMV, load_tower, sized
+from model import GLMV, sized
 from pictures import Exam
 from tasks.base import Task, box
 from test_pretrain import own_signals  # noqa: F401
 
 
-def test_the_demo_trains_examines_answers_and_reports(tmp_path, monkeypatch):
+def test_the_demo_trains_examines_answers_and_reports(tmp_path, small_towers, monkeypatch):
     full = pretrain.Args
-    small = {"workers": 0, "rows": 1, "row_tokens": 512}
+    small = {"workers": 0, "row_tokens": 512}
     monkeypatch.setattr(pretrain, "Args", lambda **kw: full(**kw | small))
-    args = demo.Args(steps=3, rl_steps=0, count=2, out=str(tmp_path / "run"),
+    args = demo.Args(tower_steps=1, steps=3, rl_steps=0, count=2, out=str(tmp_path / "run"),
                      keep=str(tmp_path / "kept"))
     demo.demo(args)
     facts = json.loads((tmp_path / "run/report.json").read_text())
     assert list(facts["table"]) == [name for name, _ in parse_mix(demo.MIX)]
     assert len(facts["samples"]) == 2 * len(facts["table"])
+    assert [row.split(": ")[1] for row in facts["figures"]] == [
+        "random weights", "semantic", "texture", "distill", "align"]
+    assert set(facts["figures"]["tower: align"]) == set(demo.PROBES.values())
     page = (tmp_path / "run/report.html").read_text()
     assert page.count("data:image/png;base64,") >= 12 and "polyline" in page
+    assert page.count("s features</small>") == 4
     assert "http" not in page.replace("http-equiv", "")
     assert (tmp_path / "kept/model.safetensors").exists()
-    before = (tmp_path / "run/pretrain/log.jsonl").read_text()
+    logs = sorted((tmp_path / "run").glob("**/log.jsonl"))
+    assert [path.parent.name for path in logs] == ["pretrain", "align", "distill", "semantic",
+                                                   "texture"]
+    before = [path.read_text() for path in logs]
     demo.demo(args)  # once more: nothing is trained again
-    assert (tmp_path / "run/pretrain/log.jsonl").read_text() == before
+    assert [path.read_text() for path in logs] == before
+    with pytest.raises(UserError, match="begun with other options"):
+        demo.demo(replace(args, seed=1))
 
 
-def test_the_demo_may_make_its_own_tower(tmp_path, small_towers, monkeypatch):
+@pytest.mark.parametrize("tower_steps", [0, 1])
+def test_the_demo_pretrains_from_its_own_tower_or_from_the_one_that_stands_there(
+        tower_steps, tmp_path, small_towers, monkeypatch):
     seen = []
-    monkeypatch.setattr(pretrain, "run", lambda args: seen.append(load_tower(
-        GLMV(sized("tiny")).model.visual, find_checkpoint(args.vit))))
+    monkeypatch.setattr(pretrain, "run", lambda args: seen.append(find_checkpoint(args.vit)))
     with pytest.raises(UserError, match="no checkpoint"):       # as nothing is pretrained here
-        demo.demo(demo.Args(tower_steps=1, rl_steps=0, out=str(tmp_path)))
-    assert len(seen) == 1 and [p.name for p in sorted((tmp_path / "vit").glob("*/step_*"))]
-    with pytest.raises(UserError, match="--rl_steps 0 or "):
-        demo.demo(demo.Args(tower_steps=-1))
+        demo.demo(demo.Args(tower_steps=tower_steps, rl_steps=0, out=str(tmp_path)))
+    assert seen == [tmp_path / "vit/align/step_000001" if tower_steps else ROOT / "ckpt/semantic"]
+
+
+@pytest.mark.parametrize("wrong,said", [
+    ({"tower_steps": -1}, "--rl_steps 0 or "), ({"rl_steps": -1}, "--rl_steps 0 or "),
+    ({"rows": 0}, "--rl_steps 0 or "), ({"levels": 9}, "--levels takes 1 to 5")])
+def test_the_demo_refuses_at_once_and_leaves_nothing(tmp_path, wrong, said):
+    with pytest.raises(UserError, match=said):
+        demo.demo(demo.Args(**wrong, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_demos_worlds_run_side_by_side_and_are_told_of(tmp_path, monkeypatch, capfd):
@@ -81,6 +98,11 @@ def test_a_curve_stays_inside_its_axes():
     svg = report.curve({"loss": [(0, 100.0), (1, 1.0), (2, 0.9), (3, 0.8)]}, "loss", 620, 220)
     points = svg.split('points="')[1].split('"')[0].split()
     assert all(0 <= float(p.split(",")[1]) <= 220 for p in points)
+
+
+def test_rows_that_share_no_column_with_those_above_get_a_table_of_their_own():
+    page = report.figures_html({"a": {"x": 1.0}, "b": {"x": 2.0, "y": 3.0}, "c": {"z": 4.0}})
+    assert page.count("<table>") == 2 and page.index("4") > page.index("<th>z</th>")
 
 
 def test_categories_early_and_late_without_steps_of_errors_alone():
@@ -203,8 +225,9 @@ def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
 @pytest.fixture
 def small_towers(monkeypatch):
     full = train_vit.Args
-    monkeypatch.setattr(train_vit, "Args", lambda **kw: full(**kw | {"batch": 4, "micro": 4}))
-    for script in (train_vit, vit_claims):
+    monkeypatch.setattr(train_vit, "Args", lambda **kw: full(
+        **kw | {"batch": 4, "micro": 4, "workers": 0}))
+    for script in (train_vit, vit_claims, demo):
         monkeypatch.setattr(script, "Exam", functools.partial(Exam, count=64))
 
 
@@ -221,7 +244,7 @@ def test_claims_about_the_tower(tmp_path, small_towers):
     assert figures["seed 0: aims"][
         "linear + dense, points over the better single teacher's student (0)"] == pytest.approx(
         100 * (worth["both"] - max(worth["semantic"], worth["texture"])))
-    with pytest.raises(UserError, match="is a stand-in without labels"):
+    with pytest.raises(UserError, match="begun with other options"):
         vit_claims.claims(vit_claims.Args(steps=1, teacher_steps=5, batch=4, labels=2,
                                           out=str(tmp_path)))
     with pytest.raises(UserError, match="--labels 0 or more"):
