@@ -2,11 +2,14 @@
 import json
 import re
 
+import pytest
 import torch
 
 import gym
+import train_vit
 from common import ROOT
-from model import GLMV
+from model import GLMV, load_tower, sized
+from pictures import Exam, probe
 from sample import DEMO, play
 from tasks.base import Task
 from tokenizer import Tokenizer
@@ -40,6 +43,21 @@ def test_the_checkpoint_scores_what_the_readme_says():
         right = sum(p.score.reward > 0.999 for p in play(model, tokens, tasks)) / 3
         assert abs(right - cells[0]) <= 5, name
     assert sum((DEMO / f).stat().st_size for f in ("model.safetensors", "config.json")) < 2e6
+
+
+@pytest.mark.slow
+def test_the_towers_in_ckpt_are_as_good_as_the_readme_says():
+    """A point of room, for what stands there is in bf16."""
+    rows = re.findall(r"^\| `ckpt/(\w+)` \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
+    assert [name for name, *_ in rows] == list(train_vit.STAGES)
+    config = sized("tiny")
+    exam = Exam(config, 64)
+    for name, linear, dense in rows:
+        visual = train_vit.tower(train_vit.Args(), config)
+        load_tower(visual, ROOT / "ckpt" / name)
+        found = probe(visual, exam)
+        assert abs(100 * found["linear"] - float(linear)) <= 1, name
+        assert abs(100 * found["dense"] - float(dense)) <= 1, name
 
 
 def test_an_episode_longer_than_the_context_is_an_error_and_not_a_zero():
