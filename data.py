@@ -359,7 +359,7 @@ class Drawer:
                     ours, theirs = context.Pipe()
                     context.Process(target=_draw, args=(theirs, stream), daemon=True).start()
                     theirs.close()
-                    self.pipes.append(ours)
+                    self.pipes.append((ours, threading.Lock()))
             finally:
                 if main:
                     signal.signal(signal.SIGINT, hears)
@@ -395,18 +395,19 @@ class Drawer:
         n = len(self.pipes)
         for w, pipe in enumerate(self.pipes):
             indices = range(start + w, start + self.burst, n)
-            self.waiting.append((indices, self.pool.submit(self._exchange, pipe, indices)))
+            self.waiting.append((indices, self.pool.submit(self._exchange, *pipe, indices)))
 
     @staticmethod
-    def _exchange(pipe, indices):
+    def _exchange(pipe, lock, indices):
         try:
-            pipe.send(indices)
-            return pipe.recv()
+            with lock:  # who skips ahead asks while the burst before is still under way
+                pipe.send(indices)
+                return pipe.recv()
         except (EOFError, OSError):
             return "a drawing process died"
 
     def close(self):
-        for pipe in self.pipes:
+        for pipe, _ in self.pipes:
             try:
                 pipe.send(None)
             except OSError:

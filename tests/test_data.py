@@ -71,6 +71,24 @@ def test_drawing_processes_make_the_same_samples_and_outlive_the_first_ctrl_c():
         drawer.close()
 
 
+class Bulky:
+    """A stream whose samples fill a pipe several times over."""
+
+    def __call__(self, i):
+        return np.full(20_000 * (1 + i % 3), i)
+
+
+def test_who_skips_ahead_asks_while_the_burst_before_is_under_way():
+    """Two threads that read one pipe at once would share a burst's bytes between them."""
+    drawer = Drawer(Bulky(), workers=2, burst=4, overlap=True)
+    try:
+        for i in range(0, 3000, 50):
+            made = drawer(i)
+            assert len(made) == 20_000 * (1 + i % 3) and (made == i).all()
+    finally:
+        drawer.close()
+
+
 class Broken:
     """A stream with a sample that can't be made."""
 
