@@ -233,6 +233,17 @@ def new_life(store, rank: int, world: int):
     return dist.PrefixStore(own, store)
 
 
+def together(start: int, out):
+    """Raises UserError where ranks found different checkpoints to go on from: they would add up
+    gradients of different weights."""
+    if dist.is_initialized():
+        found = [0] * dist.get_world_size()
+        dist.all_gather_object(found, start)
+        if len(set(found)) > 1:
+            raise UserError(f"--resume: ranks find steps {', '.join(map(str, found))} in {out}: it "
+                            "must be a folder that all machines see")
+
+
 def total(value: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all ranks, in place."""
     if dist.is_initialized():
@@ -422,6 +433,15 @@ def write_json(path, value):
 
 # ---- logs ---------------------------------------------------------------------------------------
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl, none where there is no such file; lines cut short are left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
 class Log:
     """log.jsonl (one line a step), a progress bar on a terminal, plain lines elsewhere.
 
@@ -434,13 +454,11 @@ class Log:
         if rank:
             return
         run.mkdir(parents=True, exist_ok=True)
-        path = run / "log.jsonl"
-        kept = []
-        if start and path.exists():
-            lines = [x for x in path.read_text(encoding="utf-8").splitlines() if x.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-        self.file = open(path, "w", encoding="utf-8")
-        self.file.writelines(line + "\n" for line in kept)
+        path, part = run / "log.jsonl", run / "log.jsonl.part"
+        kept = [line for line in read_log(path) if line["step"] <= start] if start else []
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, path)
+        self.file = open(path, "a", encoding="utf-8")
         if sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=start, desc=name, dynamic_ncols=True)
 
@@ -520,8 +538,8 @@ class Interrupt:
     def _note(self, which, frame):
         if self.signal:  # asked twice: leave now
             raise KeyboardInterrupt
-        self.signal = which
-        print("\nstopping after this step (saving; once more to stop at once)", file=sys.stderr)
+        self.signal = which     # `print` would raise where the signal came in the midst of one
+        os.write(2, b"\nstopping after this step (saving; once more to stop at once)\n")
 
 
 class Watch:
@@ -536,6 +554,7 @@ class Watch:
         self.out, self.hw, self.steps, self.every, self.write = out, hw, steps, every, write
         self.done = self.saved = start
         self.group, self.interrupt, self.bad, self.skipped = group, Interrupt(), 0, 0
+        self.left = False       # before the last step: some rank was told to
 
     def finite(self, loss: float, norm: float) -> bool:
         """Whether a step counts; the fifth in a row that doesn't ends the run."""
@@ -558,7 +577,8 @@ class Watch:
             dist.all_reduce(stop, group=self.group)
         if done % self.every == 0 or done == self.steps or stop:
             self.save()
-        return bool(stop)
+        self.left = bool(stop)
+        return self.left
 
     def save(self):
         """Save now, if this rank is the one to; where that fails `saved` stays behind `done`."""
@@ -575,5 +595,5 @@ class Watch:
                             f"{self.saved}")
         if self.saved and self.hw.rank == 0:
             print(f"saved {self.out}/step_{self.saved:06d}")
-        if self.interrupt.signal:
+        if self.interrupt.signal or self.left:
             raise KeyboardInterrupt

@@ -329,7 +329,7 @@ class Engine:
                                            min(1.02 * seen[2], head)]
 
     def _worthwhile(self, n: int) -> int:
-        """How many drafts to make now. A plain step is timed by two that count for nothing; the
+        """How many drafts to make now. A plain step is timed by five that count for nothing; the
         times of all K follow from those of two, as lines. Once none pay, none are made until new
         weights arrive."""
         if not self.adapt:
@@ -339,7 +339,7 @@ class Engine:
             if self.seconds.get((size, k), [0])[0] < 2:
                 return k
         if (size, 0) not in self.seconds:
-            self.seconds[size, 0] = min(self._rehearse(n), self._rehearse(n))
+            self.seconds[size, 0] = min(self._rehearse(n) for _ in range(5))
         if self.tried[0] > 32:          # (alone in its slot a request reaches 50, as they fade)
             (_, *last), (_, *first) = self.seconds[size, most], self.seconds[size, 1]
             step = max(0.0, sum(last) - sum(first)) / max(1, most - 1)

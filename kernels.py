@@ -279,12 +279,13 @@ class _SigmoidLoss(torch.autograd.Function):
                 d_bias += grad.sum()
                 d_x[i:i + tile].addmm_(grad, b)
                 d_y[j:j + tile].addmm_(grad.T, a)
-        ctx.save_for_backward(d_x.mul_(scale), d_y.mul_(scale), d_scale, d_bias)
+        ctx.grads = [d_x.mul_(scale), d_y.mul_(scale), d_scale, d_bias]
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return *(saved * grad for saved in ctx.saved_tensors), None, None
+        grads, ctx.grads = ctx.grads, None      # in place and let go: they are a batch's largest
+        return *(made.mul_(grad) for made in grads), None, None
 
 
 @dispatch

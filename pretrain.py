@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
-                    load_tensors, main, plan, reason, save_state, setup, write_json)
+                    load_tensors, main, plan, reason, save_state, setup, together, write_json)
 from data import Drawer, Packer, Stream, collate, parse_mix, sight
 from kernels import linear_cross_entropy
 from mmtp import OPTIONS, attach, head_of, load, losses as mtp_losses, prefix
@@ -160,6 +160,7 @@ def run(args: Args):
         return plan(hw, counts, args.steps * tokens, flops, memory)
     say(hw.why)
     model, optimizer, start, position = build(args, hw)
+    together(start, out)
     mix = parse_mix(args.mix, sight(model.config))
     # About 110 tokens a sample at tiny: close enough to place the curriculum's end.
     easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 110)

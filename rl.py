@@ -22,6 +22,7 @@ in another way (collect.py, ranks.py). What is left out, and why:
 
 Letters: T tokens of a packed row, W width, V vocabulary.
 """
+import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +35,8 @@ import torch.distributed as dist
 import gym
 from collect import Actor, Collector, Curriculum, Here, accuracy, ages_of, samples
 from common import (LONG, Log, ROOT, UserError, Watch, checkpoints, cli, find_checkpoint,
-                    keep_earlier, load_tensors, main, plan, reason, save_state, setup, write_json)
+                    keep_earlier, load_tensors, main, plan, reason, save_state, setup, together,
+                    write_json)
 from data import Document, Episode, Stream, collate, parse_mix, rows_of, sight
 from engine import Engine
 from kernels import linear_logp
@@ -371,15 +373,6 @@ def forecast(args: Args, hw, model: GLMV):
     plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
 
 
-def together(store, hw, start: int):
-    """Refuse to go on where ranks found different checkpoints."""
-    store.set(f"start/{hw.rank}", str(start))
-    lead = int(store.get("start/0"))
-    if lead != start:
-        raise UserError(f"--resume: rank {hw.rank} finds step {start}, rank 0 step {lead}; --out "
-                        "must be a folder that all machines see")
-
-
 def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, judges: int,
          start: int, leave):
     """(who plays for this rank, its part in the updates). A rank that does nothing but play does so
@@ -389,7 +382,6 @@ def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, ju
         store = dist.PrefixStore("rl", hw.store)
         share.group = dist.new_group(list(range(trainers)), timeout=LONG)
         route = dist.new_group([0, *range(trainers, hw.world)], timeout=LONG)
-        together(store, hw, start)
         if hw.rank == 0:
             return Remote(store, list(range(trainers, hw.world)), Transfer(model, route), start,
                           args.max_staleness, leave), share
@@ -419,6 +411,7 @@ def run(args: Args):
         return forecast(args, hw, model)
     say(hw.why)
     start, mix = state["step"] if state else 0, mix_of(args, model)
+    together(start, out)
     origin = (state["args"] if state else asdict(args))["init"] or BEGIN
     reference = (load(find_checkpoint(origin), "cpu", hw.dtype)
                  if args.kl and hw.rank < trainers else None)
@@ -443,16 +436,26 @@ def run(args: Args):
     if state:
         collector.restore(state["collector"])
         exams.held, exams.recent = state["exams"], state["recent"]
+
+    def between():
+        with contextlib.suppress(UserError):    # it comes again in `collect`, where no step is open
+            collector.turn()
+
     if lead and args.max_staleness:
-        share.between = collector.turn
+        share.between = between
     taught = round(args.rehearse * args.prompts * args.group)
 
-    def collect(step):
+    @contextlib.contextmanager
+    def kept():             # too many errors, or no player left: what was learnt is not lost
         try:
-            groups = collector.collect(step) if lead else []
-        except UserError:       # too many errors: what was learnt until then is kept
+            yield
+        except UserError:
             watch.save()
             raise
+
+    def collect(step):
+        with kept():
+            groups = collector.collect(step) if lead else []
         groups = shared(groups, share.group) if trainers > 1 else groups
         return groups, demonstrations(stream, step * taught, taught)
 
@@ -474,8 +477,10 @@ def run(args: Args):
     clock = time.perf_counter()
     log = Log(out, "rl", args.steps, start, hw.rank)
     for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
+        watch.done = done
         if lead and done < args.steps:
-            actor.load(optimizer.masters, done)
+            with kept():
+                actor.load(optimizer.masters, done)
         watch.finite(values["pg_loss"], values.get("norm", 0.0))
         now = time.perf_counter()
         values |= collector.figures() | ages_of(groups, done - 1)

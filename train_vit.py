@@ -30,8 +30,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
-                    load_tensors, main, plan, reason, save_state, save_tensors, setup, total,
-                    write_json)
+                    load_tensors, main, plan, reason, save_state, save_tensors, setup, together,
+                    total, write_json)
 from data import Dealt, Drawer, pack
 from kernels import ring_sigmoid_loss
 from model import Config, TextTower, init, keep_tower, load_tower, sized
@@ -497,6 +497,7 @@ def train(stage: str, args: Args, hw):
     out, lead, config = Path(args.out) / stage, hw.rank == 0, sized(args.size)
     say = print if lead else (lambda *_: None)
     job, stream, optimizer, start = build(stage, args, config, hw, say)
+    together(start, out)
     for name in STAGES[STAGES.index(stage):]:   # later ones too: --resume would take them for ours
         keep_earlier(out.with_name(name), args.resume, hw, say)
     if start >= args.steps:

@@ -27,8 +27,7 @@ import numpy as np
 
 import gym
 import rl
-from common import ROOT, cli, main, write_json
-from lab.report import read_log
+from common import ROOT, cli, main, read_log, write_json
 
 WAIT = 1.0                    # seconds, the mean
 FLIGHT, SIZE, PROMPTS, STEPS = 32, 8, 4, 24

@@ -31,8 +31,8 @@ import gym
 import mmtp
 import pretrain
 import train_vit
-from common import (ROOT, UserError, checkpoints, clock, cli, find_checkpoint, main, same_options,
-                    setup, write_json)
+from common import (ROOT, UserError, checkpoints, clock, cli, find_checkpoint, main, read_log,
+                    same_options, setup, write_json)
 from data import parse_mix
 from lab import report
 from model import init, sized
@@ -195,7 +195,7 @@ def demo(args: Args):
             tell(tower["figures"])
         print("2/5 pretraining: pictures, questions and answers")
         folder = train(args)
-    trained = sum(line["dt"] for line in report.read_log(folder.parent / "log.jsonl"))
+    trained = sum(line["dt"] for line in read_log(folder.parent / "log.jsonl"))
     model = mmtp.load(folder, hw.device, hw.dtype)
     tokens = Tokenizer(model.config.n_ranks)
     print("3/5 examination: tasks of held-out seeds, words, shades and layouts")

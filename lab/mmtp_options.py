@@ -27,10 +27,10 @@ import torch.distributed as dist
 
 import mmtp
 import pretrain
-from common import ROOT, UserError, cli, main, write_json
+from common import ROOT, UserError, cli, main, read_log, write_json
 from data import Packer, Stream, collate, parse_mix
 from kernels import Segments, angles, linear_cross_entropy
-from lab.report import STYLE, curve, read_log, smooth
+from lab.report import STYLE, curve, smooth
 from model import GLMV, sized
 
 KINDS = {"image-heavy": "point,gui_click,shape_attr,ocr_line", "text only": "text,code"}

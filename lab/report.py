@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, cli, main
+from common import UserError, cli, main, read_log
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -54,12 +54,6 @@ CHARTS = {
 @dataclass
 class Args:
     run: str = ""                 # run folder; also as a bare word
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; a last line cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def smooth(points: list, share: float = 0.02) -> list:

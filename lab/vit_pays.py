@@ -16,7 +16,8 @@ import numpy as np
 import mmtp
 import pretrain
 import train_vit
-from common import UserError, cli, find_checkpoint, main, same_options, setup, write_json
+from common import (UserError, cli, find_checkpoint, main, read_log, same_options, setup,
+                    write_json)
 from lab import report
 from lab.demo import MIX
 from lab.worlds import pace, timed
@@ -86,7 +87,7 @@ def pays(args: Args):
             pretrain.run(settings)
             model = mmtp.load(find_checkpoint(settings.out))
             tables[name] = evaluate(model, Tokenizer(model.config.n_ranks), MIX, 1, args.count)
-            log = report.read_log(Path(settings.out) / "log.jsonl")
+            log = read_log(Path(settings.out) / "log.jsonl")
             curves[name] = [((spent[arm] + each * line["step"]) / 60, line["held_out"])
                             for line in log if "held_out" in line]
             print(f"{name}: {left[arm]} steps after {spent[arm] / 60:.1f} minutes for the tower, "

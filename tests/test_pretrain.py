@@ -10,10 +10,13 @@ import resource
 import signal
 import subprocess
 import sys
+import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import common
 import pretrain
@@ -137,7 +140,69 @@ def test_two_processes_are_one(tmp_path):
     same_as_alone()
 
 
+class Ranks:
+    """What torch.distributed says of ranks of which the others have set out from `steps`, and of
+    which one has been told to leave."""
+
+    def __init__(self, monkeypatch, steps):
+        for name in ("is_initialized", "get_world_size", "all_gather_object", "all_reduce"):
+            monkeypatch.setattr(dist, name, getattr(self, name))
+        self.steps = steps
+
+    def is_initialized(self):
+        return True
+
+    def get_world_size(self):
+        return 1 + len(self.steps)
+
+    def all_gather_object(self, found, own):
+        found[:] = [own, *self.steps]
+
+    def all_reduce(self, value, group=None):
+        value += signal.SIGTERM
+
+
+def test_ranks_that_resume_from_different_steps_are_told(monkeypatch):
+    """As where two machines don't share --out: they would add up gradients of different weights."""
+    Ranks(monkeypatch, [40, 40])
+    common.together(40, "out")
+    with pytest.raises(UserError, match="ranks find steps 0, 40, 40 in out: it must be a folder"):
+        common.together(0, "out")
+
+
+def test_who_leaves_because_another_was_told_to_does_not_end_as_if_it_were_done(
+        tmp_path, monkeypatch):
+    Ranks(monkeypatch, [0])
+    hw = replace(common.setup("cpu"), world=2)
+    watch = common.Watch(tmp_path, hw, 9, 9, 0, lambda folder: (folder / "it").write_text("all"))
+    assert watch.stop(3) and not watch.interrupt.signal
+    with pytest.raises(KeyboardInterrupt):
+        watch.close()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000003"]
+
+
 # ---- kills and full disks -----------------------------------------------------------------------
+
+def test_who_is_killed_as_it_resumes_leaves_the_log_as_it_was(tmp_path):
+    """Before its first step; a line cut short, even behind an inner brace, is left out."""
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": i, "by": {"point": {"reward": 1}}}) for i in range(1, 60)]
+    path.write_text("\n".join(lines)[:-1] + "\n")
+    assert child_dies(lambda: (common.Log(tmp_path, "rl", 99, start=50), os._exit(9)))
+    assert path.read_text().splitlines() == lines[:50]
+
+
+def test_a_signal_that_comes_while_stderr_is_written_to(monkeypatch, capfd):
+    """As a progress bar does all the time: a file in the midst of a write takes no second one."""
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call")
+    monkeypatch.setattr(sys, "stderr", Busy())
+    told = common.Interrupt()
+    signal.raise_signal(signal.SIGINT)
+    assert told.signal == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
+
+
 
 def child_dies(act) -> bool:
     """Call act() in a fork of this process; whether it was ended before act() was through."""
@@ -146,9 +211,13 @@ def child_dies(act) -> bool:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
             act()
-        finally:
             os._exit(0)
-    return os.waitpid(child, 0)[1] != 0
+        except BaseException:
+            traceback.print_exc()
+            os._exit(77)        # an error is no death
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended != 77
+    return ended != 0
 
 
 def killed_at(offset: int):

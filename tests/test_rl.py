@@ -594,7 +594,7 @@ def test_enough_is_enough(tiny, monkeypatch, clock):
     step = collector.actor.step
 
     def later(*rest):
-        clock[0] += 0.5
+        clock[0] += 0.5 * all(g.task.seed == HANG for g in collector.open.values())
         return step(*rest)
     collector.actor.step = later
     assert len(collector.collect(0)) >= 2 and clock[0] > 10
@@ -783,6 +783,8 @@ def dies(where, name, when):
         if when(*args) and not os.path.exists(trace + "/died"):
             open(trace + "/died", "w").close()
             os.kill(os.getppid(), signal.SIGTERM) if how == "agent" else os._exit(1)
+            if who == "player":     # does no more until its agent ends it
+                signal.pause()
         return whole(*args)
     setattr(where, name, fatal)
 
@@ -945,14 +947,27 @@ def test_a_new_life_knows_nothing_of_the_last():
         assert met[2].check(["mark"])
 
 
-def test_ranks_that_resume_from_different_steps_are_told():
-    """As where two machines don't share --out."""
-    store = dist.HashStore()
-    ranks = [type("Hardware", (), {"rank": i}) for i in range(3)]
-    rl.together(store, ranks[0], 40)
-    rl.together(store, ranks[2], 40)
-    with pytest.raises(UserError, match="rank 1 finds step 0, rank 0 step 40; --out must be"):
-        rl.together(store, ranks[1], 0)
+@pytest.mark.parametrize("where", ["collecting", "learning", "sending"])
+def test_where_no_player_is_left_nothing_learnt_is_lost(tmp_path, begin, monkeypatch, where):
+    """Four steps are done; it comes as step 5 is played or learnt from, or as weights are sent."""
+    some_reward(monkeypatch)
+    turn, load = Collector.turn, Actor.load
+
+    def gone(self, collecting=False):
+        if self.step == 4 and where == ("collecting" if collecting else "learning"):
+            monkeypatch.setattr(Collector, "turn", none_left)
+            none_left()
+        return turn(self, collecting)
+
+    def none_left(*_, **more):
+        raise UserError("rank 1, which plays, has not been heard of")
+    monkeypatch.setattr(Collector, "turn", gone)
+    monkeypatch.setattr(Actor, "load", lambda self, weights, version: none_left() if (
+        where == "sending" and version == 4) else load(self, weights, version))
+    with pytest.raises(UserError, match="not been heard of"):
+        go(tmp_path, begin, steps=9, max_staleness=2, save_every=9)
+    done = 5 if where == "learning" else 4
+    assert [p.name for p in checkpoints(tmp_path)] == [f"step_{done:06d}"]
 
 
 def test_a_slow_reader_finds_everything_once():
@@ -1045,7 +1060,8 @@ def test_leaving_in_the_midst_loses_no_task_and_counts_none_twice(tiny, monkeypa
     learnt = tasks_of(second.collect(0))
     assert set(tasks_of(first.ready)) <= set(learnt) and len(learnt) == len(set(learnt)) >= 9
     left = [task[1] for task in second.curriculum.kept] + second.curriculum.seeds
-    assert sorted(learnt + left) == list(range(100, 200))
+    silent = tasks_of(g for g in first.seen + second.seen if not rl.has_signal(g))
+    assert sorted(learnt + left + silent) == list(range(100, 200))
 
 
 @pytest.mark.slow
