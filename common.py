@@ -37,13 +37,15 @@ class UserError(Exception):
 
 
 def main(entry, *args):
-    """Run a script's entry point: a UserError, or a path that is none, becomes one line and exit
-    code 2, Ctrl-C code 130."""
+    """Run a script's entry point: a UserError, a path that is none or a full disk becomes one line
+    and exit code 2, Ctrl-C code 130."""
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows question marks
         stream.reconfigure(errors="replace")
     try:
         entry(*args)
-    except (UserError, NotADirectoryError, FileExistsError, PermissionError) as error:
+    except BrokenPipeError:  # `... | head`: the reader left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if dist.is_initialized():   # gloo would wait for a peer whose machine is gone
             sys.stdout.flush()
@@ -52,8 +54,6 @@ def main(entry, *args):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `... | head`: the reader left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -7,6 +7,7 @@ features must answer.
 
 Letters: P patches, N images, T caption tokens, W width, p patch side.
 """
+import copy
 import functools
 import json
 import math
@@ -24,7 +25,7 @@ from torch import Tensor
 import gym
 from common import UserError, checkpoints, write_json
 from data import open_image, pack
-from model import Config
+from model import Config, init
 from tasks.base import Task, held
 from tasks.draw import CELL, COLORS, GRID, PAIRS, SHAPES, UNITS
 from tasks.scenes import MOVES, Item, ShapeAttr, caption, moving, window
@@ -168,20 +169,27 @@ def find_pairs(folder: str, split: str) -> tuple[list[Path], int]:
 
 def read_captions(path: Path, folder: str) -> list[str]:
     """What may be said of a picture: the lines of its caption file in English and Chinese. A line
-    may begin with a language, `zh_cn.utf8=`.
+    may begin with a language, `zh_cn.utf8=`. Raises UserError where there is nothing to say, or
+    another encoding than UTF-8.
 
     Collections are often sorted by kind, and who asks for a kind says nothing else. So where there
     are folders, each line comes alone, behind their names, and once the names come without it. [O]
     """
     above = " ".join(path.parent.relative_to(folder).parts)
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        said = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not in UTF-8") from None
+    for line in said.splitlines():
         language, mark, text = line.partition(".utf8=")
         text = text if mark else line
         if text.strip() and (not mark or language.startswith(("en", "zh"))):
             found.append(text.strip())
     kinds = [above] * max(1, len(found)) if above else []
-    return [*found, *(f"{above}: {line}" for line in found if above), *kinds] or [path.stem]
+    if not found and not kinds:
+        raise UserError(f"{path} holds no caption in English or Chinese")
+    return [*found, *(f"{above}: {line}" for line in found if above), *kinds]
 
 
 def read_pair(path: Path, folder: str) -> tuple[Image.Image, list[str]]:
@@ -460,6 +468,24 @@ def probe_moves(embed_images, embed_texts, side: int, count: int = 256) -> dict[
     return figures
 
 
+@torch.no_grad()
+def probe_towers(job, exam: Exam, clips: bool, folder: str) -> dict[str, float]:
+    """All probes that need both towers of a job, which embeds packed batches: embed_images(patches,
+    grids) and embed_texts(ids, cu_seqlens)."""
+    encode, device = Captions(exam.config, (), 1).encode, next(job.parameters()).device
+
+    def by_chunks(embed, packed):       # so that it takes no more memory than a small batch
+        return lambda things: torch.cat([
+            embed(*(x.to(device) for x in packed(things[i:i + 64]))).cpu()
+            for i in range(0, len(things), 64)])
+
+    ask = (by_chunks(job.embed_images, lambda some: pack(list(map(np.asarray, some)),
+                                                         exam.config.vision)),
+           by_chunks(job.embed_texts, lambda some: pack_texts(list(map(encode, some)))))
+    return {**probe_language(*ask, exam), **(probe_moves(*ask, exam.side) if clips else {}),
+            **(probe_pairs(*ask, exam, folder) if folder else {})}
+
+
 def pca_picture(visual, images: list, path: Path):
     """Pictures above, below them the three main directions of their patch features as red, green
     and blue: neighbours of like colour are alike to the tower."""
@@ -481,15 +507,34 @@ def pca_picture(visual, images: list, path: Path):
     page.save(path)
 
 
+NOTE = (f"Shares of right answers on held-out pictures. linear, knn: colour ({len(COLORS)}) and "
+        f"shape ({len(SHAPES)}) of a lone thing. dense: what each patch shows, {1 + len(SHAPES)} "
+        f"kinds. zero_shot: the name of a lone thing, by chance 1 in {len(PAIRS)}. i2t, t2i: which "
+        "caption belongs to a scene, which scene to a caption, of 512; chance: of picking blindly. "
+        "The first row is a tower that has learnt nothing: what it can do is no merit.")
+RANDOM = "random weights"
+
+
 def noted(run: Path) -> dict:
     """What `examine` has noted of the stages in a run folder, without those that are there no
-    longer."""
-    facts, path = {"title": "the vision tower", "figures": {}, "pictures": []}, run / "report.json"
-    if path.exists():
-        facts |= json.loads(path.read_text(encoding="utf-8"))
-    facts["figures"] = {k: row for k, row in facts["figures"].items() if checkpoints(run / k)}
+    longer. Raises UserError where its file is damaged."""
+    facts, path = {"title": "the vision tower", "note": NOTE, "figures": {}, "pictures": []}, (
+        run / "report.json")
+    try:
+        facts |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise UserError(f"{path} is damaged; without it the run goes on") from None
+    facts["figures"] = {k: row for k, row in facts["figures"].items()
+                        if k == RANDOM or checkpoints(run / k)}
     facts["pictures"] = [(k, told) for k, told in facts["pictures"] if (run / k).exists()]
     return facts
+
+
+def untrained(visual, exam: Exam, seed: int = 0) -> dict[str, float]:
+    """What the probes say of a tower like this one before it has learnt anything."""
+    blank = copy.deepcopy(visual)
+    init(blank, seed)
+    return probe(blank, exam)
 
 
 def examine(job, exam: Exam, out: Path, step: int) -> dict[str, float]:
@@ -501,6 +546,8 @@ def examine(job, exam: Exam, out: Path, step: int) -> dict[str, float]:
     try:
         facts = noted(out.parent)
         pca_picture(visual, [image for image, _ in exam.scenes["test"][:6]], out.parent / name)
+        if RANDOM not in facts["figures"]:
+            facts["figures"] = {RANDOM: untrained(visual, exam), **facts["figures"]}
         facts["figures"][stage] = {"step": step, **figures}
         facts["pictures"] = [*((k, told) for k, told in facts["pictures"] if k != name),
                              (name, f"{stage}, step {step}: pictures, the tower's features")]

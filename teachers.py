@@ -123,6 +123,7 @@ class Teacher(nn.Module):
     trains a student; `budget` is how many patches a picture is given."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which the DINOs use
     resampling = Image.Resampling.BILINEAR
+    kind = "texture"        # or semantic: what it teaches
     scaled = True   # LayerScale in its blocks
 
     def __init__(self, c: TeacherConfig):
@@ -220,6 +221,7 @@ class Siglip(Teacher):
     """SigLIP and SigLIP2 of one size (`siglip_vision_model`): a table of positions, no class
     token. Its pooling head belongs to the contrast with text and is left out."""
     mean = std = (0.5, 0.5, 0.5)
+    kind = "semantic"
     scaled = False
     how = {"mode": "bicubic"}
 

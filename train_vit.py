@@ -37,7 +37,7 @@ from kernels import ring_sigmoid_loss
 from model import Config, TextTower, init, keep_tower, load_tower, sized
 from optim import OptimConfig, Optimizer, schedule
 from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, examine, find_pairs, foremost,
-                      hidden, noted, pack_texts, probe_language, probe_moves, probe_pairs)
+                      hidden, noted, probe_towers)
 from teachers import load_teacher
 from vit import AttentionPool, CogViT
 
@@ -49,21 +49,21 @@ class Args:
     steps: int = 600              # optimizer updates of each stage
     batch: int = 0                # images a step, over all ranks; 0: 64, or a few more
     micro: int = 0                # images at a time on a rank; 0: its whole share
-    side: int = 0                 # pixels of stage 1's square pictures; 0: 64 at tiny, else 224
+    side: int = 0                 # pixels of scenes and of stage 1's squares; 0: 64 at tiny, or 224
     mask: str = "block"           # which patches are hidden: block or random
     masked: float = 0.35          # the share of them
     supervise: str = "all"        # where the student is held to the teachers: masked or all [O]
     cosine: float = 0.9           # weight of 1 - cosine; the rest is smooth-L1
-    qk_norm: bool = True          # RMSNorm on queries and keys; false shows what it is for
+    qk_norm: bool = True          # RMSNorm on queries and keys
     teachers: str = "both"        # both, semantic or texture: whom to learn from
     semantic_teacher: str = ""    # Hugging Face folder of SigLIP2; default: the stand-in of --out
     texture_teacher: str = ""     # Hugging Face folder of DINOv3 or DINOv2; default: the stand-in
     ema: float = 0.99             # how slowly the texture stand-in's own teacher follows
     texture_part: float = 0.2     # the share of --steps it takes: with more it forgets [O]
     budgets: str = ""             # align: patches an image, drawn for each batch; default: by size
-    pairs: str = ""               # folder of x.png beside x.txt; default: captioned drawings
+    pairs: str = ""               # folder of x.png (jpg, webp) beside x.txt; default: drawings
     clips: float = 0.0            # share of those drawings in which something moves, in two frames
-    lr: float = 4e-3              # peak learning rate of the vision tower; Muon and AdamW alike
+    lr: float = 4e-3              # peak; the tower's, Muon and AdamW alike; in `texture` a quarter
     text_scale: float = 1.0       # align: factor on it for the text tower
     proj_scale: float = 1.0       # align: factor on it for pools and projections
     weight_decay: float = 0.05    # on the vision tower's matrices
@@ -169,26 +169,13 @@ class Contrast(Job):
         if args.pairs:  # corrupt pictures, others in their place
             values["skipped"] = total(torch.tensor(float(sum(skipped)), device=device))
         for chunk, *parts in zip(chunks, x.grad.split(args.micro), y.grad.split(args.micro)):
-            torch.autograd.backward(embed(chunk) if replay else made, parts)
+            made = embed(chunk) if replay else made     # a lone one still has its graph
+            torch.autograd.backward(made, parts)
             collect()
         return values
 
-    @torch.no_grad()
     def figures(self, exam: Exam) -> dict[str, float]:
-        """What needs both towers: zero-shot names and retrieval."""
-        device, encode = self.logit_bias.device, Captions(exam.config, (), 1).encode
-
-        def images(pictures):
-            packed = pack([np.asarray(p) for p in pictures], self.visual.config)
-            return self.embed_images(*(x.to(device) for x in packed)).cpu()
-
-        def texts(lines):
-            packed = pack_texts([encode(line) for line in lines])
-            return self.embed_texts(*(x.to(device) for x in packed)).cpu()
-
-        return {**probe_language(images, texts, exam),
-                **(probe_moves(images, texts, exam.side) if self.args.clips else {}),
-                **(probe_pairs(images, texts, exam, self.args.pairs) if self.args.pairs else {})}
+        return probe_towers(self, exam, self.args.clips > 0, self.args.pairs)
 
 
 # ---- the texture stand-in: self-distillation ----------------------------------------------------
@@ -336,7 +323,8 @@ class Distil(Job):
     def learn(self, draw, mine: range, args: Args, collect) -> dict:
         """Gradients of this rank's samples `mine`, `micro` at a time; the loss of each position is
         --cosine x (1 - cosine) + the rest x smooth-L1, the mean over teachers [O]."""
-        device, sums = self.token.device, {"loss": 0.0, **dict.fromkeys(self.teachers, 0.0)}
+        device, names = self.token.device, {name: f"cos_{name}" for name in self.teachers}
+        sums = dict.fromkeys(("loss", *names.values()), 0.0)
         for chunk in cut(mine, args.micro):
             pictures = [draw(i) for i in chunk]
             images = [p.views[0] for p in pictures]
@@ -351,7 +339,7 @@ class Distil(Job):
                 cosine = F.cosine_similarity(said, target, dim=-1).mean()
                 near = F.smooth_l1_loss(said, target)
                 loss += (args.cosine * (1 - cosine) + (1 - args.cosine) * near) / len(self.heads)
-                sums[name] += share * cosine.detach()
+                sums[names[name]] += share * cosine.detach()
             (share * loss).backward()
             collect()
             sums["loss"] += share * loss.detach()
@@ -389,9 +377,10 @@ def check(args: Args) -> Args:
                         f"--micro={max(1, args.micro)}")
     v, tiny = sized(args.size).vision, args.size == "tiny"
     args = replace(args, micro=args.micro or args.batch // world,
-                   side=args.side or (64 if tiny else 224),
-                   budgets=args.budgets or ("36,64,64,100" if tiny else "128,256,576,784,1024"))
-    unit = v.patch_size * v.spatial_merge_size
+                   side=args.side or (64 if tiny else 224))
+    own, unit = (args.side // v.patch_size) ** 2, v.patch_size * v.spatial_merge_size
+    drawn = f"{own * 9 // 16},{own},{own},{own * 25 // 16}"     # half of the scenes stay whole
+    args = replace(args, budgets=args.budgets or (drawn if tiny else "128,256,576,784,1024"))
     if args.side % unit or args.side < 64:
         raise UserError(f"--side takes a multiple of {unit}, two patches of {v.patch_size} pixels, "
                         f"and at least 64, not {args.side}")
@@ -408,9 +397,10 @@ def check(args: Args) -> Args:
         first, moved = Path(args.init).resolve(), [Path(args.out, s).resolve() for s in STAGES]
         if args.stage == "all" and not args.resume and {first, *first.parents} & set(moved):
             raise UserError(f"--init={args.init} is part of what it replaces; choose another --out")
-    for folder in filter(None, (args.semantic_teacher, args.texture_teacher)):
-        if "distill" in stages(args):
-            load_teacher(folder)
+    for kind in ("semantic", "texture"):
+        folder = getattr(args, f"{kind}_teacher")
+        if folder and "distill" in stages(args) and load_teacher(folder).kind != kind:
+            raise UserError(f"--{kind}_teacher={folder} holds a teacher of the other kind")
     return args
 
 
@@ -458,13 +448,13 @@ def build(stage: str, args: Args, config: Config, hw, say):
     job, stream = prepare(stage, args, config, hw)
     init(job, args.seed)
     first = args.init if args.stage == stage or stage == "distill" else ""
-    if stage in BEFORE and not first and not folder:
-        first = own if checkpoints(own := out.with_name(BEFORE[stage])) else ""
-        say(f"{stage} goes on from {first}" if first else f"{stage} begins with a new tower")
-    if first and not folder:
-        load_tower(job.visual, find_checkpoint(first))
+    if stage in BEFORE and not first and checkpoints(out.with_name(BEFORE[stage])):
+        first = out.with_name(BEFORE[stage])
     job.to(hw.device)
     if not folder:
+        if first:
+            load_tower(job.visual, find_checkpoint(first))
+        say(f"{stage} goes on from {first}" if first else f"{stage} begins with a new tower")
         job.begin(stream)
     optimizer = Optimizer(job.named_parameters(), OptimConfig(
         job.RATE * args.lr, args.weight_decay,
@@ -482,13 +472,18 @@ def build(stage: str, args: Args, config: Config, hw, say):
         weights = load_tensors(folder)
         try:
             state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
-            start = state["step"]
+            start, before = state["step"], state["args"]
             optimizer.load_state_dict(state["optimizer"])
             job.load_state_dict(weights)
             optimizer.load_masters(weights)
         except Exception as error:  # torch.load answers damage with some ten kinds of them
-            raise UserError(f"{folder} can't be resumed ({reason(error)}); without --resume "
-                            f"{stage} begins again") from None
+            earlier = [f"remove it to go on from {p}" for p in checkpoints(out)[:-1]]
+            way = [f"without --resume {stage} begins again", *earlier][-1]
+            raise UserError(f"{folder} can't be resumed ({reason(error)}); {way}") from None
+        for name in ("batch", "seed", "side", "budgets", "pairs", "clips", "mask", "masked"):
+            if before.get(name, getattr(args, name)) != getattr(args, name):
+                raise UserError(f"{out} was begun with --{name}={before[name]}: with another some "
+                                "samples would be seen twice, or never")
     return job, stream, optimizer, start
 
 
@@ -506,9 +501,10 @@ def train(stage: str, args: Args, hw):
         return say(f"{stage}: {start} steps are done, of {args.steps}")
     cores, share = os.cpu_count() or 1, args.batch // hw.world
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
-    once = args.micro == share or not isinstance(job, Contrast)     # drawn; else it would pile up
-    drawer = Drawer(Dealt(stream, hw.rank, hw.world, share), workers,
-                    8 * share if once else args.micro, overlap=once and hw.device.type != "cpu")
+    replays = isinstance(job, Contrast) and args.micro < share      # each sample is drawn twice
+    ahead = args.micro if replays else max(args.micro, min(8 * share, 4096))
+    drawer = Drawer(Dealt(stream, hw.rank, hw.world, share), workers, ahead,
+                    overlap=not replays and hw.device.type != "cpu")
     exam = Exam(config, args.side) if lead else None
     say(f"{stage}: {optimizer.flat.numel() / 1e6:.2f}M parameters, {args.batch} images a step, "
         f"{args.micro} at a time, steps {start}..{args.steps}, {workers} drawing, in {out}")
@@ -572,19 +568,23 @@ def run(args: Args):
 
 
 def forecast(args: Args, hw):
-    """What the last stage asked for would take (`--plan`), without captions and attention."""
-    config, stage = sized(args.size), stages(args)[-1]
-    with torch.device("meta"):
-        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (
-            ("tower", tower(args, config)), ("text", TextTower(config.text)))}
-    patches = np.mean(budgets(stage, args)).item()
-    again = {"distill": 4, "texture": 10}.get(stage, 2)     # teachers; two views; the replay
-    steps = steps_of(stage, args)
-    flops = (6 + again) * counts["tower"] * patches * args.batch * steps
-    memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + (
-        args.micro * patches * config.vision.hidden_size * config.vision.depth * 2 * 34)
-    print(f"stage       {stage}, {steps} steps of {args.batch} images")
-    plan(hw, counts, steps * args.batch * patches, flops, memory)
+    """What each stage asked for would take (`--plan`), without captions, attention, and what
+    teachers given as folders need beyond towers like ours."""
+    config = sized(args.size)
+    for stage in stages(args):
+        with torch.device("meta"):
+            counts = {"tower": sum(p.numel() for p in tower(args, config).parameters())}
+            if stage in ("semantic", "align"):
+                counts["text"] = sum(p.numel() for p in TextTower(config.text).parameters())
+        replays = "text" in counts and args.micro * hw.world < args.batch
+        again = {"distill": 4, "texture": 10}.get(stage, 2 * replays)   # teachers; two views
+        patches, steps = np.mean(budgets(stage, args)).item(), steps_of(stage, args)
+        flops = (6 + again) * counts["tower"] * patches * args.batch * steps
+        width, kept = config.vision.hidden_size, 16 * args.batch / hw.world * replays
+        memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + width * (
+            kept + args.micro * patches * config.vision.depth * 2 * 34)
+        print(f"stage       {stage}, {steps} steps of {args.batch} images")
+        plan(hw, counts, steps * args.batch * patches, flops, memory)
 
 
 # Exercises. Delete the body, write it again, run the test.

@@ -35,8 +35,12 @@ td:first-child, th:first-child { text-align: left }
 
 # What the lines of a log hold besides loss: {title: {key: name}}.
 CHARTS = {
-    "probes: shares of right answers; use of prototypes":
-        {name: name for name in ("linear", "knn", "dense", "used")},
+    "probes: shares of right answers": {name: name for name in ("linear", "knn", "dense")},
+    "naming and retrieval: shares of right answers":
+        {name: name for name in ("zero_shot_en", "zero_shot_zh", "i2t_en", "i2t_zh")},
+    "cosine to what a teacher says": {"cos_semantic": "semantic", "cos_texture": "texture"},
+    "self-distillation: prototypes in use, targets undecided, features apart":
+        {name: name for name in ("used", "sure", "spread")},
     "reward in training, accuracy on held-out tasks":
         {"reward": "sampled reward", "pass1": "pass@1", "accuracy": "held-out accuracy"},
     "shares of rollouts, and of tokens outside the clip band":
@@ -184,6 +188,7 @@ def page(run: Path) -> str:
         parts.append("<h2>Held-out tasks</h2>" + table_html(facts["table"]))
     if facts.get("figures"):
         parts.append("<h2>Figures</h2>" + figures_html(facts["figures"]))
+        parts.append(f'<p class="quiet">{html.escape(facts.get("note", ""))}</p>')
     parts += [f'<p><img alt="" src="{inline(run / name)}"><br><small>{html.escape(caption)}</small>'
               "</p>" for name, caption in facts.get("pictures", []) if (run / name).exists()]
     parts += [curve(series, title, unit=facts.get("unit", "step"))

@@ -33,10 +33,9 @@ import train_vit
 from common import (ROOT, UserError, checkpoints, cli, find_checkpoint, main, same_options,
                     save_checkpoint, save_tensors, setup, write_json)
 from data import pack
-from lab.demo import untrained
 from model import init, load_tower, sized
 from optim import OptimConfig, Optimizer, schedule
-from pictures import Exam, patch_labels, probe, scene
+from pictures import Exam, patch_labels, probe, scene, untrained
 from tasks.draw import SHAPES
 
 STUDENTS = {"both": {}, "semantic": {"teachers": "semantic"}, "texture": {"teachers": "texture"}}
@@ -103,7 +102,7 @@ def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
     """{model: its figures}"""
     folder = Path(args.out) / f"seed{seed}"
     exam = Exam(sized("tiny"), 64)
-    found = {"random": untrained(seed, exam)}
+    found = {"random": untrained(train_vit.tower(train_vit.Args(), exam.config), exam, seed)}
     found["teacher semantic"] = stage(args, hw, "semantic", folder, seed)
     found["teacher texture"] = (taught(args, hw, folder, seed, exam) if args.labels else
                                 stage(args, hw, "texture", folder, seed))

@@ -95,6 +95,7 @@ def test_how_a_script_ends(capsys):
             run_main(entry)
         return end.value.code, capsys.readouterr().err
     assert end_by(UserError("too bad")) == (2, "error: too bad\n")
+    assert end_by(OSError(28, "No space left")) == (2, "error: [Errno 28] No space left\n")
     assert end_by(KeyboardInterrupt())[0] == 130
     with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
         run_main(lambda: 1 / 0)

@@ -227,7 +227,7 @@ def small_towers(monkeypatch):
     full = train_vit.Args
     monkeypatch.setattr(train_vit, "Args", lambda **kw: full(
         **kw | {"batch": 4, "micro": 4, "workers": 0}))
-    for script in (train_vit, vit_claims, demo):
+    for script in (train_vit, vit_claims):
         monkeypatch.setattr(script, "Exam", functools.partial(Exam, count=64))
 
 

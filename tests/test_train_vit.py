@@ -1,4 +1,5 @@
 """The vision tower's training: streams, masks, losses, the ring, replays, resume, bad input."""
+import contextlib
 import functools
 import json
 import math
@@ -30,7 +31,7 @@ from model import GLMV, init, sized, load_tower
 from pictures import (Captions, Exam, Pair, Pictures, budgeted, clip, collate_pairs, draw_mask,
                       draw_pair, examine, find_pairs, foremost, hidden, linear_probe, look, noted,
                       pack_texts, patch_labels, pca_picture, probe, probe_language, probe_moves,
-                      probe_pairs, quality, read_captions)
+                      probe_pairs, probe_towers, quality, read_captions, untrained)
 from tasks.draw import SHAPES
 from tasks.scenes import MOVES, Item, caption, moving, window
 from test_pretrain import after_step, child_dies, own_signals  # noqa: F401
@@ -200,6 +201,20 @@ def test_the_loss_in_tiles_is_the_plain_one(tile):
     grads = [torch.autograd.grad(loss, (x, y, scale, bias)) for loss in losses]
     assert torch.allclose(*losses, rtol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
+
+
+def test_the_loss_takes_sixteen_bytes_a_number_and_no_copy_more(monkeypatch):
+    """The gradients that the forward makes are those that arrive."""
+    made, zeros_like = [], torch.zeros_like
+
+    def noted_zeros(x):
+        zeros = zeros_like(x)
+        made.append(zeros.data_ptr())
+        return zeros
+    monkeypatch.setattr(torch, "zeros_like", noted_zeros)
+    x, y = (side.detach().requires_grad_() for side in (unit(9), unit(9, seed=1)))
+    (sigmoid_loss(x, y, torch.tensor(7.0), torch.tensor(-3.0)) / 9).backward()
+    assert [x.grad.data_ptr(), y.grad.data_ptr()] == made
 
 
 def part_of_ring(rank, world, folder):
@@ -400,10 +415,12 @@ def test_all_stages_resume_bit_for_bit_and_the_tower_goes_on(tmp_path, monkeypat
                           for run in ("whole", "parts", "killed"))
         assert all(whole.read_bytes() == other.read_bytes() for other in others)
     facts = json.loads((tmp_path / "whole/report.json").read_text())
-    assert facts["figures"].keys() == {"semantic", "texture", "distill", "align"}
+    assert list(facts["figures"]) == ["random weights", "semantic", "texture", "distill", "align"]
     assert 0 <= facts["figures"]["align"]["i2t_zh"] <= 1
     page = report.page(tmp_path / "whole")
-    assert page.count("data:image/png;base64,") == 4 and "zero_shot_en" in page
+    assert page.count("data:image/png;base64,") == 4 and "by chance 1 in 48" in page
+    for title in ("naming and retrieval", "cosine to", "prototypes in use"):
+        assert title in page
 
     pretrain.run(pretrain.Args(vit=str(tmp_path / "whole/align"), steps=1, rows=1, row_tokens=256,
                                lr=0.0, workers=0, device="cpu", dtype="float32", eval_every=0,
@@ -422,7 +439,7 @@ def test_all_stages_resume_bit_for_bit_and_the_tower_goes_on(tmp_path, monkeypat
     with pytest.raises(UserError, match="not of this model's sizes"):
         train(tmp_path / "again", "distill", **switches)  # the teacher has what this tower lacks
     log = train(tmp_path / "again", "distill", **{**switches, "qk_norm": True})
-    assert "semantic" not in log[-1] and -1 <= log[-1]["texture"] <= 1
+    assert "cos_semantic" not in log[-1] and -1 <= log[-1]["cos_texture"] <= 1
 
 
 SMALL_TEACHER = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
@@ -450,7 +467,7 @@ def test_teachers_of_hugging_face_are_distilled_from(pair, dtype, tmp_path, smal
                    texture_teacher=str(tmp_path / "texture"), steps=2)
     log = train(tmp_path / "run", "distill", **options)
     assert len(log) == 2 and all(math.isfinite(line["loss"]) for line in log)
-    assert all(-1 <= line[name] <= 1 for line in log for name in ("semantic", "texture"))
+    assert all(-1 <= line[f"cos_{name}"] <= 1 for line in log for name in ("semantic", "texture"))
     saved = load_tensors(tmp_path / "run/distill/step_000002")
     for name in ("semantic", "texture"):  # of the teachers nothing but the size of a head
         assert saved[f"heads.{name}.weight"].shape == (48, 96)
@@ -462,6 +479,8 @@ def test_teachers_of_hugging_face_are_distilled_from(pair, dtype, tmp_path, smal
     assert all(torch.equal(saved[name], again[name]) for name in saved)
     with pytest.raises(UserError, match="nothing to train"):
         train(tmp_path / "run", "teachers", **options)
+    with pytest.raises(UserError, match="texture_teacher=.* holds a teacher of the other kind"):
+        settled(stage="distill", texture_teacher=options["semantic_teacher"])
 
 
 def test_texture_and_align_go_on_from_the_stage_before(tmp_path, small_exam):
@@ -501,6 +520,41 @@ def test_the_default_batch_can_be_dealt_out(monkeypatch):
     for world, batch in ((1, 64), (3, 66), (8, 64)):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         assert train_vit.check(Args()).batch == batch
+
+
+def test_what_would_change_the_samples_is_refused_on_resume(tmp_path, small_exam):
+    train(tmp_path, "align")
+    for changes in (dict(batch=16), dict(seed=1), dict(clips=0.5), dict(budgets="36")):
+        (name, _), = changes.items()
+        with pytest.raises(UserError, match=f"was begun with --{name}="):
+            train(tmp_path, "align", resume=True, steps=6, **changes)
+    (tmp_path / "align/step_000004/train.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="remove it to go on from .*step_000002"):
+        train(tmp_path, "align", resume=True, steps=6)
+    shutil.rmtree(tmp_path / "align/step_000004")
+    assert len(train(tmp_path, "align", resume=True, lr=1e-4, micro=2)) == 4
+
+
+def test_captions_that_nobody_wrote_are_not_learnt(tmp_path):
+    """Empty ones and other encodings count as corrupt; a byte order mark is no word."""
+    texts = {"empty": b" \n", "german": "de.utf8=Ding".encode(), "latin": "café".encode("latin-1"),
+             "utf16": "thing".encode("utf-16"), "bom": "thing".encode("utf-8-sig")}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_bytes(text)
+        words = {"empty": "no caption", "german": "no caption", "bom": ""}.get(name, "not in UTF-8")
+        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+            assert read_captions(tmp_path / f"{name}.txt", str(tmp_path)) == ["thing"]
+
+
+def test_the_probes_of_both_towers_take_the_memory_of_a_small_batch(monkeypatch):
+    config, sizes = sized("tiny"), []
+    job = Contrast(settled(stage="align"), config)
+    init(job, 0)
+    embed = job.embed_images
+    monkeypatch.setattr(job, "embed_images", lambda patches, grids: (
+        sizes.append(len(grids)), embed(patches, grids))[1])
+    probe_towers(job, Exam(config, 64, 300), False, "")
+    assert sum(sizes) == 300 and max(sizes) <= 64
 
 
 def test_a_long_strip_is_passed_over(tmp_path):
@@ -550,11 +604,14 @@ def test_bad_options_are_one_line(tmp_path, monkeypatch, changes, words):
     assert "\n" not in str(error.value) and not checkpoints(tmp_path / "run/semantic")
 
 
-@pytest.mark.parametrize("stage", ["teachers", "distill", "align"])
-def test_a_plan_prints_and_stops(tmp_path, capsys, stage):
-    train_vit.run(Args(stage=stage, plan=True, device="cpu", out=str(tmp_path / "run")))
-    assert {"stage", "tower", "memory", "compute"} <= {
-        line.split()[0] for line in capsys.readouterr().out.splitlines() if line}
+def test_a_plan_prints_every_stage_and_stops(tmp_path, capsys):
+    train_vit.run(Args(plan=True, device="cpu", micro=32, out=str(tmp_path / "run")))
+    first, *plans = capsys.readouterr().out.split("stage       ")
+    assert [plan.split(",")[0] for plan in plans] == ["semantic", "texture", "distill", "align"]
+    for plan in plans:
+        words = {line.split()[0] for line in plan.splitlines()[1:] if line}
+        assert {"tower", "memory", "compute"} <= words
+        assert ("text" in words) == plan.startswith(("semantic", "align"))
     assert not (tmp_path / "run").exists()
 
 
@@ -647,11 +704,13 @@ def test_figures_of_stages_that_are_gone_are_left_out_and_a_full_disk_is_survive
     for stage in ("semantic", "distill"):
         (tmp_path / stage / "step_000005").mkdir(parents=True)
         examine(job, exam, tmp_path / stage, 5)
-    assert list(facts()["figures"]) == ["semantic", "distill"] and len(facts()["pictures"]) == 2
+    assert list(facts()["figures"]) == ["random weights", "semantic", "distill"]
+    assert len(facts()["pictures"]) == 2
     (tmp_path / "distill").rename(tmp_path / "distill.1")
     figures = examine(job, exam, tmp_path / "semantic", 9)
     assert figures.keys() == {"linear", "knn", "dense"}
-    assert facts()["figures"] == {"semantic": {"step": 9, **figures}}
+    assert facts()["figures"] == {
+        "random weights": untrained(job.visual, exam), "semantic": {"step": 9, **figures}}
     assert [name for name, _ in facts()["pictures"]] == [
         f"semantic/features-00000{step}.png" for step in (5, 9)]
     assert report.page(tmp_path).count("data:image/png") == 2
@@ -672,7 +731,10 @@ def test_what_an_earlier_run_left_of_later_stages_is_moved_away_too(tmp_path, sm
     train(tmp_path, "teachers", teachers="semantic", steps=1)
     assert (tmp_path / "align.1/step_000004").exists() and not (tmp_path / "align").exists()
     assert checkpoints(tmp_path / "semantic") == [tmp_path / "semantic/step_000001"]
-    assert list(noted(tmp_path)["figures"]) == ["semantic"]
+    assert list(noted(tmp_path)["figures"]) == ["random weights", "semantic"]
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(UserError, match="report.json is damaged"):
+        train(tmp_path, "teachers", teachers="semantic", steps=1, resume=True)
     (tmp_path / "report.json").unlink()         # as a full disk leaves it
     train(tmp_path, "teachers", teachers="semantic", steps=1, resume=True)
     assert noted(tmp_path)["figures"]["semantic"]["step"] == 1
