@@ -511,7 +511,7 @@ NOTE = (f"Shares of right answers on held-out pictures. linear, knn: colour ({le
         f"shape ({len(SHAPES)}) of a lone thing. dense: what each patch shows, {1 + len(SHAPES)} "
         f"kinds. zero_shot: the name of a lone thing, by chance 1 in {len(PAIRS)}. i2t, t2i: which "
         "caption belongs to a scene, which scene to a caption, of 512; chance: of picking blindly. "
-        "The first row is a tower that has learnt nothing: what it can do is no merit.")
+        "Random weights have learnt nothing: what they can do is no tower's merit.")
 RANDOM = "random weights"
 
 

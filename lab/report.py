@@ -72,7 +72,7 @@ def curve(series: dict[str, list], title: str, wide: int = 620, high: int = 220,
           unit: str = "step") -> str:
     """{name: [(x, y), ...]} as an SVG with axes from 0 to the largest x and y."""
     colors = ("#2f7dd1", "#e0912f", "#16803c", "#8a4fbf")
-    drawn = {name: points for name, points in series.items() if points}
+    drawn = {name: points for name, points in series.items() if len(points) > 1}
     if not drawn:
         return ""
     right = max(x for points in drawn.values() for x, _ in points) or 1
@@ -133,7 +133,11 @@ def figures_html(figures: dict[str, dict]) -> str:
 
 
 def one_table(figures: dict[str, dict]) -> str:
+    """Wide ones are laid on their side: a page has room for some eight columns."""
     columns = list(dict.fromkeys(name for row in figures.values() for name in row))
+    if len(columns) > max(8, len(figures)):
+        figures, columns = {name: {row: found[name] for row, found in figures.items()
+                                   if name in found} for name in columns}, list(figures)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))
     rows = ["".join(f"<td>{row[name]:.3g}</td>" if name in row else "<td></td>" for name in columns)
             for row in figures.values()]
