@@ -1,6 +1,6 @@
 """The whole pipeline on a laptop: train, examine, answer, learn from reward, report.
 
-    python -m lab.demo                    about eleven minutes on 2 cores, no network
+    python -m lab.demo                    6 to 11 minutes on 2 cores, no network
     python -m lab.demo --seed=1 --out=out/demo1
     python -m lab.demo --tower_steps=0 --rows=2 --rl_steps=0 --out=out/longer     pretraining alone
     python -m lab.demo --keep=out/kept    also write the weights there, in bf16
