@@ -240,8 +240,7 @@ def together(start: int, out):
         found = [0] * dist.get_world_size()
         dist.all_gather_object(found, start)
         if len(set(found)) > 1:
-            raise UserError(f"--resume: ranks find steps {', '.join(map(str, found))} in {out}: it "
-                            "must be a folder that all machines see")
+            raise UserError(f"--resume: ranks find steps {found} in {out}: not all see that folder")
 
 
 def total(value: torch.Tensor) -> torch.Tensor:
@@ -400,8 +399,7 @@ def find_checkpoint(path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: there is no such folder")
-    steps = checkpoints(path)
-    if not steps:
+    if not (steps := checkpoints(path)):
         raise UserError(f"no checkpoint at {path}: neither config.json with model.safetensors "
                         "nor a step_NNNNNN folder")
     return steps[-1]
@@ -413,8 +411,7 @@ def same_options(path: Path, asked: dict):
     what lies there would pass for what is asked for now. It is written when the block, whole or
     broken off, has left a checkpoint for which it holds."""
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != asked:
-        raise UserError(f"{path.parent} was begun with other options, see {path}; choose another "
-                        "--out")
+        raise UserError(f"{path.parent} was begun with other options, see {path}: take another")
     try:
         yield
     finally:
@@ -450,7 +447,7 @@ class Log:
 
     def __init__(self, run: Path, name: str, steps: int, start: int = 0, rank: int = 0):
         self.steps, self.name, self.file, self.bar = steps, name, None, None
-        self.began, self.start = time.time(), start
+        self.began, self.start, self.gone = time.time(), start, False
         if rank:
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -477,14 +474,16 @@ class Log:
             self.bar.set_postfix_str(text)
         elif show:
             left = (time.time() - self.began) / max(1, step - self.start) * (self.steps - step)
-            print(f"{self.name} {step:05d}/{self.steps} ({step / self.steps:.0%}) | {text} | "
-                  f"{clock(left)} left", flush=True)
+            try:
+                print(f"{self.name} {step:05d}/{self.steps} ({step / self.steps:.0%}) | {text} | "
+                      f"{clock(left)} left", flush=True)
+            except BrokenPipeError:     # nobody reads: `| head`, or `| tee` by the same Ctrl-C
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                self.gone = True
 
     def close(self):
-        if self.bar:
-            self.bar.close()
-        if self.file:
-            self.file.close()
+        for open_one in (x for x in (self.bar, self.file) if x is not None):
+            open_one.close()
 
 
 def _short(value) -> str:
@@ -538,8 +537,9 @@ class Interrupt:
     def _note(self, which, frame):
         if self.signal:  # asked twice: leave now
             raise KeyboardInterrupt
-        self.signal = which     # `print` would raise where the signal came in the midst of one
-        os.write(2, b"\nstopping after this step (saving; once more to stop at once)\n")
+        self.signal = which     # `print` would raise where the signal came in the midst of one,
+        with contextlib.suppress(OSError):      # and this where `2>&1 | tee` has heard it too
+            os.write(2, b"\nstopping after this step (saving; once more to stop at once)\n")
 
 
 class Watch:
@@ -554,7 +554,7 @@ class Watch:
         self.out, self.hw, self.steps, self.every, self.write = out, hw, steps, every, write
         self.done = self.saved = start
         self.group, self.interrupt, self.bad, self.skipped = group, Interrupt(), 0, 0
-        self.left = False       # before the last step: some rank was told to
+        self.left = False       # some rank was told to leave
 
     def finite(self, loss: float, norm: float) -> bool:
         """Whether a step counts; the fifth in a row that doesn't ends the run."""
@@ -570,9 +570,10 @@ class Watch:
                             f"{self.out} is from before; try a lower --lr")
         return False
 
-    def stop(self, done: int) -> bool:
-        """To be asked after every step: save where it is time; whether to leave now, all ranks."""
-        self.done, stop = done, torch.tensor(float(self.interrupt.signal), device=self.hw.device)
+    def stop(self, done: int, gone: bool = False) -> bool:
+        """After every step: save where it is time; whether all are to leave now. gone: who read."""
+        self.done = done
+        stop = torch.tensor(float(self.interrupt.signal or gone), device=self.hw.device)
         if self.hw.world > 1:
             dist.all_reduce(stop, group=self.group)
         if done % self.every == 0 or done == self.steps or stop:

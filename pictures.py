@@ -201,7 +201,7 @@ def read_pair(path: Path, folder: str) -> tuple[Image.Image, list[str]]:
 
 
 def draw_pair(rng, folder: str, split: str) -> tuple[Image.Image, str, int]:
-    """(picture, caption, how many corrupt pictures and long strips were passed over). Raises
+    """(picture, caption, how many were passed over: corrupt, strips, without a caption). Raises
     UserError after 20."""
     paths, _ = find_pairs(folder, split)
     for skipped in range(20):
@@ -511,6 +511,7 @@ NOTE = (f"Shares of right answers on held-out pictures. linear, knn: colour ({le
         f"shape ({len(SHAPES)}) of a lone thing. dense: what each patch shows, {1 + len(SHAPES)} "
         f"kinds. zero_shot: the name of a lone thing, by chance 1 in {len(PAIRS)}. i2t, t2i: which "
         "caption belongs to a scene, which scene to a caption, of 512; chance: of picking blindly. "
+        "pairs: the same among held-out pairs. moves: which of four ways a thing goes. "
         "Random weights have learnt nothing: what they can do is no tower's merit.")
 RANDOM = "random weights"
 
@@ -523,9 +524,9 @@ def noted(run: Path) -> dict:
     try:
         facts |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
-        raise UserError(f"{path} is damaged; without it the run goes on") from None
-    facts["figures"] = {k: row for k, row in facts["figures"].items()
-                        if k == RANDOM or checkpoints(run / k)}
+        raise UserError(f"{path} is damaged: remove it to go on") from None
+    rows = {k: row for k, row in facts["figures"].items() if k == RANDOM or checkpoints(run / k)}
+    facts["figures"] = rows if len(rows) > 1 else {}
     facts["pictures"] = [(k, told) for k, told in facts["pictures"] if (run / k).exists()]
     return facts
 
@@ -537,7 +538,7 @@ def untrained(visual, exam: Exam, seed: int = 0) -> dict[str, float]:
     return probe(blank, exam)
 
 
-def examine(job, exam: Exam, out: Path, step: int) -> dict[str, float]:
+def examine(job, exam: Exam, out: Path, step: int, seed: int = 0) -> dict[str, float]:
     """What the probes say of a stage's tower as it stands (of its running mean, where it has one)
     and of what else the job asks for; noted beside the stage's folder `out` for lab.report, with
     its features as a picture."""
@@ -547,12 +548,12 @@ def examine(job, exam: Exam, out: Path, step: int) -> dict[str, float]:
         facts = noted(out.parent)
         pca_picture(visual, [image for image, _ in exam.scenes["test"][:6]], out.parent / name)
         if RANDOM not in facts["figures"]:
-            facts["figures"] = {RANDOM: untrained(visual, exam), **facts["figures"]}
+            facts["figures"] = {RANDOM: untrained(visual, exam, seed), **facts["figures"]}
         facts["figures"][stage] = {"step": step, **figures}
         facts["pictures"] = [*((k, told) for k, told in facts["pictures"] if k != name),
                              (name, f"{stage}, step {step}: pictures, the tower's features")]
         write_json(out.parent / "report.json", facts)
-    except OSError as error:        # a full disk is no reason to lose the run
+    except (OSError, UserError) as error:       # a full disk is no reason to lose the run
         print(f"{stage}, step {step}: figures and picture are not kept ({error})")
     return figures
 

@@ -228,7 +228,7 @@ def run(args: Args):
                 sums = sum(loss_sum(model, b)[0] for b in exam)
             values["held_out"] = (sums / sum(b.weights.sum() for b in exam)).item()
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
-        if watch.stop(done):
+        if watch.stop(done, log.gone):
             break
     log.close()
     drawer.close()

@@ -436,10 +436,14 @@ def run(args: Args):
     if state:
         collector.restore(state["collector"])
         exams.held, exams.recent = state["exams"], state["recent"]
+    trouble = []
 
     def between():
-        with contextlib.suppress(UserError):    # it comes again in `collect`, where no step is open
-            collector.turn()
+        try:
+            if not trouble:
+                collector.turn()
+        except UserError as error:      # raised in `collect`, where no step is open
+            trouble.append(error)
 
     if lead and args.max_staleness:
         share.between = between
@@ -455,8 +459,11 @@ def run(args: Args):
 
     def collect(step):
         with kept():
+            if trouble:
+                raise trouble[0]
             groups = collector.collect(step) if lead else []
         groups = shared(groups, share.group) if trainers > 1 else groups
+        watch.left = groups is None
         return groups, demonstrations(stream, step * taught, taught)
 
     def write(folder):
@@ -491,7 +498,7 @@ def run(args: Args):
         if lead and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             values["accuracy"] = exams.hold(model, done)
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
-        if watch.stop(done):
+        if watch.stop(done, log.gone):
             break
         clock = time.perf_counter()
     log.close()

@@ -480,10 +480,10 @@ def build(stage: str, args: Args, config: Config, hw, say):
             earlier = [f"remove it to go on from {p}" for p in checkpoints(out)[:-1]]
             way = [f"without --resume {stage} begins again", *earlier][-1]
             raise UserError(f"{folder} can't be resumed ({reason(error)}); {way}") from None
-        for name in ("batch", "seed", "side", "budgets", "pairs", "clips", "mask", "masked"):
-            if before.get(name, getattr(args, name)) != getattr(args, name):
-                raise UserError(f"{out} was begun with --{name}={before[name]}: with another some "
-                                "samples would be seen twice, or never")
+        for name in ("batch", "seed") if start < args.steps else ():
+            if before[name] != getattr(args, name):
+                raise UserError(f"{out} was begun with --{name}={before[name]}: with another, "
+                                "samples would be seen twice or never")
     return job, stream, optimizer, start
 
 
@@ -497,7 +497,7 @@ def train(stage: str, args: Args, hw):
         keep_earlier(out.with_name(name), args.resume, hw, say)
     if start >= args.steps:
         if lead and noted(out.parent)["figures"].get(stage, {}).get("step") != start:
-            examine(job, Exam(config, args.side), out, start)
+            examine(job, Exam(config, args.side), out, start, args.seed)
         return say(f"{stage}: {start} steps are done, of {args.steps}")
     cores, share = os.cpu_count() or 1, args.batch // hw.world
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
@@ -536,9 +536,9 @@ def train(stage: str, args: Args, hw):
             values["drawing"] = drawer.seconds - drawing
         last = done == args.steps
         if lead and (last or args.eval_every and done % args.eval_every == 0):
-            values |= examine(job, exam, out, done)
+            values |= examine(job, exam, out, done, args.seed)
         log.step(done, last or done % args.log_every == 0, **values)
-        if watch.stop(done):
+        if watch.stop(done, log.gone):
             break
     log.close()
     drawer.close()
@@ -577,12 +577,13 @@ def forecast(args: Args, hw):
             if stage in ("semantic", "align"):
                 counts["text"] = sum(p.numel() for p in TextTower(config.text).parameters())
         replays = "text" in counts and args.micro * hw.world < args.batch
-        again = {"distill": 4, "texture": 10}.get(stage, 2 * replays)   # teachers; two views
+        again = {"distill": 4, "texture": 10}.get(stage, 2 * replays)
+        frozen, views = {"distill": (2, 1), "texture": (1, 2)}.get(stage, (0, 1))   # teachers
         patches, steps = np.mean(budgets(stage, args)).item(), steps_of(stage, args)
         flops = (6 + again) * counts["tower"] * patches * args.batch * steps
         width, kept = config.vision.hidden_size, 16 * args.batch / hw.world * replays
-        memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + width * (
-            kept + args.micro * patches * config.vision.depth * 2 * 34)
+        memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + 4 * frozen * counts["tower"] + (
+            width * (kept + args.micro * views * patches * config.vision.depth * 2 * 34))
         print(f"stage       {stage}, {steps} steps of {args.batch} images")
         plan(hw, counts, steps * args.batch * patches, flops, memory)
 

@@ -38,6 +38,8 @@ CHARTS = {
     "probes: shares of right answers": {name: name for name in ("linear", "knn", "dense")},
     "naming and retrieval: shares of right answers":
         {name: name for name in ("zero_shot_en", "zero_shot_zh", "i2t_en", "i2t_zh")},
+    "held-out pairs, and which way a thing moves: shares of right answers":
+        {name: name for name in ("pairs_i2t", "pairs_t2i", "moves_en", "moves_zh")},
     "cosine to what a teacher says": {"cos_semantic": "semantic", "cos_texture": "texture"},
     "self-distillation: prototypes in use, targets undecided, features apart":
         {name: name for name in ("used", "sure", "spread")},
@@ -139,11 +141,15 @@ def one_table(figures: dict[str, dict]) -> str:
         figures, columns = {name: {row: found[name] for row, found in figures.items()
                                    if name in found} for name in columns}, list(figures)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))
-    rows = ["".join(f"<td>{row[name]:.3g}</td>" if name in row else "<td></td>" for name in columns)
-            for row in figures.values()]
+    rows = ["".join(f"<td>{number(row[name])}</td>" if name in row else "<td></td>"
+                    for name in columns) for row in figures.values()]
     return f"<table><tr>{head}</tr>" + "".join(
         f"<tr><td>{html.escape(name)}</td>{row}</tr>" for name, row in zip(figures, rows)
     ) + "</table>"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def by_category(lines: list[dict]) -> dict[str, dict]:

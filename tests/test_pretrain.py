@@ -140,6 +140,32 @@ def test_two_processes_are_one(tmp_path):
     same_as_alone()
 
 
+@pytest.mark.parametrize("signalled", [False, True], ids=["head", "tee"])
+def test_where_nobody_reads_any_more_a_run_saves_and_ends(tmp_path, monkeypatch, signalled):
+    """The reader left by itself, or by the same Ctrl-C, and took what stderr goes to along."""
+    held = [os.dup(1), os.dup(2)]
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(os.dup(1), "w"))
+
+    def leave(step):
+        if step == 1:
+            os.dup2(writer, sys.stdout.fileno())
+            os.dup2(writer, 2)
+            os.close(reader)
+            signalled and signal.raise_signal(signal.SIGINT)
+    try:
+        after_step(monkeypatch, leave)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, steps=9, log_every=1)
+    finally:
+        for stream, own in enumerate(held, 1):
+            os.dup2(own, stream)
+            os.close(own)
+        os.close(writer)
+    assert [p.name for p in checkpoints(tmp_path)] == [
+        "step_000001" if signalled else "step_000002"]
+
+
 class Ranks:
     """What torch.distributed says of ranks of which the others have set out from `steps`, and of
     which one has been told to leave."""
@@ -166,7 +192,7 @@ def test_ranks_that_resume_from_different_steps_are_told(monkeypatch):
     """As where two machines don't share --out: they would add up gradients of different weights."""
     Ranks(monkeypatch, [40, 40])
     common.together(40, "out")
-    with pytest.raises(UserError, match="ranks find steps 0, 40, 40 in out: it must be a folder"):
+    with pytest.raises(UserError, match=r"ranks find steps \[0, 40, 40\] in out"):
         common.together(0, "out")
 
 
