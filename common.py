@@ -410,7 +410,7 @@ def same_options(path: Path, asked: dict):
     """Raises UserError where the file `path` says that its folder was begun with other options:
     what lies there would pass for what is asked for now. It is written when the block, whole or
     broken off, has left a checkpoint for which it holds."""
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != asked:
+    if path.exists() and read_json(path) != asked:
         raise UserError(f"{path.parent} was begun with other options, see {path}: take another")
     try:
         yield
@@ -419,13 +419,26 @@ def same_options(path: Path, asked: dict):
             write_json(path, asked)
 
 
-def write_json(path, value):
-    """Write `value` as JSON under a temporary name, then rename."""
+def write_text(path, text: str):
+    """Write a file whole: under a temporary name, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def write_json(path, value):
+    """Write `value` as JSON, whole."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path):
+    """What a file of our own holds. Raises UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove it to go on") from None
 
 
 # ---- logs ---------------------------------------------------------------------------------------
@@ -447,14 +460,13 @@ class Log:
 
     def __init__(self, run: Path, name: str, steps: int, start: int = 0, rank: int = 0):
         self.steps, self.name, self.file, self.bar = steps, name, None, None
-        self.began, self.start, self.gone = time.time(), start, False
+        self.began, self.start = time.time(), start
+        self.gone = False       # whoever read the printed lines
         if rank:
             return
-        run.mkdir(parents=True, exist_ok=True)
-        path, part = run / "log.jsonl", run / "log.jsonl.part"
+        path = run / "log.jsonl"
         kept = [line for line in read_log(path) if line["step"] <= start] if start else []
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8")
         if sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=start, desc=name, dynamic_ncols=True)
@@ -482,8 +494,10 @@ class Log:
                 self.gone = True
 
     def close(self):
-        for open_one in (x for x in (self.bar, self.file) if x is not None):
-            open_one.close()
+        if self.bar:
+            self.bar.close()
+        if self.file:
+            self.file.close()
 
 
 def _short(value) -> str:
@@ -496,23 +510,6 @@ def clock(seconds: float) -> str:
     """75 -> '1m15s'"""
     seconds = int(seconds)
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
-
-
-@contextlib.contextmanager
-def heartbeat(what: str, every: float = 20):
-    """Say every `every` seconds what is being waited for, as long as the block lasts."""
-    done, began = threading.Event(), time.time()
-
-    def beat():
-        while not done.wait(every):
-            print(f"... waiting for {what} ({clock(time.time() - began)})", file=sys.stderr)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
 
 
 def reason(error: Exception) -> str:
@@ -571,7 +568,8 @@ class Watch:
         return False
 
     def stop(self, done: int, gone: bool = False) -> bool:
-        """After every step: save where it is time; whether all are to leave now. gone: who read."""
+        """To be asked after every step: save where it is time; whether to leave now, all ranks,
+        as a signal says or as nobody reads any more (`gone`)."""
         self.done = done
         stop = torch.tensor(float(self.interrupt.signal or gone), device=self.hw.device)
         if self.hw.world > 1:

@@ -9,12 +9,14 @@ save is the next i and the few documents that wait for a row with room.
 Letters: T tokens of a row, D documents, P patches, N images, p patch side.
 """
 import atexit
+import contextlib
 import functools
 import io
 import json
 import math
 import multiprocessing
 import signal
+import sys
 import sysconfig
 import threading
 import time
@@ -30,7 +32,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import gym
-from common import UserError, heartbeat
+from common import UserError, clock
 from model import Config, rope_positions
 from tasks.base import IMAGE, Message, Task
 from tasks.world import atlas_text
@@ -320,6 +322,23 @@ def parse_mix(text: str, pixels: int = 1024) -> tuple:
 
 
 # ---- drawing ahead, in processes of their own ---------------------------------------------------
+
+@contextlib.contextmanager
+def heartbeat(what: str, every: float = 20):
+    """Say every `every` seconds what is being waited for, as long as the block lasts."""
+    done, began = threading.Event(), time.time()
+
+    def beat():
+        while not done.wait(every):
+            print(f"... waiting for {what} ({clock(time.time() - began)})", file=sys.stderr)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
 
 def _draw(pipe, stream):
     """A drawing process: indices in, documents (or the error) out, until the pipe closes.

@@ -9,7 +9,6 @@ Letters: P patches, N images, T caption tokens, W width, p patch side.
 """
 import copy
 import functools
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 import gym
-from common import UserError, checkpoints, write_json
+from common import UserError, checkpoints, read_json, write_json
 from data import open_image, pack
 from model import Config, init
 from tasks.base import Task, held
@@ -178,17 +177,17 @@ def read_captions(path: Path, folder: str) -> list[str]:
     above = " ".join(path.parent.relative_to(folder).parts)
     found = []
     try:
-        said = path.read_text(encoding="utf-8-sig")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path} is not in UTF-8") from None
-    for line in said.splitlines():
+    for line in lines:
         language, mark, text = line.partition(".utf8=")
         text = text if mark else line
         if text.strip() and (not mark or language.startswith(("en", "zh"))):
             found.append(text.strip())
-    kinds = [above] * max(1, len(found)) if above else []
-    if not found and not kinds:
+    if not found and not above:
         raise UserError(f"{path} holds no caption in English or Chinese")
+    kinds = [above] * max(1, len(found)) if above else []
     return [*found, *(f"{above}: {line}" for line in found if above), *kinds]
 
 
@@ -519,12 +518,10 @@ RANDOM = "random weights"
 def noted(run: Path) -> dict:
     """What `examine` has noted of the stages in a run folder, without those that are there no
     longer. Raises UserError where its file is damaged."""
-    facts, path = {"title": "the vision tower", "note": NOTE, "figures": {}, "pictures": []}, (
-        run / "report.json")
-    try:
-        facts |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        raise UserError(f"{path} is damaged: remove it to go on") from None
+    facts, path = {"title": "the vision tower", "figures": {}, "pictures": []}, run / "report.json"
+    if path.exists():
+        facts |= read_json(path)
+    facts["note"] = NOTE
     rows = {k: row for k, row in facts["figures"].items() if k == RANDOM or checkpoints(run / k)}
     facts["figures"] = rows if len(rows) > 1 else {}
     facts["pictures"] = [(k, told) for k, told in facts["pictures"] if (run / k).exists()]

@@ -323,8 +323,8 @@ class Distil(Job):
     def learn(self, draw, mine: range, args: Args, collect) -> dict:
         """Gradients of this rank's samples `mine`, `micro` at a time; the loss of each position is
         --cosine x (1 - cosine) + the rest x smooth-L1, the mean over teachers [O]."""
-        device, names = self.token.device, {name: f"cos_{name}" for name in self.teachers}
-        sums = dict.fromkeys(("loss", *names.values()), 0.0)
+        device = self.token.device
+        sums = dict.fromkeys(("loss", *(f"cos_{name}" for name in self.teachers)), 0.0)
         for chunk in cut(mine, args.micro):
             pictures = [draw(i) for i in chunk]
             images = [p.views[0] for p in pictures]
@@ -339,7 +339,7 @@ class Distil(Job):
                 cosine = F.cosine_similarity(said, target, dim=-1).mean()
                 near = F.smooth_l1_loss(said, target)
                 loss += (args.cosine * (1 - cosine) + (1 - args.cosine) * near) / len(self.heads)
-                sums[names[name]] += share * cosine.detach()
+                sums[f"cos_{name}"] += share * cosine.detach()
             (share * loss).backward()
             collect()
             sums["loss"] += share * loss.detach()
@@ -577,8 +577,9 @@ def forecast(args: Args, hw):
             if stage in ("semantic", "align"):
                 counts["text"] = sum(p.numel() for p in TextTower(config.text).parameters())
         replays = "text" in counts and args.micro * hw.world < args.batch
+        # Frozen towers, views of a picture, and what these or the replay add to 6 FLOPs a weight.
+        frozen, views = {"distill": (2, 1), "texture": (1, 2)}.get(stage, (0, 1))
         again = {"distill": 4, "texture": 10}.get(stage, 2 * replays)
-        frozen, views = {"distill": (2, 1), "texture": (1, 2)}.get(stage, (0, 1))   # teachers
         patches, steps = np.mean(budgets(stage, args)).item(), steps_of(stage, args)
         flops = (6 + again) * counts["tower"] * patches * args.batch * steps
         width, kept = config.vision.hidden_size, 16 * args.batch / hw.world * replays

@@ -8,13 +8,12 @@ eval.json, pictures/. Nothing is fetched; the page can be mailed.
 """
 import base64
 import html
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, cli, main, read_log
+from common import UserError, cli, main, read_json, read_log, write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -149,6 +148,7 @@ def one_table(figures: dict[str, dict]) -> str:
 
 
 def number(value: float) -> str:
+    """Three digits, or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -187,7 +187,7 @@ def page(run: Path) -> str:
     found = next((run / n for n in ("report.json", "eval.json") if (run / n).exists()), None)
     if not logs and not found:
         raise UserError(f"nothing to show in {run}: no log.jsonl, report.json or eval.json")
-    facts = json.loads(found.read_text(encoding="utf-8")) if found else {}
+    facts = read_json(found) if found else {}
     parts = [f"<h1>{html.escape(facts.get('title', run.name))}</h1>"]
     if "parameters" in facts:
         parts.append(f'<p class="quiet">{html.escape(facts["hardware"])}; torch {facts["torch"]}; '
@@ -229,7 +229,7 @@ def write(run) -> Path:
     if not run.is_dir():
         raise UserError(f"there is no run folder {run}")
     path = run / "report.html"
-    path.write_text(page(run), encoding="utf-8")
+    write_text(path, page(run))
     return path
 
 

@@ -105,6 +105,29 @@ def test_rows_that_share_no_column_with_those_above_get_a_table_of_their_own():
     assert page.count("<table>") == 2 and page.index("4") > page.index("<th>z</th>")
 
 
+def test_a_wide_table_lies_on_its_side():
+    """Nine columns and two rows become nine rows; what a row lacks stays empty."""
+    page = report.figures_html({"before": {f"c{i}": i for i in range(9)}, "after": {"c3": 1200}})
+    assert page.count("<tr>") == 10 and "<th>before</th><th>after</th>" in page
+    assert "<td>c3</td><td>3</td><td>1,200</td>" in page
+    assert "<td>c4</td><td>4</td><td></td>" in page
+
+
+def test_a_curve_of_one_point_is_none():
+    assert report.curve({"linear": [(9, 0.5)]}, "probes") == ""
+    page = report.curve({"training": [(1, 2.0), (2, 1.0)], "held out": [(2, 1.0)]}, "loss")
+    assert page.count("<polyline") == 1
+
+
+def test_damaged_files_of_a_run_folder_are_one_line(tmp_path):
+    (tmp_path / "report.json").write_text("{")
+    (tmp_path / "config.json").write_text("{")
+    for act in (lambda: report.write(tmp_path),
+                lambda: demo.demo(demo.Args(out=str(tmp_path), tower_steps=0))):
+        with pytest.raises(UserError, match="json is damaged: remove it to go on"):
+            act()
+
+
 def test_categories_early_and_late_without_steps_of_errors_alone():
     def line(value):
         return {"by": {"point": {"reward": value}}}

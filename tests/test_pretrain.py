@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 import common
 import pretrain
+import rl
+import train_vit
 from common import ROOT, UserError, checkpoints, find_checkpoint, load_tensors, save_checkpoint
 from data import Drawer
 from model import GLMV, sized
@@ -188,12 +190,13 @@ class Ranks:
         value += signal.SIGTERM
 
 
-def test_ranks_that_resume_from_different_steps_are_told(monkeypatch):
+@pytest.mark.parametrize("script", [pretrain, train_vit, rl], ids=lambda script: script.__name__)
+def test_ranks_that_resume_from_different_steps_are_told(tmp_path, monkeypatch, script):
     """As where two machines don't share --out: they would add up gradients of different weights."""
     Ranks(monkeypatch, [40, 40])
     common.together(40, "out")
-    with pytest.raises(UserError, match=r"ranks find steps \[0, 40, 40\] in out"):
-        common.together(0, "out")
+    with pytest.raises(UserError, match=r"ranks find steps \[0, 40, 40\] in .*run"):
+        script.run(script.Args(out=str(tmp_path / "run"), device="cpu", resume=True))
 
 
 def test_who_leaves_because_another_was_told_to_does_not_end_as_if_it_were_done(
@@ -208,27 +211,6 @@ def test_who_leaves_because_another_was_told_to_does_not_end_as_if_it_were_done(
 
 
 # ---- kills and full disks -----------------------------------------------------------------------
-
-def test_who_is_killed_as_it_resumes_leaves_the_log_as_it_was(tmp_path):
-    """Before its first step; a line cut short, even behind an inner brace, is left out."""
-    path = tmp_path / "log.jsonl"
-    lines = [json.dumps({"step": i, "by": {"point": {"reward": 1}}}) for i in range(1, 60)]
-    path.write_text("\n".join(lines)[:-1] + "\n")
-    assert child_dies(lambda: (common.Log(tmp_path, "rl", 99, start=50), os._exit(9)))
-    assert path.read_text().splitlines() == lines[:50]
-
-
-def test_a_signal_that_comes_while_stderr_is_written_to(monkeypatch, capfd):
-    """As a progress bar does all the time: a file in the midst of a write takes no second one."""
-    class Busy:
-        def write(self, text):
-            raise RuntimeError("reentrant call")
-    monkeypatch.setattr(sys, "stderr", Busy())
-    told = common.Interrupt()
-    signal.raise_signal(signal.SIGINT)
-    assert told.signal == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
-
-
 
 def child_dies(act) -> bool:
     """Call act() in a fork of this process; whether it was ended before act() was through."""
@@ -250,6 +232,26 @@ def killed_at(offset: int):
     """From now on the kernel kills this process as a file of its grows beyond `offset` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
+
+
+def test_who_is_killed_as_it_resumes_leaves_the_log_as_it_was(tmp_path):
+    """Before its first step; a line cut short, even behind an inner brace, is left out."""
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": i, "by": {"point": {"reward": 1}}}) for i in range(1, 60)]
+    path.write_text("\n".join(lines)[:-1] + "\n")
+    assert child_dies(lambda: (common.Log(tmp_path, "rl", 99, start=50), os._exit(9)))
+    assert path.read_text().splitlines() == lines[:50]
+
+
+def test_a_signal_that_comes_while_stderr_is_written_to(monkeypatch, capfd):
+    """As a progress bar does all the time: a file in the midst of a write takes no second one."""
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call")
+    monkeypatch.setattr(sys, "stderr", Busy())
+    told = common.Interrupt()
+    signal.raise_signal(signal.SIGINT)
+    assert told.signal == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
 
 
 def test_a_writer_killed_at_any_byte_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
