@@ -11,8 +11,6 @@ Letters: T tokens of a row, D documents, P patches, N images, p patch side.
 import atexit
 import contextlib
 import functools
-import io
-import json
 import math
 import multiprocessing
 import signal
@@ -20,63 +18,25 @@ import sys
 import sysconfig
 import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 import gym
-from common import UserError, clock
+from lib.cli import UserError
+from lib.common import clock
+from lib.images import pack, resize
 from model import Config, rope_positions
+from tasks.atlas import atlas_text
 from tasks.base import IMAGE, Message, Task
-from tasks.world import atlas_text
 from tokenizer import Tokenizer
-from vit import VitConfig, fit, patchify
 
 
 # ---- images -----------------------------------------------------------------------------------
-
-def open_image(path) -> Image.Image:
-    """Any picture file as RGB, upright, transparency on white. Raises UserError with the reason."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no picture at {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata Pillow has much to say
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(path))
-            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips them at 255
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path} unpacks to over {Image.MAX_IMAGE_PIXELS:,} pixels: "
-                        "refused") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "it is empty" if path.stat().st_size == 0 else str(error) or type(error).__name__
-        raise UserError(f"{path} can't be read as a picture: {reason}") from None
-
-
-def resize(image: Image.Image, config: Config) -> np.ndarray:
-    """An image at the size the model sees it, (h, w, 3) uint8. Raises UserError on a ribbon."""
-    v = config.vision
-    try:
-        h, w = fit(image.height, image.width, v.patch_size * v.spatial_merge_size,
-                   config.min_tokens, config.max_tokens)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if image.size != (w, h):
-        image = image.resize((w, h), Image.Resampling.BICUBIC)
-    return np.asarray(image.convert("RGB"))
 
 
 # ---- documents --------------------------------------------------------------------------------
@@ -106,77 +66,7 @@ def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
     return Document(np.array(ids, np.int32), np.array(weights, np.float32), images, source)
 
 
-@dataclass
-class Request:
-    """A reply to ask of the engine. temperature 0 is greedy; `seed` names its own random stream."""
-    prompt: Document
-    max_new: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
 # ---- episodes: documents that a model made itself ----------------------------------------------
-
-PICTURES: WeakValueDictionary = WeakValueDictionary()
-
-
-def once(image: np.ndarray) -> np.ndarray:
-    """The same picture in memory once, for as long as anything holds it: rollouts of a task see
-    what the others saw, and `collate` lays down each array once."""
-    return PICTURES.setdefault((image.shape, image.tobytes()), image)
-
-
-@dataclass
-class Episode:
-    """One rollout of a task: ordered, played, judged. Those of a group share their task."""
-    task: Task
-    group: int
-    index: int
-    documents: list = field(default_factory=list)  # one; or one a turn, in the segment layout
-    score: gym.Score | None = None                 # a reward, or an error
-    status: str = ""                               # done, truncated (a reply was cut off) or error
-
-    def replies(self, tokens: Tokenizer) -> list[str]:
-        """What the model said, turn by turn."""
-        said = [run for d in self.documents for run, own in zip(
-            *(np.split(x, 1 + np.diff(d.weights > 0).nonzero()[0]) for x in (d.ids, d.weights)))
-            if own.any()]
-        return [tokens.decode(ids[:-1] if ids[-1] in tokens.stops else ids) for ids in said]
-
-
-def to_bytes(episodes: list[Episode]) -> bytes:
-    """Episodes for another process, or for later, as arrays and plain text: reading them can run
-    nothing."""
-    arrays, plain = {}, []
-    for i, e in enumerate(episodes):
-        for j, d in enumerate(e.documents):
-            extras = {f"+{name}": array for name, array in d.extras.items()}
-            parts = {"ids": d.ids, "weights": d.weights, **extras}
-            arrays |= {f"{i}/{j}/{name}": array for name, array in parts.items()}
-            arrays |= {f"{i}/{j}/{n}": image for n, image in enumerate(d.images)}
-        heads = [[d.source, len(d.images), list(d.extras)] for d in e.documents]
-        plain.append([astuple(e.task), e.group, e.index, heads, e.score and vars(e.score),
-                      e.status])
-    buffer = io.BytesIO()
-    np.savez(buffer, plain=np.frombuffer(json.dumps(plain).encode(), np.uint8), **arrays)
-    return buffer.getvalue()
-
-
-def from_bytes(data: bytes) -> list[Episode]:
-    """What `to_bytes` was given. Raises ValueError on anything else."""
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return [Episode(Task(*task), group, index, [
-                        Document(arrays[f"{i}/{j}/ids"], arrays[f"{i}/{j}/weights"],
-                                 [once(arrays[f"{i}/{j}/{n}"]) for n in range(images)], source,
-                                 {name: arrays[f"{i}/{j}/+{name}"] for name in extras})
-                        for j, (source, images, extras) in enumerate(heads)],
-                            score and gym.Score(**score), status)
-                    for i, (task, group, index, heads, score, status)
-                    in enumerate(json.loads(arrays["plain"].tobytes()))]
-    except Exception as error:  # of damage zipfile and numpy have many kinds
-        raise ValueError(f"these bytes are no episodes: {error}") from None
 
 
 # ---- streams: sample i as a pure function of (seed, i) ------------------------------------------
@@ -357,7 +247,7 @@ def _draw(pipe, stream):
         pass
 
 
-class Drawer:
+class SampleLoader:
     """Samples by index, drawn `burst` at a time by `workers` processes.
 
     On a CPU a worker that draws while the model trains slows training several times over, so the
@@ -435,7 +325,7 @@ class Drawer:
 
 
 @dataclass
-class Dealt:
+class RankShard:
     """The samples of one rank, of a stream that is dealt out `share` a batch to each of `world`."""
     stream: object
     rank: int
@@ -500,7 +390,7 @@ class Packer:
                 "skipped": self.skipped}
 
 
-def rows_of(documents: list[Document], room: int) -> list[list[Document]]:
+def pack_rows(documents: list[Document], room: int) -> list[list[Document]]:
     """Documents packed into rows of `room` tokens, each into the first that has room for it."""
     rows, left = [], []
     for d in documents:
@@ -533,17 +423,6 @@ class Batch:
             return self
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if k != "extras"}
         return Batch(**moved, extras={k: v.to(device) for k, v in self.extras.items()})
-
-
-def pack(images: list, c: VitConfig) -> tuple[Tensor, Tensor]:
-    """Images (h, w, 3), or frames (2, h, w, 3) -> patches (P, F, 3*p*p), grids (N, 3), one behind
-    the other without padding. F is 2 where any is a video; stills then show the same twice."""
-    cut = [patchify(image, c.patch_size, c.spatial_merge_size) for image in images]
-    frames = max((patches.shape[1] for patches, _ in cut), default=1)
-    rows = [patches if patches.shape[1] == frames else patches.repeat(frames, 1)
-            for patches, _ in cut] or [np.zeros((0, 1, 3 * c.patch_size ** 2), np.uint8)]
-    grids = torch.tensor([grid for _, grid in cut], dtype=torch.long).view(-1, 3)
-    return torch.from_numpy(np.concatenate(rows)), grids
 
 
 def collate(documents: list[Document], config: Config, room: int = 0) -> Batch:

@@ -20,15 +20,129 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
 
 import mmtp
-from common import UserError
-from data import Request, collate
-from kernels import Segments, draw, probabilities
-from model import Cache, GLMV
+from data import collate, Document
+from kernels import attention, Segments
+from lib.cli import UserError
+from mmtp import draw
+from model import Config, GLMV
 from tokenizer import Tokenizer
 
 PATIENCE = 1    # steps of all slots that may be lost before prompts are read a few at a time [O]
+
+
+class Cache:
+    """Keys and values of S conversations side by side, each in its own slot.
+
+    keys, values: (layers, S, G, context, C). `length` (S,): tokens held; `position` (S,): the
+    M-RoPE position of the next text token, which falls behind `length` by what images save.
+    Going back in a conversation is setting these two integers back.
+    """
+
+    def __init__(self, config: Config, slots: int, context: int, device, dtype, layers: int = 0):
+        c = config.text
+        shape = (layers or c.num_hidden_layers, slots, c.num_key_value_heads, context, c.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(slots, dtype=torch.long, device=device)
+        self.position = torch.zeros(slots, dtype=torch.long, device=device)
+
+    def fill(self, first: int, cu_seqlens: Tensor, which: Tensor | None = None) -> "Prefill":
+        """For a forward over whole prompts, kept in the slots from `first` on: each in its own, or
+        document which[i] in slot first + i, so that several slots go on from one."""
+        if which is None:
+            which = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+        lengths, end = cu_seqlens.diff().long()[which], first + len(which)
+        self.length[first:end] = lengths
+        slot = torch.repeat_interleave(torch.arange(first, end, device=lengths.device), lengths)
+        place = torch.arange(len(slot), device=lengths.device)
+        place = place - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        begin = torch.repeat_interleave(cu_seqlens[:-1].long()[which], lengths)
+        return Prefill(self, slot, place, begin + place)
+
+    def extend(self, slots: int, n: int) -> "Extend":
+        """For a forward over n new tokens in each of the first `slots` slots."""
+        return Extend(self, slots, n)
+
+    def move(self, source: int, target: int):
+        """Put slot `source` in the place of slot `target`."""
+        held = int(self.length[source])
+        for store in (self.keys, self.values):
+            store[:, target, :, :held] = store[:, source, :, :held]
+        self.length[target] = self.length[source]
+        self.position[target] = self.position[source]
+
+
+class Prefill:
+    """Attention inside the prompts themselves; keys and values are kept on the way: those of row
+    token[i] of the batch in slot[i] at place[i]."""
+
+    def __init__(self, cache, slot, place, token):
+        self.cache, self.slot, self.place, self.token = cache, slot, place, token
+
+    def attend(self, layer, q, k, v, segments):
+        self.cache.keys[layer, self.slot, :, self.place] = k[self.token]
+        self.cache.values[layer, self.slot, :, self.place] = v[self.token]
+        return attention(q, k, v, segments)
+
+
+class Extend:
+    """Attention of n new tokens a slot over the slot's whole past; (S*n, H, C) rows in and out."""
+
+    def __init__(self, cache, slots, n):
+        self.cache, self.slots, self.n = cache, slots, n
+        held = cache.length[:slots]
+        device = held.device
+        self.reach = int(held.max()) + n
+        self.row = torch.arange(slots, device=device)[:, None]
+        self.place = held[:, None] + torch.arange(n, device=device)  # (S, n)
+        later = torch.arange(self.reach, device=device) > self.place[:, :, None]
+        self.mask = torch.zeros(later.shape, device=device, dtype=cache.keys.dtype)
+        self.mask = self.mask.masked_fill(later, float("-inf"))[:, None]  # (S, 1, n, reach)
+        held += n
+
+    def attend(self, layer, q, k, v, segments):
+        cache = self.cache
+        q, k, v = (rearrange(x, "(s n) h c -> s n h c", n=self.n) for x in (q, k, v))
+        cache.keys[layer, self.row, :, self.place] = k
+        cache.values[layer, self.row, :, self.place] = v
+        keys = cache.keys[layer, :self.slots, :, :self.reach]
+        values = cache.values[layer, :self.slots, :, :self.reach]
+        repeat = q.shape[2] // keys.shape[1]
+        q = rearrange(q, "s n (g r) c -> s g (r n) c", r=repeat) * q.shape[-1] ** -0.5
+        scores = q @ keys.mT  # no copy: slots and heads lie evenly in memory
+        scores = (scores.unflatten(2, (repeat, self.n)) + self.mask[:, :, None]).flatten(2, 3)
+        out = scores.softmax(-1) @ values
+        return rearrange(out, "s g (r n) c -> (s n) (g r) c", n=self.n)
+
+
+def probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
+    """What tokens are drawn with. logits (..., V); temperature, top_p (...): temperature 0 puts
+    all on the best; top_p keeps the most likely up to that mass. Returns (..., V)."""
+    probs = (logits.float() / temperature.clamp_min(1e-4)[..., None]).softmax(-1)
+    if bool((top_p < 1).any()):
+        ordered, order = probs.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass in front of a token: the first always stays
+        kept = ordered * (before < top_p[..., None])
+        kept = kept / kept.sum(-1, keepdim=True)
+        probs = torch.zeros_like(probs).scatter(-1, order, kept)
+    if bool((temperature <= 0).any()):
+        best = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(probs.dtype)
+        probs = torch.where((temperature > 0)[..., None], probs, best)
+    return probs
+
+
+@dataclass
+class Request:
+    """A reply to ask of the engine. temperature 0 is greedy; `seed` names its own random stream."""
+    prompt: Document
+    max_new: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 @dataclass
@@ -200,7 +314,7 @@ class Engine:
         number = {key: i for i, key in enumerate(different)}
         which = torch.tensor([number[key] for key in keys], device=self.device)
         batch = collate(list(different.values()), self.model.config).to(self.device)
-        merged = self.model.see(batch)
+        merged = self.model.encode_images(batch)
         cache = self.cache.fill(first, batch.cu_seqlens, which)
         hidden = self.model(batch, merged, cache)
         ends, rows = batch.cu_seqlens[1:].long() - 1, slice(first, len(self.running))

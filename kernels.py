@@ -10,7 +10,6 @@ written yet: on a GPU the library's fused kernels (rms_norm, varlen attention) d
 import functools
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -298,80 +297,6 @@ def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, paired: bool
     the forward, tile x tile logits at a time. Returns an fp32 scalar.
     """
     return _SigmoidLoss.apply(x, y, scale, bias, paired, tile)
-
-
-def swap(to_right: Tensor | None, to_left: Tensor | None) -> list:
-    """Send one tensor to each neighbour in the ring of ranks; (from left, from right). None sends
-    nothing, and nothing comes from the other side."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    work, got = [], []
-    for tensor, there, back in ((to_right, rank + 1, rank - 1), (to_left, rank - 1, rank + 1)):
-        got.append(None if tensor is None else torch.empty_like(tensor))
-        if tensor is not None:
-            work.append(dist.P2POp(dist.isend, tensor.contiguous(), there % world))
-            work.append(dist.P2POp(dist.irecv, got[-1], back % world))
-    for request in dist.batch_isend_irecv(work):
-        request.wait()
-    return got
-
-
-class Exchange(torch.autograd.Function):
-    """`swap` with gradients: they travel back the way the tensors came."""
-
-    @staticmethod
-    def forward(ctx, to_right, to_left):
-        return tuple(swap(to_right, to_left))
-
-    @staticmethod
-    def backward(ctx, from_left, from_right):
-        return tuple(swap(from_right, from_left)[::-1])
-
-
-def ring(texts: Tensor):
-    """The texts of every other rank, two blocks a round: what came from the left goes on to the
-    right, and the other way round. Of an even number of ranks the farthest comes by one one-way
-    shift at the end. [C: bidirectional; R: open_clip's rounds]"""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rightward = leftward = texts
-    for _ in range((world - 1) // 2):
-        rightward, leftward = Exchange.apply(rightward, leftward)
-        yield rightward
-        yield leftward
-    if world % 2 == 0:
-        yield Exchange.apply(rightward, None)[0]
-
-
-def ring_sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """This rank's part of the summed SigLIP loss of all ranks: own images x (N, E) against the
-    texts y (N, E) of everyone. The parts add up to what one process computes, in gradients too."""
-    loss = sigmoid_loss(x, y, scale, bias)
-    for block in ring(y):
-        loss = loss + sigmoid_loss(x, block, scale, bias, paired=False)
-    return loss
-
-
-def probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
-    """What tokens are drawn with. logits (..., V); temperature, top_p (...): temperature 0 puts
-    all on the best; top_p keeps the most likely up to that mass. Returns (..., V)."""
-    probs = (logits.float() / temperature.clamp_min(1e-4)[..., None]).softmax(-1)
-    if bool((top_p < 1).any()):
-        ordered, order = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass in front of a token: the first always stays
-        kept = ordered * (before < top_p[..., None])
-        kept = kept / kept.sum(-1, keepdim=True)
-        probs = torch.zeros_like(probs).scatter(-1, order, kept)
-    if bool((temperature <= 0).any()):
-        best = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(probs.dtype)
-        probs = torch.where((temperature > 0)[..., None], probs, best)
-    return probs
-
-
-def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One index a row, by inverting the cumulative distribution at `uniforms`: the randomness
-    comes in as an argument, so that each request can own its generator. (..., V), (...) -> (...)"""
-    cumulative = probs.cumsum(-1)
-    point = uniforms[..., None] * cumulative[..., -1:]
-    return (cumulative <= point).sum(-1).clamp_max(probs.shape[-1] - 1)
 
 
 # Exercises. Delete the body, write it again, run the test.

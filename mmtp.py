@@ -25,11 +25,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn, Tensor
 
-from common import UserError, load_tensors
-from kernels import Segments, angles, draw, linear_cross_entropy
-from model import GLMV, DecoderLayer
+from kernels import angles, linear_cross_entropy, Segments
+from lib.cli import UserError
+from model import DecoderLayer, GLMV
 from vit import RMSNorm
 
 OPTIONS = ("embed", "mask", "token")
@@ -84,41 +84,6 @@ def attach(model: GLMV, depths: int = 3, seed: int = 0) -> MTPLayer:
     model.model.language_model.layers.append(head)
     model.config.mtp_depths = depths
     return head
-
-
-def load(folder, device="cpu", dtype=torch.float32) -> GLMV:
-    """A model with its head, if the folder holds one: detected by the tensors' names, since some
-    released config.json say `num_nextn_predict_layers: 0` although the layer is there [R].
-
-    The layer's own copies of embedding and output head are tied to the trunk's where they are
-    equal, and kept where they are not. Raises UserError where a tensor is missing or odd.
-    """
-    model = GLMV.from_pretrained(folder, device, dtype)
-    begin, tensors = prefix(model), load_tensors(folder)
-    own = {k[len(begin):]: v for k, v in tensors.items() if k.startswith(begin)}
-    if not own:
-        return model
-    head = attach(model, model.config.mtp_depths or 1)
-    for name, of_trunk in (("embed_tokens", "model.language_model.embed_tokens.weight"),
-                           ("shared_head.head", "lm_head.weight")):
-        copy = own.get(name + ".weight")
-        if copy is not None and torch.equal(copy, tensors[of_trunk]):
-            del own[name + ".weight"]
-        elif copy is not None:
-            like = model.lm_head.weight
-            if name == "embed_tokens":
-                head.embed_tokens = nn.Embedding(*copy.shape)
-            else:
-                head.shared_head.head = nn.Linear(*copy.shape[::-1], bias=False)
-            head.to(like.device, like.dtype)
-    want = {k: v.shape for k, v in head.state_dict().items()}
-    have = {k: v.shape for k, v in own.items()}
-    odd = [k for k in {**want, **have} if want.get(k) != have.get(k)]
-    if odd:
-        raise UserError(f"{folder}: {len(odd)} tensors of the MTP layer {begin}* are missing or "
-                        f"of another shape, {odd[0]} first")
-    head.load_state_dict(own)
-    return model
 
 
 def tables(model: GLMV) -> tuple[Tensor, Tensor]:
@@ -216,6 +181,14 @@ def draft(model: GLMV, hidden: Tensor, tokens: Tensor, positions: Tensor,
           segments: Segments | None = None, cache=None) -> Tensor:
     """`predict` from token ids, option `token`. (T, W), (T,), (3, T) -> (T, W)"""
     return predict(model, hidden, F.embedding(tokens, tables(model)[0]), positions, segments, cache)
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """One index a row, by inverting the cumulative distribution at `uniforms`: the randomness
+    comes in as an argument, so that each request can own its generator. (..., V), (...) -> (...)"""
+    cumulative = probs.cumsum(-1)
+    point = uniforms[..., None] * cumulative[..., -1:]
+    return (cumulative <= point).sum(-1).clamp_max(probs.shape[-1] - 1)
 
 
 def accept(p: Tensor, q: Tensor, drafts: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,8 +58,8 @@ def fused_parts(name: str) -> int:
 class Optimizer:
     """Muon and AdamW over one model, with fp32 masters and one flat fp32 gradient buffer.
 
-    A model in bf16 keeps its true weights here: `collect` adds each micro-batch's gradients to the
-    buffer in fp32, `step` updates the masters and copies them back. The buffer is flat so that
+    A model in bf16 keeps its true weights here: `accumulate` adds each micro-batch's gradients to
+    the buffer in fp32, `step` updates the masters and copies them back. The buffer is flat so that
     data parallelism is a single all-reduce.
     """
 
@@ -104,7 +104,7 @@ class Optimizer:
         return next((d for prefix, d in self.config.decays if name.startswith(prefix)),
                     self.config.weight_decay)
 
-    def collect(self):
+    def accumulate(self):
         """Add the parameters' gradients to the fp32 buffer and clear them."""
         have = [(self.grads[n], p) for n, p in self.params.items() if p.grad is not None]
         torch._foreach_add_([g for g, _ in have], [p.grad.float() for _, p in have])

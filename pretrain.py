@@ -19,12 +19,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
-                    load_tensors, main, plan, reason, save_state, setup, together, write_json)
-from data import Drawer, Packer, Stream, collate, parse_mix, sight
+from data import collate, Packer, parse_mix, SampleLoader, sight, Stream
 from kernels import linear_cross_entropy
-from mmtp import OPTIONS, attach, head_of, load, losses as mtp_losses, prefix
-from model import GLMV, load_tower, sized
+from lib.checkpoint import load_model, load_tower, save_model
+from lib.cli import cli, main, UserError
+from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint, Log,
+                        move_earlier_run, plan, reason, save_state, setup, write_json)
+from lib.tensors import load_tensors
+from mmtp import attach, head_of, losses as mtp_losses, OPTIONS, prefix
+from model import GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 
 
@@ -68,7 +71,7 @@ class Args:
 def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token", alone: bool = False):
     """Weighted sum of the next-token losses of one row, and a list of the MTP head's at each
     depth: fp32 scalars."""
-    merged = model.see(batch)
+    merged = model.encode_images(batch)
     hidden = model(batch, merged)
     # Token t is predicted from position t-1; a document's first token has weight 0.
     main = linear_cross_entropy(hidden[:-1], model.lm_head.weight,
@@ -99,7 +102,7 @@ def build(args: Args, hw):
     resumed = args.resume and bool(checkpoints(args.out))
     folder = (find_checkpoint(args.out) if resumed
               else find_checkpoint(args.init) if args.init else None)
-    model = load(folder) if folder else GLMV(sized(args.size), args.seed)
+    model = load_model(folder) if folder else GLMV(sized(args.size), args.seed)
     if not model.config.n_ranks:
         raise UserError(f"{folder} comes with another tokenizer; only its weights can be used here")
     if args.mtp and not head_of(model):
@@ -160,7 +163,7 @@ def run(args: Args):
         return plan(hw, counts, args.steps * tokens, flops, memory)
     say(hw.why)
     model, optimizer, start, position = build(args, hw)
-    together(start, out)
+    check_same_start(start, out)
     mix = parse_mix(args.mix, sight(model.config))
     # About 110 tokens a sample at tiny: close enough to place the curriculum's end.
     easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 110)
@@ -168,11 +171,11 @@ def run(args: Args):
                     parts=tuple(filter(None, args.parts.split(","))))
     cores = os.cpu_count() or 1
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
-    drawer = Drawer(stream, workers, overlap=hw.device.type != "cpu")
-    packer = Packer(drawer, args.row_tokens, state=position, say=say)
+    loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")
+    packer = Packer(loader, args.row_tokens, state=position, say=say)
     held_out = Packer(replace(stream, split="test", easy=0), args.row_tokens, say=lambda _: None)
     exam = [collate(held_out.row(), model.config).to(hw.device) for _ in range(2)]
-    keep_earlier(out, args.resume, hw, say)
+    move_earlier_run(out, args.resume, hw, say)
     counts = model.counts()
     say(f"{counts['total'] / 1e6:.2f}M parameters, {args.rows}x{args.row_tokens} tokens a step, "
         f"steps {start}..{args.steps}, {workers} drawing processes, run folder {out}")
@@ -180,16 +183,16 @@ def run(args: Args):
         write_json(out / "config.json", asdict(args))
 
     def write(folder):
-        model.save_pretrained(folder, weights=optimizer.masters)
+        save_model(model, folder, weights=optimizer.masters)
         save_state(folder / "train.pt", {
             "step": watch.done, "position": packer.state(), "seed": args.seed,
             "optimizer": optimizer.state_dict(), "args": asdict(args),
             "rng": torch.get_rng_state()})
 
-    watch = Watch(out, hw, args.steps, args.save_every, start, write)
+    watch = Checkpointer(out, hw, args.steps, args.save_every, start, write)
     log = Log(out, "pretrain", args.steps, start, hw.rank)
     for step in range(start, args.steps):
-        began, drawing = time.perf_counter(), drawer.seconds
+        began, drawing = time.perf_counter(), loader.seconds
         rows = [packer.row() for _ in range(args.rows)]
         weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)
         tokens = sum(len(d.ids) for row in rows for d in row)
@@ -201,7 +204,7 @@ def run(args: Args):
             loss, further = loss_sum(model, batch, args.mtp if ahead else 0,
                                      args.image_option, args.mtp_alone)
             (loss + ahead * sum(further) / max(1, args.mtp)).div(weight).backward()
-            optimizer.collect()
+            optimizer.accumulate()
             total += torch.stack([loss.detach(), *(x.detach() for x in further)]) / weight
         if hw.world > 1:
             dist.all_reduce(total)
@@ -211,7 +214,7 @@ def run(args: Args):
         watch.finite(value, norm)
 
         done, took = step + 1, time.perf_counter() - began
-        drew = drawer.seconds - drawing
+        drew = loader.seconds - drawing
         values = {"loss": value, "lr": args.lr * rate, "norm": norm, "dt": took,
                   "tok/s": tokens / took, "img/s": images / took}
         if hw.device.type == "cuda":
@@ -231,7 +234,7 @@ def run(args: Args):
         if watch.stop(done, log.gone):
             break
     log.close()
-    drawer.close()
+    loader.close()
     watch.close()
 
 

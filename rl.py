@@ -33,18 +33,21 @@ import torch
 import torch.distributed as dist
 
 import gym
-from collect import Actor, Collector, Curriculum, Here, accuracy, ages_of, samples
-from common import (LONG, Log, ROOT, UserError, Watch, checkpoints, cli, find_checkpoint,
-                    keep_earlier, load_tensors, main, plan, reason, save_state, setup, together,
-                    write_json)
-from data import Document, Episode, Stream, collate, parse_mix, rows_of, sight
+from data import collate, Document, pack_rows, parse_mix, sight, Stream
 from engine import Engine
 from kernels import linear_logp
-from mmtp import head_of, load, losses as mtp_losses, prefix
+from lib.async_rl import Actor, Collector, Here, Remote, serve, shared, Transfer
+from lib.checkpoint import load_model, save_model
+from lib.cli import cli, main, UserError
+from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint, Log, LONG,
+                        move_earlier_run, plan, reason, ROOT, save_state, setup, write_json)
+from lib.curriculum import Curriculum
+from lib.episodes import accuracy, ages_of, samples
+from lib.rollout import Episode, Play, Policy, rollout
+from lib.tensors import load_tensors
+from mmtp import head_of, losses as mtp_losses, prefix
 from model import GLMV
 from optim import OptimConfig, Optimizer, schedule
-from play import Play, Policy, rollout
-from ranks import Remote, Transfer, serve, shared
 from tasks.base import Task
 from tasks.webdev import relative_rewards
 from tokenizer import Tokenizer
@@ -170,7 +173,7 @@ def band(args: Args) -> tuple[float, float]:
 def logps_of(model: GLMV, batch):
     """Hidden states of a row (T, W), the places that predict a token with weight, and of those
     tokens log-probability and entropy."""
-    hidden = model(batch, model.see(batch))
+    hidden = model(batch, model.encode_images(batch))
     at = batch.weights[1:].nonzero()[:, 0]  # token t is predicted from position t-1
     logp, entropy = linear_logp(hidden[at], model.lm_head.weight, batch.tokens[at + 1])
     return hidden, at, logp, entropy
@@ -222,7 +225,7 @@ def update(model: GLMV, optimizer: Optimizer, groups: list, taught: list, args: 
     episodes = [lesson for group in groups for lesson in lessons(group, args.std)] + taught
     if not episodes:
         return {"pg_loss": 0.0, "tokens": 0}
-    rows = rows_of([d for lesson in episodes for d in lesson], args.row_tokens)
+    rows = pack_rows([d for lesson in episodes for d in lesson], args.row_tokens)
     batches = [collate(row, model.config).to(device) for row in rows[share.rank::share.world]]
     told_by = [None] * len(batches)
     if reference is not None:
@@ -233,7 +236,7 @@ def update(model: GLMV, optimizer: Optimizer, groups: list, taught: list, args: 
     for batch, logp in zip(batches, told_by):
         loss, seen = row_loss(model, batch, args, logp)
         (loss / len(episodes)).backward()
-        optimizer.collect()
+        optimizer.accumulate()
         total, most = total + seen[:5], torch.maximum(most, seen[5])
         if share.between:
             share.between()
@@ -266,6 +269,7 @@ def train(model: GLMV, optimizer: Optimizer, collect, args: Args, start: int = 0
 
 
 # ---- what is seen -------------------------------------------------------------------------------
+
 
 class Exams:
     """Greedy replies to held-out tasks, the same every time, and an alarm where their accuracy
@@ -347,7 +351,7 @@ def build(args: Args, hw):
     """Model, optimizer, and the state to go on from, if any."""
     resumed = args.resume and bool(checkpoints(args.out))
     folder = find_checkpoint(args.out if resumed else args.init or BEGIN)
-    model = load(folder, hw.device, hw.dtype)
+    model = load_model(folder, hw.device, hw.dtype)
     if not model.config.n_ranks:
         raise UserError(f"{folder} comes with another tokenizer; RL can't speak it")
     optimizer = Optimizer(model.named_parameters(), OptimConfig(args.lr, args.weight_decay))
@@ -411,11 +415,11 @@ def run(args: Args):
         return forecast(args, hw, model)
     say(hw.why)
     start, mix = state["step"] if state else 0, mix_of(args, model)
-    together(start, out)
+    check_same_start(start, out)
     origin = (state["args"] if state else asdict(args))["init"] or BEGIN
-    reference = (load(find_checkpoint(origin), "cpu", hw.dtype)
+    reference = (load_model(find_checkpoint(origin), "cpu", hw.dtype)
                  if args.kl and hw.rank < trainers else None)
-    keep_earlier(out, args.resume, hw, say)
+    move_earlier_run(out, args.resume, hw, say)
     policy = Policy(Tokenizer(model.config.n_ranks), model.config, args.context, args.max_new,
                     args.think, args.seed)
     apart = args.max_staleness or hw.world > 1  # there a verifier that hangs would hold up others
@@ -467,12 +471,12 @@ def run(args: Args):
         return groups, demonstrations(stream, step * taught, taught)
 
     def write(folder):
-        model.save_pretrained(folder, weights=optimizer.masters)
+        save_model(model, folder, weights=optimizer.masters)
         save_state(folder / "train.pt", {
             "step": watch.done, "optimizer": optimizer.state_dict(), "args": asdict(args),
             "collector": collector.state(), "exams": exams.held, "recent": exams.recent})
 
-    watch = Watch(out, hw, args.steps, args.save_every, start, write, share.group)
+    watch = Checkpointer(out, hw, args.steps, args.save_every, start, write, share.group)
     say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
         f"step, steps {start}..{args.steps}, staleness {args.max_staleness}, run folder {out}")
     say("the loss stands near 0 by construction, since a group's advantages add up to 0, and is no "

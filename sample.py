@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 import gym
-import mmtp
-from common import ROOT, UserError, cli, find_checkpoint, main, setup, write_json
-from data import Episode, Request, document, open_image, parse_mix, sight
-from engine import Engine
-from play import Policy, rollout
+from data import document, parse_mix, sight
+from engine import Engine, Request
+from lib.checkpoint import load_model
+from lib.cli import cli, main, UserError
+from lib.common import find_checkpoint, ROOT, setup, write_json
+from lib.images import open_image
+from lib.rollout import Episode, Policy, rollout
 from tasks.base import Message, Task
 from tokenizer import Tokenizer
 
@@ -33,7 +35,7 @@ def load(ckpt: str, device: str, dtype: str):
     """The model of a checkpoint (default: the demo's) with its tokenizer."""
     hw = setup(device, dtype)
     folder = find_checkpoint(ckpt or DEMO)
-    model = mmtp.load(folder, hw.device, hw.dtype)
+    model = load_model(folder, hw.device, hw.dtype)
     if not model.config.n_ranks:
         raise UserError(f"{folder} comes with another tokenizer than ours: its weights load, but "
                         "it can't be asked here")

@@ -27,18 +27,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from PIL import Image, ImageOps
+from torch import nn, Tensor
 
-from common import (Log, UserError, Watch, checkpoints, cli, find_checkpoint, keep_earlier,
-                    load_tensors, main, plan, reason, save_state, save_tensors, setup, together,
-                    total, write_json)
-from data import Dealt, Drawer, pack
-from kernels import ring_sigmoid_loss
-from model import Config, TextTower, init, keep_tower, load_tower, sized
+import gym
+from data import RankShard, SampleLoader
+from kernels import sigmoid_loss
+from lib.captions import Captions, collate_pairs, draw_pair, find_pairs, Pairs, TextTower
+from lib.checkpoint import export_tower, load_tower
+from lib.cli import cli, main, UserError
+from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint, Log,
+                        move_earlier_run, plan, reason, save_state, setup, total, write_json)
+from lib.images import pack
+from lib.probes import Exam, examine, probe_towers, read_report, salient
+from lib.teachers import load_teacher
+from lib.tensors import load_tensors, save_tensors
+from model import Config, init, sized
 from optim import OptimConfig, Optimizer, schedule
-from pictures import (Captions, Exam, Pairs, Pictures, collate_pairs, examine, find_pairs, foremost,
-                      hidden, noted, probe_towers)
-from teachers import load_teacher
+from tasks.base import Task
 from vit import AttentionPool, CogViT
 
 
@@ -85,6 +91,98 @@ class Args:
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
 
 
+KINDS = {  # stage 1's mixture [C], and the categories that stand for each source here [O]
+    "natural": (0.8, ("shape_attr", "counting", "point")),
+    "instruction": (0.1, ("gui_click", "gui_form", "widget_state")),
+    "scientific": (0.1, ("chart_read", "geometry", "table_read")),
+}
+
+
+def quality(image: np.ndarray) -> float:
+    """Bits of detail: the entropy of the steps in brightness from pixel to pixel. Little for what
+    is flat or blurred, more for what is sharp and busy. [O]"""
+    grey = image.mean(-1)
+    steps = np.concatenate([np.diff(grey, axis=axis).ravel() for axis in (0, 1)])
+    shares = np.bincount((steps.astype(int) + 255) // 8, minlength=64) / len(steps)
+    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
+
+
+def draw_mask(rng, h: int, w: int, share: float, kind: str) -> np.ndarray:
+    """Which patches of an (h, w) grid to hide: (h*w,) bool in stored order, exactly that share.
+
+    kind: `random`, or `block`: rectangles of a quarter to half a side until there are enough."""
+    n, order = round(share * h * w), rng.random((h, w))
+    covered = np.zeros((h, w), bool)
+    while kind == "block" and covered.sum() < n:
+        high, wide = (int(rng.integers(side // 4, side // 2 + 1)) for side in (h, w))
+        y, x = int(rng.integers(h - high + 1)), int(rng.integers(w - wide + 1))
+        covered[y:y + high, x:x + wide] = True
+    order += covered  # inside the blocks first; what is too much of them stays seen
+    hidden = order >= np.sort(order, axis=None)[h * w - n]
+    return rearrange(hidden, "(y b) (x d) -> (y x b d)", b=2, d=2)
+
+
+@dataclass
+class Picture:
+    """One training image of stage 1: its views (h, w, 3) and the hidden patches (P,) of each."""
+    views: list
+    masks: list
+    source: str
+
+
+def hidden(pictures: list[Picture]) -> Tensor:
+    """The masks of all views, one behind the other, (P,) bool."""
+    return torch.from_numpy(np.concatenate([mask for p in pictures for mask in p.masks]))
+
+
+@dataclass
+class Pictures:
+    """Stage 1's stream: three sources at 80/10/10, of two pictures drawn the one of better quality.
+
+    side: pixels of the square; folder: take `natural` from the pictures of these pairs instead;
+    views: this many random crops and reflections, or 0 for the picture as it is.
+    """
+    config: Config
+    side: int
+    seed: int = 0
+    mask: str = "block"
+    share: float = 0.35
+    views: int = 0
+    folder: str = ""
+
+    def __call__(self, i: int) -> Picture:
+        rng = np.random.default_rng([self.seed, i])
+        at = np.cumsum([share for share, _ in KINDS.values()])
+        source = list(KINDS)[min(int(np.searchsorted(at, rng.random(), "right")), len(KINDS) - 1)]
+        drawn = [self._fit(self._draw(rng, source)) for _ in range(2)]
+        image = max(drawn, key=lambda image: quality(np.asarray(image)))
+        views = [self._view(rng, image) for _ in range(self.views)] or [np.asarray(image)]
+        side = self.side // self.config.vision.patch_size
+        masks = [draw_mask(rng, side, side, self.share, self.mask) for _ in views]
+        return Picture(views, masks, source)
+
+    def _draw(self, rng, source: str) -> Image.Image:
+        if self.folder and source == "natural":
+            return draw_pair(rng, self.folder, "train")[0]
+        names = KINDS[source][1]
+        name, level = names[int(rng.integers(len(names)))], int(rng.integers(2))
+        pixels = max(self.side, gym.CATEGORIES[name].env.min_pixels)
+        task = Task(name, int(rng.integers(2 ** 31)), level, pixels=pixels)
+        return gym.make(task).reset().images[0]
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        square = (self.side, self.side)
+        return image if image.size == square else image.resize(square, Image.Resampling.BICUBIC)
+
+    def _view(self, rng, image: Image.Image) -> np.ndarray:
+        """A crop of 60-100% of each side, perhaps reflected, brighter or darker by up to 20%."""
+        part = self.side * rng.uniform(0.6, 1)
+        x, y = rng.uniform(0, self.side - part, 2)
+        view = image.resize(image.size, Image.Resampling.BICUBIC, (x, y, x + part, y + part))
+        view = ImageOps.mirror(view) if rng.integers(2) else view
+        return (np.asarray(view) * rng.uniform(0.8, 1.2)).clip(0, 255).astype(np.uint8)
+
+
 def tower(args: Args, config: Config) -> CogViT:
     """A CogViT without the adapter, which belongs to the decoder."""
     visual = CogViT(config.vision)
@@ -115,6 +213,56 @@ def cut(samples: range, micro: int) -> list[range]:
 
 
 # ---- align, and the semantic stand-in: contrastive ----------------------------------------------
+
+def swap(to_right: Tensor | None, to_left: Tensor | None) -> list:
+    """Send one tensor to each neighbour in the ring of ranks; (from left, from right). None sends
+    nothing, and nothing comes from the other side."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    work, got = [], []
+    for tensor, there, back in ((to_right, rank + 1, rank - 1), (to_left, rank - 1, rank + 1)):
+        got.append(None if tensor is None else torch.empty_like(tensor))
+        if tensor is not None:
+            work.append(dist.P2POp(dist.isend, tensor.contiguous(), there % world))
+            work.append(dist.P2POp(dist.irecv, got[-1], back % world))
+    for request in dist.batch_isend_irecv(work):
+        request.wait()
+    return got
+
+
+class Exchange(torch.autograd.Function):
+    """`swap` with gradients: they travel back the way the tensors came."""
+
+    @staticmethod
+    def forward(ctx, to_right, to_left):
+        return tuple(swap(to_right, to_left))
+
+    @staticmethod
+    def backward(ctx, from_left, from_right):
+        return tuple(swap(from_right, from_left)[::-1])
+
+
+def ring(texts: Tensor):
+    """The texts of every other rank, two blocks a round: what came from the left goes on to the
+    right, and the other way round. Of an even number of ranks the farthest comes by one one-way
+    shift at the end. [C: bidirectional; R: open_clip's rounds]"""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rightward = leftward = texts
+    for _ in range((world - 1) // 2):
+        rightward, leftward = Exchange.apply(rightward, leftward)
+        yield rightward
+        yield leftward
+    if world % 2 == 0:
+        yield Exchange.apply(rightward, None)[0]
+
+
+def ring_sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """This rank's part of the summed SigLIP loss of all ranks: own images x (N, E) against the
+    texts y (N, E) of everyone. The parts add up to what one process computes, in gradients too."""
+    loss = sigmoid_loss(x, y, scale, bias)
+    for block in ring(y):
+        loss = loss + sigmoid_loss(x, block, scale, bias, paired=False)
+    return loss
+
 
 class Contrast(Job):
     """Two towers, attention pooling on both [O], a common space; t' = log 10, b = -10 [R]."""
@@ -220,7 +368,7 @@ class SelfDistil(Job):
         patches, grids = pack([v for p in pictures for v in p.views], self.visual.config)
         shown = [x.to(self.token.device) for x in (patches, grids, hidden(pictures))]
         features = self.ema.visual(*shown[:2])
-        views = foremost(features.unflatten(0, (len(grids), -1)))
+        views = salient(features.unflatten(0, (len(grids), -1)))
         return (self.ema.head(views), self.ema.head(features[shown[2]])), views, shown
 
     def learn(self, draw, mine: range, args: Args, collect) -> dict:
@@ -233,7 +381,7 @@ class SelfDistil(Job):
                             for x, deviation in zip(apart, self.deviation)]
             other = rearrange(image, "(n v) k -> n v k", v=2).flip(1).flatten(0, 1)
             said = self.visual(*shown, self.token)
-            thing = foremost(said.unflatten(0, (len(other), -1)))
+            thing = salient(said.unflatten(0, (len(other), -1)))
             losses = [-(target * (self.head(x) / self.SOFT).log_softmax(-1)).sum(-1).mean()
                       for target, x in ((other, thing), (patch, said[shown[2]]))]
             share = len(chunk) / args.batch
@@ -492,25 +640,25 @@ def train(stage: str, args: Args, hw):
     out, lead, config = Path(args.out) / stage, hw.rank == 0, sized(args.size)
     say = print if lead else (lambda *_: None)
     job, stream, optimizer, start = build(stage, args, config, hw, say)
-    together(start, out)
+    check_same_start(start, out)
     for name in STAGES[STAGES.index(stage):]:   # later ones too: --resume would take them for ours
-        keep_earlier(out.with_name(name), args.resume, hw, say)
+        move_earlier_run(out.with_name(name), args.resume, hw, say)
     if start >= args.steps:
-        if lead and noted(out.parent)["figures"].get(stage, {}).get("step") != start:
+        if lead and read_report(out.parent)["figures"].get(stage, {}).get("step") != start:
             examine(job, Exam(config, args.side), out, start, args.seed)
         return say(f"{stage}: {start} steps are done, of {args.steps}")
     cores, share = os.cpu_count() or 1, args.batch // hw.world
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
     replays = isinstance(job, Contrast) and args.micro < share      # each sample is drawn twice
     ahead = args.micro if replays else max(args.micro, min(8 * share, 4096))
-    drawer = Drawer(Dealt(stream, hw.rank, hw.world, share), workers, ahead,
+    loader = SampleLoader(RankShard(stream, hw.rank, hw.world, share), workers, ahead,
                     overlap=not replays and hw.device.type != "cpu")
     exam = Exam(config, args.side) if lead else None
     say(f"{stage}: {optimizer.flat.numel() / 1e6:.2f}M parameters, {args.batch} images a step, "
         f"{args.micro} at a time, steps {start}..{args.steps}, {workers} drawing, in {out}")
     if lead:
         write_json(out / "config.json", asdict(args))
-        write_json(out.parent / "report.json", noted(out.parent))
+        write_json(out.parent / "report.json", read_report(out.parent))
 
     def write(folder):
         save_tensors(folder / "model.safetensors", {**job.state_dict(), **optimizer.masters})
@@ -519,11 +667,12 @@ def train(stage: str, args: Args, hw):
         save_state(folder / "train.pt", {"step": watch.done, "args": asdict(args),
                                          "optimizer": optimizer.state_dict()})
 
-    watch = Watch(out, hw, args.steps, args.save_every, start, write)
+    watch = Checkpointer(out, hw, args.steps, args.save_every, start, write)
     log = Log(out, stage, args.steps, start, hw.rank)
     for step in range(start, args.steps):
-        began, drawing = time.perf_counter(), drawer.seconds
-        values = job.learn(drawer, range(step * share, (step + 1) * share), args, optimizer.collect)
+        began, drawing = time.perf_counter(), loader.seconds
+        mine = range(step * share, (step + 1) * share)
+        values = job.learn(loader, mine, args, optimizer.accumulate)
         values = {name: float(value) for name, value in values.items()}
         rate = schedule(step, args.steps, args.warmup, args.schedule)
         norm = optimizer.step(rate, apply=math.isfinite(values["loss"]))
@@ -532,8 +681,8 @@ def train(stage: str, args: Args, hw):
         done, took = step + 1, time.perf_counter() - began
         values |= {"lr": job.RATE * args.lr * rate, "norm": norm,
                    "dt": took, "img/s": args.batch / took}
-        if drawer.seconds - drawing > 0.05 * took:
-            values["drawing"] = drawer.seconds - drawing
+        if loader.seconds - drawing > 0.05 * took:
+            values["drawing"] = loader.seconds - drawing
         last = done == args.steps
         if lead and (last or args.eval_every and done % args.eval_every == 0):
             values |= examine(job, exam, out, done, args.seed)
@@ -541,7 +690,7 @@ def train(stage: str, args: Args, hw):
         if watch.stop(done, log.gone):
             break
     log.close()
-    drawer.close()
+    loader.close()
     watch.close()
 
 
@@ -562,7 +711,7 @@ def run(args: Args):
     for stage in stages(args):
         train(stage, replace(args, steps=steps_of(stage, args)), hw)
         if args.keep and hw.rank == 0:
-            keep_tower(find_checkpoint(Path(args.out) / stage), Path(args.keep) / stage)
+            export_tower(find_checkpoint(Path(args.out) / stage), Path(args.keep) / stage)
         if hw.world > 1:
             dist.barrier()  # the next stage reads what rank 0 has saved
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import nn, Tensor
 
-from kernels import Segments, angles, attention, rms_norm, rotary_half, swiglu
+from kernels import angles, attention, rms_norm, rotary_half, Segments, swiglu
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's [R]
 STD = (0.26862954, 0.26130258, 0.27577711)

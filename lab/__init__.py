@@ -1,1 +1,2 @@
-"""Measurements and small experiments beside the scripts; nothing here is imported by them."""
+"""The demo, reports, benchmarks, and one small experiment for each claim of the paper."""
+import lib

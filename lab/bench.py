@@ -40,15 +40,17 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import gym
-from common import UserError, cli, main, setup, write_json
-from data import Document, Stream, collate, document
+from data import collate, Document, document, Stream
 from engine import Engine, Request
 from lab import bench_rl
+from lib.checkpoint import save_model
+from lib.cli import cli, main, UserError
+from lib.common import setup, write_json
 from model import Config, GLMV, init, sized
 from pretrain import loss_sum
 from tasks.base import Task
 from tokenizer import Tokenizer
-from vit import CogViT, MEAN, STD, naflex, patch_positions, patchify
+from vit import CogViT, MEAN, naflex, patch_positions, patchify, STD
 
 AIM = 1.5                     # DESIGN's: ours over theirs, in training and in generation
 TIE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # best two logits this close: either may win
@@ -113,7 +115,7 @@ def peer(ours: GLMV, hw):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
+        save_model(ours, folder)
         model = GlmOcrForConditionalGeneration.from_pretrained(folder, dtype=hw.dtype)
     model.generation_config.eos_token_id = None  # every reply has the length that was asked for
     model.generation_config.pad_token_id = 0
@@ -258,7 +260,7 @@ def compare(model: GLMV, prompts: list, ours: list, theirs: list, hw) -> dict:
         batch = collate([Document(ids, np.zeros(len(ids), np.float32), prompt.images)],
                         model.config).to(hw.device)
         with torch.no_grad():
-            merged = model.see(batch)
+            merged = model.encode_images(batch)
             best = model.lm_head(model(batch, merged)[-1]).float().topk(2).values
         counts["ties" if best[0] - best[1] < TIE[hw.dtype] else "different"] += 1
     return counts

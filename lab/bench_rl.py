@@ -27,7 +27,8 @@ import numpy as np
 
 import gym
 import rl
-from common import ROOT, cli, main, read_log, write_json
+from lib.cli import cli, main
+from lib.common import read_log, ROOT, write_json
 
 WAIT = 1.0                    # seconds, the mean
 FLIGHT, SIZE, PROMPTS, STEPS = 32, 8, 4, 24
@@ -75,7 +76,7 @@ def rank(world: str, wait: float, args: rl.Args):
         write_json(Path(args.out) / "waits.json", {"count": slow.count, "seconds": slow.total})
 
 
-def once(world: str, staleness: int, seed: int, dtype: str) -> dict:
+def one_run(world: str, staleness: int, seed: int, dtype: str) -> dict:
     """A run; samples learnt a second, and what each stage did with its time."""
     with tempfile.TemporaryDirectory() as out:
         options = dict(mix=WORLDS[world], steps=STEPS + 1, prompts=PROMPTS, group=SIZE,
@@ -110,7 +111,7 @@ def measure(args, hw) -> dict:
         runs = {0: [], 2: []}
         for i in range(args.rounds):
             for staleness in runs:
-                runs[staleness].append(once(world, staleness, args.seed + i, args.dtype))
+                runs[staleness].append(one_run(world, staleness, args.seed + i, args.dtype))
         rates = {s: [run["rate"] for run in found] for s, found in runs.items()}
         ratios = [a / b for a, b in zip(rates[2], rates[0])]
         mean = {s: {k: statistics.mean(run[k] for run in found) for k in found[0]}

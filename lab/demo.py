@@ -28,13 +28,14 @@ import torch
 from PIL import Image
 
 import gym
-import mmtp
 import pretrain
 import train_vit
-from common import (ROOT, UserError, checkpoints, clock, cli, find_checkpoint, main, read_log,
-                    same_options, setup, write_json)
 from data import parse_mix
 from lab import report
+from lib.checkpoint import load_model, save_model
+from lib.cli import cli, main, UserError
+from lib.common import (checkpoints, clock, find_checkpoint, read_log, ROOT, same_options, setup,
+                        write_json)
 from sample import evaluate, play, readable, show
 from tasks.base import Task
 from tokenizer import Tokenizer
@@ -189,7 +190,7 @@ def demo(args: Args):
         print("2/5 pretraining: pictures, questions and answers")
         folder = train(args)
     trained = sum(line["dt"] for line in read_log(folder.parent / "log.jsonl"))
-    model = mmtp.load(folder, hw.device, hw.dtype)
+    model = load_model(folder, hw.device, hw.dtype)
     tokens = Tokenizer(model.config.n_ranks)
     print("3/5 examination: tasks of held-out seeds, words, shades and layouts")
     table = evaluate(model, tokens, MIX, args.levels, args.count)
@@ -212,7 +213,7 @@ def demo(args: Args):
 
     page = write_down({})
     if args.keep:
-        model.save_pretrained(args.keep, torch.bfloat16)
+        save_model(model, args.keep, torch.bfloat16)
         write_json(Path(args.keep) / "report.json", {"table": table, "steps": args.steps,
                                                      "seed": args.seed, "hardware": hw.why})
         print(f"weights kept in {args.keep}")

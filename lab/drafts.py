@@ -26,10 +26,11 @@ import torch
 import gym
 import mmtp
 import sample
-from common import UserError, cli, main, setup, write_json
 from data import document
 from engine import Engine, Request
 from lab.bench import in_batches, padded, peer
+from lib.cli import cli, main, UserError
+from lib.common import setup, write_json
 from model import GLMV, sized
 from tasks.base import Task
 from tokenizer import Tokenizer

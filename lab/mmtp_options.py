@@ -27,10 +27,12 @@ import torch.distributed as dist
 
 import mmtp
 import pretrain
-from common import ROOT, UserError, cli, main, read_log, write_json
-from data import Packer, Stream, collate, parse_mix
-from kernels import Segments, angles, linear_cross_entropy
-from lab.report import STYLE, curve, smooth
+from data import collate, Packer, parse_mix, Stream
+from kernels import angles, linear_cross_entropy, Segments
+from lab.report import curve, smooth, STYLE
+from lib.checkpoint import load_model
+from lib.cli import cli, main, UserError
+from lib.common import read_log, ROOT, write_json
 from model import GLMV, sized
 
 KINDS = {"image-heavy": "point,gui_click,shape_attr,ocr_line", "text only": "text,code"}
@@ -63,12 +65,12 @@ def train(option: str, seed: int, args: Args) -> Path:
 def acceptance(folder: Path, option: str, mix: str, depths: int, seed: int = 7) -> list[float]:
     """At each depth, the share of learnt tokens on which the head agrees with the trunk's own
     choice, counting only those whose earlier depths agreed: what drafting would see."""
-    model = mmtp.load(folder)
+    model = load_model(folder)
     packer = Packer(Stream(model.config, parse_mix(mix), seed, "test"), 2048)
     tried, stood = [0] * depths, [0] * depths
     for _ in range(4):
         batch = collate(packer.row(), model.config)
-        merged = model.see(batch)
+        merged = model.encode_images(batch)
         hidden = model(batch, merged)
         choice = model.lm_head(hidden).argmax(-1)   # of token i+1, at slot i
         alive = torch.ones(len(hidden), dtype=torch.bool)
@@ -148,7 +150,7 @@ def two_stages(option: str, model: GLMV, batch, depths: int) -> float:
     cut, shape = c.text.num_hidden_layers // 2 or 1, (len(batch.tokens), c.text.hidden_size)
     slots = (batch.tokens == c.image_token_id).nonzero()[:, 0]
     if rank == 0:
-        merged = model.see(batch)
+        merged = model.encode_images(batch)
         x = decoder.embed_tokens(batch.tokens).index_copy(0, slots, merged)
         for i in range(cut):
             x = decoder.layers[i](x, rope, segments, i)

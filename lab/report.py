@@ -13,7 +13,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, cli, main, read_json, read_log, write_text
+from lib.cli import cli, main, UserError
+from lib.common import read_json, read_log, write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;

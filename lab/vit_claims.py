@@ -30,12 +30,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_vit
-from common import (ROOT, UserError, checkpoints, cli, find_checkpoint, main, same_options,
-                    save_checkpoint, save_tensors, setup, write_json)
-from data import pack
-from model import init, load_tower, sized
+from lib.captions import scene
+from lib.checkpoint import load_tower
+from lib.cli import cli, main, UserError
+from lib.common import (checkpoints, find_checkpoint, ROOT, same_options, save_checkpoint, setup,
+                        write_json)
+from lib.images import pack
+from lib.probes import Exam, patch_labels, probe, probe_random_weights
+from lib.tensors import save_tensors
+from model import init, sized
 from optim import OptimConfig, Optimizer, schedule
-from pictures import Exam, patch_labels, probe, scene, untrained
 from tasks.draw import SHAPES
 
 STUDENTS = {"both": {}, "semantic": {"teachers": "semantic"}, "texture": {"teachers": "texture"}}
@@ -85,7 +89,7 @@ def taught(args: Args, hw, folder: Path, seed: int, exam: Exam) -> dict:
         said = model["head"](visual(patches.to(hw.device), grids.to(hw.device)))
         loss = F.cross_entropy(said, torch.cat(kinds).to(hw.device))
         loss.backward()
-        optimizer.collect()
+        optimizer.accumulate()
         optimizer.step(schedule(step, args.labels, 20, "cosine"))
         if step % 50 == 49:
             print(f"labels {step + 1}/{args.labels} | loss {loss.item():.4f}", flush=True)
@@ -102,7 +106,8 @@ def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
     """{model: its figures}"""
     folder = Path(args.out) / f"seed{seed}"
     exam = Exam(sized("tiny"), 64)
-    found = {"random": untrained(train_vit.tower(train_vit.Args(), exam.config), exam, seed)}
+    blank = train_vit.tower(train_vit.Args(), exam.config)
+    found = {"random": probe_random_weights(blank, exam, seed)}
     found["teacher semantic"] = stage(args, hw, "semantic", folder, seed)
     found["teacher texture"] = (taught(args, hw, folder, seed, exam) if args.labels else
                                 stage(args, hw, "texture", folder, seed))

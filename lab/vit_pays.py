@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-import mmtp
 import pretrain
 import train_vit
-from common import (UserError, cli, find_checkpoint, main, read_log, same_options, setup,
-                    write_json)
 from lab import report
 from lab.demo import MIX
 from lab.worlds import pace, timed
+from lib.checkpoint import load_model
+from lib.cli import cli, main, UserError
+from lib.common import find_checkpoint, read_log, same_options, setup, write_json
 from sample import evaluate
 from tokenizer import Tokenizer
 
@@ -85,7 +85,7 @@ def pays(args: Args):
             settings = replace(plain, seed=seed, vit=tower, steps=left[arm],
                                out=f"{out}/{arm}{seed}")
             pretrain.run(settings)
-            model = mmtp.load(find_checkpoint(settings.out))
+            model = load_model(find_checkpoint(settings.out))
             tables[name] = evaluate(model, Tokenizer(model.config.n_ranks), MIX, 1, args.count)
             log = read_log(Path(settings.out) / "log.jsonl")
             curves[name] = [((spent[arm] + each * line["step"]) / 60, line["held_out"])

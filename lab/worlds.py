@@ -26,15 +26,16 @@ import numpy as np
 import torch
 
 import gym
-import mmtp
 import pretrain
 import rl
-from collect import accuracy
-from common import (ROOT, UserError, cli, find_checkpoint, main, same_options, setup,
-                    write_json)
-from data import Episode, parse_mix
+from data import parse_mix
 from lab import report
-from tasks.base import Task, stream
+from lib.checkpoint import load_model, save_model
+from lib.cli import cli, main, UserError
+from lib.common import find_checkpoint, ROOT, same_options, setup, write_json
+from lib.episodes import accuracy
+from lib.rollout import Episode
+from tasks.base import stream, Task
 from tasks.draw import GRID
 from tokenizer import Tokenizer
 
@@ -136,7 +137,7 @@ def pace(work, settings, folder: Path, steps: int = 10) -> float:
 @functools.cache
 def examine(folder: Path, count: int) -> dict[str, dict[str, float]]:
     """{greedy, sampled: {category: accuracy}} of a checkpoint, on the same tasks for all."""
-    model, settings, marks = mmtp.load(folder), rl.Args(max_new=16), {}
+    model, settings, marks = load_model(folder), rl.Args(max_new=16), {}
     tasks = [Task(name, 3_000_000 + i, 0, "test") for name in NAMES for i in range(count)]
     for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         policy = rl.Policy(Tokenizer(model.config.n_ranks), model.config, settings.context,
@@ -219,7 +220,7 @@ def worlds(args: Args):
                                     init=args.init or world.init, out=f"{out}/start"))
     played.init = taught.init = str(find_checkpoint(out / "start"))
     if args.keep:
-        return mmtp.load(played.init).save_pretrained(args.keep, torch.bfloat16)
+        return save_model(load_model(played.init), args.keep, torch.bfloat16)
     steps = max(PARTS, args.steps or round(
         60 * args.minutes / pace(rl.run, played, out / "pace_rl")))
     each = pace(pretrain.run, taught, out / "pace_sft", 30)

@@ -27,14 +27,14 @@ class GymEnv(gymnasium.Env):
         number = int(self.np_random.integers(2 ** 31)) if seed is None else seed
         self.task = gym.Task(self.kind[0], number, *self.kind[1:])
         self.env = gym.make(self.task)
-        return self.see(self.env.reset()), {}
+        return self.encode_images(self.env.reset()), {}
 
-    def see(self, obs):
+    def encode_images(self, obs):
         picture = ImageOps.pad(strip(obs.images if obs else []), (512, 512), color="white")
         return {"text": obs.text if obs else "", "image": np.asarray(picture)}
 
     def step(self, action):
         step = self.env.step(action)
         score = self.rewards.score(self.task, self.env.evidence()) if step.done else gym.Score(0.0)
-        return (self.see(step.obs), score.reward, step.done and not step.truncated,
+        return (self.encode_images(step.obs), score.reward, step.done and not step.truncated,
                 step.truncated, {"error": score.error})

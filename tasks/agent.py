@@ -6,11 +6,11 @@ nothing but stands among the earlier actions from then on. [O]
 import json
 from copy import deepcopy
 
-from .base import IMAGE, Env, Obs, OneShot, Step, box, click, pick, recap
-from .device import FORMS, ROW, TEXT, Device, control, furnish, plain_text
-from .draw import UNITS, Canvas
+from .base import box, click, Env, IMAGE, Obs, OneShot, pick, recap, Step
+from .draw import Canvas, UNITS
+from .phone import control, Device, FORMS, furnish, plain_text, ROW, TEXT
 from .verify import inside, parse_action, plain
-from .words import CONTROLS, DAYS, NAMES, THINGS, invent, some, some_of
+from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
 
 class Pilot(Device):

@@ -9,9 +9,9 @@ from math import cos, pi, sin
 
 from PIL import Image, ImageDraw
 
-from .base import IMAGE, Obs, OneShot, box, held, pick
-from .draw import DARK, LIGHT, Canvas, blend, ink_on, shades
-from .words import MONTHS, THINGS, invent, some, some_of
+from .base import box, held, IMAGE, Obs, OneShot, pick
+from .draw import blend, Canvas, DARK, ink_on, LIGHT, shades
+from .words import invent, MONTHS, some, some_of, THINGS
 
 MEASURES = ("Sales", "Rain", "Guests", "Harvest", "Births", "Fires", "Weddings", "Repairs")
 STEPS = (1, 2, 5, 10, 20, 25)               # from one gridline to the next

@@ -6,10 +6,10 @@ large size, with some room for the rounding of small ones.
 from functools import lru_cache
 from itertools import chain, islice, product
 
-from .base import IMAGE, Obs, OneShot, box, held, pick
-from .draw import COLORS, DARK, LIGHT, Canvas, blend, font, ink_on, shades
+from .base import box, held, IMAGE, Obs, OneShot, pick
+from .draw import blend, Canvas, COLORS, DARK, font, ink_on, LIGHT, shades
 from .scenes import Scene, ShapeAttr
-from .words import NAMES, THINGS, invent, some, some_of
+from .words import invent, NAMES, some, some_of, THINGS
 
 MARGIN, WIDTH = 4, 56                           # of a page, in units
 

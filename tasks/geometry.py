@@ -11,8 +11,8 @@ from string import ascii_uppercase
 
 import numpy as np
 
-from .base import IMAGE, Obs, OneShot, held, pick
-from .draw import UNITS, Canvas, blend, plain, shades
+from .base import held, IMAGE, Obs, OneShot, pick
+from .draw import blend, Canvas, plain, shades, UNITS
 
 ANGLE, LENGTH = "How many degrees is the angle {}?", "How long is the side {}?"
 AREA, PERIMETER = "What is the area of the figure?", "What is the perimeter of the figure?"

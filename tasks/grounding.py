@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from itertools import product
 
-from .base import IMAGE, Obs, box, held, pick
+from .base import box, held, IMAGE, Obs, pick
 from .draw import COLORS, GRID, shape_mask
-from .scenes import Item, Scene, cell, kinds, plural, refer, spot
+from .scenes import cell, Item, kinds, plural, refer, Scene, spot
 from .verify import KEYS
 from .words import some_of
 

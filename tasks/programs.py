@@ -2,10 +2,10 @@
 import keyword
 import re
 
-from .base import IMAGE, Obs, OneShot, box, held, pick
+from .base import box, held, IMAGE, Obs, OneShot, pick
 from .draw import Canvas, font, text_mask
-from .machine import FAULTS, Machine
-from .words import THINGS, invent, some, some_of
+from .interpreter import FAULTS, Machine
+from .words import invent, some, some_of, THINGS
 
 VARIABLES = """a b c d e g h k m n p q r t u v w x y z area base best bits cost days depth fee gain
 gap goal high item jump low mark mass pace part price rank rate rest score seed side start tax team

@@ -8,9 +8,9 @@ from itertools import accumulate, permutations, product
 
 import numpy as np
 
-from .base import IMAGE, Obs, OneShot, box, held, pick
-from .draw import CELL, COLORS, SHAPES, UNITS, Canvas, blend, glyph_mask, plain, shades
-from .verify import MOVES, ahead, runs
+from .base import box, held, IMAGE, Obs, OneShot, pick
+from .draw import blend, Canvas, CELL, COLORS, glyph_mask, plain, shades, SHAPES, UNITS
+from .verify import ahead, MOVES, runs
 from .words import some_of
 
 ROUTES = "Go from the {} to the {} by the shortest way.", "The shortest way from the {} to the {}?"
@@ -94,7 +94,7 @@ class MapRoute(OneShot):
         return box(", ".join(sum(legs[::pick(rng, (1, -1))], [])))
 
 
-def rows_of(rng, rule, values) -> list[list]:
+def pack_rows(rng, rule, values) -> list[list]:
     """Three rows of three values under a rule: "all" the same, "rows" that have their own each,
     "three" that come once in a row and in a column, a "step" from each value to the next."""
     if rule == "step":          # the rows start apart where there is room
@@ -122,7 +122,7 @@ class MatrixPuzzle(OneShot):
             for name in names[:self.ruled[self.level]]:
                 steps = name in ("size", "number") and not rng.integers(2)
                 rules[name] = "step" if steps else "three"
-            matrix = {name: rows_of(rng, rule, VALUES[name]) for name, rule in rules.items()}
+            matrix = {name: pack_rows(rng, rule, VALUES[name]) for name, rule in rules.items()}
         self.right = right = {name: rows[2][2] for name, rows in matrix.items()}
         choices = [right]
         for name in names[:self.respects[self.level]]:

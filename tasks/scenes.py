@@ -6,8 +6,8 @@ right answer, and never where an earlier turn has given that answer away.
 """
 from dataclasses import dataclass
 
-from .base import IMAGE, Obs, OneShot, box, middle, pick
-from .draw import CELL, COLORS, GRID, PAIRS, SHAPES, TRAIN_PAIRS, Canvas, plain, shades
+from .base import box, IMAGE, middle, Obs, OneShot, pick
+from .draw import Canvas, CELL, COLORS, GRID, PAIRS, plain, shades, SHAPES, TRAIN_PAIRS
 
 COLOR_OF = ("What color is the {}?", "Color of the {}?")
 SHAPE_OF = ("What shape is the {} one?", "Shape of the {} one?")

@@ -6,8 +6,8 @@ other layouts: which widget stands where, not places that training never saw at 
 """
 from dataclasses import dataclass
 
-from .base import IMAGE, Env, Obs, OneShot, Step, click, held, pick, recap
-from .draw import CELL, COLORS, GRID, SHAPES, Canvas, ink_on, plain, shades
+from .base import click, Env, held, IMAGE, Obs, OneShot, pick, recap, Step
+from .draw import Canvas, CELL, COLORS, GRID, ink_on, plain, shades, SHAPES
 from .verify import inside, is_point, parse_action
 
 WORDS = ("OK", "NO", "GO", "UP", "ON", "IN", "AT", "BY", "DO", "HI", "ME", "MY",

@@ -1,6 +1,6 @@
 """Reading: a short line of large characters, one in a cell of the grid."""
-from .base import IMAGE, Obs, OneShot, box, held, pick
-from .draw import CELL, GRID, Canvas, plain
+from .base import box, held, IMAGE, Obs, OneShot, pick
+from .draw import Canvas, CELL, GRID, plain
 
 UPPER = "ABCDEFGHJKLMNPRTUVWXY2346789"      # without O and 0, I and 1, S and 5, Z, Q
 LOWER = "abdefhnrt"                         # those that don't look like their capitals

@@ -12,11 +12,11 @@ from zlib import crc32
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .base import IMAGE, Env, Obs, Step, held, middle, pick
-from .draw import CELL, GRID, PAIRS, TRAIN_PAIRS, UNITS, Canvas, plain, shades
+from .atlas import BREADTH, draw_emblem, world, YEAR
+from .base import Env, held, IMAGE, middle, Obs, pick, Step
+from .draw import Canvas, CELL, GRID, PAIRS, plain, shades, TRAIN_PAIRS, UNITS
 from .verify import inside, iou, parse_action, plain as normal
 from .words import some_of
-from .world import BREADTH, YEAR, draw_emblem, world
 
 USES = {"crop": "x0, y0, x1, y1", "zoom": "x, y", "draw_box": "x0, y0, x1, y1",
         "draw_point": "x, y", "search_image": "x0, y0, x1, y1", "search_text": '"words"',
@@ -132,7 +132,7 @@ class Toolbox(Env):
         size = [window[2] - window[0], window[3] - window[1]]
         if min(size) < 30 or max(size) > 4 * min(size):
             return Obs("A crop is 30 or more wide and high, and no ribbon.")
-        self.see(window, self.pixels)
+        self.encode_images(window, self.pixels)
         size = [round(side * (self.pixels / max(size))) for side in size]
         part = [c * (self.photo.image.width / 999) for c in window]
         return Obs(IMAGE, [self.photo.image.resize(size, Image.BICUBIC, part, reducing_gap=2)])
@@ -150,7 +150,7 @@ class Toolbox(Env):
     def whole(self):
         """The whole picture, with the marks on it. However large, it holds what `min_pixels` can:
         else a large one would need no tools. [O]"""
-        self.see((0, 0, 999, 999), self.min_pixels)
+        self.encode_images((0, 0, 999, 999), self.min_pixels)
         small = self.photo.image.resize((self.min_pixels,) * 2, Image.BOX, reducing_gap=1)
         image = small.resize((self.pixels,) * 2, Image.BICUBIC)
         for corners in self.marks:
@@ -158,7 +158,7 @@ class Toolbox(Env):
                                             outline=(255, 0, 200), width=self.pixels // 64)
         return image
 
-    def see(self, window, pixels):
+    def encode_images(self, window, pixels):
         """Note in the log what can be read in a window shown at a size: text of nine pixels."""
         share = max(window[2] - window[0], window[3] - window[1]) / 999
         for name, (area, height) in self.photo.labels.items():

@@ -14,11 +14,11 @@ from string import Template
 
 import numpy as np
 
-from .base import IMAGE, Env, Obs, OneShot, Step, box, held, pick
+from .base import box, Env, held, IMAGE, Obs, OneShot, pick, Step
 from .draw import blend, ink_on, shades
-from .pages import SIDE, Broken, Site, View, look
+from .html_render import Broken, look, SIDE, Site, View
 from .verify import boxed, distance, parse_action, set_f1
-from .words import THINGS, invent, some, some_of
+from .words import invent, some, some_of, THINGS
 
 SAME_TEXT, LEAST_SHARED = 0.5, 0.3      # below: another text; another page
 

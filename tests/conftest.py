@@ -6,6 +6,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import lib  # before torch: it sets how OpenMP waits
+
 import numpy as np
 import pytest
 import torch

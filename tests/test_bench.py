@@ -6,9 +6,9 @@ from types import ModuleType
 
 import pytest
 
-from common import UserError
 from lab import bench, bench_rl
 from lab.bench import Args, run
+from lib.cli import UserError
 
 few = dict(dtype="float32", device="cpu", rounds=1, documents=4)
 

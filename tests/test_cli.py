@@ -11,8 +11,9 @@ from PIL import Image
 import pretrain
 import rl
 import sample
-from common import ROOT, UserError, cli, field_comments
-from common import main as run_main
+from lib.checkpoint import save_model
+from lib.cli import cli, field_comments, main as run_main, UserError
+from lib.common import ROOT
 from model import GLMV, sized
 
 
@@ -122,7 +123,7 @@ def script(monkeypatch, capsys):
 def folder(tmp_path_factory):
     """A checkpoint that knows nothing, and a picture."""
     folder = tmp_path_factory.mktemp("ckpt")
-    GLMV(sized("tiny")).save_pretrained(folder)
+    save_model(GLMV(sized("tiny")), folder)
     Image.new("RGB", (64, 48), "red").save(folder / "red.png")
     (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:60])
     return folder

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 import gym
-from common import UserError
 from conftest import odd_config, random_document
-from data import (Document, Drawer, Packer, Stream, collate, document, one_turn, open_image,
-                  parse_mix, resize, sight)
+from data import (collate, document, Document, one_turn, Packer, parse_mix, SampleLoader, sight,
+                  Stream)
+from lib.cli import UserError
+from lib.images import open_image, resize
 from model import sized
 from tasks.base import Message, Task
 from tokenizer import Tokenizer
@@ -52,23 +53,23 @@ def test_drawing_processes_make_the_same_samples_and_outlive_the_first_ctrl_c():
     trainer has to draw before it saves; the second ends them, or who leaves at once would wait."""
     before = set(multiprocessing.active_children())
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)
-    alone, drawer = stream(), Drawer(stream(), workers=2, burst=16)
+    alone, loader = stream(), SampleLoader(stream(), workers=2, burst=16)
     try:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         first, second = set(multiprocessing.active_children()) - before
         os.kill(first.pid, signal.SIGINT)           # while it starts
         for i in [3, 5, *range(20, 60)]:
-            drawer.overlap = i > 40
-            assert same(drawer(i), alone(i)), i
-        drawer.overlap = False
+            loader.overlap = i > 40
+            assert same(loader(i), alone(i)), i
+        loader.overlap = False
         os.kill(second.pid, signal.SIGINT)          # while it waits
-        assert same(drawer(100), alone(100))
+        assert same(loader(100), alone(100))
         os.kill(second.pid, signal.SIGINT)
         with pytest.raises(RuntimeError, match="a drawing process died"):
-            drawer(200)
+            loader(200)
     finally:
         signal.signal(signal.SIGINT, heard)
-        drawer.close()
+        loader.close()
 
 
 class Bulky:
@@ -80,13 +81,13 @@ class Bulky:
 
 def test_who_skips_ahead_asks_while_the_burst_before_is_under_way():
     """Two threads that read one pipe at once would share a burst's bytes between them."""
-    drawer = Drawer(Bulky(), workers=2, burst=4, overlap=True)
+    loader = SampleLoader(Bulky(), workers=2, burst=4, overlap=True)
     try:
         for i in range(0, 3000, 50):
-            made = drawer(i)
+            made = loader(i)
             assert len(made) == 20_000 * (1 + i % 3) and (made == i).all()
     finally:
-        drawer.close()
+        loader.close()
 
 
 class Broken:
@@ -111,14 +112,14 @@ def die():
 
 @pytest.mark.parametrize("how,words", [(refuse, "ValueError: sample 5 is cursed"), (die, "died")])
 def test_a_drawing_process_that_fails_says_so(how, words):
-    drawer = Drawer(Broken(how), workers=1, burst=4)
+    loader = SampleLoader(Broken(how), workers=1, burst=4)
     try:
-        assert [drawer(i) for i in range(4)] == [0, 1, 2, 3]
+        assert [loader(i) for i in range(4)] == [0, 1, 2, 3]
         for _ in range(2):  # asked again, it fails again
             with pytest.raises(RuntimeError, match=words):
-                drawer(4)
+                loader(4)
     finally:
-        drawer.close()
+        loader.close()
 
 
 def test_mixture_shares_follow_the_weights():

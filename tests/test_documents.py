@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
-from gym import Rewards, make, play_out
+from gym import make, play_out, Rewards
 from tasks import CATEGORIES, Task, verify
-from tasks.base import IMAGE, box
+from tasks.base import box, IMAGE
 
 
 @pytest.mark.parametrize("category", ["ocr_document", "table_read", "doc_qa"])
@@ -89,7 +89,7 @@ def test_the_story_told_again_gives_the_same_end(level):
 
 def test_every_cell_of_a_column_is_another():
     for seed in range(30):
-        env = CATEGORIES["table_read"](Task("table_read", seed, seed % 5))
+        env = CATEGORIES["table_read"].env(Task("table_read", seed, seed % 5))
         env.reset()
         for cells in env.cells.values():
             assert len(set(cells)) == len(cells)

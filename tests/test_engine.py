@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import engine as engine_py
-from common import UserError
 from conftest import random_document
-from data import Document, collate
+from data import collate, Document
 from engine import Engine, Request
+from lib.cli import UserError
 
 # (images, in patches; characters of text): nine prompts of 12 to 60 tokens
 PROMPTS = [((), 12), (((4, 6),), 9), (((2, 2), (6, 4)), 7), ((), 31), (((4, 4),), 30),
@@ -32,7 +32,7 @@ def plain(model, prompt: Document, max_new: int, stops) -> tuple[list, list]:
         whole = dataclasses.replace(prompt, ids=np.append(prompt.ids, ids).astype(np.int32),
                                     weights=np.zeros(len(prompt.ids) + len(ids), np.float32))
         batch = collate([whole], model.config)
-        merged = model.see(batch)
+        merged = model.encode_images(batch)
         best = model.lm_head(model(batch, merged)[-1]).topk(2)
         ids.append(int(best.indices[0]))
         leads.append(float(best.values[0] - best.values[1]))

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from gym import Rewards, make, play_out
+from gym import make, play_out, Rewards
 from tasks import Task, verify
-from tasks.base import IMAGE, box
-from tasks.grounding import SIDES, ranked, related
-from tasks.scenes import Item, cell
+from tasks.base import box, IMAGE
+from tasks.grounding import ranked, related, SIDES
+from tasks.scenes import cell, Item
 
 
 def stand(*things):

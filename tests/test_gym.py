@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 import gym
-from gym import Exam, Rewards, afar, demonstrate, drive, fingerprints, make, play_out
-from tasks import CATEGORIES, Obs, OneShot, Step, Task, verify
+from gym import Rewards, demonstrate, drive, make, play_out
+from tasks import CATEGORIES, Category, Obs, OneShot, Step, Task, contract, verify
 from tasks.base import IMAGE, box, click, held
+from tasks.contract import Exam, fingerprints, in_fresh_process
 from tasks.draw import HELD_PAIRS, Canvas
 
 CASES = [pytest.param(name, level, marks=[] if level in (0, 4) else pytest.mark.slow)
@@ -26,20 +27,21 @@ CASES = [pytest.param(name, level, marks=[] if level in (0, 4) else pytest.mark.
 
 @pytest.mark.parametrize("name,level", CASES)
 def test_contract(name, level):
-    exam = Exam(name, level, count=40 if issubclass(CATEGORIES[name], OneShot) else 12)
+    exam = Exam(name, level, count=40 if issubclass(CATEGORIES[name].env, OneShot) else 12)
     assert exam.violations(exam.measure()) == []
 
 
 def test_same_bytes_in_a_fresh_process():
     tasks = [Task(name, seed, level, split) for name in gym.names() for split in ("train", "test")
              for seed, level in enumerate((0, 4))]
-    tasks += [Task(name, 1, 2, "test", CATEGORIES[name].min_pixels + 50) for name in gym.names()]
-    assert fingerprints(tasks) == afar("fingerprints", tasks)
+    tasks += [Task(name, 1, 2, "test", CATEGORIES[name].env.min_pixels + 50)
+              for name in gym.names()]
+    assert fingerprints(tasks) == in_fresh_process("fingerprints", tasks)
 
 
 @pytest.mark.parametrize("name,level", CASES)
 def test_oracle_solves_the_held_out_split_at_any_size(name, level):
-    least = CATEGORIES[name].min_pixels
+    least = CATEGORIES[name].env.min_pixels
     for seed, pixels in enumerate((0, least + 36, 1024)):
         task = Task(name, seed, level, "test", pixels)
         images = make(task).reset().images
@@ -135,7 +137,7 @@ def test_demonstrations_are_whole_conversations(name):
         segment = make(task).layout == "segment"
         for conversation in conversations:
             roles = [message.role for message in conversation]
-            between = "user" if issubclass(CATEGORIES[name], OneShot) else "observation"
+            between = "user" if issubclass(CATEGORIES[name].env, OneShot) else "observation"
             assert roles == ["user", "assistant", *[between, "assistant"] * (len(roles) // 2 - 1)]
             assert len(roles) == 2 or not segment
             assert all(m.text.count(IMAGE) == len(m.images) for m in conversation)
@@ -160,7 +162,7 @@ def test_thoughts_stand_before_replies_and_change_nothing(name):
         stated += "<think>" in aloud[0][1].text
         replies = [m.text for c in aloud for m in c if m.role == "assistant"]
         assert Rewards().score(task, play_out(task, replies)[2]).reward == pytest.approx(1)
-    assert stated or CATEGORIES[name].tier < 2 or name in ("gui_click", "gui_form")
+    assert stated or CATEGORIES[name].env.tier < 2 or name in ("gui_click", "gui_form")
 
 
 def test_segments_show_the_goal_the_actions_and_the_current_screen_only():
@@ -200,7 +202,7 @@ def test_a_form_counts_only_when_all_of_it_is_right():
 
 
 def test_the_driver_appends_observations():
-    class Echo(CATEGORIES["counting"]):
+    class Echo(CATEGORIES["counting"].env):
         def reset(self):
             self.heard = []
             return Obs("say a, then b")
@@ -275,13 +277,13 @@ def test_the_other_verbs(capsys):
 
 
 def test_a_broken_category_is_found_out(monkeypatch, capsys):
-    class Careless(CATEGORIES["counting"]):
+    class Careless(CATEGORIES["counting"].env):
         def make(self):
             obs, gold = super().make()
             return Obs(f"{obs.text} (It is {gold}.)", obs.images), gold
 
-    monkeypatch.setitem(CATEGORIES, "counting", Careless)
-    row, wrong = gym.examine("counting", 1, count=60)
+    monkeypatch.setitem(CATEGORIES, "counting", Category(Careless, {"answer": verify.number}))
+    row, wrong = contract.examine("counting", 1, count=60)
     assert row["no image"] == 1 and "no image 1.00 is too far above chance" in wrong[0]
 
 
@@ -298,17 +300,16 @@ def test_the_readme_shows_a_whole_category(tmp_path):
         pytest.skip("the README does not say yet")
     assert found[1].count("\n") <= 25
     shutil.copytree(ROOT / "tasks", tmp_path / "tasks")
-    text = (ROOT / "gym.py").read_text(encoding="utf-8")
-    (tmp_path / "gym.py").write_text(text.replace(
-        "RULES = {", 'RULES = {\n    "dice": ("mean", {"answer": (verify.number, 1)}),', 1))
+    shutil.copytree(ROOT / "lib", tmp_path / "lib")
+    shutil.copy(ROOT / "gym.py", tmp_path)
     (tmp_path / "tasks" / "dice.py").write_text(found[1])
     with open(tmp_path / "tasks" / "__init__.py", "a") as table:
-        table.write('from .dice import Dice\nCATEGORIES["dice"] = Dice\n')
+        table.write('from . import dice\n'
+                    'CATEGORIES["dice"] = Category(dice.Dice, {"answer": verify.number})\n')
     done = subprocess.run([sys.executable, "gym.py", "check", "dice", "--count=60"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_one_shot_category_needs_no_more_than_make():
-    assert all(issubclass(kind, OneShot) or kind.max_turns > 1 for kind in CATEGORIES.values())
-    assert set(gym.RULES) == set(CATEGORIES)
+    assert all(issubclass(c.env, OneShot) or c.env.max_turns > 1 for c in CATEGORIES.values())

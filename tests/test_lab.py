@@ -12,13 +12,15 @@ import mmtp
 import pretrain
 import rl
 import train_vit
-from common import ROOT, UserError, find_checkpoint, load_tensors, setup
 from data import parse_mix
 from lab import demo, drafts, mmtp_options, report, vit_claims, vit_pays, worlds
+from lib.checkpoint import save_model
+from lib.cli import UserError
+from lib.common import find_checkpoint, ROOT, setup
+from lib.probes import Exam
+from lib.tensors import load_tensors
 from model import GLMV, sized
-from pictures import Exam
-from tasks.base import Task, box
-from test_pretrain import own_signals  # noqa: F401
+from tasks.base import box, Task
 
 
 def test_the_demo_trains_examines_answers_and_reports(tmp_path, small_towers, monkeypatch):
@@ -203,7 +205,7 @@ def test_forms_are_shown_without_a_mistake():
 
 
 def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
-    GLMV(sized("tiny"), seed=0).save_pretrained(tmp_path / "model")
+    save_model(GLMV(sized("tiny"), seed=0), tmp_path / "model")
     for script, small in ((pretrain, {"rows": 1, "row_tokens": 512}),
                           (rl, {"prompts": 1, "group": 2, "max_new": 2})):
         full = script.Args

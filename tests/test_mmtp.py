@@ -5,18 +5,21 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from test_engine import plain, PROMPTS, same, serve
 
 import gym
 import mmtp
-from common import UserError, find_checkpoint, load_tensors, save_tensors
 from conftest import odd_config, random_document
 from data import collate, document
 from engine import Engine, Request
+from lib.checkpoint import load_model, save_model
+from lib.cli import UserError
+from lib.common import find_checkpoint
+from lib.tensors import load_tensors, save_tensors
 from model import GLMV
 from mtp_reference import reference
 from sample import DEMO
 from tasks.base import Task
-from test_engine import PROMPTS, plain, same, serve
 from tokenizer import Tokenizer
 
 
@@ -34,7 +37,7 @@ def row(model, sizes=(((4, 6),), (), ((2, 2), (4, 4)))):
     """Three documents in a row, their batch, visual embeddings and the trunk's states."""
     documents = [random_document(model.config, s, 11 + i, i) for i, s in enumerate(sizes)]
     batch = collate(documents, model.config)
-    merged = model.see(batch)
+    merged = model.encode_images(batch)
     return batch, merged, model(batch, merged)
 
 
@@ -148,12 +151,11 @@ def test_an_unknown_option():
 
 def test_a_folder_keeps_the_head(tmp_path):
     model = with_head(depths=5)
-    model.save_pretrained(tmp_path)
-    again = mmtp.load(tmp_path)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
     assert again.config.mtp_depths == 5
     for (name, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items()):
         assert name == other and torch.equal(a, b), name
-    assert mmtp.head_of(GLMV.from_pretrained(tmp_path)) is None  # the trunk alone opens too
 
 
 @pytest.mark.parametrize("said", [0, 1], ids="num_nextn_predict_layers={}".format)
@@ -161,7 +163,7 @@ def test_a_folder_keeps_the_head(tmp_path):
 def test_the_released_layout(tmp_path, said, tied):
     """Copies of embedding and output matrix, and a config.json that may deny the layer."""
     model = with_head()
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     tensors, begin = load_tensors(tmp_path), mmtp.prefix(model)
     tensors[begin + "embed_tokens.weight"] = (
         tensors["model.language_model.embed_tokens.weight"] + (0 if tied else 1))
@@ -171,23 +173,23 @@ def test_the_released_layout(tmp_path, said, tied):
     assert '"num_nextn_predict_layers": 1' in text and '"mtp_depths": 3' in text
     text = text.replace('"num_nextn_predict_layers": 1', f'"num_nextn_predict_layers": {said}')
     (tmp_path / "config.json").write_text(text.replace('"mtp_depths": 3', '"mtp_depths": 0'))
-    again = mmtp.load(tmp_path)
+    again = load_model(tmp_path)
     table, out = mmtp.tables(again)
     assert torch.equal(out, tensors[begin + "shared_head.head.weight"])
     assert torch.equal(table, tensors[begin + "embed_tokens.weight"])
     assert (table is again.model.language_model.embed_tokens.weight) == tied
-    again.save_pretrained(tmp_path / "again")
-    assert torch.equal(mmtp.tables(mmtp.load(tmp_path / "again"))[1], out)
+    save_model(again, tmp_path / "again")
+    assert torch.equal(mmtp.tables(load_model(tmp_path / "again"))[1], out)
 
 
 def test_a_head_with_a_tensor_missing(tmp_path):
     model = with_head()
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     tensors = load_tensors(tmp_path)
     del tensors[mmtp.prefix(model) + "enorm.weight"]
     save_tensors(tmp_path / "model.safetensors", tensors)
     with pytest.raises(UserError, match="enorm"):
-        mmtp.load(tmp_path)
+        load_model(tmp_path)
 
 
 # ---- accept -------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ def test_greedy_with_drafts_is_plain_greedy(k, slots):
 def test_a_thousand_prompts_of_all_kinds(k):
     """The demo's model and its head on every category that it can see: the same replies, or a
     tie of the two best where they part."""
-    model = mmtp.load(find_checkpoint(DEMO)).eval()
+    model = load_model(find_checkpoint(DEMO)).eval()
     tokens, names = Tokenizer(model.config.n_ranks), gym.names(64)
     prompts = [document(next(gym.drive(gym.make(Task(names[i % len(names)], i, 0, "test")))),
                         tokens, model.config, True) for i in range(1000)]

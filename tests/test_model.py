@@ -2,12 +2,15 @@
 import pytest
 import torch
 
-from common import UserError, load_tensors, save_tensors
 from conftest import odd_config, random_document
 from data import collate
-from kernels import (Segments, attention, draw, linear_cross_entropy, probabilities, rotary_half,
-                     rotary_pairs)
-from model import Cache, GLMV, rope_positions, sized
+from engine import Cache, probabilities
+from kernels import attention, linear_cross_entropy, rotary_half, rotary_pairs, Segments
+from lib.checkpoint import load_model, save_model
+from lib.cli import UserError
+from lib.tensors import load_tensors, save_tensors
+from mmtp import draw
+from model import GLMV, rope_positions, sized
 from vit import fit, patchify
 
 SHAPES = [((4, 6),), (), ((2, 2), (6, 4)), ((4, 6), (4, 6))]
@@ -21,7 +24,7 @@ def test_packed_equals_one_by_one(model, config):
     at = 0
     for part in parts:
         one = collate([part], config)
-        merged = model.see(one)
+        merged = model.encode_images(one)
         alone = model(one, merged)
         assert torch.allclose(together[at:at + len(alone)], alone, atol=1e-5)
         at += len(alone)
@@ -191,31 +194,30 @@ def test_sampling_inverts_the_distribution():
 # ---- folders ------------------------------------------------------------------------------------
 
 def test_a_folder_comes_back_bit_for_bit(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    back = GLMV.from_pretrained(tmp_path)
+    save_model(model, tmp_path)
+    back = load_model(tmp_path)
     assert all(torch.equal(a, b) for a, b in
                zip(model.state_dict().values(), back.state_dict().values()))
     assert back.config.n_ranks == 512 and back.config.min_tokens == 1
 
 
-def test_sharded_folders_and_an_mtp_layer_open_too(model, tmp_path):
+def test_sharded_folders_open_too(model, tmp_path):
     import json
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     tensors = load_tensors(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    tensors["model.language_model.layers.2.eh_proj.weight"] = torch.zeros(2, 2)
     names = sorted(tensors)
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for shard, members in shards.items():
         save_tensors(tmp_path / shard, {n: tensors[n] for n in members})
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": {n: shard for shard, members in shards.items() for n in members}}))
-    GLMV.from_pretrained(tmp_path)
+    load_model(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "header", "other", "config"])
 def test_damaged_folders_say_so_in_one_line(model, tmp_path, damage):
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     weights = tmp_path / "model.safetensors"
     if damage == "missing":
         weights.unlink()
@@ -224,12 +226,12 @@ def test_damaged_folders_say_so_in_one_line(model, tmp_path, damage):
     elif damage == "header":
         weights.write_bytes(b"\xff" * 100)
     elif damage == "other":
-        GLMV(odd_config(1)).save_pretrained(tmp_path / "other")
+        save_model(GLMV(odd_config(1)), tmp_path / "other")
         (tmp_path / "config.json").write_bytes((tmp_path / "other/config.json").read_bytes())
     else:
         (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError) as error:
-        GLMV.from_pretrained(tmp_path)
+        load_model(tmp_path)
     assert "\n" not in str(error.value)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model import GLMV
-from optim import OptimConfig, Optimizer, fused_parts, is_matrix, newton_schulz, schedule
+from optim import fused_parts, is_matrix, newton_schulz, OptimConfig, Optimizer, schedule
 
 LR = 1e-2
 PLAIN = OptimConfig(lr=LR, weight_decay=0.0, clip=math.inf)
@@ -164,7 +164,7 @@ def test_gradients_are_collected_in_fp32():
     optimizer = Optimizer(layer.named_parameters(), PLAIN)
     for value in (256.0, 1.0, 1.0):  # in bf16, 256 + 1 is 256
         layer.weight.grad = torch.full_like(layer.weight, value)
-        optimizer.collect()
+        optimizer.accumulate()
         assert layer.weight.grad is None
     assert (optimizer.grads["weight"] == 258).all()
     optimizer.step(1.0)

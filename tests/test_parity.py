@@ -11,6 +11,7 @@ import torch
 
 from conftest import odd_config, random_document
 from data import collate
+from lib.checkpoint import load_model, save_model
 from model import GLMV
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
@@ -48,7 +49,7 @@ def their_pixels(batch):
 @torch.no_grad()
 def test_tower_adapter_and_logits_agree(which, tmp_path):
     ours = shaken(which)
-    ours.save_pretrained(tmp_path)
+    save_model(ours, tmp_path)
     peer = theirs(tmp_path)
     batch = collate([random_document(ours.config, SIZES, seed=which)], ours.config)
     features = ours.model.visual(batch.patches, batch.grids)
@@ -72,9 +73,9 @@ def test_tower_adapter_and_logits_agree(which, tmp_path):
 
 @torch.no_grad()
 def test_a_folder_saved_by_transformers_opens_here(tmp_path):
-    shaken(0).save_pretrained(tmp_path / "ours")
+    save_model(shaken(0), tmp_path / "ours")
     theirs(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    back = GLMV.from_pretrained(tmp_path / "theirs")
+    back = load_model(tmp_path / "theirs")
     for name, value in shaken(0).state_dict().items():
         assert torch.equal(value, back.state_dict()[name]), name
     assert back.config.sections == odd_config(0).sections

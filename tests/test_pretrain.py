@@ -18,12 +18,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import common
 import pretrain
 import rl
 import train_vit
-from common import ROOT, UserError, checkpoints, find_checkpoint, load_tensors, save_checkpoint
-from data import Drawer
+from data import SampleLoader
+from lib import common
+from lib.checkpoint import load_model
+from lib.cli import main, UserError
+from lib.common import checkpoints, find_checkpoint, ROOT, save_checkpoint
+from lib.tensors import load_tensors
 from model import GLMV, sized
 from pretrain import Args
 
@@ -83,7 +86,7 @@ def test_ten_steps_are_five_and_resume_and_five(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts")
     assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000005"]
-    monkeypatch.setattr(pretrain, "Drawer", functools.partial(Drawer, burst=64))
+    monkeypatch.setattr(pretrain, "SampleLoader", functools.partial(SampleLoader, burst=64))
     parts = train(tmp_path / "parts", resume=True, workers=1)
     assert [x["loss"] for x in parts] == [x["loss"] for x in whole] and len(whole) == 10
     a, b = tmp_path / "whole/step_000010", tmp_path / "parts/step_000010"
@@ -194,7 +197,7 @@ class Ranks:
 def test_ranks_that_resume_from_different_steps_are_told(tmp_path, monkeypatch, script):
     """As where two machines don't share --out: they would add up gradients of different weights."""
     Ranks(monkeypatch, [40, 40])
-    common.together(40, "out")
+    common.check_same_start(40, "out")
     with pytest.raises(UserError, match=r"ranks find steps \[0, 40, 40\] in .*run"):
         script.run(script.Args(steps=1, out=str(tmp_path / "run"), device="cpu", resume=True))
 
@@ -203,7 +206,8 @@ def test_who_leaves_because_another_was_told_to_does_not_end_as_if_it_were_done(
         tmp_path, monkeypatch):
     Ranks(monkeypatch, [0])
     hw = replace(common.setup("cpu"), world=2)
-    watch = common.Watch(tmp_path, hw, 9, 9, 0, lambda folder: (folder / "it").write_text("all"))
+    watch = common.Checkpointer(tmp_path, hw, 9, 9, 0,
+                                lambda folder: (folder / "it").write_text("all"))
     assert watch.stop(3) and not watch.interrupt.signal
     with pytest.raises(KeyboardInterrupt):
         watch.close()
@@ -263,7 +267,7 @@ def test_a_writer_killed_at_any_byte_leaves_the_earlier_checkpoint(tmp_path, mon
         for offset in offsets if step == 2 else ():
             assert child_dies(lambda: (killed_at(offset), save_checkpoint(run, step, write)))
             folder = find_checkpoint(run)
-            GLMV.from_pretrained(folder)
+            load_model(folder)
             found.append((folder.name, state_of(folder)["step"]))
         return save_checkpoint(run, step, write)
 
@@ -331,7 +335,7 @@ def test_a_last_step_that_cant_be_saved_is_an_error(tmp_path, monkeypatch, capsy
 
     after_step(monkeypatch, lambda step: step == 2 and monkeypatch.setattr(os, "fsync", fsync))
     with pytest.raises(SystemExit) as end:
-        common.main(lambda: train(tmp_path, steps=3, save_every=1))
+        main(lambda: train(tmp_path, steps=3, save_every=1))
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     assert "No space left" in lines[0] and lines[-1].startswith("error: step 3 could not be saved")
@@ -390,7 +394,7 @@ def test_an_earlier_run_is_kept(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     assert capsys.readouterr().out.count("kept as") == 2
     for run in tmp_path.iterdir():
-        GLMV.from_pretrained(find_checkpoint(run))
+        load_model(find_checkpoint(run))
 
 
 def test_a_wrong_start_leaves_an_earlier_run_where_it_is(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from gym import make
 from tasks import Task
 from tasks.base import box, pick
-from tasks.machine import FAULTS, Machine, solves
+from tasks.interpreter import FAULTS, Machine, solves
 from tasks.programs import FAMILIES, STATEMENTS
 
 OPERATORS = "+ - * // % ** < <= > >= == != and or".split()

@@ -13,7 +13,7 @@ from gym import make
 from tasks import Task, verify
 from tasks.base import box
 from tasks.geometry import Figure, pythagoras
-from tasks.puzzles import VALUES, patterns, rows_of, shortest, sudokus
+from tasks.puzzles import VALUES, patterns, pack_rows, shortest, sudokus
 
 
 def instances(name, level, count=40):
@@ -77,7 +77,7 @@ def completions(rows, values):
 def test_a_matrix_has_one_completion(rule, name):
     rng = np.random.default_rng(0)
     for _ in range(200):
-        rows = rows_of(rng, rule, VALUES[name])
+        rows = pack_rows(rng, rule, VALUES[name])
         assert completions(rows, VALUES[name]) == {rows[2][2]}, rows
 
 

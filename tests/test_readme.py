@@ -7,9 +7,10 @@ import torch
 
 import gym
 import train_vit
-from common import ROOT
-from model import GLMV, load_tower, sized
-from pictures import Exam, probe
+from lib.checkpoint import load_model, load_tower
+from lib.common import ROOT
+from lib.probes import Exam, probe
+from model import sized
 from sample import DEMO, play
 from tasks.base import Task
 from tokenizer import Tokenizer
@@ -36,7 +37,7 @@ def test_the_table_is_the_checkpoints_own_examination():
 def test_the_checkpoint_scores_what_the_readme_says():
     """The same 300 tasks a category; 5 points of room, for the table was made in bf16."""
     torch.set_num_threads(1)
-    model = GLMV.from_pretrained(DEMO)
+    model = load_model(DEMO)
     tokens = Tokenizer(model.config.n_ranks)
     for name, cells in readme_table().items():
         tasks = [Task(name, 1_000_000 + i, 0, "test") for i in range(300)]
@@ -61,7 +62,7 @@ def test_the_towers_in_ckpt_are_as_good_as_the_readme_says():
 
 
 def test_an_episode_longer_than_the_context_is_an_error_and_not_a_zero():
-    model = GLMV.from_pretrained(DEMO)
+    model = load_model(DEMO)
     tasks = [Task("ui_polish", 1, 0, "test"), Task("point", 1, 0, "test")]
     long, short = play(model, Tokenizer(model.config.n_ranks), tasks)
     assert "context" in long.score.error and short.score.error is None

@@ -2,10 +2,10 @@
 import inspect
 
 import pytest
+from recipes.trl_environment import GymTask
 
 import gym
-from gym import Task, make
-from recipes.trl_environment import GymTask
+from gym import make, Task
 from tasks.base import box
 
 NAMES = ("counting", "gui_form", "text_tools", "video_events")

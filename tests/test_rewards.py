@@ -15,14 +15,14 @@ import pytest
 import gym
 from faults import faulty
 from gym import Rewards, Score
-from tasks import Task, verify
+from tasks import Category, Task, verify
 from tasks.base import box
-from tasks.jury import Judge, judge_at, tally
+from tasks.rewards import Judge, judge_at, tally
 
 TASK, RIGHT = Task("counting", 0), {"reply": box(1), "gold": 1}
 
 
-RULES = {"counting": ("mean", {"answer": (faulty, 1)})}
+FAULTY = {"counting": Category(None, {"answer": faulty})}
 
 
 def score_golds(rewards, golds, **more):
@@ -31,7 +31,7 @@ def score_golds(rewards, golds, **more):
 
 @pytest.fixture
 def pool():
-    rewards = Rewards(RULES, workers=2, deadline=1.0)
+    rewards = Rewards(FAULTY, workers=2, deadline=1.0)
     yield rewards
     rewards.close()
 
@@ -41,7 +41,7 @@ ODD = ("raise", "nan", "inf", "string", "none", "true", "numpy true", "two", "mi
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nonsense_is_an_error_and_never_a_zero(workers):
-    rewards = Rewards(RULES, workers)
+    rewards = Rewards(FAULTY, workers)
     scores = score_golds(rewards, [*ODD, "float", "int", "float32", "int64"])
     assert all(score.error and math.isnan(score.reward) for score in scores[:len(ODD)])
     assert [score.reward for score in scores[len(ODD):]] == [0.5, 1, 0.25, 1]
@@ -95,8 +95,9 @@ def test_a_worker_knows_no_torch_and_does_not_run_the_main_file(tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text("""print("main runs")
 import torch, gym
+from tasks import Category
 from faults import torchless
-rewards = gym.Rewards({"counting": ("mean", {"answer": (torchless, 1)})}, workers=1)
+rewards = gym.Rewards({"counting": Category(None, {"answer": torchless})}, workers=1)
 print(rewards.score(gym.Task("counting", 0), {}))
 """)
     tests = Path(__file__).parent
@@ -108,7 +109,8 @@ print(rewards.score(gym.Task("counting", 0), {}))
 
 # -------------------------------------------------------------------------------------- the judge
 
-JUDGED = {"counting": ("mean", {"answer": (verify.number, 3), "style": ("Is it brief?", 1)})}
+JUDGED = {"counting": Category(None, {"answer": (verify.number, 3),
+                                      "style": ("Is it brief?", 1)})}
 
 
 def judged(ask, evidence=RIGHT, rules=JUDGED, **options):
@@ -120,7 +122,8 @@ def test_the_judge_gives_one_part():
     assert judged(lambda prompt: "<think>Well.</think> SCORE: 10\n").reward == 1
     assert judged(lambda prompt: "SCORE: 0").reward == 0.75
     assert Rewards(JUDGED).score(TASK, RIGHT) == Score(1.0, {"answer": 1.0})    # without a judge
-    alone = judged(lambda prompt: "SCORE: 9", rules={"counting": ("mean", {"s": ("Good?", 1)})})
+    alone = judged(lambda prompt: "SCORE: 9",
+                   rules={"counting": Category(None, {"s": ("Good?", 1)})})
     assert "never alone" in alone.error
 
 

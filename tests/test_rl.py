@@ -18,24 +18,29 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_pretrain import after_step, alike, log_of, state_of
 
-import collect
 import gym
-import ranks
 import rl
-from collect import Actor, Collector, Curriculum, figures_of
-from common import ROOT, UserError, checkpoints, new_life, setup
-from data import Document, Episode, collate, document, from_bytes, to_bytes
+from data import collate, Document, document
 from engine import Engine, Result
 from faults import faulty
 from gym import Rewards, Score
 from kernels import linear_logp
+from lib import async_rl
+from lib.async_rl import Actor, Collector, from_bytes, Remote, serve, to_bytes, Transfer
+from lib.checkpoint import save_model
+from lib.cli import UserError
+from lib.common import checkpoints, new_life, ROOT, setup
+from lib.curriculum import Curriculum
+from lib.episodes import ages_of, figures_of
+from lib.rollout import Episode, Play, Policy
 from mmtp import attach
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer
-from rl import Args, Play, Policy
+from rl import Args
+from tasks import driver
 from tasks.base import Message, Obs, OneShot, Task
-from test_pretrain import after_step, alike, log_of, own_signals, state_of  # noqa: F401
 from tokenizer import Tokenizer
 
 TOKENS = Tokenizer(512)
@@ -54,7 +59,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def begin(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("begin")
-    tiny.save_pretrained(folder)
+    save_model(tiny, folder)
     return folder
 
 
@@ -443,7 +448,8 @@ def test_the_alarm_rings_when_reward_and_accuracy_part(tmp_path, begin, monkeypa
                                                        rising):
     right, step = iter([0.5, 0.6, 0.5]), iter([0, 1])
     monkeypatch.setattr(rl, "accuracy", lambda episodes: {"mean": next(right)})
-    monkeypatch.setattr(collect, "figures_of", lambda groups, live: {"reward": rising * next(step)})
+    monkeypatch.setattr(async_rl, "figures_of",
+                        lambda groups, live: {"reward": rising * next(step)})
     go(tmp_path, begin, steps=2, eval_every=1, eval_count=1)
     assert ("ALARM" in capsys.readouterr().out) == (rising > 0)
 
@@ -519,7 +525,7 @@ class Given(Curriculum):
 
 def troupe(tiny, monkeypatch, *seeds, actor=Actor, **more) -> Collector:
     """A Collector of groups of 4 over Stage; replies are one or two letters, in turn."""
-    monkeypatch.setattr(gym, "make", Stage)
+    monkeypatch.setattr(driver, "make", Stage)
     turns = iter(range(10 ** 6))
     parrot = Parrot(lambda _: [65] * (1 + next(turns) % 2) + [TOKENS.special["<|user|>"]])
     player = actor(parrot, Even(), lambda e: Play(e, policy_of(tiny)))
@@ -545,7 +551,7 @@ def test_an_environment_that_raises_is_an_error_and_no_zero(tiny, monkeypatch):
 def clock(monkeypatch):
     """Set by hand."""
     now = [0.0]
-    monkeypatch.setattr(collect.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(async_rl.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -605,7 +611,7 @@ def test_enough_is_enough(tiny, monkeypatch, clock):
 
 def test_a_verdict_that_nobody_wants_any_more_is_not_asked_for(tiny, monkeypatch):
     """Nine rollouts wait for one verifier that is busy; their group is given up."""
-    monkeypatch.setattr(gym, "make", Stage)
+    monkeypatch.setattr(driver, "make", Stage)
     asked, go_on = [], threading.Event()
 
     class Busy:
@@ -629,7 +635,7 @@ def test_a_verdict_that_nobody_wants_any_more_is_not_asked_for(tiny, monkeypatch
 
 def test_odd_rewards_and_dying_verifiers_are_errors(tiny, monkeypatch):
     golds = ["nan", "inf", "string", "none", "raise", "kill", "hang", "int", "float"]
-    monkeypatch.setattr(gym, "make", Stage)
+    monkeypatch.setattr(driver, "make", Stage)
     monkeypatch.setattr(Stage, "evidence", lambda self: {"gold": golds[self.task.pixels]})
     rewards = Rewards({"counting": ("mean", {"answer": (faulty, 1)})}, workers=2, deadline=1.0)
     actor = Actor(Parrot(lambda _: [65, TOKENS.special["<|user|>"]]), rewards,
@@ -714,7 +720,7 @@ def test_an_error_long_ago_may_pause_a_category_in_a_fine_group():
 
 def test_errors_are_learnt_from_by_nobody_and_age_nothing():
     old = episode(None, version=0)
-    assert collect.ages_of([[old, episode(1, index=1, version=3)]], 4) == {
+    assert ages_of([[old, episode(1, index=1, version=3)]], 4) == {
         "stale": 1.0, "stale_max": 1.0}
 
 
@@ -770,8 +776,10 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path, begin, monkeypatch):
 FATAL = f"""
 import functools, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import collect, gym, rl
-from common import cli, main
+import gym, rl
+from lib.async_rl import Actor
+from lib.cli import cli, main
+from lib.curriculum import Curriculum
 
 def score(self, task, evidence):
     said = str(evidence["reply"]).encode()
@@ -799,8 +807,8 @@ def tells(where, name, event):      # what rank 0 does, life after life
 
 trace, who, how = (sys.argv.pop(1) for _ in range(3))
 if os.environ["RANK"] == "0":
-    tells(collect.Curriculum, "draw", lambda task, *_: ("drawn", task.seed))
-    tells(collect.Curriculum, "note", lambda _, books, group, live: ("ended", group[0].task.seed))
+    tells(Curriculum, "draw", lambda task, *_: ("drawn", task.seed))
+    tells(Curriculum, "note", lambda _, books, group, live: ("ended", group[0].task.seed))
     tells(rl, "update", lambda _, model, optimizer, groups, *rest: (
         "learnt", *(group[0].task.seed for group in groups)))
     tells(rl, "save_state", lambda *_: ("saved",))
@@ -811,7 +819,7 @@ if os.path.exists(trace + "/died"):
 gym.Rewards.score = score
 rl.Remote = functools.partial(rl.Remote, silence=10.0)
 if who == "player":
-    dies(collect.Actor, "load", lambda self, weights, version: version == 2)
+    dies(Actor, "load", lambda self, weights, version: version == 2)
 else:
     dies(rl, "update", lambda *rest: os.path.exists(trace + "/run/step_000002"))
 main(lambda: rl.run(cli(rl.Args)))
@@ -913,11 +921,11 @@ def test_an_order_waits_for_its_weights(slack):
                 store.set("over", b"yes")
             return []
 
-    remote = ranks.Remote(store, [1], Slow(), 0, slack)
+    remote = Remote(store, [1], Slow(), 0, slack)
     remote.load({}, 1)
     remote.start([Episode(Task("point", 0), group, 0) for group in (3, 4, 5)])
     remote.abort(4)
-    ranks.serve(Player(), Slow(), store, 1, 0)
+    serve(Player(), Slow(), store, 1, 0)
     assert seen == ([-4, "weights", 3, 5] if slack == 0 else [-4, 3, 5, "weights"])
 
 
@@ -996,11 +1004,11 @@ def test_a_slow_reader_finds_everything_once():
         def step(self):
             ended, self.orders = self.orders, []
             return [replace(e, score=Score(1.0)) for e in ended]
-    players = {rank: threading.Thread(target=ranks.serve, args=(Quick(), Still(), store, rank, 0))
+    players = {rank: threading.Thread(target=serve, args=(Quick(), Still(), store, rank, 0))
                for rank in (1, 2)}
     for player in players.values():
         player.start()
-    remote = ranks.Remote(store, [1, 2], Still(), 0, 0)
+    remote = Remote(store, [1, 2], Still(), 0, 0)
     asked = [Episode(Task("point", group), group, i) for group in range(50) for i in range(4)]
     remote.start(asked)
     for rank in players:        # the last of each rank's own
@@ -1020,7 +1028,7 @@ def test_a_slow_reader_finds_everything_once():
 def test_who_waits_for_the_dead_is_told():
     """A rank without a pulse ends the run; a trainer that does not listen for long does not."""
     store = dist.HashStore()
-    remote = ranks.Remote(store, [1], None, 0, 0, silence=5.0)
+    remote = Remote(store, [1], None, 0, 0, silence=5.0)
     remote._feel_pulses(remote.alive[1][1] + 5)
     store.add("alive/1", 7)
     remote._feel_pulses(now := remote.alive[1][1] + 100)
@@ -1031,9 +1039,9 @@ def test_who_waits_for_the_dead_is_told():
 
 def test_weights_that_never_arrive_hold_nobody_up_for_ever():
     """Who should take them is dead, or told to leave."""
-    transfer = ranks.Transfer(GLMV(sized("tiny")), None)
+    transfer = Transfer(GLMV(sized("tiny")), None)
     transfer.work = [type("Work", (), {"is_completed": lambda self: False})()]
-    dead = ranks.Remote(dist.HashStore(), [1], transfer, 0, 0, silence=0.01)
+    dead = Remote(dist.HashStore(), [1], transfer, 0, 0, silence=0.01)
     with pytest.raises(UserError, match="rank 1, which plays, has not been heard of"):
         dead.load({}, 1)
     with pytest.raises(UserError, match="rank 1, which plays, has not been heard of"):
@@ -1041,7 +1049,7 @@ def test_weights_that_never_arrive_hold_nobody_up_for_ever():
     assert dead.store.check(["over"])
     broken = type("Work", (), {"is_completed": lambda self: True, "wait": lambda self: 1 / 0})
     transfer.work = [broken()]          # the other side has left, by the same signal
-    left = ranks.Remote(dist.HashStore(), [1], transfer, 0, 0, lambda: True)
+    left = Remote(dist.HashStore(), [1], transfer, 0, 0, lambda: True)
     left.load({}, 1)
     left.close()
 

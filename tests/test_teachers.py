@@ -9,9 +9,10 @@ import pytest
 import torch
 from einops import rearrange
 
-import teachers
-from common import UserError, load_tensors, save_tensors
-from teachers import load_teacher
+from lib import teachers
+from lib.cli import UserError
+from lib.teachers import load_teacher
+from lib.tensors import load_tensors, save_tensors
 from vit import fit, naflex, patchify
 
 BASE = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, patch_size=6)

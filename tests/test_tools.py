@@ -3,10 +3,10 @@ import re
 
 import pytest
 
-from gym import Rewards, make, play_out
+from gym import make, play_out, Rewards
 from tasks import Task
-from tasks.tools import call, calc
-from tasks.world import FACTS, atlas_text, world
+from tasks.atlas import atlas_text, FACTS, world
+from tasks.tools import calc, call
 
 
 def reward(task, policy=None):

@@ -17,25 +17,30 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from test_pretrain import after_step, child_dies
 
-import common
-import pictures
 import pretrain
 import train_vit
-from common import UserError, checkpoints, load_tensors
 from conftest import odd_config
-from data import Dealt, open_image
-from kernels import ring_sigmoid_loss, sigmoid_loss
+from data import RankShard
+from kernels import sigmoid_loss
 from lab import report
-from model import GLMV, init, sized, load_tower
-from pictures import (Captions, Exam, Pair, Pictures, budgeted, clip, collate_pairs, draw_mask,
-                      draw_pair, examine, find_pairs, foremost, hidden, linear_probe, look, noted,
-                      pack_texts, patch_labels, pca_picture, probe, probe_language, probe_moves,
-                      probe_pairs, probe_towers, quality, read_captions, untrained)
+from lib import common, probes
+from lib.captions import (Captions, clip, collate_pairs, draw_pair, find_pairs, pack_texts, Pair,
+                          read_captions)
+from lib.checkpoint import load_tower
+from lib.cli import UserError
+from lib.common import checkpoints
+from lib.images import budgeted, open_image
+from lib.probes import (Exam, examine, linear_probe, look, patch_labels, pca_picture, probe,
+                        probe_language, probe_moves, probe_pairs, probe_random_weights,
+                        probe_towers, read_report, salient)
+from lib.tensors import load_tensors
+from model import GLMV, init, sized
 from tasks.draw import SHAPES
-from tasks.scenes import MOVES, Item, caption, moving, window
-from test_pretrain import after_step, child_dies, own_signals  # noqa: F401
-from train_vit import Args, Contrast, Distil, SelfDistil, check
+from tasks.scenes import caption, Item, MOVES, moving, window
+from train_vit import (Args, check, Contrast, Distil, draw_mask, hidden, Pictures, quality,
+                       ring_sigmoid_loss, SelfDistil)
 from vit import AttentionPool, naflex
 
 SMALL = dict(steps=4, batch=8, warmup=1, workers=0, eval_every=0, save_every=2, device="cpu",
@@ -512,7 +517,7 @@ def test_a_wrong_start_leaves_an_earlier_run_where_it_is(tmp_path, small_exam):
 
 
 def test_a_rank_draws_its_own_samples_and_no_others():
-    dealt = [Dealt(lambda i: i, rank, 3, 2) for rank in range(3)]
+    dealt = [RankShard(lambda i: i, rank, 3, 2) for rank in range(3)]
     assert [[d(i) for i in range(4)] for d in dealt] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
 
 
@@ -630,7 +635,7 @@ def test_probes_find_what_is_there_and_nothing_more():
 def test_the_foremost_patches_are_those_of_the_thing():
     features = torch.randn(3, 64, 5, generator=torch.Generator().manual_seed(0)) / 10
     features[torch.arange(3)[:, None], torch.tensor([[3, 9, 10, 60]] * 3)] += 2.0
-    assert torch.allclose(foremost(features), features[:, [3, 9, 10, 60]].mean(1))
+    assert torch.allclose(salient(features), features[:, [3, 9, 10, 60]].mean(1))
 
 
 def told(line: str, known=None) -> torch.Tensor:
@@ -711,7 +716,8 @@ def test_figures_of_stages_that_are_gone_are_left_out_and_a_full_disk_is_survive
     figures = examine(job, exam, tmp_path / "semantic", 9)
     assert figures.keys() == {"linear", "knn", "dense"}
     assert facts()["figures"] == {
-        "random weights": untrained(job.visual, exam), "semantic": {"step": 9, **figures}}
+        "random weights": probe_random_weights(job.visual, exam),
+        "semantic": {"step": 9, **figures}}
     assert [name for name, _ in facts()["pictures"]] == [
         f"semantic/features-00000{step}.png" for step in (5, 9)]
     assert report.page(tmp_path).count("data:image/png") == 2
@@ -720,7 +726,7 @@ def test_figures_of_stages_that_are_gone_are_left_out_and_a_full_disk_is_survive
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures, "pca_picture", full)
+    monkeypatch.setattr(probes, "pca_picture", full)
     assert examine(job, exam, tmp_path / "semantic", 10) == figures
     assert facts() == before and "not kept ([Errno 28] No space" in capsys.readouterr().out
 
@@ -732,16 +738,16 @@ def test_what_an_earlier_run_left_of_later_stages_is_moved_away_too(tmp_path, sm
     train(tmp_path, "teachers", teachers="semantic", steps=1)
     assert (tmp_path / "align.1/step_000004").exists() and not (tmp_path / "align").exists()
     assert checkpoints(tmp_path / "semantic") == [tmp_path / "semantic/step_000001"]
-    assert list(noted(tmp_path)["figures"]) == ["random weights", "semantic"]
+    assert list(read_report(tmp_path)["figures"]) == ["random weights", "semantic"]
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(UserError, match="report.json is damaged"):
         train(tmp_path, "teachers", teachers="semantic", steps=1, resume=True)
     (tmp_path / "report.json").unlink()         # as a full disk leaves it
     (tmp_path / "none").mkdir()
     common.write_json(tmp_path / "none/report.json", {"figures": {"random weights": {"knn": 1}}})
-    assert noted(tmp_path / "none")["figures"] == {}    # of a run that has gone
+    assert read_report(tmp_path / "none")["figures"] == {}    # of a run that has gone
     train(tmp_path, "teachers", teachers="semantic", steps=1, resume=True)
-    assert noted(tmp_path)["figures"]["semantic"]["step"] == 1
+    assert read_report(tmp_path)["figures"]["semantic"]["step"] == 1
     with pytest.raises(UserError, match="is part of what it replaces"):
         settled(stage="all", out=str(tmp_path), init=str(tmp_path / "semantic"))
     shutil.copytree(tmp_path / "semantic", tmp_path / "align.2")

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from gym import Rewards, make, play_out
+from gym import make, play_out, Rewards
 from tasks import Task
 from tasks.base import box
-from tasks.pages import SIDE, Broken, Site, look
-from tasks.webdev import (Page, assign, ciede2000, edit_between, page_score, relative_rewards,
+from tasks.html_render import Broken, look, SIDE, Site
+from tasks.webdev import (assign, ciede2000, edit_between, Page, page_score, relative_rewards,
                           run_workflow)
 from tasks.words import invent
 

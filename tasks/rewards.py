@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import CATEGORIES
 from .base import Task
 from .verify import spoken
 
@@ -38,7 +40,7 @@ class Score:
     error: str | None = None
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {error}"
 
@@ -56,7 +58,7 @@ def attempt(verifiers: dict, evidence: dict) -> tuple[dict, str | None]:
             parts[name] = float(value)
         return parts, None
     except Exception as error:          # a verifier's fault must never look like a zero
-        return {}, told(error)
+        return {}, one_line(error)
 
 
 def combine(how: str, scores: list[float], weights: list[float]) -> float:
@@ -93,6 +95,57 @@ def tally(groups: dict[Task, list[Score]], k: int = 1) -> dict[str, dict]:
     return table
 
 
+class Rewards:
+    """The reward system, independent of the environments.
+
+    workers: so many processes run the verifiers, and one that takes longer than `deadline`
+    seconds over an item is killed; with 0 they run here, and nothing stops them. judge: a
+    Judge. `errors` counts what failed, by category. For one thread at a time. [O]
+    """
+
+    def __init__(self, categories: dict = CATEGORIES, workers: int = 0, deadline: float = 5.0,
+                 judge=None):
+        self.categories, self.judge, self.errors = categories, judge, Counter()
+        self.pool = Pool(workers, deadline) if workers else None
+
+    def score(self, task: Task, evidence: dict) -> Score:
+        """Judge the evidence of one episode. Never raises: what fails becomes `.error`."""
+        return self.score_all([(task, evidence)])[0]
+
+    def score_all(self, pairs: list[tuple[Task, dict]]) -> list[Score]:
+        """The same for many, in order; the judge is asked while the verifiers run."""
+        jobs, asked = [], []
+        for task, evidence in pairs:
+            category = self.categories.get(task.category)
+            table = category.parts() if category else {}
+            jobs.append(({name: f for name, (f, _) in table.items() if callable(f)}, evidence))
+            questions = {name: f for name, (f, _) in table.items() if not callable(f)}
+            asked.append({name: self.judge.opinion(question, evidence)
+                          for name, question in questions.items() if self.judge})
+        found = self.pool.run(jobs) if self.pool else [attempt(*job) for job in jobs]
+        return [self.put_together(task, opinions, *parts)
+                for (task, _), opinions, parts in zip(pairs, asked, found)]
+
+    def put_together(self, task, opinions, parts, error):
+        try:
+            if not error:
+                parts = {**parts, **{k: self.judge.wait(o) for k, o in opinions.items()}}
+                category = self.categories[task.category]
+                table = category.parts()
+                weights = [weight for name, (_, weight) in table.items() if name in parts]
+                values = [parts[name] for name in table if name in parts]
+                return Score(combine(category.combine, values, weights), parts)
+        except Exception as fault:
+            error = one_line(fault)
+        self.errors[task.category] += 1
+        return Score(math.nan, {}, error)
+
+    def close(self):
+        """End the workers. They also end with this process."""
+        if self.pool:
+            self.pool.stop()
+
+
 # ----------------------------------------------------------------------------- killable verifiers
 
 def serve(number: int, deadline: float):
@@ -106,7 +159,7 @@ def serve(number: int, deadline: float):
             try:
                 found = attempt(*pickle.loads(data))
             except Exception as error:
-                found = {}, told(error)
+                found = {}, one_line(error)
             signal.alarm(0)
             pipe.send(found)
 
@@ -119,7 +172,7 @@ class Worker:
     def __init__(self, deadline: float):
         self.pipe, theirs = Pipe()
         path = [str(Path(__file__).parent.parent), *sys.path]
-        code = (f"import sys; sys.path[:] = {path}; from tasks.jury import serve; "
+        code = (f"import sys; sys.path[:] = {path}; from tasks.rewards import serve; "
                 f"serve({theirs.fileno()}, {deadline})")
         # A session of its own: a Ctrl-C at the terminal is the trainer's affair.
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL,
@@ -158,7 +211,7 @@ class Pool:
         try:
             data = pickle.dumps(job)
         except Exception as error:
-            return {}, told(error)
+            return {}, one_line(error)
         for idle in (self.workers, []):         # a death may be chance, such as want of memory:
             try:                                # once more then, in a fresh process
                 worker = idle.pop()
@@ -166,7 +219,7 @@ class Pool:
                 try:
                     worker = Worker(self.deadline)
                 except (OSError, RuntimeError) as error:
-                    return {}, told(error)
+                    return {}, one_line(error)
             with suppress(EOFError, OSError):
                 worker.pipe.send_bytes(data)
                 if worker.pipe.poll(self.deadline):

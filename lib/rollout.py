@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 import gym
-from data import Document, Episode, Request, document, once
+from data import Document, document
+from engine import Request
 from gym import Score
+from lib.episodes import Episode, intern_image
 from model import Config
-from tasks.jury import told
+from tasks.rewards import one_line
 from tokenizer import Tokenizer
 
 
@@ -70,7 +72,7 @@ class Play:
         except StopIteration as end:
             self.evidence = end.value
         except Exception as error:
-            self.judged(Score(math.nan, {}, told(error)))
+            self.judged(Score(math.nan, {}, one_line(error)))
         return None
 
     def judged(self, score: Score) -> Episode:
@@ -85,7 +87,8 @@ class Play:
         ids = new.ids
         if p.think:         # the template ends in <think></think> and a newline: reopen the thought
             ids = ids[:-1 - len(p.tokens.encode("\n"))]
-        images = [once(np.full_like(image, 128) if p.blank else image) for image in new.images]
+        images = [intern_image(np.full_like(image, 128) if p.blank else image)
+                  for image in new.images]
         if old:             # without [gMASK]<sop>; the model may have said who speaks next itself
             ids = ids[3 if documents[-1].ids[-1] == ids[2] else 2:]
             documents[-1] = grow(documents[-1], ids, images)

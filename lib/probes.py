@@ -8,7 +8,6 @@ features must answer.
 Letters: P patches, N images, T caption tokens, W width, p patch side.
 """
 import copy
-import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -18,66 +17,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 from torch import Tensor
 
-import gym
-from common import UserError, checkpoints, read_json, write_json
-from data import open_image, pack
+from lib.captions import Captions, clip, find_pairs, pack_texts, read_pair, scene
+from lib.cli import UserError
+from lib.common import checkpoints, read_json, write_json
+from lib.images import budgeted, pack
 from model import Config, init
-from tasks.base import Task, held
-from tasks.draw import CELL, COLORS, GRID, PAIRS, SHAPES, UNITS
-from tasks.scenes import MOVES, Item, ShapeAttr, caption, moving, window
-from tokenizer import Tokenizer
-from vit import VitConfig, naflex
+from tasks.draw import COLORS, PAIRS, SHAPES
+from tasks.scenes import caption, Item, MOVES, moving
 
 # ---- stage 1: pictures of three sources, some patches hidden ------------------------------------
 
-KINDS = {  # stage 1's mixture [C], and the categories that stand for each source here [O]
-    "natural": (0.8, ("shape_attr", "counting", "point")),
-    "instruction": (0.1, ("gui_click", "gui_form", "widget_state")),
-    "scientific": (0.1, ("chart_read", "geometry", "table_read")),
-}
 
-
-def quality(image: np.ndarray) -> float:
-    """Bits of detail: the entropy of the steps in brightness from pixel to pixel. Little for what
-    is flat or blurred, more for what is sharp and busy. [O]"""
-    grey = image.mean(-1)
-    steps = np.concatenate([np.diff(grey, axis=axis).ravel() for axis in (0, 1)])
-    shares = np.bincount((steps.astype(int) + 255) // 8, minlength=64) / len(steps)
-    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
-
-
-def draw_mask(rng, h: int, w: int, share: float, kind: str) -> np.ndarray:
-    """Which patches of an (h, w) grid to hide: (h*w,) bool in stored order, exactly that share.
-
-    kind: `random`, or `block`: rectangles of a quarter to half a side until there are enough."""
-    n, order = round(share * h * w), rng.random((h, w))
-    covered = np.zeros((h, w), bool)
-    while kind == "block" and covered.sum() < n:
-        high, wide = (int(rng.integers(side // 4, side // 2 + 1)) for side in (h, w))
-        y, x = int(rng.integers(h - high + 1)), int(rng.integers(w - wide + 1))
-        covered[y:y + high, x:x + wide] = True
-    order += covered  # inside the blocks first; what is too much of them stays seen
-    hidden = order >= np.sort(order, axis=None)[h * w - n]
-    return rearrange(hidden, "(y b) (x d) -> (y x b d)", b=2, d=2)
-
-
-@dataclass
-class Picture:
-    """One training image of stage 1: its views (h, w, 3) and the hidden patches (P,) of each."""
-    views: list
-    masks: list
-    source: str
-
-
-def hidden(pictures: list[Picture]) -> Tensor:
-    """The masks of all views, one behind the other, (P,) bool."""
-    return torch.from_numpy(np.concatenate([mask for p in pictures for mask in p.masks]))
-
-
-def foremost(features: Tensor, k: int = 4) -> Tensor:
+def salient(features: Tensor, k: int = 4) -> Tensor:
     """The mean of the k patches of each picture that differ most from all the others: the thing
     before its ground. A mean over all patches asks about the ground. (N, P, W) -> (N, W) [O]"""
     apart = (features - features.mean(1, keepdim=True)).square().sum(-1)
@@ -85,234 +39,7 @@ def foremost(features: Tensor, k: int = 4) -> Tensor:
     return features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).mean(1)
 
 
-@dataclass
-class Pictures:
-    """Stage 1's stream: three sources at 80/10/10, of two pictures drawn the one of better quality.
-
-    side: pixels of the square; folder: take `natural` from the pictures of these pairs instead;
-    views: this many random crops and reflections, or 0 for the picture as it is.
-    """
-    config: Config
-    side: int
-    seed: int = 0
-    mask: str = "block"
-    share: float = 0.35
-    views: int = 0
-    folder: str = ""
-
-    def __call__(self, i: int) -> Picture:
-        rng = np.random.default_rng([self.seed, i])
-        at = np.cumsum([share for share, _ in KINDS.values()])
-        source = list(KINDS)[min(int(np.searchsorted(at, rng.random(), "right")), len(KINDS) - 1)]
-        drawn = [self._fit(self._draw(rng, source)) for _ in range(2)]
-        image = max(drawn, key=lambda image: quality(np.asarray(image)))
-        views = [self._view(rng, image) for _ in range(self.views)] or [np.asarray(image)]
-        side = self.side // self.config.vision.patch_size
-        masks = [draw_mask(rng, side, side, self.share, self.mask) for _ in views]
-        return Picture(views, masks, source)
-
-    def _draw(self, rng, source: str) -> Image.Image:
-        if self.folder and source == "natural":
-            return draw_pair(rng, self.folder, "train")[0]
-        names = KINDS[source][1]
-        name, level = names[int(rng.integers(len(names)))], int(rng.integers(2))
-        pixels = max(self.side, gym.CATEGORIES[name].min_pixels)
-        task = Task(name, int(rng.integers(2 ** 31)), level, pixels=pixels)
-        return gym.make(task).reset().images[0]
-
-    def _fit(self, image: Image.Image) -> Image.Image:
-        square = (self.side, self.side)
-        return image if image.size == square else image.resize(square, Image.Resampling.BICUBIC)
-
-    def _view(self, rng, image: Image.Image) -> np.ndarray:
-        """A crop of 60-100% of each side, perhaps reflected, brighter or darker by up to 20%."""
-        part = self.side * rng.uniform(0.6, 1)
-        x, y = rng.uniform(0, self.side - part, 2)
-        view = image.resize(image.size, Image.Resampling.BICUBIC, (x, y, x + part, y + part))
-        view = ImageOps.mirror(view) if rng.integers(2) else view
-        return (np.asarray(view) * rng.uniform(0.8, 1.2)).clip(0, 255).astype(np.uint8)
-
-
 # ---- stage 2: pictures and captions -------------------------------------------------------------
-
-def scene(seed: int, split: str = "train", lone: bool = False, pixels: int = 64):
-    """(picture, items) of a scene of one to three things, or of a lone one."""
-    env = ShapeAttr(Task("shape_attr", seed, 0, split, pixels))
-    env.objects = ((1, 1),) if lone else env.objects
-    return env.reset().images[0], env.items
-
-
-def clip(seed: int, split: str = "train", pixels: int = 64):
-    """(two frames, the lone thing in the first, where it goes)"""
-    return ShapeAttr(Task("shape_attr", seed, 0, split, pixels)).clip()
-
-
-@functools.lru_cache(maxsize=8)
-def find_pairs(folder: str, split: str) -> tuple[list[Path], int]:
-    """(pictures beside a .txt of the same name, how many stand alone), sorted; of all names one
-    in five is held out. Raises UserError where there are none."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"--pairs={folder}: there is no such folder")
-    kinds = {".png", ".jpg", ".jpeg", ".webp"}
-    pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in kinds)
-    texts = {p.with_suffix("") for p in root.rglob("*.txt")}
-    paired = [p for p in pictures if p.with_suffix("") in texts]
-    alone = len(pictures) - len(paired) + len(texts - {p.with_suffix("") for p in paired})
-    chosen = [p for p in paired if held(p.stem) == (split != "train")]
-    if not chosen:
-        raise UserError(f"--pairs={folder} holds no picture with a .txt beside it" + (
-            f" for {split}: of {len(paired)} none falls to it" if paired else ""))
-    return chosen, alone
-
-
-def read_captions(path: Path, folder: str) -> list[str]:
-    """What may be said of a picture: the lines of its caption file in English and Chinese. A line
-    may begin with a language, `zh_cn.utf8=`. Raises UserError where there is nothing to say, or
-    another encoding than UTF-8.
-
-    Collections are often sorted by kind, and who asks for a kind says nothing else. So where there
-    are folders, each line comes alone, behind their names, and once the names come without it. [O]
-    """
-    above = " ".join(path.parent.relative_to(folder).parts)
-    found = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not in UTF-8") from None
-    for line in lines:
-        language, mark, text = line.partition(".utf8=")
-        text = text if mark else line
-        if text.strip() and (not mark or language.startswith(("en", "zh"))):
-            found.append(text.strip())
-    if not found and not above:
-        raise UserError(f"{path} holds no caption in English or Chinese")
-    kinds = [above] * max(1, len(found)) if above else []
-    return [*found, *(f"{above}: {line}" for line in found if above), *kinds]
-
-
-def read_pair(path: Path, folder: str) -> tuple[Image.Image, list[str]]:
-    """(picture, what may be said of it). Raises UserError or OSError where it can't be used."""
-    image = open_image(path)
-    if max(image.size) > 100 * min(image.size):     # no budget has room for such a strip
-        raise UserError(f"{path} is {image.width} x {image.height} pixels")
-    return image, read_captions(path.with_suffix(".txt"), folder)
-
-
-def draw_pair(rng, folder: str, split: str) -> tuple[Image.Image, str, int]:
-    """(picture, caption, how many were passed over: corrupt, strips, without a caption). Raises
-    UserError after 20."""
-    paths, _ = find_pairs(folder, split)
-    for skipped in range(20):
-        path = paths[int(rng.integers(len(paths)))]
-        try:
-            image, lines = read_pair(path, folder)
-        except (UserError, OSError) as error:
-            reason = error
-            continue
-        return image, lines[int(rng.integers(len(lines)))], skipped
-    raise UserError(f"--pairs={folder}: 20 pictures in a row can't be read; the last: {reason}")
-
-
-def crop(rng, image: Image.Image) -> Image.Image:
-    """A random part, 60-100% of each side, brighter or darker by up to 20%. Never reflected, as
-    captions name letters and sides. Without it a few hundred pictures are soon known by heart. [O]
-    """
-    w, h = (side * rng.uniform(0.6, 1) for side in image.size)
-    x, y = rng.uniform(0, image.width - w), rng.uniform(0, image.height - h)
-    part = image.crop((int(x), int(y), math.ceil(x + w), math.ceil(y + h)))
-    return ImageEnhance.Brightness(part).enhance(rng.uniform(0.8, 1.2))
-
-
-@dataclass
-class Pair:
-    """A picture, (h, w, 3) or two frames (2, h, w, 3), and the ids of its caption."""
-    image: np.ndarray
-    ids: np.ndarray
-    skipped: int = 0
-
-
-# What a caption tells of each thing. Were it always everything, colours and places would nearly
-# always tell the pictures of a batch apart, and shapes would not be learnt. [O]
-TOLD = (("color", "shape", "place"), ("color", "shape"), ("shape", "place"), ("shape",))
-MOVED = (("color", "shape"), ("shape",), ())    # of what moves, likewise: where it goes in any case
-
-
-@dataclass
-class Captions:
-    """Stage 2's stream: scenes with a caption in English or Chinese, or the pairs of a folder.
-
-    budgets: patches an image may have, drawn anew for each `batch` consecutive samples (NaFlex).
-    clips: the share of the scenes in which a thing moves, in two frames.
-    """
-    config: Config
-    budgets: tuple
-    batch: int
-    seed: int = 0
-    split: str = "train"
-    pixels: int = 64
-    folder: str = ""
-    clips: float = 0.0
-
-    def __post_init__(self):
-        self.tokens = Tokenizer(self.config.n_ranks)
-
-    def __call__(self, i: int) -> Pair:
-        rng = np.random.default_rng([self.seed, i])
-        of_batch = np.random.default_rng([self.seed, 2 ** 32, i // self.batch])
-        budget, skipped = self.budgets[int(of_batch.integers(len(self.budgets)))], 0
-        if self.folder:
-            image, text, skipped = draw_pair(rng, self.folder, self.split)
-            image = crop(rng, image)
-        elif self.clips and rng.random() < self.clips:
-            frames, *what = clip(int(rng.integers(2 ** 31)), self.split, self.pixels)
-            image = np.stack([budgeted(frame, self.config.vision, budget) for frame in frames])
-            language, told = (of[int(rng.integers(len(of)))] for of in (("en", "zh"), MOVED))
-            return Pair(image, self.encode(moving(*what, language, told)))
-        else:
-            image, items = scene(int(rng.integers(2 ** 31)), self.split, pixels=self.pixels)
-            # At its own size the scene stays whole: off the grid of patches shapes come late.
-            natural = (self.pixels // self.config.vision.patch_size) ** 2
-            spans = ((0, GRID), (0, GRID)) if budget == natural else window(rng, items)
-            unit = CELL * self.pixels / UNITS
-            (x0, x1), (y0, y1) = [[edge * unit for edge in span] for span in spans]
-            image = image.crop((x0, y0, x1, y1))
-            language, told = ("en", "zh")[int(rng.integers(2))], TOLD[int(rng.integers(len(TOLD)))]
-            text = caption(items, spans, language, told)
-        return Pair(budgeted(image, self.config.vision, budget), self.encode(text), skipped)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a caption, 64 at most."""
-        return np.array(self.tokens.encode(text)[:64], np.int32)
-
-
-def budgeted(image: Image.Image, c: VitConfig, budget: int) -> np.ndarray:
-    """An image at NaFlex's size for so many patches, (h, w, 3) uint8."""
-    unit = c.patch_size * c.spatial_merge_size
-    h, w = naflex(image.height, image.width, unit, budget // c.spatial_merge_size ** 2)
-    return np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))
-
-
-@dataclass
-class Pairs:
-    """A packed batch of stage 2: images of any sizes and their captions, nothing padded."""
-    patches: Tensor      # (P, F, 3*p*p) uint8, block-major
-    grids: Tensor        # (N, 3) int64: 1, height, width in patches
-    ids: Tensor          # (T,) int64, the captions one behind the other
-    cu_seqlens: Tensor   # (N+1,) int32, their borders
-
-    def to(self, device) -> "Pairs":
-        return Pairs(**{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
-
-
-def collate_pairs(pairs: list[Pair], c: VitConfig) -> Pairs:
-    return Pairs(*pack([pair.image for pair in pairs], c), *pack_texts([p.ids for p in pairs]))
-
-
-def pack_texts(texts: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Ids of N captions -> (T,) one behind the other, their borders (N+1,)"""
-    borders = np.cumsum([0] + [len(ids) for ids in texts]).astype(np.int32)
-    return torch.from_numpy(np.concatenate(texts).astype(np.int64)), torch.from_numpy(borders)
 
 
 # ---- the probes: what do frozen features know? --------------------------------------------------
@@ -383,7 +110,7 @@ def probe(visual, exam: Exam) -> dict[str, float]:
     """
     means, marks = {}, {}
     for split, drawn in exam.lone.items():
-        means[split] = foremost(look(visual, [image for image, _ in drawn]))
+        means[split] = salient(look(visual, [image for image, _ in drawn]))
         things = [items[0] for _, items in drawn]
         marks[split] = [torch.tensor([list(COLORS).index(t.color) for t in things]),
                         torch.tensor([SHAPES.index(t.shape) for t in things])]
@@ -515,7 +242,7 @@ NOTE = (f"Shares of right answers on held-out pictures. linear, knn: colour ({le
 RANDOM = "random weights"
 
 
-def noted(run: Path) -> dict:
+def read_report(run: Path) -> dict:
     """What `examine` has noted of the stages in a run folder, without those that are there no
     longer. Raises UserError where its file is damaged."""
     facts, path = {"title": "the vision tower", "figures": {}, "pictures": []}, run / "report.json"
@@ -528,7 +255,7 @@ def noted(run: Path) -> dict:
     return facts
 
 
-def untrained(visual, exam: Exam, seed: int = 0) -> dict[str, float]:
+def probe_random_weights(visual, exam: Exam, seed: int = 0) -> dict[str, float]:
     """What the probes say of a tower like this one before it has learnt anything."""
     blank = copy.deepcopy(visual)
     init(blank, seed)
@@ -542,10 +269,11 @@ def examine(job, exam: Exam, out: Path, step: int, seed: int = 0) -> dict[str, f
     visual, stage = getattr(job, "ema", job).visual, out.name
     figures, name = {**probe(visual, exam), **job.figures(exam)}, f"{stage}/features-{step:06d}.png"
     try:
-        facts = noted(out.parent)
+        facts = read_report(out.parent)
         pca_picture(visual, [image for image, _ in exam.scenes["test"][:6]], out.parent / name)
         if RANDOM not in facts["figures"]:
-            facts["figures"] = {RANDOM: untrained(visual, exam, seed), **facts["figures"]}
+            random = probe_random_weights(visual, exam, seed)
+            facts["figures"] = {RANDOM: random, **facts["figures"]}
         facts["figures"][stage] = {"step": step, **figures}
         facts["pictures"] = [*((k, told) for k, told in facts["pictures"] if k != name),
                              (name, f"{stage}, step {step}: pictures, the tower's features")]

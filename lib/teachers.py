@@ -32,10 +32,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn, Tensor
 
-from common import UserError, check_shapes, load_tensors
-from kernels import Segments, angles, attention, rotary_half
+from kernels import angles, attention, rotary_half, Segments
+from lib.cli import UserError
+from lib.tensors import check_shapes, load_tensors
 from vit import naflex, patchify
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu,

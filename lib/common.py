@@ -4,21 +4,14 @@ Nothing here knows about models. Errors that are the user's to mend are `UserErr
 prints them as one line and exits with code 2.
 """
 import contextlib
-import dataclasses
-import difflib
-import inspect
-import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
 import time
-import tokenize
-import typing
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,115 +21,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent
+from lib.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 LONG = timedelta(hours=2)   # rank 0 may examine or save for long while others wait for it
-
-
-class UserError(Exception):
-    """Something the person at the keyboard can mend; the message is one clear line."""
-
-
-def main(entry, *args):
-    """Run a script's entry point: a UserError, a path that is none or a full disk becomes one line
-    and exit code 2, Ctrl-C code 130."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows question marks
-        stream.reconfigure(errors="replace")
-    try:
-        entry(*args)
-    except BrokenPipeError:  # `... | head`: the reader left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        if dist.is_initialized():   # gloo would wait for a peer whose machine is gone
-            sys.stdout.flush()
-            os._exit(2)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-# ---- command line: a dataclass with a comment behind each field is the whole interface ---------
-
-def field_comments(config) -> dict[str, str]:
-    """{field: the comment that stands behind it in the source}; `--help` is made of these."""
-    source = inspect.getsource(config)
-    lines = source.splitlines()
-    comments = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            name = re.match(r"\s*(\w+)\s*:", lines[token.start[0] - 1])
-            if name:
-                comments[name[1]] = token.string.lstrip("# ")
-    return comments
-
-
-def _convert(text: str, kind, name: str):
-    if typing.get_origin(kind) is list:
-        return text
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in words:
-            raise UserError(f"--{name} takes true or false, not '{text}'")
-        return words[text.lower()]
-    try:  # 1_000 and 1e3 are both what people write
-        value = float(text) if kind is int and "e" in text.lower() else kind(text)
-        if kind(value) != value:
-            raise ValueError("1e-3 is no int")
-        return kind(value)
-    except (ValueError, OverflowError):
-        raise UserError(f"--{name} takes {kind.__name__}, not '{text}'") from None
-
-
-def cli(config, argv=None, about: str = "", positional: str | None = None):
-    """Fill a dataclass from the command line: --key=value, --key value, --flag, --flag=false.
-
-    config: the dataclass; `about`: shown on top of --help; `positional`: the field that takes a
-    bare word. A list field may be given several times. Raises UserError on an unknown key or a
-    value of the wrong type.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    fields = {f.name: f for f in dataclasses.fields(config)}
-    kinds = typing.get_type_hints(config)
-    if "--help" in argv or "-h" in argv:
-        comments = field_comments(config)
-        print(about.strip() + "\n" if about else "", end="")
-        for name, field in fields.items():
-            default = field.default if field.default is not dataclasses.MISSING else "none"
-            print(f"  --{name + '=' + str(default if default != '' else '...'):<28}"
-                  f" {comments.get(name, '')}")
-        sys.exit(0)
-    values: dict = {}
-    while argv:
-        word = argv.pop(0)
-        if not word.startswith("--"):
-            if positional is None or positional in values:
-                raise UserError(f"unexpected '{word}' (options are written --key=value)")
-            values[positional] = _convert(word, kinds[positional], positional)
-            continue
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean --{near[0]}?" if near else "; --help lists them"
-            raise UserError(f"there is no option --{name}{hint}")
-        if not equals:
-            follows = bool(argv) and not argv[0].startswith("--")
-            if kinds[name] is bool:
-                text = "true"
-            elif follows:
-                text = argv.pop(0)
-            else:
-                raise UserError(f"--{name} needs a value")
-        value = _convert(text, kinds[name], name)
-        if typing.get_origin(kinds[name]) is list:
-            values.setdefault(name, []).append(value)
-        else:
-            values[name] = value
-    return config(**values)
 
 
 # ---- hardware ---------------------------------------------------------------------------------
@@ -233,7 +121,7 @@ def new_life(store, rank: int, world: int):
     return dist.PrefixStore(own, store)
 
 
-def together(start: int, out):
+def check_same_start(start: int, out):
     """Raises UserError where ranks found different checkpoints to go on from: they would add up
     gradients of different weights."""
     if dist.is_initialized():
@@ -266,74 +154,6 @@ def plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float, memor
 
 
 # ---- tensors on disk: the safetensors format, a JSON header and raw bytes -----------------------
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-           "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def save_tensors(path, tensors: dict[str, torch.Tensor]):
-    """Write `tensors` as one .safetensors file, in the order given."""
-    names, offset = {v: k for k, v in _DTYPES.items()}, 0
-    header = {"__metadata__": {"format": "pt"}}
-    for name, t in tensors.items():
-        size = t.numel() * t.element_size()
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape),
-                        "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start on a multiple of eight
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
-            file.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def load_tensors(path) -> dict[str, torch.Tensor]:
-    """Read a .safetensors file, or every shard that `model.safetensors.index.json` names.
-
-    path: the file, or the folder it is in. Raises UserError on a missing or damaged file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} is damaged or no index of shards ({error!r})") from None
-            return {k: v for shard in shards for k, v in load_tensors(path / shard).items()}
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"no weights at {path}")
-    data = bytearray(path.read_bytes())
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(bytes(data[8:8 + length]).decode())
-        header.pop("__metadata__", None)
-        raw, tensors = memoryview(data)[8 + length:], {}
-        for name, item in header.items():
-            start, stop = item["data_offsets"]
-            if not 0 <= start <= stop <= len(raw):
-                raise ValueError(f"{name} lies beyond the end of the file")
-            empty = torch.empty(0, dtype=_DTYPES[item["dtype"]])
-            flat = (torch.frombuffer(raw[start:stop], dtype=torch.uint8).clone().view(empty.dtype)
-                    if stop > start else empty)
-            tensors[name] = flat.view(item["shape"])
-        return tensors
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
-
-
-def check_shapes(complaint: str, want: dict[str, torch.Tensor], have: dict[str, torch.Tensor]):
-    """Raise UserError, which begins with `complaint`, unless names and shapes are the same."""
-    wanted, found = ({k: tuple(v.shape) for k, v in side.items()} for side in (want, have))
-    odd = [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
-    if odd:
-        raise UserError(f"{complaint}; {len(odd)} tensors differ, {odd[0]} first: expected "
-                        f"{wanted.get(odd[0], 'nothing')}, found {found.get(odd[0], 'nothing')}")
 
 
 # ---- checkpoints: a folder a step, written beside and then renamed -------------------------------
@@ -376,7 +196,7 @@ def save_state(path, state: dict):
         os.fsync(file.fileno())
 
 
-def keep_earlier(out: Path, resume: bool, hw: Hardware, say=print):
+def move_earlier_run(out: Path, resume: bool, hw: Hardware, say=print):
     """Move an earlier run out of the way, unless it is to be resumed: nothing is written over. To
     be called by all ranks once they have loaded what they begin from, which may lie in there."""
     if hw.world > 1:
@@ -539,7 +359,7 @@ class Interrupt:
             os.write(2, b"\nstopping after this step (saving; once more to stop at once)\n")
 
 
-class Watch:
+class Checkpointer:
     """What keeps a run safe from step to step: checkpoints every `every` steps, at the last and
     where a signal asks to stop; and an end where nothing is finite any more.
 

@@ -13,7 +13,7 @@ from gym import Rewards, Task, make, play_out
 from tasks import verify
 from tasks.agent import GuiMultiApp, GuiNavigate, Pilot
 from tasks.base import IMAGE, box
-from tasks.device import VISIBLE, furnish
+from tasks.phone import VISIBLE, furnish
 
 
 def phone(seed=0, level=3, **where):

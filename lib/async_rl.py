@@ -11,115 +11,25 @@ A rollout here is anything with `advance(result) -> Request or None`, `evidence`
 for each other as little as may be [C]: generation, environments and verifiers, the making of
 batches, the journey of weights.
 """
+import json
 import math
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import astuple, dataclass, field
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
 
-import gym
-from common import UserError
-from data import Episode, from_bytes, to_bytes
 from gym import Score
+from lib.cli import UserError
+from lib.curriculum import Curriculum
+from lib.episodes import figures_of, from_bytes, to_bytes
+from lib.rollout import Episode
+from model import GLMV
 from tasks.base import Task
-from tasks.jury import tally, told
-from tokenizer import Tokenizer
+from tasks.rewards import one_line
 
-
-# ---- what to play -------------------------------------------------------------------------------
-
-class Curriculum:
-    """Tasks by category and level. A cell's odds are its category's share of the mix times
-    1/4 + 3 p (1 - p), p the mean reward there, smoothed: what is half solved teaches most [R], and
-    nothing leaves the mix, since what is not rewarded is forgotten [O]. A category begins at
-    level 0; the next opens when 80% of the reward of the last is earned.
-
-    faults above 10% of a category's rollouts pause it; above 50% of all, they end the run [O].
-    """
-
-    def __init__(self, mix: tuple, seed: int, levels: int, say=print):
-        self.mix, self.seed, self.levels, self.say = dict(mix), seed, levels, say
-        self.drawn = 0                                  # tasks so far
-        self.kept: list[tuple] = []                     # tasks given up unplayed: they go first
-        self.cells: dict[str, list] = {}                # "name/level": mean reward, groups
-        self.top = dict.fromkeys(self.mix, 0)           # the highest level that is open
-        self.faults: dict[str, list] = {}       # name: errors, rollouts (both fade), last error
-        self.silent = 0.0                               # share of groups without signal
-
-    STATE = ("drawn", "kept", "cells", "top", "faults", "silent")
-
-    def state(self) -> dict:
-        return {name: getattr(self, name) for name in self.STATE}
-
-    def restore(self, state: dict):
-        for name in self.STATE:
-            setattr(self, name, state[name])
-        # --mix and --levels may be others; what was paused may be mended.
-        self.top = {name: min(self.top.get(name, 0), self.levels - 1) for name in self.mix}
-        self.kept = [task for task in self.kept if task[0] in self.mix]
-        for name in filter(self.paused, list(self.faults)):
-            self.say(f"{name} was paused for its errors and is tried again")
-            del self.faults[name]
-
-    @property
-    def expansion(self) -> float:
-        """How many times more groups to begin than are wanted: 1 / (1 - silent) [R]."""
-        return min(4.0, 1 / (1 - min(0.99, self.silent)))
-
-    def paused(self, name: str) -> bool:
-        errors, count, _ = self.faults.get(name, (0, 0, ""))
-        return count >= 32 and errors > 0.1 * count
-
-    def draw(self) -> Task:
-        """The next task; the n-th is a function of seed, n and the books."""
-        if self.kept:
-            return Task(*self.kept.pop(0))
-        names = [name for name, weight in self.mix.items() if weight and not self.paused(name)]
-        if not names:
-            raise UserError("every category of --mix is paused for its errors: see above")
-        cells = [(name, level) for name in names for level in range(self.top[name] + 1)]
-        solved = [self.cells.get(f"{name}/{level}", (0.5, 0))[0] for name, level in cells]
-        odds = np.array([self.mix[name] / (self.top[name] + 1) * (0.25 + 3 * p * (1 - p))
-                         for (name, _), p in zip(cells, solved)])
-        rng = np.random.default_rng([self.seed, self.drawn])
-        self.drawn += 1
-        name, level = cells[int(rng.choice(len(cells), p=odds / odds.sum()))]
-        return Task(name, int(rng.integers(2 ** 31)), level)
-
-    def note(self, group: list[Episode], live: bool):
-        """Enter a finished group into the books; `live`: some of it did better than the rest."""
-        task = group[0].task
-        errors = [e.score.error for e in group if e.score.error]
-        was = self.paused(task.category)
-        before = self.faults.get(task.category, (0.0, 0.0, ""))
-        book = self.faults[task.category] = [
-            0.98 * before[0] + len(errors), 0.98 * before[1] + len(group), [before[2], *errors][-1]]
-        if self.paused(task.category) and not was:
-            self.say(f"{task.category} is paused: {book[0] / book[1]:.0%} of its rollouts end in "
-                     f"errors, the last in: {book[2]}")
-        wrong, count = (sum(b[i] for b in self.faults.values()) for i in (0, 1))
-        if count >= 32 * len(self.mix) and wrong > 0.5 * count:     # errors are the first to end
-            raise UserError(f"{wrong / count:.0%} of all rollouts end in errors, the last in: "
-                            f"{max(self.faults.values())[2]}; the run stops")
-        if len(errors) == len(group):
-            return
-        self.silent += 0.02 * ((not live) - self.silent)
-        cell = self.cells.setdefault(f"{task.category}/{task.level}", [0.5, 0])
-        mean = float(np.mean([e.score.reward for e in group if not e.score.error]))
-        cell[1] += 1
-        cell[0] += max(0.1, 1 / cell[1]) * (mean - cell[0])
-        if (task.level == self.top[task.category] < self.levels - 1 and cell[1] >= 16
-                and cell[0] > 0.8):
-            self.top[task.category] += 1
-            self.say(f"{task.category}: level {task.level + 1} opens")
-
-
-# ---- playing ------------------------------------------------------------------------------------
 
 def aside(work, *args) -> Future:
     """work(*args) in a thread of its own, which may hang without holding anything up at exit."""
@@ -213,12 +123,10 @@ class Actor:
         for play in [play for play, future in self.judging.items() if future.done()]:
             future = self.judging.pop(play)
             fault = future.exception()
-            ended.append(play.judged(Score(math.nan, {}, told(fault)) if fault
+            ended.append(play.judged(Score(math.nan, {}, one_line(fault)) if fault
                                      else future.result()))
         return ended
 
-
-# ---- groups -------------------------------------------------------------------------------------
 
 @dataclass
 class Group:
@@ -374,66 +282,160 @@ class Collector:
             self._file(Episode(group.task, id, index, score=error, status="error"))
 
 
-# ---- what is seen -------------------------------------------------------------------------------
+class Transfer:
+    """A model's weights from rank 0 of `group` to its other ranks, while all of them work on.
 
-def ages_of(groups: list[list[Episode]], step: int) -> dict:
-    """How many updates the tokens that are learnt from lag behind those done: mean and most."""
-    ages = [step - d.extras["version"][d.weights > 0]
-            for group in groups for e in group if not e.score.error for d in e.documents]
-    ages = np.concatenate(ages) if ages else np.zeros(0)
-    return {"stale": float(ages.mean()), "stale_max": float(ages.max())} if len(ages) else {}
+    They lie end to end in a second buffer and travel in buckets of at most `bucket` bytes. The
+    sender may change its own at once; the receiver swaps between two steps of its engine. [C]
+    """
+
+    def __init__(self, model: GLMV, group, bucket: int = 2 ** 28):
+        like, self.group, self.work = model.lm_head.weight, group, []
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.buffer = like.new_empty(sum(shape.numel() for shape in shapes.values()))
+        self.buckets = self.buffer.split(bucket // like.element_size())
+        parts = self.buffer.split([shape.numel() for shape in shapes.values()])
+        self.weights = {name: part.view(shape) for (name, shape), part
+                        in zip(shapes.items(), parts)}
+
+    @torch.no_grad()
+    def begin(self, weights: dict | None = None, leave=lambda: False):
+        """Start one journey, on every rank of the group; the sender gives its weights. leave: asked
+        while it waits for the last one, for who should take that may be dead."""
+        if not self.wait(leave):
+            return
+        for name, place in self.weights.items() if weights else ():
+            place.copy_(weights[name])
+        self.work = [dist.broadcast(part, 0, group=self.group, async_op=True)
+                     for part in self.buckets]
+
+    def arrived(self) -> bool:
+        return bool(self.work) and all(work.is_completed() for work in self.work)
+
+    def wait(self, leave=lambda: False) -> bool:
+        """Whether the journey ended, or `leave` did not let it."""
+        while self.work and not self.arrived():
+            if leave():
+                return False
+            time.sleep(0.001)
+        if self.work and leave():       # it may have ended because the other side did
+            return False
+        for work in self.work:
+            work.wait()
+        self.work = []
+        return True
 
 
-def figures_of(groups: list[list[Episode]], live) -> dict:
-    """What the groups show that ended in a step, learnt from or not; `by` category, reward and
-    pass@k. Errors count for neither."""
-    episodes = [e for group in groups for e in group]
-    if not episodes:
-        return {}
-    size = len(groups[0])
-    scores = {group[0].task: [e.score for e in group] for group in groups}
-    once, often = tally(scores), tally(scores, size)
-    valid = [e for e in episodes if not e.score.error]
-    rewards = [e.score.reward for e in valid]
-    count = len(episodes)
-    return {**({"reward": float(np.mean(rewards))} if rewards else {}),
-            "pass1": sum(r > 0.999 for r in rewards) / max(1, len(rewards)),
-            "silent": sum(not live(group) for group in groups) / len(groups),
-            "truncated": sum(e.status == "truncated" for e in episodes) / count,
-            "errors": 1 - len(valid) / count, "samples": count,
-            "by": {name: {"reward": row["reward"], "pass1": row["pass"],
-                          f"pass{size}": often[name]["pass"],
-                          "errors": row["errors"] / (row["tasks"] * size)}
-                   for name, row in once.items()}}
+class Remote:
+    """The trainer's end. Orders and Episodes go through the launcher's key-value store, since
+    gloo's receive can't be polled; weights, the bulk, are broadcast. A rank that gives no sign of
+    life for `silence` seconds ends the run: its machine may be gone, and nobody else would say so.
+    An order may overtake the weights: it says how old they may be, `slack` updates, and waits.
+    """
+
+    def __init__(self, store, ranks: list[int], transfer: Transfer, version: int, slack: int,
+                 leave=lambda: False, silence: float = 60.0):
+        self.store, self.ranks, self.transfer, self.silence = store, ranks, transfer, silence
+        self.version, self.slack, self.leave = version, slack, leave
+        self.sent, self.heard = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
+        self.alive = dict.fromkeys(ranks, (0, time.monotonic()))    # its count, when it changed
+
+    def delays(self) -> tuple[float, float]:
+        """Of the players, the worst."""
+        return tuple(map(max, zip(*(json.loads(self.store.get(f"delays/{rank}"))
+                                    for rank in self.ranks))))
+
+    def _tell(self, rank: int, order):
+        self.store.set(f"order/{rank}/{self.sent[rank]}", json.dumps(order))
+        self.sent[rank] += 1
+
+    def start(self, orders: list[Episode]):
+        for e in orders:        # a group stays together
+            rank = self.ranks[e.group % len(self.ranks)]
+            self._tell(rank, [astuple(e.task), e.group, e.index, self.version - self.slack])
+
+    def abort(self, group: int):
+        self._tell(self.ranks[group % len(self.ranks)], group)
+
+    def load(self, weights: dict, version: int):
+        self.version = version
+        self.store.set(f"weights/{version}", b"they come")
+        self.transfer.begin(weights, self._hopeless)
+
+    def step(self, wait_a_little: bool = True) -> list[Episode]:
+        ended = []
+        self._feel_pulses(time.monotonic())
+        for rank in self.ranks:
+            while self.store.check([key := f"episode/{rank}/{self.heard[rank]}"]):
+                ended += from_bytes(self.store.get(key))
+                self.store.delete_key(key)
+                self.heard[rank] += 1
+        if wait_a_little and not ended:
+            time.sleep(0.002)
+        return ended
+
+    def _feel_pulses(self, now: float):
+        for rank in self.ranks:
+            count = self.store.add(f"alive/{rank}", 0)
+            if count != self.alive[rank][0]:
+                self.alive[rank] = count, now
+            elif now - self.alive[rank][1] > self.silence:
+                raise UserError(f"rank {rank}, which plays, has not been heard of for "
+                                f"{self.silence:g} seconds")
+
+    def _hopeless(self) -> bool:
+        """Whether not to wait for weights to arrive; raises UserError where a rank has gone."""
+        self._feel_pulses(time.monotonic())
+        return self.leave()
+
+    def close(self):
+        try:
+            self.transfer.wait(self._hopeless)
+        finally:
+            self.store.set("over", b"yes")
 
 
-def accuracy(episodes: list[Episode]) -> dict[str, float]:
-    """Share of full rewards by category, and their mean."""
-    table = {name: row["pass"] for name, row in
-             tally({e.task: [e.score] for e in episodes}).items()}
-    return {**table, "mean": float(np.nanmean(list(table.values())))}
+def serve(actor, transfer: Transfer, store, rank: int, version: int):
+    """The life of a rank that plays with `actor`, until the trainer says that it is over."""
+    heard, sent, early = 0, 0, []
+    while not store.check(["over"]):
+        store.add(f"alive/{rank}", 1)
+        store.set(f"delays/{rank}", json.dumps(actor.delays()))
+        while store.check([key := f"order/{rank}/{heard}"]):
+            order = json.loads(store.get(key))
+            store.delete_key(key)
+            heard += 1
+            if isinstance(order, int):
+                actor.abort(order)
+                early = [other for other in early if other[1] != order]
+            else:
+                early.append(order)
+        if not transfer.work and store.check([f"weights/{version + 1}"]):
+            transfer.begin()
+        if transfer.arrived():
+            transfer.wait()
+            version += 1
+            actor.load(transfer.weights, version)
+        actor.start([Episode(Task(*task), group, index) for task, group, index, least in early
+                     if least <= version])
+        early = [order for order in early if order[3] > version]
+        for episode in actor.step():
+            store.set(f"episode/{rank}/{sent}", to_bytes([episode]))
+            sent += 1
 
 
-def samples(episodes: list[Episode], tokens: Tokenizer, folder: Path) -> list[dict]:
-    """The best and the worst Episode of each category for report.json, with pictures on disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def words(ids):
-        return tokens.decode([i for i in ids if i < tokens.n_ranks]).strip()
-
-    made = []
-    for name in dict.fromkeys(e.task.category for e in episodes):
-        own = sorted((e for e in episodes if e.task.category == name and not e.score.error),
-                     key=lambda e: -e.score.reward)
-        for e in own[:1] + own[1:][-1:]:
-            files = []
-            for i, image in enumerate(image for d in e.documents for image in d.images):
-                files.append(f"{name}-{e.task.seed}-{i}.png")
-                Image.fromarray(image).save(folder / files[-1])
-            first, truth = e.documents[0], " → ".join(gym.play_out(e.task)[1])
-            made.append({
-                "category": name, "level": e.task.level, "pictures": files,
-                "question": words(first.ids[:int(first.weights.argmax())]).replace("\n", " "),
-                "answer": " → ".join(words(d.ids[d.weights > 0]) for d in e.documents),
-                "truth": words(tokens.encode_reply(truth)), "reward": e.score.reward})
-    return made
+def shared(groups: list[list[Episode]] | None, ranks) -> list[list[Episode]] | None:
+    """What rank 0 of `ranks` has, on all of them: groups, or None, which is to leave."""
+    data = b"" if groups is None else to_bytes([e for group in groups for e in group])
+    size = torch.tensor(len(data))
+    dist.broadcast(size, 0, group=ranks)
+    if not size:
+        return None
+    buffer = torch.zeros(int(size), dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(buffer, 0, group=ranks)
+    found: dict[int, list] = {}
+    for episode in from_bytes(buffer.numpy().tobytes()):
+        found.setdefault(episode.group, []).append(episode)
+    return list(found.values())

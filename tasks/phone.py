@@ -9,10 +9,10 @@ import re
 from collections import namedtuple
 from typing import Any
 
-from .base import click, held, pick
-from .draw import DARK, LIGHT, UNITS, Canvas, blend, ink_on, shades
-from .verify import inside, is_point, parse_action
-from .words import CONTROLS, DAYS, NAMES, THINGS, invent, some, some_of
+from .base import held, pick
+from .draw import blend, Canvas, DARK, ink_on, LIGHT, shades, UNITS
+from .verify import inside, is_point
+from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
 ROW, VISIBLE, LEAP, TEXT = 8, 7, 5, 5       # row height, rows in sight, rows a scroll moves, font
 TRACK, TRACK_WIDTH = 36, 17                 # where the track of a slider begins, and its length

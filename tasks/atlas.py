@@ -16,8 +16,8 @@ from zlib import crc32
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .base import IMAGE, Obs, OneShot, box, held, pick
-from .draw import COLORS, SHAPES, UNITS, Canvas, ink_on, plain, plate_mask, shades
+from .base import box, held, IMAGE, Obs, OneShot, pick
+from .draw import Canvas, COLORS, ink_on, plain, plate_mask, shades, SHAPES, UNITS
 from .words import invent, some_of
 
 MARKS = {"country": "flag", "yard": "emblem"}

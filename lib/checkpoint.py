@@ -1,0 +1,174 @@
+"""Checkpoint folders in GLM-OCR's form, both ways: whole models and vision towers."""
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn, Tensor
+
+import mmtp
+from lib.cli import UserError
+from lib.common import write_json
+from lib.tensors import check_shapes, load_tensors, save_tensors
+from model import Config, GLMV, TextConfig
+from tokenizer import SPECIAL
+from vit import CogViT, MEAN, STD, VitConfig
+
+
+# ---- a whole model ------------------------------------------------------------------------------
+
+def load_model(folder, device="cpu", dtype=torch.float32) -> GLMV:
+    """Open a folder of config.json and model.safetensors, with the MTP head if it holds one.
+
+    The head is recognised by the names of its tensors, since some released config.json say
+    `num_nextn_predict_layers: 0` although the layer is there [R]. Raises UserError where the files
+    are missing or damaged, or do not describe the same model.
+    """
+    config, tensors = load_config(folder), load_tensors(folder)
+    with torch.device("meta"):
+        model = GLMV(config)
+    prefix = mmtp.prefix(model)
+    trunk = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    check_shapes(f"{folder}: the weights are not of the model that config.json describes",
+                 model.state_dict(), trunk)
+    model = model.to_empty(device=device).to(dtype)
+    model.load_state_dict(trunk, strict=True)
+    model.model.visual.patch_embed.set_normalisation()
+    if len(trunk) < len(tensors):
+        load_head(model, {k.removeprefix(prefix): v for k, v in tensors.items()
+                          if k.startswith(prefix)}, trunk, folder)
+    return model
+
+
+def load_head(model: GLMV, own: dict[str, Tensor], trunk: dict[str, Tensor], folder):
+    """Attach an MTP head to `model` and fill it with the tensors `own`.
+
+    Released checkpoints hold a copy of the embedding and of the output matrix for the head. A copy
+    that equals the trunk's matrix is dropped and the trunk's is used; another one is kept.
+    """
+    head = mmtp.attach(model, model.config.mtp_depths or 1)
+    for name, of_trunk in (("embed_tokens", "model.language_model.embed_tokens.weight"),
+                           ("shared_head.head", "lm_head.weight")):
+        copy = own.get(name + ".weight")
+        if copy is None:
+            continue
+        if torch.equal(copy, trunk[of_trunk]):
+            del own[name + ".weight"]
+        elif name == "embed_tokens":
+            head.embed_tokens = nn.Embedding(*copy.shape)
+        else:
+            head.shared_head.head = nn.Linear(*copy.shape[::-1], bias=False)
+    head.to(model.lm_head.weight.device, model.lm_head.weight.dtype)
+    check_shapes(f"{folder}: the tensors of the MTP layer {mmtp.prefix(model)}* are not of the "
+                 "model that config.json describes", head.state_dict(), own)
+    head.load_state_dict(own)
+
+
+def save_model(model: GLMV, folder, dtype=torch.float32, weights: dict | None = None):
+    """Write config.json, preprocessor_config.json and model.safetensors. `weights` replaces the
+    model's own values, for example by an optimizer's fp32 masters."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {**model.state_dict(), **(weights or {})}
+    save_tensors(folder / "model.safetensors", {k: v.to(dtype) for k, v in state.items()})
+    has_head = mmtp.head_of(model) is not None
+    config = model.config if has_head else dataclasses.replace(model.config, mtp_depths=0)
+    save_config(config, folder, str(dtype).removeprefix("torch."))
+
+
+# ---- a vision tower -----------------------------------------------------------------------------
+
+def tower_weights(folder) -> dict[str, Tensor]:
+    """The weights of a tower, without its adapter, from a folder of train_vit.py or of a whole
+    model. Raises UserError where the folder holds none."""
+    tensors = load_tensors(folder)
+    prefix = next((p for p in ("ema.visual.", "visual.", "model.visual.")
+                   if p + "post_layernorm.weight" in tensors), None)
+    if prefix is None:
+        raise UserError(f"{folder} holds no vision tower")
+    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {k: v for k, v in found.items() if not k.startswith(("downsample.", "merger."))}
+
+
+def load_tower(visual: CogViT, folder):
+    """Fill a tower, not its adapter. Raises UserError where the folder's is of other sizes."""
+    have = tower_weights(folder)
+    want = {k: v for k, v in visual.state_dict().items()
+            if not k.startswith(("downsample.", "merger."))}
+    check_shapes(f"the tower in {folder} is not of this model's sizes", want, have)
+    visual.load_state_dict(have, strict=False)
+
+
+def export_tower(folder: Path, to: Path):
+    """Write the tower of a checkpoint of train_vit.py, alone and in bf16, as its own folder."""
+    to.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "config.json", to)
+    save_tensors(to / "model.safetensors", {
+        f"visual.{name}": value.bfloat16() for name, value in tower_weights(folder).items()})
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+def save_config(config: Config, folder, dtype: str = "float32"):
+    """config.json and preprocessor_config.json as GLM-OCR's, ours marked `nanoglmv`."""
+    c, v = config.text, config.vision
+    marks = {name: i for i, name in enumerate(SPECIAL, config.n_ranks)}
+    text = dataclasses.asdict(c) | {
+        "model_type": "glm_ocr_text", "hidden_act": "silu", "attention_bias": False,
+        "tie_word_embeddings": False, "dtype": dtype, "pad_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta,
+                            "partial_rotary_factor": 1.0, "mrope_section": list(config.sections)}}
+    text.pop("rope_theta")
+    if config.mtp_depths:
+        text["num_nextn_predict_layers"] = 1        # one physical layer, whatever the depth
+    if config.n_ranks:
+        text["eos_token_id"] = [marks[s] for s in ("<|endoftext|>", "<|user|>", "<|observation|>")]
+    ids = {"image_token_id": config.image_token_id}
+    if config.n_ranks:
+        ids |= {"video_token_id": marks["<|video|>"],
+                "image_start_token_id": marks["<|begin_of_image|>"],
+                "image_end_token_id": marks["<|end_of_image|>"],
+                "video_start_token_id": marks["<|begin_of_video|>"],
+                "video_end_token_id": marks["<|end_of_video|>"]}
+    vision = dataclasses.asdict(v) | {"model_type": "glm_ocr_vision", "hidden_act": "silu"}
+    write_json(Path(folder) / "config.json", {
+        "architectures": ["GlmOcrForConditionalGeneration"], "model_type": "glm_ocr", **ids,
+        "tie_word_embeddings": False, "dtype": dtype, "text_config": text,
+        "vision_config": vision,
+        "nanoglmv": {"n_ranks": config.n_ranks, "mtp_depths": config.mtp_depths}})
+    pixels = v.temporal_patch_size * (v.patch_size * v.spatial_merge_size) ** 2
+    write_json(Path(folder) / "preprocessor_config.json", {
+        "size": {"shortest_edge": config.min_tokens * pixels,
+                 "longest_edge": config.max_tokens * pixels},
+        "patch_size": v.patch_size, "temporal_patch_size": v.temporal_patch_size,
+        "merge_size": v.spatial_merge_size, "do_rescale": True,
+        "image_mean": list(MEAN), "image_std": list(STD)})
+
+
+def load_config(folder) -> Config:
+    """Read config.json (and preprocessor_config.json, if it is there)."""
+    def known(kind, values):
+        names = {f.name for f in dataclasses.fields(kind)} & values.keys()
+        return kind(**{name: values[name] for name in names})
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        rope = raw["text_config"].get("rope_parameters") or {}
+        text, ours = known(TextConfig, raw["text_config"]), raw.get("nanoglmv", {})
+        text.rope_theta = float(rope.get("rope_theta", text.rope_theta))
+        config = Config(text, known(VitConfig, raw["vision_config"]), raw["image_token_id"],
+                        n_ranks=ours.get("n_ranks", 0), mtp_depths=ours.get("mtp_depths", 0))
+        config.mrope = tuple(rope["mrope_section"]) if "mrope_section" in rope else None
+        extra = path.with_name("preprocessor_config.json")
+        if extra.exists():
+            size = json.loads(extra.read_text(encoding="utf-8"))["size"]
+            v = config.vision
+            pixels = v.temporal_patch_size * (v.patch_size * v.spatial_merge_size) ** 2
+            config.min_tokens = max(1, size["shortest_edge"] // pixels)
+            config.max_tokens = size["longest_edge"] // pixels
+        return config
+    except FileNotFoundError:
+        raise UserError(f"no config.json in {folder}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a GLM-OCR config.json ({error!r})") from None

@@ -1,0 +1,67 @@
+"""Pictures: opened, resized, packed into patches."""
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lib.cli import UserError
+from model import Config
+from vit import fit, naflex, patchify, VitConfig
+
+
+def open_image(path) -> Image.Image:
+    """Any picture file as RGB, upright, transparency on white. Raises UserError with the reason."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no picture at {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata Pillow has much to say
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(path))
+            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips them at 255
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{path} unpacks to over {Image.MAX_IMAGE_PIXELS:,} pixels: "
+                        "refused") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "it is empty" if path.stat().st_size == 0 else str(error) or type(error).__name__
+        raise UserError(f"{path} can't be read as a picture: {reason}") from None
+
+
+def resize(image: Image.Image, config: Config) -> np.ndarray:
+    """An image at the size the model sees it, (h, w, 3) uint8. Raises UserError on a ribbon."""
+    v = config.vision
+    try:
+        h, w = fit(image.height, image.width, v.patch_size * v.spatial_merge_size,
+                   config.min_tokens, config.max_tokens)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if image.size != (w, h):
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+    return np.asarray(image.convert("RGB"))
+
+
+def pack(images: list, c: VitConfig) -> tuple[Tensor, Tensor]:
+    """Images (h, w, 3), or frames (2, h, w, 3) -> patches (P, F, 3*p*p), grids (N, 3), one behind
+    the other without padding. F is 2 where any is a video; stills then show the same twice."""
+    cut = [patchify(image, c.patch_size, c.spatial_merge_size) for image in images]
+    frames = max((patches.shape[1] for patches, _ in cut), default=1)
+    rows = [patches if patches.shape[1] == frames else patches.repeat(frames, 1)
+            for patches, _ in cut] or [np.zeros((0, 1, 3 * c.patch_size ** 2), np.uint8)]
+    grids = torch.tensor([grid for _, grid in cut], dtype=torch.long).view(-1, 3)
+    return torch.from_numpy(np.concatenate(rows)), grids
+
+
+def budgeted(image: Image.Image, c: VitConfig, budget: int) -> np.ndarray:
+    """An image at NaFlex's size for so many patches, (h, w, 3) uint8."""
+    unit = c.patch_size * c.spatial_merge_size
+    h, w = naflex(image.height, image.width, unit, budget // c.spatial_merge_size ** 2)
+    return np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))
