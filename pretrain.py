@@ -10,6 +10,8 @@ One step is `rows` packed rows, dealt out over the ranks; the loss is divided by
 of all of them, so one process and eight compute the same update. Each rank draws all the samples
 and keeps its rows: simple and exact, and wasteful once drawing costs more than training.
 """
+import lib  # first of all, before torch: see lib/__init__.py
+
 import math
 import os
 import time

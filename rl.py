@@ -22,6 +22,8 @@ in another way (collect.py, ranks.py). What is left out, and why:
 
 Letters: T tokens of a packed row, W width, V vocabulary.
 """
+import lib  # first of all, before torch: see lib/__init__.py
+
 import contextlib
 import math
 import time

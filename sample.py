@@ -9,6 +9,8 @@
 Without --ckpt the demo's checkpoint in ckpt/ answers: 1.0M parameters trained for minutes on
 64-pixel drawings of shapes, characters and buttons. It knows nothing else.
 """
+import lib  # first of all, before torch: see lib/__init__.py
+
 import json
 import math
 import sys

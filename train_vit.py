@@ -16,6 +16,8 @@ align     stage 2 [C]: images of any size against captions in two languages, Sig
 
 Letters: P patches, N images, W width, E width of the common space, K prototypes, B global batch.
 """
+import lib  # first of all, before torch: see lib/__init__.py
+
 import math
 import os
 import time

@@ -9,7 +9,7 @@ from torch import nn, Tensor
 
 import mmtp
 from lib.cli import UserError
-from lib.common import write_json
+from lib.common import reason, write_json
 from lib.tensors import check_shapes, load_tensors, save_tensors
 from model import Config, GLMV, TextConfig
 from tokenizer import SPECIAL
@@ -75,6 +75,33 @@ def save_model(model: GLMV, folder, dtype=torch.float32, weights: dict | None = 
     has_head = mmtp.head_of(model) is not None
     config = model.config if has_head else dataclasses.replace(model.config, mtp_depths=0)
     save_config(config, folder, str(dtype).removeprefix("torch."))
+
+
+# ---- training goes on from a folder -------------------------------------------------------------
+
+def start_from(folder, optimizer):
+    """Let the fp32 masters start from the weights in `folder`: the model itself may be bf16, and
+    would start them from rounded values. A tensor that the file lacks (a new head) stays."""
+    device = optimizer.flat.device
+    stored = {k: v.to(device, torch.float32) for k, v in load_tensors(folder).items()}
+    optimizer.load_masters(optimizer.masters | stored)
+
+
+def restore(folder, module: nn.Module, optimizer) -> dict:
+    """Continue a run from the checkpoint `folder`: fills the module and the optimizer, and returns
+    what else the script has saved in train.pt (step, args, ...). Raises UserError where a file is
+    damaged."""
+    device = optimizer.flat.device
+    try:
+        state = torch.load(Path(folder) / "train.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        weights = load_tensors(folder)
+        module.load_state_dict(weights)
+        optimizer.load_masters({k: v.to(device, torch.float32) for k, v in weights.items()})
+        return state
+    except Exception as error:  # torch.load reports damage by some ten kinds of exception
+        raise UserError(f"{folder} can't be resumed ({reason(error)}); --init={folder} starts from "
+                        "its weights alone, and an earlier step_ folder may be whole") from None
 
 
 # ---- a vision tower -----------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lib.cli import UserError
-from lib.rollout import Episode
+from lib.episodes import Episode
 from tasks.base import Task
 
 

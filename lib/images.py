@@ -8,7 +8,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lib.cli import UserError
-from model import Config
 from vit import fit, naflex, patchify, VitConfig
 
 
@@ -36,7 +35,7 @@ def open_image(path) -> Image.Image:
         raise UserError(f"{path} can't be read as a picture: {reason}") from None
 
 
-def resize(image: Image.Image, config: Config) -> np.ndarray:
+def resize(image: Image.Image, config) -> np.ndarray:
     """An image at the size the model sees it, (h, w, 3) uint8. Raises UserError on a ribbon."""
     v = config.vision
     try:
