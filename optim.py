@@ -112,21 +112,21 @@ class Optimizer:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, rate: float, apply: bool = True, idle: str = "", group=None) -> float:
+    def step(self, rate: float, apply: bool = True, skip_prefix: str = "", process_group=None) -> float:
         """One update at `rate` times the configured learning rate, from the collected gradients,
         summed over ranks. Returns the gradient norm; if that isn't finite, or without `apply`,
         nothing is changed. idle: matrices whose names begin so are left out; nobody uses them
         yet, and Newton-Schulz on zeros takes as long as any. group: the ranks that train, if not
         all do."""
         if dist.is_initialized():
-            dist.all_reduce(self.flat_grad, group=group)
+            dist.all_reduce(self.flat_grad, group=process_group)
         norm = self.flat_grad.norm().item()
         if apply and math.isfinite(norm):
             c = self.config
             if norm > c.clip:
                 self.flat_grad.mul_(c.clip / norm)
             for shape, members in self.shapes.items():
-                busy = [m for m in members if not idle or not m[0].startswith(idle)]
+                busy = [m for m in members if not skip_prefix or not m[0].startswith(skip_prefix)]
                 if busy:
                     self._muon(shape, busy, rate)
             for group in self.adam.param_groups:

@@ -25,8 +25,9 @@ from data import collate, Packer, parse_mix, SampleLoader, sight, Stream
 from kernels import linear_cross_entropy
 from lib.checkpoint import load_model, load_tower, save_model
 from lib.cli import cli, main, UserError
-from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint, Log,
-                        move_earlier_run, plan, reason, save_state, setup, write_json)
+from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint,
+                        first_sentence, Log, move_earlier_run, print_plan, save_state, setup,
+                        write_json)
 from lib.tensors import load_tensors
 from mmtp import attach, head_of, losses as mtp_losses, OPTIONS, prefix
 from model import GLMV, sized
@@ -124,7 +125,7 @@ def build(args: Args, hw):
             start, position = state["step"], state["position"]
             optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # torch.load answers damage with some ten kinds of them
-            raise UserError(f"{folder}/train.pt is damaged ({reason(error)}); "
+            raise UserError(f"{folder}/train.pt is damaged ({first_sentence(error)}); "
                             f"--init={folder} starts from its weights alone") from None
     return model, optimizer, start, position
 
@@ -162,8 +163,8 @@ def run(args: Args):
         memory = counts["total"] * (16 + hw.dtype.itemsize) + (
             args.row_tokens * model.config.text.hidden_size * 2 * 34
             * (model.config.text.num_hidden_layers + 4 * model.config.vision.depth))
-        return plan(hw, counts, args.steps * tokens, flops, memory)
-    say(hw.why)
+        return print_plan(hw, counts, args.steps * tokens, flops, memory)
+    say(hw.description)
     model, optimizer, start, position = build(args, hw)
     check_same_start(start, out)
     mix = parse_mix(args.mix, sight(model.config))
@@ -212,8 +213,8 @@ def run(args: Args):
             dist.all_reduce(total)
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
         value, *further = total.tolist()
-        norm = optimizer.step(rate, math.isfinite(value), idle="" if ahead else prefix(model))
-        watch.finite(value, norm)
+        norm = optimizer.step(rate, math.isfinite(value), skip_prefix="" if ahead else prefix(model))
+        watch.check_loss(value, norm)
 
         done, took = step + 1, time.perf_counter() - began
         drew = loader.seconds - drawing
@@ -225,7 +226,7 @@ def run(args: Args):
         if further:
             values |= {f"mtp{k}": x for k, x in enumerate(further, 1)}
         if drew > 0.05 * took:
-            values["drawing"] = drew
+            values["loading"] = drew
         if watch.skipped or packer.skipped:
             values["skipped"] = watch.skipped + packer.skipped
         if args.eval_every and done % args.eval_every == 0:
@@ -233,7 +234,7 @@ def run(args: Args):
                 sums = sum(loss_sum(model, b)[0] for b in exam)
             values["held_out"] = (sums / sum(b.weights.sum() for b in exam)).item()
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
-        if watch.stop(done, log.gone):
+        if watch.after_step(done, log.reader_gone):
             break
     log.close()
     loader.close()

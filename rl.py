@@ -41,8 +41,9 @@ from kernels import linear_logp
 from lib.async_rl import Actor, Collector, Here, Remote, serve, shared, Transfer
 from lib.checkpoint import load_model, save_model
 from lib.cli import cli, main, UserError
-from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint, Log, LONG,
-                        move_earlier_run, plan, reason, ROOT, save_state, setup, write_json)
+from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint,
+                        first_sentence, Log, LONG, move_earlier_run, print_plan, ROOT,
+                        save_state, setup, write_json)
 from lib.curriculum import Curriculum
 from lib.episodes import accuracy, ages_of, samples
 from lib.rollout import Episode, Play, Policy, rollout
@@ -246,8 +247,8 @@ def update(model: GLMV, optimizer: Optimizer, groups: list, taught: list, args: 
         dist.all_reduce(total, group=share.group)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=share.group)
     loss, tokens, entropy, gap, outside = total.tolist()
-    idle = "" if args.mtp else prefix(model)
-    norm = optimizer.step(rate, math.isfinite(loss), idle, share.group)
+    skip_prefix = "" if args.mtp else prefix(model)
+    norm = optimizer.step(rate, math.isfinite(loss), skip_prefix, share.group)
     tokens = max(1, tokens)
     return {"pg_loss": loss / len(episodes), "norm": norm, "tokens": int(tokens),
             "entropy": entropy / tokens, "clipped": outside / tokens, "mismatch": gap / tokens,
@@ -365,7 +366,7 @@ def build(args: Args, hw):
         state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # torch.load answers damage with some ten kinds of them
-        raise UserError(f"{folder}/train.pt is damaged ({reason(error)}); "
+        raise UserError(f"{folder}/train.pt is damaged ({first_sentence(error)}); "
                         f"--init={folder} starts from its weights alone") from None
     return model, optimizer, state
 
@@ -376,7 +377,7 @@ def forecast(args: Args, hw, model: GLMV):
     counts = model.counts()
     tokens = args.steps * args.prompts * args.group * (64 + args.max_new / 2)
     memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
-    plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
+    print_plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
 
 
 def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, judges: int,
@@ -415,7 +416,7 @@ def run(args: Args):
     model, optimizer, state = build(args, hw)
     if args.plan:
         return forecast(args, hw, model)
-    say(hw.why)
+    say(hw.description)
     start, mix = state["step"] if state else 0, mix_of(args, model)
     check_same_start(start, out)
     origin = (state["args"] if state else asdict(args))["init"] or BEGIN
@@ -429,7 +430,7 @@ def run(args: Args):
     rewards = gym.Rewards(workers=judges)
 
     def leave():            # who plays for others just goes, on a signal or when they say so
-        return watch.interrupt.signal and not isinstance(actor, Here)
+        return watch.stop_signal.received and not isinstance(actor, Here)
 
     actor, share = seat(args, hw, trainers, model, policy, rewards, judges, start, leave)
     if not actor:
@@ -469,7 +470,7 @@ def run(args: Args):
                 raise trouble[0]
             groups = collector.collect(step) if lead else []
         groups = shared(groups, share.group) if trainers > 1 else groups
-        watch.left = groups is None
+        watch.stopping = groups is None
         return groups, demonstrations(stream, step * taught, taught)
 
     def write(folder):
@@ -494,7 +495,7 @@ def run(args: Args):
         if lead and done < args.steps:
             with kept():
                 actor.load(optimizer.masters, done)
-        watch.finite(values["pg_loss"], values.get("norm", 0.0))
+        watch.check_loss(values["pg_loss"], values.get("norm", 0.0))
         now = time.perf_counter()
         values |= collector.figures() | ages_of(groups, done - 1)
         values |= {"groups": len(groups), "dt": now - clock,
@@ -504,7 +505,7 @@ def run(args: Args):
         if lead and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             values["accuracy"] = exams.hold(model, done)
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
-        if watch.stop(done, log.gone):
+        if watch.after_step(done, log.reader_gone):
             break
         clock = time.perf_counter()
     log.close()

@@ -174,7 +174,7 @@ def evaluation(args: Eval):
     if min(args.count, args.slots) < 1 or not 1 <= args.levels <= 5 or args.seed < 0:
         raise UserError("--count and --slots take 1 or more, --levels 1 to 5, --seed 0 or more")
     model, tokens, hw = load(args.ckpt, args.device, args.dtype)
-    print(hw.why)
+    print(hw.description)
     own = find_checkpoint(args.ckpt or DEMO) / "report.json"
     trained = json.loads(own.read_text())["table"] if own.exists() else ["gym"]
     began = time.time()

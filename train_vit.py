@@ -38,8 +38,9 @@ from kernels import sigmoid_loss
 from lib.captions import Captions, collate_pairs, draw_pair, find_pairs, Pairs, TextTower
 from lib.checkpoint import export_tower, load_tower
 from lib.cli import cli, main, UserError
-from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint, Log,
-                        move_earlier_run, plan, reason, save_state, setup, total, write_json)
+from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint,
+                        first_sentence, Log, move_earlier_run, print_plan, save_state, setup,
+                        sum_over_ranks, write_json)
 from lib.images import pack
 from lib.probes import Exam, examine, probe_towers, read_report, salient
 from lib.teachers import load_teacher
@@ -89,7 +90,7 @@ class Args:
     seed: int = 0                 # of weights and samples
     device: str = "auto"          # auto, cpu, cuda or mps
     dtype: str = "auto"           # auto, float32 or bfloat16; masters are fp32 in any case
-    workers: int = -1             # drawing processes; -1: as many as cores, at most 8; 0: none
+    workers: int = -1             # processes that load samples; -1: one a core, at most 8; 0: none
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
 
 
@@ -315,9 +316,9 @@ class Contrast(Job):
         x, y = (side.requires_grad_() for side in sides)
         loss = ring_sigmoid_loss(x, y, self.logit_scale.exp(), self.logit_bias) / args.batch
         loss.backward()
-        values = {"loss": total(loss.detach())}
+        values = {"loss": sum_over_ranks(loss.detach())}
         if args.pairs:  # corrupt pictures, others in their place
-            values["skipped"] = total(torch.tensor(float(sum(skipped)), device=device))
+            values["skipped"] = sum_over_ranks(torch.tensor(float(sum(skipped)), device=device))
         for chunk, *parts in zip(chunks, x.grad.split(args.micro), y.grad.split(args.micro)):
             made = embed(chunk) if replay else made     # a lone one still has its graph
             torch.autograd.backward(made, parts)
@@ -395,7 +396,7 @@ class SelfDistil(Job):
                                 ("centre", torch.stack([x.mean(0) for x in logits])),
                                 ("deviation", torch.stack([x.square().mean(0) for x in apart]))):
                 sums[name] += share * value
-        sums = {name: total(value) for name, value in sums.items()}
+        sums = {name: sum_over_ranks(value) for name, value in sums.items()}
         self.centre.lerp_(sums["centre"], 0.1)
         self.deviation.lerp_(sums["deviation"].sqrt(), 0.1)
         return {"loss": sums["loss"], "used": entropy(sums["mean"]), "sure": sums["sure"],
@@ -493,7 +494,7 @@ class Distil(Job):
             (share * loss).backward()
             collect()
             sums["loss"] += share * loss.detach()
-        return {name: total(value) for name, value in sums.items()}
+        return {name: sum_over_ranks(value) for name, value in sums.items()}
 
 
 # ---- the run ----------------------------------------------------------------------------------
@@ -629,7 +630,7 @@ def build(stage: str, args: Args, config: Config, hw, say):
         except Exception as error:  # torch.load answers damage with some ten kinds of them
             earlier = [f"remove it to go on from {p}" for p in checkpoints(out)[:-1]]
             way = [f"without --resume {stage} begins again", *earlier][-1]
-            raise UserError(f"{folder} can't be resumed ({reason(error)}); {way}") from None
+            raise UserError(f"{folder} can't be resumed ({first_sentence(error)}); {way}") from None
         for name in ("batch", "seed") if start < args.steps else ():
             if before[name] != getattr(args, name):
                 raise UserError(f"{out} was begun with --{name}={before[name]}: with another, "
@@ -657,7 +658,7 @@ def train(stage: str, args: Args, hw):
                     overlap=not replays and hw.device.type != "cpu")
     exam = Exam(config, args.side) if lead else None
     say(f"{stage}: {optimizer.flat.numel() / 1e6:.2f}M parameters, {args.batch} images a step, "
-        f"{args.micro} at a time, steps {start}..{args.steps}, {workers} drawing, in {out}")
+        f"{args.micro} at a time, steps {start}..{args.steps}, {workers} loading, in {out}")
     if lead:
         write_json(out / "config.json", asdict(args))
         write_json(out.parent / "report.json", read_report(out.parent))
@@ -672,24 +673,24 @@ def train(stage: str, args: Args, hw):
     watch = Checkpointer(out, hw, args.steps, args.save_every, start, write)
     log = Log(out, stage, args.steps, start, hw.rank)
     for step in range(start, args.steps):
-        began, drawing = time.perf_counter(), loader.seconds
+        began, loading = time.perf_counter(), loader.seconds
         mine = range(step * share, (step + 1) * share)
         values = job.learn(loader, mine, args, optimizer.accumulate)
         values = {name: float(value) for name, value in values.items()}
         rate = schedule(step, args.steps, args.warmup, args.schedule)
         norm = optimizer.step(rate, apply=math.isfinite(values["loss"]))
-        if watch.finite(values["loss"], norm):
+        if watch.check_loss(values["loss"], norm):
             job.follow(optimizer.masters, args)
         done, took = step + 1, time.perf_counter() - began
         values |= {"lr": job.RATE * args.lr * rate, "norm": norm,
                    "dt": took, "img/s": args.batch / took}
-        if loader.seconds - drawing > 0.05 * took:
-            values["drawing"] = loader.seconds - drawing
+        if loader.seconds - loading > 0.05 * took:
+            values["loading"] = loader.seconds - loading
         last = done == args.steps
         if lead and (last or args.eval_every and done % args.eval_every == 0):
             values |= examine(job, exam, out, done, args.seed)
         log.step(done, last or done % args.log_every == 0, **values)
-        if watch.stop(done, log.gone):
+        if watch.after_step(done, log.reader_gone):
             break
     log.close()
     loader.close()
@@ -702,7 +703,7 @@ def run(args: Args):
     if args.plan:
         return forecast(args, hw)
     say = print if hw.rank == 0 else (lambda *_: None)
-    say(hw.why)
+    say(hw.description)
     if {"semantic", "texture"} & set(stages(args)):
         say(f"teachers without a folder are stand-ins, trained on {args.pairs or 'drawings'}")
     if args.pairs:
@@ -737,7 +738,7 @@ def forecast(args: Args, hw):
         memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + 4 * frozen * counts["tower"] + (
             width * (kept + args.micro * views * patches * config.vision.depth * 2 * 34))
         print(f"stage       {stage}, {steps} steps of {args.batch} images")
-        plan(hw, counts, steps * args.batch * patches, flops, memory)
+        print_plan(hw, counts, steps * args.batch * patches, flops, memory)
 
 
 # Exercises. Delete the body, write it again, run the test.

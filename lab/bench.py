@@ -480,8 +480,8 @@ def run(args: Args) -> dict:
     if args.what not in verbs:
         raise UserError(f"lab.bench takes {', '.join(verbs)}, not '{args.what}'")
     hw = setup("cpu" if args.what == "rl" else args.device, args.dtype)
-    print(f"{hw.why}; {args.size}, {args.documents} documents, {args.rounds} rounds")
-    result = {"args": dataclasses.asdict(args), "hardware": hw.why, "aim": AIM,
+    print(f"{hw.description}; {args.size}, {args.documents} documents, {args.rounds} rounds")
+    result = {"args": dataclasses.asdict(args), "hardware": hw.description, "aim": AIM,
               **verbs[args.what](args, hw)}
     units = {"vit": "useful patches/s", "rl": "samples learnt/s"}
     unit = units.get(args.what, "useful tokens/s")

@@ -200,7 +200,7 @@ def demo(args: Args):
     for s in samples:
         print(f"  {s['category']:<11} {s['question']}  {s['answer']}   (truth: {s['truth']})")
     facts = {
-        "title": "nanoGLM-V demo", "hardware": hw.why, "machine": platform.platform(),
+        "title": "nanoGLM-V demo", "hardware": hw.description, "machine": platform.platform(),
         "torch": torch.__version__, "seed": args.seed, "steps": args.steps,
         "parameters": model.counts(), "training_seconds": round(trained),
         "table": table, "samples": samples, "pictures": tower["pictures"],
@@ -215,7 +215,7 @@ def demo(args: Args):
     if args.keep:
         save_model(model, args.keep, torch.bfloat16)
         write_json(Path(args.keep) / "report.json", {"table": table, "steps": args.steps,
-                                                     "seed": args.seed, "hardware": hw.why})
+                                                     "seed": args.seed, "hardware": hw.description})
         print(f"weights kept in {args.keep}")
     if args.rl_steps:
         print("5/5 joint RL, two worlds side by side: annotators who err, forms nobody has shown")

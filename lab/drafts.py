@@ -114,7 +114,7 @@ def run(args: Args):
         model, tokens, hw = sample.load(args.ckpt, args.device, args.dtype)
         if mmtp.head_of(model) is None:
             raise UserError("the checkpoint has no MTP head: there is nothing to measure")
-    print(f"{hw.why}; {args.prompts} prompts, {args.slots} slots, {args.rounds} rounds")
+    print(f"{hw.description}; {args.prompts} prompts, {args.slots} slots, {args.rounds} rounds")
     prompts = [document(next(gym.drive(gym.make(Task(NAMES[i % len(NAMES)], 3_000_000 + i, 0,
                                                      "test")))), tokens, model.config, True)
                for i in range(args.prompts)]
@@ -168,7 +168,7 @@ def run(args: Args):
         print(f"plain decoding beside transformers: {statistics.median(ratios):.2f} "
               f"[{min(ratios):.2f}-{max(ratios):.2f}], equal replies {agree}/{args.prompts}")
         rows["peer"] = {"ratio": 1 / statistics.median(ratios), "equal": agree}
-    write_json(Path(args.out), {"hardware": hw.why, "useful": useful, "rows": rows})
+    write_json(Path(args.out), {"hardware": hw.description, "useful": useful, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def claims(args: Args):
         raise UserError("--seeds takes 1 or more, --labels 0 or more")
     hw = setup(args.device, args.dtype)
     asked = {name: getattr(args, name) for name in ("steps", "teacher_steps", "labels", "batch")}
-    report = {"title": "claims about the vision tower", "where": hw.why, "figures": {}}
+    report = {"title": "claims about the vision tower", "where": hw.description, "figures": {}}
     for seed in range(args.seeds):
         with same_options(Path(args.out) / "config.json", asked):
             found = one_seed(args, hw, seed)

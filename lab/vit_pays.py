@@ -94,7 +94,7 @@ def pays(args: Args):
                   f"mean {100 * np.mean([row['accuracy'] for row in tables[name].values()]):.1f}%")
         write_json(out / "report.json", {
             "title": f"Does a trained tower pay? {minutes:.1f} CPU minutes each", "unit": "minute",
-            "where": f"towers: {hw.why}; pretraining: {setup('cpu').why}",
+            "where": f"towers: {hw.description}; pretraining: {setup('cpu').description}",
             "tower minutes": {k: v / 60 for k, v in spent.items()},
             "figures": figures(tables), "curves": {
                 f"held-out loss over minutes, seed {s}": {

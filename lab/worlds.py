@@ -235,7 +235,8 @@ def worlds(args: Args):
             with annotators():
                 runs[arm][seed] = course(pretrain.run, plan, args.count)
         write_json(out / "report.json", {
-            "title": f"RL beside SFT, world: {args.world}", "where": hw.why, "unit": "minute",
+            "title": f"RL beside SFT, world: {args.world}", "where": hw.description,
+            "unit": "minute",
             "figures": figures(runs), "curves": curves(runs), "runs": runs})
         print(f"after {seed + 1} seeds, points: " + ", ".join(
             f"{name} {row['mean']:.2f}" for name, row in figures(runs).items() if "least" in row))

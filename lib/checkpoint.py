@@ -9,7 +9,7 @@ from torch import nn, Tensor
 
 import mmtp
 from lib.cli import UserError
-from lib.common import reason, write_json
+from lib.common import first_sentence, write_json
 from lib.tensors import check_shapes, load_tensors, save_tensors
 from model import Config, GLMV, TextConfig
 from tokenizer import SPECIAL
@@ -100,7 +100,7 @@ def restore(folder, module: nn.Module, optimizer) -> dict:
         optimizer.load_masters({k: v.to(device, torch.float32) for k, v in weights.items()})
         return state
     except Exception as error:  # torch.load reports damage by some ten kinds of exception
-        raise UserError(f"{folder} can't be resumed ({reason(error)}); --init={folder} starts from "
+        raise UserError(f"{folder} can't be resumed ({first_sentence(error)}); --init={folder} starts from "
                         "its weights alone, and an earlier step_ folder may be whole") from None
 
 

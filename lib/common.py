@@ -41,7 +41,7 @@ class Hardware:
     is the key-value store of all ranks."""
     device: torch.device
     dtype: torch.dtype
-    why: str
+    description: str
     peak: float
     price: float
     rank: int = 0
@@ -92,16 +92,16 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
     store = None
     if world > 1:
         try:
-            store = new_life(next(dist.rendezvous("env://"))[0], rank, world)
+            store = store_of_this_attempt(next(dist.rendezvous("env://"))[0], rank, world)
         except dist.DistStoreError:
-            raise UserError(f"rank {rank} waited in vain for {world} ranks to come") from None
+            raise UserError(f"rank {rank} waited too long for {world} ranks to join") from None
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
                                 rank=rank, world_size=world, timeout=LONG)
     why = f"{where} in {str(chosen)[6:]}: {because}" + (f", {world} processes" * (world > 1))
     return Hardware(where, chosen, why, peak, price, rank, world, local, store)
 
 
-def new_life(store, rank: int, world: int):
+def store_of_this_attempt(store, rank: int, world: int):
     """The part of `store` that belongs to this life of the run. torchrun keeps one store through
     all its restarts: gloo would call on the dead at the addresses that they left there. Its count
     of restarts differs from machine to machine, so rank 0 names the life: as it may find what a
@@ -131,18 +131,18 @@ def check_same_start(start: int, out):
             raise UserError(f"--resume: ranks find steps {found} in {out}: not all see that folder")
 
 
-def total(value: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
-def plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float, memory: float):
+def print_plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float, memory: float):
     """Print what a run would take and cost (`--plan`). flops: of the whole run, all ranks."""
     mfu = 0.4 if hw.device.type == "cuda" else 0.2  # what such runs may reach: a guess
     hours = flops / (hw.peak * hw.world * mfu) / 3600
-    print(f"on          {hw.why}")
+    print(f"on          {hw.description}")
     for name, count in parts.items():
         print(f"{name:<11} {count / 1e6:,.2f}M parameters")
     print(f"memory      {memory / 2**30:,.2f} GiB a rank: weights, gradients, optimizer, "
@@ -281,7 +281,7 @@ class Log:
     def __init__(self, run: Path, name: str, steps: int, start: int = 0, rank: int = 0):
         self.steps, self.name, self.file, self.bar = steps, name, None, None
         self.began, self.start = time.time(), start
-        self.gone = False       # whoever read the printed lines
+        self.reader_gone = False       # whoever read the printed lines
         if rank:
             return
         path = run / "log.jsonl"
@@ -311,7 +311,7 @@ class Log:
                       f"{clock(left)} left", flush=True)
             except BrokenPipeError:     # nobody reads: `| head`, or `| tee` by the same Ctrl-C
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                self.gone = True
+                self.reader_gone = True
 
     def close(self):
         if self.bar:
@@ -332,16 +332,16 @@ def clock(seconds: float) -> str:
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
-def reason(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """What went wrong, in one line of a message: torch's advice behind it may be unsafe."""
     return str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
 
 
-class Interrupt:
+class StopSignal:
     """SIGTERM and the first Ctrl-C become a flag, so that the loop saves before it leaves."""
 
     def __init__(self):
-        self.signal, self.before = 0, {}
+        self.received, self.before = 0, {}
         if threading.current_thread() is threading.main_thread():
             for which in (signal.SIGTERM, signal.SIGINT):
                 self.before[which] = signal.signal(which, self._note)
@@ -352,9 +352,9 @@ class Interrupt:
             signal.signal(which, handler)
 
     def _note(self, which, frame):
-        if self.signal:  # asked twice: leave now
+        if self.received:  # asked twice: leave now
             raise KeyboardInterrupt
-        self.signal = which     # `print` would raise where the signal came in the midst of one,
+        self.received = which     # `print` would raise where the signal came in the midst of one,
         with contextlib.suppress(OSError):      # and this where `2>&1 | tee` has heard it too
             os.write(2, b"\nstopping after this step (saving; once more to stop at once)\n")
 
@@ -370,34 +370,35 @@ class Checkpointer:
                  group=None):
         self.out, self.hw, self.steps, self.every, self.write = out, hw, steps, every, write
         self.done = self.saved = start
-        self.group, self.interrupt, self.bad, self.skipped = group, Interrupt(), 0, 0
-        self.left = False       # some rank was told to leave
+        self.group, self.stop_signal = group, StopSignal()
+        self.skipped = self.skipped_in_a_row = 0
+        self.stopping = False       # some rank was told to leave
 
-    def finite(self, loss: float, norm: float) -> bool:
+    def check_loss(self, loss: float, norm: float) -> bool:
         """Whether a step counts; the fifth in a row that doesn't ends the run."""
         if math.isfinite(loss) and math.isfinite(norm):
-            self.bad = 0
+            self.skipped_in_a_row = 0
             return True
-        self.bad, self.skipped = self.bad + 1, self.skipped + 1
+        self.skipped_in_a_row, self.skipped = self.skipped_in_a_row + 1, self.skipped + 1
         if self.hw.rank == 0:
             print(f"step {self.done}: loss {loss}, gradient norm {norm}: step skipped "
-                  f"({self.bad} in a row)")
-        if self.bad == 5:
+                  f"({self.skipped_in_a_row} in a row)")
+        if self.skipped_in_a_row == 5:
             raise UserError(f"five steps in a row were not finite; the last checkpoint of "
                             f"{self.out} is from before; try a lower --lr")
         return False
 
-    def stop(self, done: int, gone: bool = False) -> bool:
+    def after_step(self, done: int, reader_gone: bool = False) -> bool:
         """To be asked after every step: save where it is time; whether to leave now, all ranks,
-        as a signal says or as nobody reads any more (`gone`)."""
+        as a signal says or as nobody reads any more (`reader_gone`)."""
         self.done = done
-        stop = torch.tensor(float(self.interrupt.signal or gone), device=self.hw.device)
+        stop = torch.tensor(float(self.stop_signal.received or reader_gone), device=self.hw.device)
         if self.hw.world > 1:
             dist.all_reduce(stop, group=self.group)
         if done % self.every == 0 or done == self.steps or stop:
             self.save()
-        self.left = bool(stop)
-        return self.left
+        self.stopping = bool(stop)
+        return self.stopping
 
     def save(self):
         """Save now, if this rank is the one to; where that fails `saved` stays behind `done`."""
@@ -408,11 +409,11 @@ class Checkpointer:
         """The last word. Raises UserError where what was done is not saved."""
         if self.saved != self.done:     # it left between two steps, or the disk was full
             self.save()
-        self.interrupt.restore()
+        self.stop_signal.restore()
         if self.saved != self.done:
             raise UserError(f"step {self.done} could not be saved; {self.out} has step "
                             f"{self.saved}")
         if self.saved and self.hw.rank == 0:
             print(f"saved {self.out}/step_{self.saved:06d}")
-        if self.interrupt.signal or self.left:
+        if self.stop_signal.received or self.stopping:
             raise KeyboardInterrupt

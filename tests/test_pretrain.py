@@ -208,7 +208,7 @@ def test_who_leaves_because_another_was_told_to_does_not_end_as_if_it_were_done(
     hw = replace(common.setup("cpu"), world=2)
     watch = common.Checkpointer(tmp_path, hw, 9, 9, 0,
                                 lambda folder: (folder / "it").write_text("all"))
-    assert watch.stop(3) and not watch.interrupt.signal
+    assert watch.after_step(3) and not watch.stop_signal.received
     with pytest.raises(KeyboardInterrupt):
         watch.close()
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000003"]
@@ -253,9 +253,9 @@ def test_a_signal_that_comes_while_stderr_is_written_to(monkeypatch, capfd):
         def write(self, text):
             raise RuntimeError("reentrant call")
     monkeypatch.setattr(sys, "stderr", Busy())
-    told = common.Interrupt()
+    told = common.StopSignal()
     signal.raise_signal(signal.SIGINT)
-    assert told.signal == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
+    assert told.received == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
 
 
 def test_a_writer_killed_at_any_byte_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ from lib import async_rl
 from lib.async_rl import Actor, Collector, from_bytes, Remote, serve, to_bytes, Transfer
 from lib.checkpoint import save_model
 from lib.cli import UserError
-from lib.common import checkpoints, new_life, ROOT, setup
+from lib.common import checkpoints, ROOT, setup, store_of_this_attempt
 from lib.curriculum import Curriculum
 from lib.episodes import ages_of, figures_of
 from lib.rollout import Episode, Play, Policy
@@ -935,21 +935,22 @@ def test_a_rank_that_never_comes_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 1, 2)]))
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="rank 1 waited in vain for 2 ranks"):
+    with pytest.raises(UserError, match="rank 1 waited too long for 2 ranks"):
         setup("cpu")
 
 
-def test_a_new_life_knows_nothing_of_the_last():
+def test_an_attempt_knows_nothing_of_the_one_before():
     """Ranks meet in the same store once more, in whatever order they come."""
     store = dist.HashStore()
     for first in (0, 2, 1):
         met = {}
-        lives = [threading.Thread(target=lambda rank=rank: met.update(
-            {rank: new_life(store, rank, 3)})) for rank in (first, *{0, 1, 2} - {first})]
-        for life in lives:
-            life.start()
-        for life in lives:
-            life.join(20)
+        ranks = [threading.Thread(target=lambda rank=rank: met.update(
+            {rank: store_of_this_attempt(store, rank, 3)}))
+            for rank in (first, *{0, 1, 2} - {first})]
+        for thread in ranks:
+            thread.start()
+        for thread in ranks:
+            thread.join(20)
         assert len(met) == 3 and not met[1].check(["mark"])
         met[0].set("mark", "")
         assert met[2].check(["mark"])
