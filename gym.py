@@ -1,209 +1,303 @@
-"""The gym: categories by name, one driver for every layout, and the reward system.
+"""The gym: 36 categories of tasks, one driver for all kinds of episodes, and the reward system.
 
     python gym.py list                          the categories
-    python gym.py show point --level 2          a sheet of instances, out/gym/point.png
+    python gym.py sheet                         one instance of each on one picture, docs/gym.png
+    python gym.py show point --level=2          many instances of one, out/gym/point.png
+    python gym.py play shape_attr               answer as the model would, in the terminal
     python gym.py check                         the contract that every category keeps
-    python gym.py play gui_form                 be the model, in the terminal
     python gym.py bench                         how fast each category draws
 
-An environment gives no reward; it hands out evidence, and `Rewards` judges that. The two know
-each other only through the table RULES, so a verifier can be mended without touching a task, and
-a verifier that fails gives an error, never a zero that would train the model away from its work.
+In Python:
+
+    task = gym.Task("shape_attr", seed=3, level=1)      # these fields identify the instance
+    env = gym.make(task)
+    obs = env.reset()                                   # obs.text, obs.images (PIL, RGB)
+    step = env.step("<|begin_of_box|>red<|end_of_box|>")        # step.obs, step.done
+    score = gym.Rewards().score(task, env.evidence())   # score.reward in [0, 1], or score.error
+
+`names()` lists the categories, `drive(env)` runs an episode message by message, `demonstrate(task)`
+returns conversations in which the oracle answers, and `play_out(task, policy)` plays an episode to
+its end. An environment never gives a reward: it returns evidence, and `Rewards` scores it. A
+verifier that fails gives an error, never a zero, which would train the model away from a good
+reply. The parts lie in tasks/; tasks/README.md explains them and how to add a category.
 """
-import argparse
+import lib  # first of all, before torch: see lib/__init__.py
+
+import inspect
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 
+from lib.cli import cli, main, Natural, Positive, Range, Seed, UserError
 from tasks import CATEGORIES, verify
-from tasks.base import box, Env, IMAGE, Message, Obs, Step, Task
-from tasks.contract import examine, fingerprints, in_fresh_process
+from tasks.base import box, Env, IMAGE, Message, Obs, OneShot, Step, Task
+from tasks.contact_sheet import contact_sheet
+from tasks.contract import check_category, fingerprints, in_fresh_process
 from tasks.draw import sheet, strip, tile
 from tasks.driver import begin, demonstrate, drive, make, names, play_out
 from tasks.rewards import one_line, Rewards, Score
 
+__all__ = ["begin", "CATEGORIES", "demonstrate", "drive", "Env", "IMAGE", "make", "Message",
+           "names", "Obs", "OneShot", "play_out", "Rewards", "Score", "Step", "Task"]
 
-# --------------------------------------------------------------------------------- the command line
-
-def verb_list(args):
-    """Print the table of categories."""
-    print(f"{'category':16} {'family':11} tier verifier turns layout   pixels chance 0-4")
-    for name, kind in ((name, c.env) for name, c in CATEGORIES.items()):
-        chance = " ".join(f"{kind.chance(level):.2f}" for level in range(5))
-        print(f"{name:16} {kind.family:11} {kind.tier:4} {kind.verifier:8} {kind.max_turns:5} "
-              f"{kind.layout:8} {kind.min_pixels:6} {chance}")
+Level = Annotated[int, Range(0, 4)]
 
 
-def levels(args, default):
-    return range(5) if args.all_levels else [args.level] if args.level is not None else default
+def check_task(task: Task):
+    """Raise UserError unless the task can be made."""
+    try:
+        make(task)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
-def verb_show(args):
-    """Save a sheet of instances with their questions and answers."""
-    rows = []
-    for level in levels(args, [0]):
-        tiles = []
-        for seed in range(args.seed, args.seed + args.count):
-            talks = demonstrate(Task(args.name, seed, level, args.split, args.pixels))
-            turns = [talk[i:i + 2] for talk in talks for i in range(0, len(talk), 2)]
-            many = CATEGORIES[args.name].env.max_turns > 1      # then an episode is a row
-            frames = [tile(strip(asked.images), f"{asked.text.replace(IMAGE, '')}\n> "
-                           f"{verify.boxed(said.text) or said.text}", 192 * len(asked.images))
-                      for asked, said in (turns if many else turns[:1])]
-            rows += [frames] if many else []
-            tiles += [] if many else frames
-        row = max(1, 1300 // max((t.width for t in tiles), default=1))
-        rows += [tiles[i:i + row] for i in range(0, len(tiles), row)]
-    save(sheet(rows), args.out or f"out/gym/{args.name}.png")
-
-
-def save(picture, path):
+def save(picture, path: str):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    try:
+        picture.save(path, optimize=True)
+    except ValueError as error:                 # Pillow knows no format of that name
+        raise UserError(f"{path} can't be written: {error}") from None
     print(path)
 
 
-def verb_check(args):
-    """Measure every clause of the contract; exit code 1 when one is broken."""
-    cases = [(name, level, args.split, args.pixels, args.count)
-             for name in args.names or names() for level in levels(args, [0, 4])]
-    broken, tasks = [], []
+# ---- list ---------------------------------------------------------------------------------------
 
-    def work(case):
-        try:
-            return in_fresh_process("examine", *case) if args.jobs > 1 else examine(*case)
-        except Exception as error:              # one category's fault hides no other's
-            return {}, [one_line(error)]
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for i, (case, (row, wrong)) in enumerate(zip(cases, pool.map(work, cases))):
-            name, level, *_ = case
-            if not i:
-                print(f"{'category':16} lv", *(f"{key:>8}" for key in row))
-            print(f"{name:16} {level:2}", *(f"{value:8.3f}" for value in row.values()), flush=True)
-            if sys.stderr.isatty():
-                print(f"{i + 1}/{len(cases)}", end="\r", file=sys.stderr, flush=True)
-            broken += [f"{name}, level {level}: {clause}" for clause in wrong]
-            tasks += [Task(name, seed, level, args.split, args.pixels)
-                      for seed in range(5) if row]
-    both = zip(tasks, in_fresh_process("fingerprints", tasks), fingerprints(tasks))
-    broken += dict.fromkeys(f"{task.category}, level {task.level}: not the same in a fresh process"
-                            for task, there, here in both if there != here)
-    print("\n".join(broken) or "the contract holds")
-    return 1 if broken else 0
+@dataclass
+class List:
+    pass
 
 
-def verb_bench(args):
-    """Measure how fast instances are drawn, and, where there are several turns, stepped through."""
-    print(f"{'category':16} pixels  a second  ms each  ms a step")
-    rates = []
-    for name in args.names or names():
-        draws, steps = [], []
-        for seed in range(-5, args.count):          # the first ones fill the caches of masks
-            env = make(Task(name, abs(seed), abs(seed) % 5, args.split, args.pixels))
-            start = time.perf_counter()
-            env.reset()
-            draws.append(time.perf_counter() - start)
-            for reply in env.oracle() if env.max_turns > 1 and seed < 20 else ():
-                start = time.perf_counter()
-                env.step(reply)
-                steps.append(time.perf_counter() - start)
-        rates.append((len(draws) - 5) / sum(draws[5:]))
-        print(f"{name:16} {env.pixels:6} {rates[-1]:9.0f} {1000 * np.median(draws[5:]):8.2f}",
-              f"{1000 * np.median(steps):10.2f}" if steps else "", flush=True)
-    print(f"{'median':16} {np.median(rates):16.0f}")
+def list_categories(args: List):
+    """Print the table of categories. chance: the score of the best guess without the picture."""
+    print(f"{'category':16} {'family':11} tier verifier turns layout   pixels chance 0-4")
+    for name, category in CATEGORIES.items():
+        env = category.env
+        chance = " ".join(f"{env.chance(level):.2f}" for level in range(5))
+        print(f"{name:16} {env.family:11} {env.tier:4} {env.verifier:8} {env.max_turns:5} "
+              f"{env.layout:8} {env.min_pixels:6} {chance}")
 
 
-def verb_play(args):
-    """Answer one instance yourself; the pictures of each turn are saved as a PNG."""
-    task = Task(args.name, args.seed, args.level or 0, args.split, args.pixels)
-    lines = [line.strip() for line in args.script.split(";")] if args.script else None
-    env, out = make(task), args.out or f"out/gym/play_{args.name}.png"
-    episode = drive(env)
+# ---- sheet --------------------------------------------------------------------------------------
+
+@dataclass
+class Sheet:
+    out: str = "docs/gym.png"     # the PNG to write
+
+
+def save_contact_sheet(args: Sheet):
+    """Draw one instance of every category on one picture."""
+    save(contact_sheet(), args.out)
+
+
+# ---- show ---------------------------------------------------------------------------------------
+
+@dataclass
+class Show:
+    name: str = ""                # the category; also as a bare word on the command line
+    level: Level = 0              # 0 (easy) to 4
+    all_levels: bool = False      # show levels 0 to 4 instead
+    count: Positive = 12          # instances of each level
+    seed: Seed = 0                # of the first instance
+    split: str = "train"          # train; any other word is a held-out split
+    pixels: Natural = 0           # side of the picture; 0 = the smallest that can be read
+    out: str = ""                 # the PNG to write; default: out/gym/NAME.png
+
+
+def turn_tiles(task: Task) -> list:
+    """One tile for each turn of a demonstration: pictures, question and reply."""
+    tiles = []
+    for conversation in demonstrate(task):
+        for asked, said in zip(conversation[::2], conversation[1::2]):
+            caption = (f"{asked.text.replace(IMAGE, '')}\n> "
+                       f"{verify.boxed(said.text) or said.text}")
+            tiles.append(tile(strip(asked.images), caption, 192 * len(asked.images)))
+    return tiles
+
+
+def show(args: Show):
+    """Save a picture of several instances with their questions and answers."""
+    check_task(Task(args.name, args.seed, args.level, args.split, args.pixels))
+    rows = []
+    for level in range(5) if args.all_levels else [args.level]:
+        tasks = [Task(args.name, args.seed + i, level, args.split, args.pixels)
+                 for i in range(args.count)]
+        if CATEGORIES[args.name].env.max_turns > 1:         # an episode is a row
+            rows += [turn_tiles(task) for task in tasks]
+        else:                                               # only the task's own question
+            tiles = [turn_tiles(task)[0] for task in tasks]
+            columns = max(1, 1300 // max(picture.width for picture in tiles))
+            rows += [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
+    save(sheet(rows), args.out or f"out/gym/{args.name}.png")
+
+
+# ---- play ---------------------------------------------------------------------------------------
+
+@dataclass
+class Play:
+    name: str = ""                # the category; also as a bare word on the command line
+    level: Level = 0              # 0 (easy) to 4
+    seed: Seed = 0                # which instance
+    split: str = "train"          # train; any other word is a held-out split
+    pixels: Natural = 0           # side of the picture; 0 = the smallest that can be read
+    script: str = ""              # replies in place of the keyboard, separated by semicolons
+    out: str = ""                 # PNG of the current turn; default: out/gym/play_NAME.png
+
+
+def read_replies(script: str):
+    """Yield the replies of a script, or those that are typed."""
+    if not script:
+        while True:
+            yield input("> ")
+    for line in script.split(";"):
+        print(">", line.strip())
+        yield line.strip()
+
+
+def play(args: Play):
+    """Answer one instance yourself; the pictures of each turn are saved as a PNG. Two examples that
+    solve their tasks:
+
+    python gym.py play shape_attr --script=triangle
+    python gym.py play gui_form --script="click(375, 375); click(874, 125); click(749, 874)"
+    """
+    task = Task(args.name, args.seed, args.level, args.split, args.pixels)
+    check_task(task)
+    episode, replies = drive(make(task)), read_replies(args.script)
     messages = next(episode)
-    # the marks of a boxed answer are tedious to type, so they are put around it
-    boxes = verify.BEGIN in play_out(task)[1][0]
+    # Where the right reply stands between box marks, these are added: they are tedious to type.
+    boxed = verify.BEGIN in play_out(task)[1][0]
     try:
         while True:
             if messages[-1].images:
-                save(strip(messages[-1].images), out)
+                save(strip(messages[-1].images), args.out or f"out/gym/play_{args.name}.png")
             print(messages[-1].text.replace(IMAGE, ""))
-            if lines is None:
-                reply = input("> ")
-            elif lines:
-                print(">", reply := lines.pop(0))
-            else:
+            reply = next(replies, None)
+            if reply is None:
                 print("the script ended before the task did")
-                return 0
-            bare = not boxes or verify.BEGIN in reply or reply == "done()"
-            messages = episode.send(reply if bare else box(reply))
+                return
+            if boxed and verify.BEGIN not in reply and reply != "done()":
+                reply = box(reply)
+            messages = episode.send(reply)
     except StopIteration as end:
         score = Rewards().score(task, end.value)
         print(f"reward {score.reward:.2f} {score.error or score.parts} "
               f"(gold: {end.value.get('gold')!s:.500})")
     except EOFError:
         print("stopped")
-    return 0
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
+# ---- check --------------------------------------------------------------------------------------
+
+@dataclass
+class Check:
+    names: list[str] = field(default_factory=list)  # categories, also as bare words; default: all
+    level: Literal["ends", "0", "1", "2", "3", "4"] = "ends"    # 0 (easy) to 4; ends = 0 and 4
+    all_levels: bool = False      # check levels 0 to 4 instead
+    count: Positive = 200         # instances of each category and level
+    split: str = "train"          # train; any other word is a held-out split
+    pixels: Natural = 0           # side of the picture; 0 = the smallest that can be read
+    jobs: Positive = 1            # processes side by side
 
 
-def parser():
-    verbs = {"list": verb_list, "show": verb_show, "check": verb_check, "play": verb_play,
-             "bench": verb_bench}
-    top = Parser(prog="gym.py", description=__doc__,
-                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    subs = top.add_subparsers(dest="verb", required=True, metavar="|".join(verbs))
-    for name, call in verbs.items():
-        sub = subs.add_parser(name, help=call.__doc__, description=call.__doc__)
-        sub.set_defaults(call=call)
-        if name == "list":
-            continue
-        sub.add_argument("--split", default="train", help="train, or anything else: held out")
-        sub.add_argument("--pixels", type=int, default=0, help="side of the picture; 0: the least")
-        if name in ("check", "bench"):
-            sub.add_argument("names", nargs="*", metavar="NAME", help="categories (default: all)")
-        else:
-            sub.add_argument("name", metavar="NAME", help="a category")
-            sub.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
-            sub.add_argument("--out", help="the PNG to write (default: under out/gym)")
-        if name != "bench":
-            sub.add_argument("--level", type=int, help="0 (easy) to 4")
-        if name == "play":
-            sub.add_argument("--script", help='replies instead of a person, "click(1, 2); ..."')
-        else:
-            sub.add_argument("--count", type=int, default=12 if name == "show" else 200,
-                             help="how many instances (default %(default)s)")
-        if name in ("show", "check"):
-            sub.add_argument("--all-levels", action="store_true", help="levels 0 to 4")
-        if name == "check":
-            sub.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    return top
+def check(args: Check):
+    """Measure every clause of the contract (tasks/contract.py lists them). The exit code is 1 when
+    one is broken."""
+    for name in args.names:
+        check_task(Task(name, 0, split=args.split, pixels=args.pixels))
+    levels = [0, 4] if args.level == "ends" else [int(args.level)]
+    cases = [(name, level, args.split, args.pixels, args.count)
+             for name in args.names or names()
+             for level in (range(5) if args.all_levels else levels)]
+
+    def measure(case):
+        try:
+            if args.jobs > 1:
+                return in_fresh_process("check_category", *case)
+            return check_category(*case)
+        except Exception as error:              # a fault in one category must not hide the others
+            return {}, [one_line(error)]
+
+    broken, tasks = [], []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for i, (case, (row, violations)) in enumerate(zip(cases, pool.map(measure, cases))):
+            name, level, *_ = case
+            if i == 0:
+                print(f"{'category':16} lv", *(f"{key:>8}" for key in row))
+            print(f"{name:16} {level:2}", *(f"{value:8.3f}" for value in row.values()), flush=True)
+            if sys.stderr.isatty():
+                print(f"{i + 1}/{len(cases)}", end="\r", file=sys.stderr, flush=True)
+            broken += [f"{name}, level {level}: {clause}" for clause in violations]
+            if row:
+                tasks += [Task(name, seed, level, args.split, args.pixels) for seed in range(5)]
+    there, here = in_fresh_process("fingerprints", tasks), fingerprints(tasks)
+    differ = [task for task, one, other in zip(tasks, there, here) if one != other]
+    broken += dict.fromkeys(f"{task.category}, level {task.level}: not the same in a fresh process"
+                            for task in differ)
+    print("\n".join(broken) or "the contract holds")
+    if broken:
+        sys.exit(1)
 
 
-def main(argv=None) -> int:
-    """The command line: 0 on success, 1 on a broken contract, 2 on bad input."""
-    try:
-        args = parser().parse_args(argv)
-        for option in ("count", "jobs"):
-            if getattr(args, option, 1) < 1:
-                raise ValueError(f"--{option} must be at least 1, not {getattr(args, option)}")
-        for name in [args.name] if "name" in args else getattr(args, "names", []):
-            level = getattr(args, "level", None) or 0
-            make(Task(name, getattr(args, "seed", 0), level, args.split, args.pixels))
-        return args.call(args) or 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+# ---- bench --------------------------------------------------------------------------------------
+
+@dataclass
+class Bench:
+    names: list[str] = field(default_factory=list)  # categories, also as bare words; default: all
+    count: Positive = 200         # instances of each category, levels 0 to 4 in turn
+    split: str = "train"          # train; any other word is a held-out split
+    pixels: Natural = 0           # side of the picture; 0 = the smallest that can be read
+
+
+def bench(args: Bench):
+    """Measure how fast instances are drawn and, where there are several turns, stepped through."""
+    for name in args.names:
+        check_task(Task(name, 0, split=args.split, pixels=args.pixels))
+    print(f"{'category':16} pixels  a second  ms each  ms a step")
+    rates, warmup = [], 5                       # the first ones fill the caches of masks
+    for name in args.names or names():
+        draws, steps = [], []
+        for seed in range(-warmup, args.count):
+            env = make(Task(name, abs(seed), abs(seed) % 5, args.split, args.pixels))
+            start = time.perf_counter()
+            env.reset()
+            draws.append(time.perf_counter() - start)
+            if env.max_turns > 1 and seed < 20:
+                for reply in env.oracle():
+                    start = time.perf_counter()
+                    env.step(reply)
+                    steps.append(time.perf_counter() - start)
+        rates.append((len(draws) - warmup) / sum(draws[warmup:]))
+        print(f"{name:16} {env.pixels:6} {rates[-1]:9.0f} {1000 * np.median(draws[warmup:]):8.2f}",
+              f"{1000 * np.median(steps):10.2f}" if steps else "", flush=True)
+    print(f"{'median':16} {np.median(rates):16.0f}")
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+VERBS = {                       # verb: (options, function, the option that bare words are for)
+    "list": (List, list_categories, None), "sheet": (Sheet, save_contact_sheet, None),
+    "show": (Show, show, "name"), "play": (Play, play, "name"),
+    "check": (Check, check, "names"), "bench": (Bench, bench, "names")}
+
+
+def entry(argv: list[str] | None = None):
+    """Run a verb. Exit codes: 0, 1 for a broken contract, 2 for bad input, 130 for Ctrl-C."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in ("--help", "-h"):
+        print(__doc__ + f"\nVerbs: {', '.join(VERBS)}; `python gym.py VERB --help` lists the "
+              "options of one.")
+        return
+    if not words or words[0] not in VERBS:
+        what = f"'{words[0]}' is not one of" if words else "a verb is missing:"
+        raise UserError(f"{what} {', '.join(VERBS)}; --help explains them")
+    config, act, positional = VERBS[words[0]]
+    act(cli(config, words[1:], inspect.getdoc(act) + "\n", positional))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(entry)

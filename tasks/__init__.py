@@ -1,8 +1,9 @@
 """The 36 task categories, each registered once, in the table CATEGORIES.
 
-An entry names the environment's class, the verifiers that judge its evidence, and how their scores
-are combined. Environments never import this table, and verifiers never import an environment, so
-either side can be changed without the other.
+An entry names the class of the environment, the verifiers that score its evidence, and how their
+scores are combined. Environments never import this table, and verifiers never import an
+environment, so either side can be changed without the other. tasks/README.md shows how to add a
+category of your own.
 """
 from dataclasses import dataclass
 
@@ -13,16 +14,19 @@ from .base import Env, Message, Obs, OneShot, Step, Task
 
 @dataclass(frozen=True)
 class Category:
-    """env: the class of its environments. verifiers: {name of the part: verifier or (verifier,
+    """One entry of the table.
+
+    env: the class of the environments. verifiers: {name of the part: verifier or (verifier,
     weight)}; a verifier is a function from evidence to a score in [0, 1], or a question for the
-    model judge, which is left out where there is no judge. combine: mean (weighted), product, or
-    gate (the first part must be 1 for the mean of the others to count)."""
+    model judge, which is skipped where there is no judge. combine: "mean" (weighted), "product",
+    or "gate" (the weighted mean of the other parts, and 0 unless the first part is 1).
+    """
     env: type[Env]
     verifiers: dict
     combine: str = "mean"
 
     def parts(self) -> dict[str, tuple]:
-        """{name of the part: (verifier or question, weight)}, every weight written out."""
+        """{name of the part: (verifier or question, weight)}, with the default weight of 1."""
         return {name: part if isinstance(part, tuple) else (part, 1)
                 for name, part in self.verifiers.items()}
 

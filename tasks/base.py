@@ -1,11 +1,11 @@
-"""What a task is, and what an environment owes its driver.
+"""Tasks, observations, and the interface of an environment.
 
-A Task is five plain fields and the whole identity of an instance: the same five fields give the
-same bytes in any process. An environment shows observations, takes text, and at the end hands out
-evidence; it never says how good a reply was, that is the business of the reward system (gym.py).
+A Task is five plain fields, which identify an instance completely: the same five fields give the
+same bytes in any process. An environment shows observations, takes replies as text, and returns
+evidence at the end. It does not judge a reply; the reward system (rewards.py) does.
 
-Most categories are `OneShot`: one picture, one question, one reply, about 25 lines of `make`.
-Nothing under tasks/ imports torch, so a worker process starts in a fifth of a second.
+Most categories derive from `OneShot`: one picture, one question, one reply, about 25 lines of
+`make`. Nothing under tasks/ imports torch, so a worker process starts in a fifth of a second.
 """
 from dataclasses import dataclass, field
 from typing import Any, Iterator
@@ -18,7 +18,8 @@ IMAGE = "<|image|>"
 
 @dataclass(frozen=True)
 class Task:
-    """The identity of one instance. pixels=0 means the category's least size. [O]"""
+    """The identity of one instance. pixels: the side of the picture; 0 means the smallest size at
+    which the category can be read. [O]"""
     category: str
     seed: int
     level: int = 0              # 0 (easy) to 4
@@ -28,7 +29,7 @@ class Task:
 
 @dataclass
 class Obs:
-    """What the model sees: text with one `<|image|>` where each of the PIL RGB images goes."""
+    """What the model sees: PIL images in RGB, and text with one `<|image|>` for each of them."""
     text: str
     images: list = field(default_factory=list)
 
@@ -38,7 +39,8 @@ class Obs:
 
 @dataclass
 class Step:
-    """What a reply led to. `truncated`: the turns ran out before the task was finished."""
+    """The result of a reply. obs: the next observation, None at the end. truncated: the turns ran
+    out before the task was finished."""
     obs: Obs | None
     done: bool
     truncated: bool = False
@@ -47,24 +49,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Message:
+    """One message of a conversation; its text has one `<|image|>` for each image."""
     role: str                   # system | user | assistant | observation
     text: str
     images: tuple = ()
 
 
 def stream(task: Task) -> np.random.Generator:
-    """The random stream of a task; splits never share one. [O]"""
+    """The random generator of a task. It is seeded by all fields but the size, so splits never
+    share random numbers, and a larger picture shows the same scene. [O]"""
     key = [crc32(task.category.encode()), crc32(task.split.encode()), task.level, task.seed]
     return np.random.default_rng(key)
 
 
 def pick(rng, options):
-    """One of a sequence, uniformly (Generator.choice is ten times slower on short lists)."""
+    """Draw one element of a sequence, uniformly (Generator.choice is ten times slower here)."""
     return options[int(rng.integers(len(options)))]
 
 
 def held(text: str) -> bool:
-    """Whether a string is kept out of training: one in five, by its checksum alone. [O]"""
+    """Whether a string is held out of training. One in five is, decided by its checksum. [O]"""
     return crc32(text.encode()) % 5 == 0
 
 
@@ -80,25 +84,27 @@ def click(area) -> str:
 
 
 def middle(area) -> tuple[int, int]:
+    """The centre of (x0, y0, x1, y1), rounded to integers."""
     return round((area[0] + area[2]) / 2), round((area[1] + area[3]) / 2)
 
 
 def recap(goal: str, actions: list[str]) -> str:
-    """The prompt of one turn in the segment layout: picture, goal, earlier actions as text. [C]"""
+    """The prompt of one turn in the segment layout: the current picture, the goal, and the earlier
+    actions as text. [C]"""
     return "\n".join([IMAGE + goal, *actions])
 
 
 class Env:
-    """One instance of a category. Subclasses say what it shows and when it ends."""
+    """One instance of a category. Subclasses define what it shows and when it ends."""
     family = "perception"       # perception | reasoning | agent
     tier = 0                    # 0 perception, 1 grounding, 2 one action, 3 trajectory
     max_turns = 1
-    min_pixels = 64             # the least size at which a question has one right answer
+    min_pixels = 64             # the smallest size at which a question has one right answer
     verifier = ""               # for the table: EX, NUM, ED, HIT, STATE, ...
     layout = "append"           # append: one growing stream; segment: a fresh prompt every turn
-    why = ""                    # the thought behind the oracle's last reply, where it has one
-    more: list = []             # further (question, reply) about this picture, to learn from
-    blind: tuple = ()           # see `chance`: five values, one a level
+    why = ""                    # the thought behind the oracle's last reply; "" if there is none
+    more: list = []             # further (question, reply) about this picture, for pretraining
+    blind: tuple = ()           # see `chance`: five values, one for each level
 
     def __init__(self, task: Task):
         self.task, self.level, self.rng = task, task.level, stream(task)
@@ -107,44 +113,47 @@ class Env:
 
     @classmethod
     def chance(cls, level: int) -> float:
-        """Score of the best guess that does not look at the picture, from the train split."""
+        """Score of the best guess without the picture, measured on the train split."""
         return cls.blind[level]
 
     def reset(self) -> Obs:
-        """The first observation; call once, before anything else."""
+        """Return the first observation. Call it once, before anything else."""
         raise NotImplementedError
 
     def step(self, text: str) -> Step:
-        """Take a reply. Never raises on what a model wrote; safe after the end."""
+        """Take a reply. Never raises on what a model wrote, and is safe to call after the end."""
         raise NotImplementedError
 
     def evidence(self) -> dict:
-        """All that a verifier needs, picklable: the reply or the final state, and the gold."""
+        """Everything that a verifier needs, picklable: the reply or the final state, and the right
+        answer under the key "gold"."""
         raise NotImplementedError
 
     def oracle(self) -> Iterator[str]:
-        """Replies that solve the task, each made from the state at the time it is asked for."""
+        """Yield replies that solve the task. Each is computed from the state at the moment when it
+        is requested."""
         raise NotImplementedError
 
     def glance(self, rng) -> str:
-        """The reply of one who sees what is there but not what is asked: a baseline that must
-        fall as the level rises."""
+        """The reply of a baseline that sees the picture but ignores the question. Its score must
+        fall as the level rises (contract.py)."""
         raise NotImplementedError
 
     def close(self):
-        """Release what the instance holds."""
+        """Release the resources of the instance; by default there are none."""
 
 
 class OneShot(Env):
-    """One question, one reply. `make` returns (Obs, gold)."""
-    shown: list = []            # see `glance`: what might be the gold of some question
-    obs: Obs | None = None      # once drawn
+    """One question, one reply. A subclass only has to define `make`."""
+    shown: list = []            # golds that some question about this picture could have; `glance`
+    obs: Obs | None = None      # set once the picture is drawn
 
     def make(self) -> tuple[Obs, Any]:
+        """Draw the instance from `self.rng` and return (observation, right answer)."""
         raise NotImplementedError
 
     def reply(self, gold) -> str:
-        """The right reply to the own question."""
+        """The right reply to the task's own question."""
         return box(gold)
 
     def reset(self):
@@ -168,6 +177,6 @@ class OneShot(Env):
         return self.reply(pick(rng, self.shown))
 
     def turns(self) -> list[tuple[str, str]]:
-        """Up to five (question, reply) about the picture; the first is the task's own. Several
-        turns per image are what breaks the plateau before the image is used at all. [O]"""
+        """All (question, reply) about the picture, the task's own question first. Training on
+        several questions per picture shortens the plateau before the model uses it at all. [O]"""
         return [(self.obs.text, self.reply(self.gold)), *self.more]

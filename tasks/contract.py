@@ -1,4 +1,21 @@
-"""What `gym.py check` measures of a category."""
+"""The contract that every category keeps, and how `gym.py check` measures it.
+
+For one category at one level, averaged over `count` tasks:
+
+    oracle      the oracle's replies earn 1
+    other       the right replies of another task earn no more than chance
+    random      replies of the right form with random content earn no more than chance
+    majority    the best constant reply earns no more than chance
+    no image    the best guess from the text of the question earns no more than chance
+    echo        the question, repeated as the reply, earns nothing
+    empty       an empty reply earns nothing
+    hacks       known tricks (verify.hacks) earn nothing
+    glance      a baseline that sees the picture but ignores the question earns less at level 4
+                than at level 0, so that higher levels are harder
+
+Besides, the same task gives the same bytes in a fresh process, evidence survives pickling, and a
+step after the end changes nothing. The list is our own [O].
+"""
 import hashlib
 import math
 import pickle
@@ -12,19 +29,22 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import CATEGORIES, verify
-from tasks.base import box, OneShot, Task
-from tasks.driver import demonstrate, make, play_out
-from tasks.rewards import Rewards
+from . import CATEGORIES, verify
+from .base import box, OneShot, Task
+from .driver import demonstrate, make, play_out
+from .rewards import Rewards
 
+
+# ---- the same bytes in a fresh process ----------------------------------------------------------
 
 def fingerprint(task: Task) -> str:
-    """A digest of everything that the demonstrations of a task show and say, and of its gold."""
+    """A digest of the pictures, the texts and the gold of a task and of its demonstrations."""
     digest = hashlib.sha256(repr(play_out(task)).encode())
-    for message in (m for conversation in demonstrate(task) for m in conversation):
-        digest.update(f"{message.role}\0{message.text}\0".encode())
-        for image in message.images:
-            digest.update(repr(image.size).encode() + image.tobytes())
+    for conversation in demonstrate(task):
+        for message in conversation:
+            digest.update(f"{message.role}\0{message.text}\0".encode())
+            for image in message.images:
+                digest.update(repr(image.size).encode() + image.tobytes())
     return digest.hexdigest()
 
 
@@ -32,21 +52,30 @@ def fingerprints(tasks: list[Task]) -> list[str]:
     return [fingerprint(task) for task in tasks]
 
 
-def in_fresh_process(call: str, *args):
-    """What tasks.contract.<call>(*args) gives in a fresh process."""
+def in_fresh_process(function: str, *args):
+    """Call tasks.contract.<function>(*args) in a new Python process and return its result."""
     code = ("import pickle, sys; from tasks import contract; "
-            "call, args = pickle.load(sys.stdin.buffer); "
-            "sys.stdout.buffer.write(pickle.dumps(getattr(contract, call)(*args)))")
-    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps((call, args)),
+            "function, args = pickle.load(sys.stdin.buffer); "
+            "sys.stdout.buffer.write(pickle.dumps(getattr(contract, function)(*args)))")
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps((function, args)),
                           check=True, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
     return pickle.loads(done.stdout)
 
 
+# ---- baselines ----------------------------------------------------------------------------------
+
 def scramble(reply: str, rng) -> str:
-    """The same form with other digits and, in a boxed answer or between quotes, other letters."""
+    """A reply of the same form with random content: other digits everywhere and, inside the box
+    marks or between quotes, other letters."""
     def other(found):
-        return "".join(str(rng.integers(1, 10)) if c.isdigit() else
-                       chr(rng.integers(97, 123)) if c.isalpha() else c for c in found[0])
+        characters = []
+        for c in found[0]:
+            if c.isdigit():
+                c = str(rng.integers(1, 10))
+            elif c.isalpha():
+                c = chr(rng.integers(97, 123))
+            characters.append(c)
+        return "".join(characters)
 
     answer = verify.boxed(reply)
     if answer is None:
@@ -54,134 +83,174 @@ def scramble(reply: str, rng) -> str:
     return box(other([answer]))
 
 
-class Exam:
-    """The measurements of one category at one level, each a mean over `count` seeds. What the
-    blind baselines may learn from is other seeds, four times as many, or as many where an
-    episode has several turns."""
+@lru_cache(maxsize=None)
+def glance_score(category, level, split, pixels, count) -> float:
+    """Score of a baseline that sees the picture but ignores the question (`Env.glance`), averaged
+    over `count` tasks."""
+    rng, rewards = np.random.default_rng(level), Rewards()
+    tasks = [Task(category, seed, level, split, pixels) for seed in range(count)]
+
+    def policy(env, messages):
+        return env.glance(rng)
+
+    return float(np.mean([rewards.score(task, play_out(task, policy)[2]).reward
+                          for task in tasks]))
+
+
+class CategoryCheck:
+    """Measurements of one category at one level, averaged over the tasks of seeds 0..count-1.
+
+    A *script* is a tuple of replies, one for each turn. The baselines without a picture learn from
+    tasks of other seeds, `known`: four times `count` of them, or as many as `count` where an
+    episode has several turns and takes longer.
+    """
 
     def __init__(self, category: str, level: int, split="train", pixels=0, count=200):
         self.one_shot = issubclass(CATEGORIES[category].env, OneShot)
-        self.rewards, self.count, self.earned = Rewards(), count, {}
-        self.identity = category, level, split, pixels
-        self.task = lambda seed: Task(category, seed, level, split, pixels)
-        self.known = [self.task(100_000 + i) for i in range(count * (4 if self.one_shot else 1))]
+        self.category, self.level, self.split, self.pixels = category, level, split, pixels
+        self.count = count
+        self.rewards = Rewards()
+        self.cache = {}                 # (task, script): its reward
         self.tasks = [self.task(seed) for seed in range(count)]
+        self.known = [self.task(100_000 + i) for i in range(count * (4 if self.one_shot else 1))]
+        # (prompt, replies, evidence) of the oracle
         self.played = {task: play_out(task) for task in self.tasks + self.known}
         self.solved = [self.played[task] for task in self.tasks]
         start = time.perf_counter()
         self.mean([replies for _, replies, _ in self.solved[:5]])
-        self.slow = not self.one_shot or time.perf_counter() - start > 0.01    # 2 ms a verdict
-        self.sees = any(m.images for task in self.tasks[:5] for c in demonstrate(task) for m in c)
+        self.slow = not self.one_shot or time.perf_counter() - start > 0.01     # 2 ms a reward
+        self.has_images = any(message.images for task in self.tasks[:5]
+                              for conversation in demonstrate(task) for message in conversation)
 
-    def reward(self, task, evidence):
-        """A verifier's error is the category's fault, so here it is raised."""
+    def task(self, seed: int) -> Task:
+        return Task(self.category, seed, self.level, self.split, self.pixels)
+
+    def score(self, task, evidence) -> float:
+        """The reward. A verifier's error is a fault of the category, so it is raised here."""
         score = self.rewards.score(task, evidence)
         if score.error:
             raise RuntimeError(f"{task}: {score.error}")
         return score.reward
 
-    def worth(self, task, script) -> float:
-        """What a script earns. One reply changes nothing but itself: no need to draw again."""
+    def reward(self, task, script) -> float:
+        """The reward of a script. In a one-shot task only the reply changes in the evidence, so
+        the task is not drawn again."""
         key = task, tuple(script)
-        if key not in self.earned:
-            evidence = self.played[task][2]
-            self.earned[key] = self.reward(task, {**evidence, "reply": script[0]} if self.one_shot
-                                           else play_out(task, script)[2])
-        return self.earned[key]
+        if key not in self.cache:
+            if self.one_shot:
+                evidence = {**self.played[task][2], "reply": script[0]}
+            else:
+                evidence = play_out(task, script)[2]
+            self.cache[key] = self.score(task, evidence)
+        return self.cache[key]
 
-    def mean(self, scripts):
-        return float(np.mean([self.worth(*pair) for pair in zip(self.tasks, scripts)]))
+    def mean(self, scripts) -> float:
+        """The mean reward of one script for each task."""
+        return float(np.mean([self.reward(*pair) for pair in zip(self.tasks, scripts)]))
 
-    def best_script(self, tasks, few=16, seeds=200):
-        """(worth, script) of that which earns most on these tasks; few tasks prove little."""
+    def best_script(self, tasks, candidates: int, sample: int):
+        """(lower bound of its reward, script): of the most frequent right replies to `tasks`, the
+        one that earns most on all of them. The bound is half a standard error below the mean,
+        so that a script which was tried on few tasks is not preferred by luck."""
         if self.slow:
-            few, seeds = 4, 10
-        scripts = Counter(tuple(self.played[task][1]) for task in tasks)
-        tasks = tasks[:seeds]
-        return max((sum(self.worth(task, script) for task in tasks) / len(tasks)
-                    - 0.5 / math.sqrt(len(tasks)), script)
-                   for script, _ in scripts.most_common(few))
+            candidates, sample = 4, 10
+        right = Counter(tuple(self.played[task][1]) for task in tasks)
+        tasks = tasks[:sample]
+        best = None
+        for script, _ in right.most_common(candidates):
+            mean = sum(self.reward(task, script) for task in tasks) / len(tasks)
+            bound = mean - 0.5 / math.sqrt(len(tasks))
+            if best is None or (bound, script) > best:
+                best = bound, script
+        return best
 
-    def blind(self):
-        """(majority, image-free): the best constant; and the best script for the prompt, or for
-        one of its words, whichever promises most."""
+    def blind_baselines(self) -> tuple[float, float]:
+        """(majority, no image). majority: the best constant script. no image: for each prompt the
+        script that earned most on known tasks with the same prompt, or with one of its words in
+        theirs, or the constant, whichever has the highest bound."""
         def clues(prompt):
             return dict.fromkeys([prompt, *prompt.split()])
 
-        constant, groups = self.best_script(self.known), {}
-        for task in self.known if self.sees else ():
-            for clue in clues(self.played[task][0]):
-                groups.setdefault(clue, []).append(task)
-        best = {c: self.best_script(g, 6, 50) for c, g in groups.items() if len(g) >= 10}
-        informed = [max([constant, *(best[c] for c in clues(prompt) if c in best)])[1]
-                    for prompt, _, _ in self.solved]
+        constant = self.best_script(self.known, candidates=16, sample=200)
+        tasks_with = {}                             # clue: the known tasks whose prompt has it
+        if self.has_images:
+            for task in self.known:
+                for clue in clues(self.played[task][0]):
+                    tasks_with.setdefault(clue, []).append(task)
+        best = {clue: self.best_script(tasks, candidates=6, sample=50)
+                for clue, tasks in tasks_with.items() if len(tasks) >= 10}
+        informed = []
+        for prompt, _, _ in self.solved:
+            options = [constant, *(best[clue] for clue in clues(prompt) if clue in best)]
+            informed.append(max(options)[1])
         return self.mean([constant[1]] * self.count), self.mean(informed)
 
-    def hacked(self):
-        """The most that a hack earns; where there are many turns, a hack on each."""
+    def best_hack(self) -> float:
+        """The highest reward of a known hack on four tasks; where an episode has many turns, each
+        turn is another hack."""
         earned = []
         for task, (prompt, replies, _) in list(zip(self.tasks, self.solved))[:4]:
-            tricks = verify.hacks(replies[0], prompt)
-            n = 1 if self.one_shot else make(task).max_turns
-            earned += [self.worth(task, tricks[i:i + n]) for i in range(0, len(tricks), n)]
+            hacks = verify.hacks(replies[0], prompt)
+            turns = 1 if self.one_shot else make(task).max_turns
+            for i in range(0, len(hacks), turns):
+                earned.append(self.reward(task, hacks[i:i + turns]))
         return max(earned)
 
     def measure(self) -> dict[str, float]:
-        """The row of the table."""
-        rng, scripts = np.random.default_rng(0), [replies for _, replies, _ in self.solved]
-        noise = [[scramble(reply, rng) for reply in script] for script in scripts]
-        majority, blind = self.blind()
-        category, level, split, pixels = self.identity
-        look = [glance(category, at, split, pixels, max(40, self.count)) for at in (0, 4)]
-        return {"chance": CATEGORIES[category].env.chance(level),
-                "oracle": self.mean(scripts), "other": self.mean(scripts[1:] + scripts[:1]),
-                "random": self.mean(noise), "majority": majority, "no image": blind,
+        """One row of the table, {column: value}, as the docstring on top lists them."""
+        rng = np.random.default_rng(0)
+        right = [replies for _, replies, _ in self.solved]
+        random = [[scramble(reply, rng) for reply in replies] for replies in right]
+        majority, no_image = self.blind_baselines()
+        glance = {level: glance_score(self.category, level, self.split, self.pixels,
+                                      max(40, self.count)) for level in (0, 4)}
+        return {"chance": CATEGORIES[self.category].env.chance(self.level),
+                "oracle": self.mean(right), "other": self.mean(right[1:] + right[:1]),
+                "random": self.mean(random), "majority": majority, "no image": no_image,
                 "echo": self.mean([[prompt] for prompt, _, _ in self.solved]),
-                "empty": self.mean([[""]] * self.count), "hacks": self.hacked(),
-                "glance 0": look[0], "glance 4": look[1]}
+                "empty": self.mean([[""]] * self.count), "hacks": self.best_hack(),
+                "glance 0": glance[0], "glance 4": glance[4]}
+
+    # ---- the clauses ----------------------------------------------------------------------------
 
     def violations(self, row: dict) -> list[str]:
-        """The clauses of the contract that do not hold. Means over few seeds are noisy: bounds on
-        them are wider by one over the root of their number."""
-        slack = 0.10 + 1 / math.sqrt(self.count)
-        blind = ("other", "random", "majority", *["no image"] * self.sees)
-        wrong = [f"{name} {row[name]:.2f} is too far above chance, {row['chance']:.2f}"
-                 for name in blind if row[name] > row["chance"] + slack]
-        wrong += [f"{name} {row[name]:.2f} is above 0.05" for name in ("echo", "empty", "hacks")
-                  if row[name] > 0.05]
+        """The clauses of the contract that a row of `measure` breaks, in words. Means over few
+        tasks are noisy, so the bounds on them are wider by 1 / sqrt(count)."""
+        margin = 0.10 + 1 / math.sqrt(self.count)
+        broken = []
+        for name in ("other", "random", "majority", *["no image"] * self.has_images):
+            if row[name] > row["chance"] + margin:
+                broken.append(f"{name} {row[name]:.2f} is too far above chance, "
+                              f"{row['chance']:.2f}")
+        broken += [f"{name} {row[name]:.2f} is above 0.05" for name in ("echo", "empty", "hacks")
+                   if row[name] > 0.05]
         if row["oracle"] < 1 - 1e-9:
-            wrong.append(f"oracle {row['oracle']:.3f} is not 1")
-        if row["chance"] > max(row["majority"], row["no image"]) + slack:
-            wrong.append("declared chance is above what blind guessing gives")
-        if not row["glance 4"] < row["glance 0"]:       # true also of nan, a verifier's error
-            wrong.append("level 4 is not harder than level 0 for a glance")
-        for task, (_, replies, evidence) in list(zip(self.tasks, self.solved))[:10]:
-            if pickle.loads(pickle.dumps(evidence)) != evidence:
-                wrong.append("the evidence does not survive pickling")
-            if self.one_shot and play_out(task, ["?"])[2] != {**evidence, "reply": "?"}:
-                wrong.append("more of the evidence than the reply depends on the reply")
-            env = make(task)
-            env.reset()
-            late = [env.step(reply) for reply in [*replies, replies[-1], "?", ""]]
-            if not all(step.done for step in late[-4:]) or env.evidence() != evidence:
-                wrong.append("steps after the end change something")
+            broken.append(f"oracle {row['oracle']:.3f} is not 1")
+        if row["chance"] > max(row["majority"], row["no image"]) + margin:
+            broken.append("the declared chance is above what guessing without the picture earns")
+        if not row["glance 4"] < row["glance 0"]:       # also true of nan, a verifier's error
+            broken.append("level 4 is not harder than level 0 for the glance baseline")
+        for task, solved in list(zip(self.tasks, self.solved))[:10]:
+            broken += self.misbehaviour(task, *solved)
+        return broken
+
+    def misbehaviour(self, task, prompt, replies, evidence) -> list[str]:
+        """What is wrong with the evidence of one solved task, or with steps after its end."""
+        wrong = []
+        if pickle.loads(pickle.dumps(evidence)) != evidence:
+            wrong.append("the evidence does not survive pickling")
+        if self.one_shot and play_out(task, ["?"])[2] != {**evidence, "reply": "?"}:
+            wrong.append("more of the evidence than the reply depends on the reply")
+        env = make(task)
+        env.reset()
+        steps = [env.step(reply) for reply in [*replies, replies[-1], "?", ""]]
+        if not all(step.done for step in steps[-4:]) or env.evidence() != evidence:
+            wrong.append("steps after the end change something")
         return wrong
 
 
-@lru_cache(maxsize=None)
-def glance(category, level, split, pixels, count) -> float:
-    """What one earns who sees but does not heed the question."""
-    rng, rewards = np.random.default_rng(level), Rewards()
-    tasks = [Task(category, seed, level, split, pixels) for seed in range(count)]
-
-    def look(env, messages):
-        return env.glance(rng)
-
-    return float(np.mean([rewards.score(t, play_out(t, look)[2]).reward for t in tasks]))
-
-
-def examine(category, level, split="train", pixels=0, count=200):
-    """The row of one category at one level, and what is wrong with it."""
-    exam = Exam(category, level, split, pixels, count)
-    row = exam.measure()
-    return row, exam.violations(row)
+def check_category(category, level, split="train", pixels=0, count=200):
+    """(the row of one category at one level, the list of the clauses that it breaks)."""
+    check = CategoryCheck(category, level, split, pixels, count)
+    row = check.measure()
+    return row, check.violations(row)

@@ -1,22 +1,21 @@
-"""Environments by name, and one driver for every layout."""
+"""Make an environment from a task and run episodes in it, whatever their layout."""
 import difflib
 from functools import lru_cache
 
-from tasks import CATEGORIES
-from tasks.base import Env, IMAGE, Message, OneShot, Task
-
+from . import CATEGORIES
+from .base import Env, IMAGE, Message, OneShot, Task
 
 MOST_PIXELS = 1024
 
 
 def names(pixels: int = MOST_PIXELS) -> list[str]:
-    """The categories that can be read at this size, in the order of the table."""
+    """The categories whose questions can be answered at this picture size, in table order."""
     return [name for name, category in CATEGORIES.items()
             if category.env.min_pixels <= pixels]
 
 
 def make(task: Task) -> Env:
-    """The environment of a task. Raises ValueError, in one line, on a task that can't be. [O]"""
+    """The environment of a task. Raises ValueError, in one line, if a field is out of range. [O]"""
     if task.category not in CATEGORIES:
         near = difflib.get_close_matches(str(task.category), CATEGORIES, 3, 0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "`gym.py list` shows them"
@@ -38,14 +37,15 @@ def make(task: Task) -> Env:
 
 @lru_cache(maxsize=64)
 def _drawn(kind, task: Task) -> dict:
+    """The attributes of a one-shot environment after its picture has been drawn."""
     env = kind(task)
     env.reset()
     return vars(env)
 
 
 def begin(task: Task) -> Env:
-    """As `make`; but what one-shot tasks show is drawn once for all the rollouts of a group, and
-    to be looked at only: the same objects are in the hands of the others."""
+    """Like `make`, for the rollouts of a GRPO group: a one-shot task is drawn once and all its
+    environments share the picture, so the picture must not be changed."""
     env = make(task)
     if isinstance(env, OneShot):
         vars(env).update(_drawn(type(env), task))
@@ -53,11 +53,12 @@ def begin(task: Task) -> Env:
 
 
 def drive(env: Env):
-    """Run one episode, whatever its layout: a generator that yields the list of Messages to
-    answer, takes the reply's text by `send`, and returns the evidence (StopIteration.value).
+    """Run one episode. A generator: it yields the list of Messages to answer, receives the reply's
+    text through `send`, and returns the evidence (StopIteration.value).
 
-    append: the list grows, reply by reply. segment: every list is a fresh conversation of one
-    user message, since the observation itself tells the goal and the earlier actions. [C]
+    append layout: the list grows with every reply. segment layout: every list is a fresh
+    conversation with one user message, since each observation repeats the goal and the earlier
+    actions. [C]
     """
     obs, messages, role = env.reset(), [], "user"
     while obs is not None:
@@ -72,11 +73,14 @@ def drive(env: Env):
 
 
 def demonstrate(task: Task, think: bool = False, parts: bool = False) -> list[list[Message]]:
-    """Whole conversations in which the oracle answers: one for a one-shot task, with all its
-    turns about the picture; one a turn in the segment layout, and one for each further question
-    about its screen; else one for the episode.
-    think: the thought behind a reply stands before it, where the category states one; parts: only
-    the further questions about screens, none where the category has no such."""
+    """Conversations in which the oracle answers; pretraining learns from them.
+
+    A one-shot task gives one conversation with all its questions about the picture. An episode in
+    the append layout gives one conversation. In the segment layout each turn is a conversation,
+    and so is each further question about its screen.
+    think: put the thought behind a reply before it, where the category has one. parts: only the
+    further questions about screens; an empty list where the category has none.
+    """
     env = make(task)
 
     def thoughtful(reply):
@@ -105,8 +109,11 @@ def demonstrate(task: Task, think: bool = False, parts: bool = False) -> list[li
 
 
 def play_out(task: Task, policy=None) -> tuple[str, list[str], dict]:
-    """One episode -> (first prompt, replies, evidence). `policy` is a script, whose last line is
-    said again and again, or a function of (env, messages); None is the oracle."""
+    """Play one episode and return (first prompt, replies, evidence).
+
+    policy: None for the oracle; a list of replies, the last of which is repeated until the episode
+    ends; or a function of (env, messages) that returns a reply.
+    """
     env = make(task)
     episode, oracle, replies = drive(env), env.oracle(), []
     messages = next(episode)

@@ -1,10 +1,12 @@
 """The contract of every category, the known hacks, and the driver. `python -m pytest tests`"""
+import hashlib
 import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,11 +17,12 @@ import pytest
 from PIL import Image
 
 import gym
-from gym import Rewards, demonstrate, drive, make, play_out
-from tasks import CATEGORIES, Category, Obs, OneShot, Step, Task, contract, verify
-from tasks.base import IMAGE, box, click, held
-from tasks.contract import Exam, fingerprints, in_fresh_process
-from tasks.draw import HELD_PAIRS, Canvas
+from gym import demonstrate, drive, make, play_out, Rewards
+from lib.cli import main
+from tasks import CATEGORIES, Category, contract, Obs, OneShot, Step, Task, verify
+from tasks.base import box, click, held, IMAGE
+from tasks.contract import CategoryCheck, fingerprints, in_fresh_process
+from tasks.draw import Canvas, HELD_PAIRS
 
 CASES = [pytest.param(name, level, marks=[] if level in (0, 4) else pytest.mark.slow)
          for name in gym.names() for level in range(5)]
@@ -27,8 +30,9 @@ CASES = [pytest.param(name, level, marks=[] if level in (0, 4) else pytest.mark.
 
 @pytest.mark.parametrize("name,level", CASES)
 def test_contract(name, level):
-    exam = Exam(name, level, count=40 if issubclass(CATEGORIES[name].env, OneShot) else 12)
-    assert exam.violations(exam.measure()) == []
+    count = 40 if issubclass(CATEGORIES[name].env, OneShot) else 12
+    check = CategoryCheck(name, level, count=count)
+    assert check.violations(check.measure()) == []
 
 
 def test_same_bytes_in_a_fresh_process():
@@ -37,6 +41,60 @@ def test_same_bytes_in_a_fresh_process():
     tasks += [Task(name, 1, 2, "test", CATEGORIES[name].env.min_pixels + 50)
               for name in gym.names()]
     assert fingerprints(tasks) == in_fresh_process("fingerprints", tasks)
+
+
+# What was drawn when these digests were recorded, a digest for each file of tasks/.
+RECORDED_WITH = {"pillow": "13.0.0", "numpy": "2.4.6"}
+DIGESTS = {
+    "agent": "4e2241c8e1593574", "atlas": "963af100a6f40fa2", "charts": "559e4e78c0ee3fe4",
+    "documents": "95087642ef409a3c", "geometry": "a4422284f1448a1b", "grounding": "a497d0369ed08785",
+    "programs": "81bb2c111e6340ad", "puzzles": "9843e8cab0e663d3", "scenes": "98d2c6de51145565",
+    "screens": "946a551f21df753a", "text": "2e4e56d9b91089da", "tools": "5d1e496c61c0e634",
+    "webdev": "3412ef72e3dae891"}
+same_wheels = pytest.mark.skipif(
+    any(version(package) != number for package, number in RECORDED_WITH.items()),
+    reason=f"recorded with {RECORDED_WITH}; other wheels may draw other bytes")
+
+
+def digest(module: str) -> str:
+    """Of the categories of one file: pictures, texts, golds and demonstrations at all levels of
+    both splits, and the rewards of the oracle and of three wrong replies."""
+    digest, rewards = hashlib.sha256(), Rewards()
+    for name, category in CATEGORIES.items():
+        if category.env.__module__ != f"tasks.{module}":
+            continue
+        for level in range(5):
+            for split in ("train", "test"):
+                digest.update(contract.fingerprint(Task(name, 0, level, split)).encode())
+            task = Task(name, 1, level)
+            for policy in (None, ["?"], ["click(500, 500)"], [box(3)]):
+                score = rewards.score(task, play_out(task, policy)[2])
+                digest.update(f"{score.reward!r} {score.parts} {score.error}".encode())
+    return digest.hexdigest()[:16]
+
+
+@same_wheels
+@pytest.mark.parametrize("module", DIGESTS)
+def test_nothing_that_is_drawn_or_scored_has_changed(module):
+    """The figures of a trained model hold for the pictures that it was trained on. The digests
+    depend on the wheels of Pillow (fonts, resampling) and numpy (random streams), so with other
+    versions than RECORDED_WITH the test is skipped. Whoever changes a category on purpose puts the
+    new digest here."""
+    assert digest(module) == DIGESTS[module]
+
+
+def test_every_category_has_a_digest():
+    assert {f"tasks.{module}" for module in DIGESTS} == {
+        category.env.__module__ for category in CATEGORIES.values()}
+
+
+@same_wheels
+def test_the_contact_sheet_is_what_the_command_draws(tmp_path):
+    kept = ROOT / "docs" / "gym.png"
+    assert kept.stat().st_size <= 300_000
+    assert run("sheet", f"--out={tmp_path / 'gym.png'}") == 0
+    drawn, shown = (Image.open(path).convert("RGB") for path in (tmp_path / "gym.png", kept))
+    assert drawn.size == shown.size and drawn.tobytes() == shown.tobytes()
 
 
 @pytest.mark.parametrize("name,level", CASES)
@@ -241,12 +299,22 @@ def test_bad_tasks_are_refused_in_one_line(fields, words):
     assert "\n" not in str(error.value)
 
 
+def run(*words) -> int:
+    """The exit code of `gym.py words`; a single string is split at spaces."""
+    words = words[0].split() if len(words) == 1 else list(words)
+    try:
+        main(gym.entry, words)
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
 @pytest.mark.parametrize("line", [
     "", "show", "show countng", "show point --level 9", "show point --level one", "fly", "check x",
     "play point --pixels 3", "show point --count 0", "show point --out /", "list --wat",
     "check --jobs 0", "bench pont", "bench --pixels 2000 point", "check point --level -1"])
 def test_bad_command_lines_end_with_one_line_and_2(line, capsys):
-    assert gym.main(line.split()) == 2
+    assert run(line) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
 
@@ -254,37 +322,68 @@ def test_bad_command_lines_end_with_one_line_and_2(line, capsys):
 @pytest.mark.parametrize("name", gym.names())
 def test_show_and_play(name, tmp_path, capsys, monkeypatch):
     out = tmp_path / "new" / "sheet.png"
-    assert gym.main(["show", name, "--all-levels", "--count", "1", "--out", str(out)]) == 0
+    assert run("show", name, "--all-levels", "--count", "1", "--out", str(out)) == 0
     assert Image.open(out).width > 190
     task = Task(name, 4, 1)
     replies = iter(play_out(task)[1])
     monkeypatch.setattr("builtins.input", lambda _: next(replies))
-    line = ["play", name, "--seed", "4", "--level", "1", "--out", str(tmp_path / "play.png")]
-    assert gym.main(line) == 0
+    assert run("play", name, "--seed=4", "--level=1", f"--out={tmp_path / 'play.png'}") == 0
     assert "reward 1.00" in capsys.readouterr().out
     assert (tmp_path / "play.png").exists() == any(m.images for m in demonstrate(task)[0])
 
 
-def test_the_other_verbs(capsys):
-    assert gym.main(["list"]) == 0 and "gui_form" in capsys.readouterr().out
-    assert gym.main(["bench", "point", "gui_form", "--count", "3"]) == 0
+def test_the_other_verbs(capsys, tmp_path):
+    assert run("list") == 0 and "gui_form" in capsys.readouterr().out
+    assert run("bench point gui_form --count 3") == 0
     assert "median" in capsys.readouterr().out
-    line = "play gui_form --seed 4 --level 1 --script".split()
-    assert gym.main([*line, "; ".join(play_out(Task("gui_form", 4, 1))[1])]) == 0
+    script = "; ".join(play_out(Task("gui_form", 4, 1))[1])
+    assert run("play", "gui_form", "--seed=4", "--level=1", f"--script={script}",
+               f"--out={tmp_path / 'play.png'}") == 0
     assert "reward 1.00" in capsys.readouterr().out
-    assert gym.main("check point ocr_line --level 1 --count 20 --jobs 2".split()) == 0
+    assert run("check point ocr_line --level 1 --count 20 --jobs 2") == 0
     assert "the contract holds" in capsys.readouterr().out
 
 
-def test_a_broken_category_is_found_out(monkeypatch, capsys):
+def test_options_are_spelt_with_a_dash_or_an_underscore(tmp_path):
+    sizes = []
+    for option in ("--all-levels", "--all_levels", "--level=3"):
+        assert run("show", "point", option, "--count=2", f"--out={tmp_path / 'sheet.png'}") == 0
+        sizes.append(Image.open(tmp_path / "sheet.png").size)
+    assert sizes[0] == sizes[1] and sizes[0][1] > 3 * sizes[2][1]
+
+
+def test_the_examples_of_play_solve_their_tasks(tmp_path, capsys):
+    examples = re.findall(r"gym.py (play \w+) (--script=.*)", gym.play.__doc__)
+    assert len(examples) == 2
+    for words, script in examples:
+        script = script.replace('"', "")
+        assert run(*words.split(), script, f"--out={tmp_path / 'play.png'}") == 0
+        assert "reward 1.00" in capsys.readouterr().out
+    assert run("play", "gui_form", "--script=back()", f"--out={tmp_path / 'play.png'}") == 0
+    assert "the script ended before the task did" in capsys.readouterr().out
+
+
+@pytest.fixture
+def careless(monkeypatch):
+    """`counting`, whose question gives the answer away."""
     class Careless(CATEGORIES["counting"].env):
         def make(self):
             obs, gold = super().make()
             return Obs(f"{obs.text} (It is {gold}.)", obs.images), gold
 
     monkeypatch.setitem(CATEGORIES, "counting", Category(Careless, {"answer": verify.number}))
-    row, wrong = contract.examine("counting", 1, count=60)
+
+
+def test_a_broken_category_is_found_out(careless):
+    row, wrong = contract.check_category("counting", 1, count=60)
     assert row["no image"] == 1 and "no image 1.00 is too far above chance" in wrong[0]
+
+
+def test_a_broken_contract_ends_with_1(careless, capsys):
+    assert run("check counting --level=1 --count=60") == 1
+    out = capsys.readouterr().out
+    assert "counting, level 1: no image 1.00 is too far above chance" in out
+    assert "the contract holds" not in out
 
 
 def test_a_missing_glyph_is_refused():
