@@ -42,7 +42,7 @@ from lib.async_rl import Actor, Collector, Here, Remote, serve, shared, Transfer
 from lib.checkpoint import load_model, save_model
 from lib.cli import cli, main, UserError
 from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint,
-                        first_sentence, Log, LONG, move_earlier_run, print_plan, ROOT,
+                        first_sentence, GROUP_TIMEOUT, Log, move_earlier_run, print_plan, ROOT,
                         save_state, setup, write_json)
 from lib.curriculum import Curriculum
 from lib.episodes import accuracy, ages_of, samples
@@ -387,8 +387,8 @@ def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, ju
     share, store, route = Share(hw.rank, trainers), None, None
     if hw.world > 1:
         store = dist.PrefixStore("rl", hw.store)
-        share.group = dist.new_group(list(range(trainers)), timeout=LONG)
-        route = dist.new_group([0, *range(trainers, hw.world)], timeout=LONG)
+        share.group = dist.new_group(list(range(trainers)), timeout=GROUP_TIMEOUT)
+        route = dist.new_group([0, *range(trainers, hw.world)], timeout=GROUP_TIMEOUT)
         if hw.rank == 0:
             return Remote(store, list(range(trainers, hw.world)), Transfer(model, route), start,
                           args.max_staleness, leave), share

@@ -38,8 +38,8 @@ from kernels import sigmoid_loss
 from lib.captions import Captions, collate_pairs, draw_pair, find_pairs, Pairs, TextTower
 from lib.checkpoint import export_tower, load_tower
 from lib.cli import cli, main, UserError
-from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint,
-                        first_sentence, Log, move_earlier_run, print_plan, save_state, setup,
+from lib.common import (check_same_start, Checkpointer, checkpoints, cores,
+                        find_checkpoint, first_sentence, Log, move_earlier_run, print_plan, save_state, setup,
                         sum_over_ranks, write_json)
 from lib.images import pack
 from lib.probes import Exam, examine, probe_towers, read_report, salient
@@ -650,8 +650,8 @@ def train(stage: str, args: Args, hw):
         if lead and read_report(out.parent)["figures"].get(stage, {}).get("step") != start:
             examine(job, Exam(config, args.side), out, start, args.seed)
         return say(f"{stage}: {start} steps are done, of {args.steps}")
-    cores, share = os.cpu_count() or 1, args.batch // hw.world
-    workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
+    share = args.batch // hw.world
+    workers = args.workers if args.workers >= 0 else min(8, max(1, cores() // hw.world))
     replays = isinstance(job, Contrast) and args.micro < share      # each sample is drawn twice
     ahead = args.micro if replays else max(args.micro, min(8 * share, 4096))
     loader = SampleLoader(RankShard(stream, hw.rank, hw.world, share), workers, ahead,

@@ -1,6 +1,6 @@
-"""What every script needs and no reader comes for: hardware, command line, checkpoints, logs.
+"""Hardware, torchrun, run folders, checkpoints on disk and logs: what every script needs.
 
-Nothing here knows about models. Errors that are the user's to mend are `UserError`s: `main`
+Nothing here knows about models. Errors that the user can correct are `UserError`s: `lib.cli.main`
 prints them as one line and exits with code 2.
 """
 import contextlib
@@ -24,10 +24,11 @@ from tqdm import tqdm
 from lib.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG = timedelta(hours=2)   # rank 0 may examine or save for long while others wait for it
+# gloo gives up after this time; rank 0 may evaluate or save for long while the others wait for it.
+GROUP_TIMEOUT = timedelta(hours=2)
 
 
-# ---- hardware ---------------------------------------------------------------------------------
+# ---- hardware -----------------------------------------------------------------------------------
 
 PEAKS = {  # dense bf16 FLOP/s by the data sheet, and a rental price in $/h (our guess; edit it)
     "H200": (989e12, 3.5), "H100": (989e12, 2.5), "A100": (312e12, 1.5), "L40S": (362e12, 1.0),
@@ -37,25 +38,81 @@ PEAKS = {  # dense bf16 FLOP/s by the data sheet, and a rental price in $/h (our
 
 @dataclass
 class Hardware:
-    """Where this process runs. `peak` is FLOP/s of one device, `price` $/h of one device; `store`
-    is the key-value store of all ranks."""
+    """The device of this process, and its place among the ranks that torchrun has started."""
     device: torch.device
     dtype: torch.dtype
-    description: str
-    peak: float
-    price: float
+    description: str        # one line for the log: device, dtype, why, number of processes
+    peak: float             # FLOP/s of one device
+    price: float            # $/h of one device
     rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    store: object = None
+    world: int = 1          # number of ranks
+    local_rank: int = 0     # rank among the processes of this machine
+    store: object = None    # torch.distributed's key-value store, shared by all ranks
+
+
+def cores(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """The number of CPU cores that this process may use, at least 1.
+
+    os.cpu_count() counts the machine's cores. A process may be pinned to a few of them (taskset, a
+    batch system: its affinity), and a container may have a quota of CPU time (`docker --cpus=2`).
+    More threads than that only take turns. groups, mount: where Linux shows the control groups.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    for quota in cpu_quotas(groups, mount):
+        count = min(count, int(quota))
+    return max(1, count)
+
+
+def cpu_quotas(groups: Path, mount: Path) -> list[float]:
+    """The CPU quotas, in cores, of this process's control group and of all groups around it.
+
+    A line of `groups` reads number:controllers:path. Version 2 has one tree and no controllers,
+    version 1 a tree a controller, here `cpu`. Inside a container the path may be the host's, which
+    does not exist there; the container's own quota is then in the files at the root of the mount.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:             # not Linux
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            tree = mount
+        elif "cpu" in controllers.split(","):
+            tree = mount / "cpu"
+        else:
+            continue
+        folder = tree / path.strip("/")
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(tree):
+                found += read_quota(group)
+    return found
+
+
+def read_quota(group: Path) -> list[float]:
+    """[quota in cores] of one control group, or [] where there is no limit."""
+    try:
+        if (group / "cpu.max").exists():                                # version 2: "150000 100000"
+            quota, period = (group / "cpu.max").read_text().split()
+        else:                                                           # version 1: two files
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        return [int(quota) / int(period)] if int(quota) > 0 else []     # -1: no limit
+    except (OSError, ValueError):       # no such file, or "max 100000"
+        return []
 
 
 def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
-    """Choose device and dtype, join torchrun's process group if there is one.
+    """Choose device and dtype, and join torchrun's process group if there is one.
 
-    device: auto | cpu | cuda | mps; dtype: auto | float32 | bfloat16. A CPU process takes all
-    cores, or one where torchrun started several, or OMP_NUM_THREADS. fp16 is never used: it needs
-    loss scaling on a GPU and is a hundred times slower on a CPU.
+    device: auto | cpu | cuda | mps; dtype: auto | float32 | bfloat16. A CPU process uses all its
+    cores, or OMP_NUM_THREADS; one where torchrun has started several. fp16 is never used: it needs
+    loss scaling on a GPU and is a hundred times slower on a CPU. Raises UserError where there is no
+    such device, or a rank does not come.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -79,8 +136,7 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
         flags = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
         bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         because = f"CPU with {flags}, {'fast' if bf16 else 'no fast'} bf16"
-        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or (
-            1 if world > 1 else os.cpu_count() or 1)
+        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or (1 if world > 1 else cores())
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)  # tiny optimizer moments otherwise stall the CPU
         peak, price = threads * (160e9 if bf16 else 80e9), 0.0
@@ -96,34 +152,46 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
         except dist.DistStoreError:
             raise UserError(f"rank {rank} waited too long for {world} ranks to join") from None
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
-                                rank=rank, world_size=world, timeout=LONG)
-    why = f"{where} in {str(chosen)[6:]}: {because}" + (f", {world} processes" * (world > 1))
-    return Hardware(where, chosen, why, peak, price, rank, world, local, store)
+                                rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+    description = f"{where} in {str(chosen)[6:]}: {because}"
+    if world > 1:
+        description += f", {world} processes"
+    return Hardware(where, chosen, description, peak, price, rank, world, local, store)
 
 
 def store_of_this_attempt(store, rank: int, world: int):
-    """The part of `store` that belongs to this life of the run. torchrun keeps one store through
-    all its restarts: gloo would call on the dead at the addresses that they left there. Its count
-    of restarts differs from machine to machine, so rank 0 names the life: as it may find what a
-    dead rank wrote, it answers until all who live have heard."""
+    """Return the part of `store` that belongs to this attempt at the run.
+
+    torchrun restarts all ranks when one has died, and keeps the same store: gloo would find there
+    the addresses of dead processes. So each attempt needs a prefix of its own. torchrun's count of
+    restarts differs from machine to machine, therefore rank 0 chooses a random name:
+
+        each rank r > 0   writes a random word of its own at here/r, waits at answer/WORD
+        rank 0            reads here/r, writes the attempt's name at answer/WORD
+        each rank r > 0   reads the name, writes NAME/heard/r
+
+    At here/r rank 0 may read the word of a dead process and answer that one. So it repeats its
+    answers until every living rank has confirmed.
+    """
     own = uuid.uuid4().hex
     if rank:
         store.set(f"here/{rank}", own)
-        life = store.get(f"answer/{own}").decode()      # waits until it is there
-        store.set(f"{life}/heard/{rank}", "")
-        return dist.PrefixStore(life, store)
+        attempt = store.get(f"answer/{own}").decode()       # waits until it is there
+        store.set(f"{attempt}/heard/{rank}", "")
+        return dist.PrefixStore(attempt, store)
     missing = list(range(1, world))
     while missing:
         for other in missing:
-            store.set(f"answer/{store.get(f'here/{other}').decode()}", own)
+            word = store.get(f"here/{other}").decode()
+            store.set(f"answer/{word}", own)
         time.sleep(0.01)
         missing = [other for other in missing if not store.check([f"{own}/heard/{other}"])]
     return dist.PrefixStore(own, store)
 
 
 def check_same_start(start: int, out):
-    """Raises UserError where ranks found different checkpoints to go on from: they would add up
-    gradients of different weights."""
+    """Raise UserError where ranks have found different checkpoints to continue from: they would add
+    up gradients of different weights."""
     if dist.is_initialized():
         found = [0] * dist.get_world_size()
         dist.all_gather_object(found, start)
@@ -132,14 +200,18 @@ def check_same_start(start: int, out):
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, in place."""
+    """Sum a tensor over all ranks, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
 def print_plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float, memory: float):
-    """Print what a run would take and cost (`--plan`). flops: of the whole run, all ranks."""
+    """Print what a run would need and cost (`--plan`).
+
+    parts: {name: number of parameters}; tokens, flops: of the whole run, over all ranks; memory:
+    bytes a rank.
+    """
     mfu = 0.4 if hw.device.type == "cuda" else 0.2  # what such runs may reach: a guess
     hours = flops / (hw.peak * hw.world * mfu) / 3600
     print(f"on          {hw.description}")
@@ -153,31 +225,28 @@ def print_plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float,
     print(f"price       ${hours * hw.price * hw.world:,.2f} at ${hw.price} a device-hour")
 
 
-# ---- tensors on disk: the safetensors format, a JSON header and raw bytes -----------------------
-
-
-# ---- checkpoints: a folder a step, written beside and then renamed -------------------------------
+# ---- run folders: out/NAME/step_000100, written under another name and then renamed --------------
 
 def save_checkpoint(run: Path, step: int, write, keep: int = 2) -> Path | None:
     """Save run/step_NNNNNN by calling write(folder), so that a kill at any moment loses nothing.
 
-    The folder gets its name only once it is complete; then all but the newest `keep` go. A write
-    that fails (a full disk) leaves the earlier checkpoints alone and returns None.
+    The folder gets its name only once it is complete; then all but the newest `keep` are removed. A
+    write that fails (a full disk) leaves the earlier checkpoints as they are and returns None.
     """
     final = Path(run) / f"step_{step:06d}"
     part, old = final.with_suffix(".part"), final.with_suffix(".old")
     try:
-        for left in (part, old):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for rest in (part, old):    # left there by a run that was killed
+            shutil.rmtree(rest, ignore_errors=True)
         part.mkdir(parents=True)
         write(part)
-        if final.exists():  # the same step once more, after a resume
+        if final.exists():          # the same step once more, after a resume
             os.replace(final, old)
         os.replace(part, final)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        print(f"could not save {final}: {error.strerror or error}; the earlier checkpoint stands",
+        print(f"could not save {final}: {error.strerror or error}; the earlier checkpoint is kept",
               file=sys.stderr)
         return None
     for old in checkpoints(run)[:-keep]:
@@ -186,7 +255,7 @@ def save_checkpoint(run: Path, step: int, write, keep: int = 2) -> Path | None:
 
 
 def save_state(path, state: dict):
-    """torch.save that tells a full disk from a bug and is on the disk when it returns."""
+    """torch.save; a full disk raises OSError, and the file is on the disk when this returns."""
     with open(path, "wb") as file:
         try:
             torch.save(state, file)
@@ -197,8 +266,9 @@ def save_state(path, state: dict):
 
 
 def move_earlier_run(out: Path, resume: bool, hw: Hardware, say=print):
-    """Move an earlier run out of the way, unless it is to be resumed: nothing is written over. To
-    be called by all ranks once they have loaded what they begin from, which may lie in there."""
+    """Rename an earlier run to out.1, out.2, ... unless it is to be resumed: nothing is
+    overwritten. All ranks call this once they have loaded the weights that they start from, which
+    may be in that folder."""
     if hw.world > 1:
         dist.barrier()
     if hw.rank == 0 and not resume and checkpoints(out):
@@ -213,7 +283,8 @@ def checkpoints(run) -> list[Path]:
 
 
 def find_checkpoint(path) -> Path:
-    """A folder with a model: `path` itself, or the newest step of the run folder `path`."""
+    """A folder with a model: `path` itself, or the newest step of the run folder `path`. Raises
+    UserError where there is neither."""
     path = Path(path)
     if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
         return path
@@ -227,9 +298,12 @@ def find_checkpoint(path) -> Path:
 
 @contextlib.contextmanager
 def same_options(path: Path, asked: dict):
-    """Raises UserError where the file `path` says that its folder was begun with other options:
-    what lies there would pass for what is asked for now. It is written when the block, whole or
-    broken off, has left a checkpoint for which it holds."""
+    """Continue the work in a folder only with the options that it was begun with.
+
+    `path` is the file that holds them. Raises UserError where it holds others than `asked`: results
+    of other options would be taken for results of these. The file is written when the block ends,
+    by an error too, and has left a checkpoint in the folder.
+    """
     if path.exists() and read_json(path) != asked:
         raise UserError(f"{path.parent} was begun with other options, see {path}: take another")
     try:
@@ -240,7 +314,7 @@ def same_options(path: Path, asked: dict):
 
 
 def write_text(path, text: str):
-    """Write a file whole: under a temporary name, then renamed."""
+    """Write a file under a temporary name, then rename it: nobody ever reads half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -249,12 +323,12 @@ def write_text(path, text: str):
 
 
 def write_json(path, value):
-    """Write `value` as JSON, whole."""
+    """Write `value` as JSON, by write_text."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path):
-    """What a file of our own holds. Raises UserError where it is damaged."""
+    """Read a JSON file that a script of ours has written. Raises UserError where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -264,7 +338,8 @@ def read_json(path: Path):
 # ---- logs ---------------------------------------------------------------------------------------
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl, none where there is no such file; lines cut short are left out."""
+    """The lines of a log.jsonl; [] where there is no such file. A line that was cut short is left
+    out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -275,13 +350,15 @@ def read_log(path: Path) -> list[dict]:
 class Log:
     """log.jsonl (one line a step), a progress bar on a terminal, plain lines elsewhere.
 
-    Only rank 0 writes. On resume, lines of steps that will be run again are cut off.
+    Only rank 0 writes. On resume, the lines of steps that will run again are cut off.
     """
 
     def __init__(self, run: Path, name: str, steps: int, start: int = 0, rank: int = 0):
-        self.steps, self.name, self.file, self.bar = steps, name, None, None
-        self.began, self.start = time.time(), start
-        self.reader_gone = False       # whoever read the printed lines
+        self.name, self.steps, self.start = name, steps, start
+        self.file = None            # log.jsonl; None on the other ranks
+        self.bar = None             # tqdm's progress bar, on a terminal only
+        self.began = time.time()
+        self.reader_gone = False    # stdout was a pipe (`| head`), and its reader has closed it
         if rank:
             return
         path = run / "log.jsonl"
@@ -292,7 +369,7 @@ class Log:
             self.bar = tqdm(total=steps, initial=start, desc=name, dynamic_ncols=True)
 
     def step(self, step: int, show: bool, **values):
-        """Record one step; `show`: also print it where there is no progress bar."""
+        """Record one step. show: also print it, where there is no progress bar."""
         if self.file is None:
             return
         try:
@@ -309,7 +386,7 @@ class Log:
             try:
                 print(f"{self.name} {step:05d}/{self.steps} ({step / self.steps:.0%}) | {text} | "
                       f"{clock(left)} left", flush=True)
-            except BrokenPipeError:     # nobody reads: `| head`, or `| tee` by the same Ctrl-C
+            except BrokenPipeError:     # `| head` has ended, or the same Ctrl-C has ended `| tee`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 self.reader_gone = True
 
@@ -333,53 +410,90 @@ def clock(seconds: float) -> str:
 
 
 def first_sentence(error: Exception) -> str:
-    """What went wrong, in one line of a message: torch's advice behind it may be unsafe."""
+    """The first sentence of an exception's message, as a part of a message of ours. torch adds
+    advice after it, which may be unsafe (`weights_only=False`)."""
     return str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
 
 
+@contextlib.contextmanager
+def heartbeat(what: str, every: float = 20):
+    """Print every `every` seconds what the program is waiting for, until the block ends."""
+    done, began = threading.Event(), time.time()
+
+    def beat():
+        while not done.wait(every):
+            print(f"... waiting for {what} ({clock(time.time() - began)})", file=sys.stderr)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+# ---- to save and to stop ------------------------------------------------------------------------
+
 class StopSignal:
-    """SIGTERM and the first Ctrl-C become a flag, so that the loop saves before it leaves."""
+    """SIGTERM and the first Ctrl-C only set `received`, so that the loop finishes its step and
+    saves. The second one raises KeyboardInterrupt at once."""
 
     def __init__(self):
-        self.received, self.before = 0, {}
+        self.received = 0           # the signal's number
+        self.before = {}            # {signal: handler}, for `restore`
         if threading.current_thread() is threading.main_thread():
             for which in (signal.SIGTERM, signal.SIGINT):
                 self.before[which] = signal.signal(which, self._note)
 
     def restore(self):
-        """There is no loop any more that would look at the flag."""
+        """Put the earlier handlers back: no loop will look at `received` any more."""
         for which, handler in self.before.items():
             signal.signal(which, handler)
 
     def _note(self, which, frame):
-        if self.received:  # asked twice: leave now
+        if self.received:
             raise KeyboardInterrupt
-        self.received = which     # `print` would raise where the signal came in the midst of one,
-        with contextlib.suppress(OSError):      # and this where `2>&1 | tee` has heard it too
+        self.received = which
+        # The handler may run in the middle of a print, and print is not reentrant: it would raise
+        # here. os.write fails only if stderr was a pipe (`2>&1 | tee`) and its reader has ended.
+        with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step (saving; once more to stop at once)\n")
 
 
 class Checkpointer:
-    """What keeps a run safe from step to step: checkpoints every `every` steps, at the last and
-    where a signal asks to stop; and an end where nothing is finite any more.
+    """Saves every `every` steps, after the last step and when a signal asks to stop; ends a run
+    whose loss is not finite any more. A training loop uses it in this order:
 
-    write(folder) fills a checkpoint; only rank 0 does. group: the ranks that leave together.
+        checkpointer = Checkpointer(...)            # from here on, signals are only noted
+        for step in range(start, steps):
+            ...                                     # one step
+            checkpointer.check_loss(loss, norm)
+            if checkpointer.after_step(step + 1):   # saves when due
+                break
+        checkpointer.close()                        # saves what is not saved yet
+
+    write(folder) fills a checkpoint's folder; only rank 0 calls it. group: the ranks that stop
+    together, as a torch.distributed group; None: all.
     """
 
     def __init__(self, out: Path, hw: Hardware, steps: int, every: int, start: int, write,
                  group=None):
         self.out, self.hw, self.steps, self.every, self.write = out, hw, steps, every, write
-        self.done = self.saved = start
         self.group, self.stop_signal = group, StopSignal()
-        self.skipped = self.skipped_in_a_row = 0
-        self.stopping = False       # some rank was told to leave
+        self.done = start               # steps done
+        self.saved = start              # of these, steps saved
+        self.skipped = 0                # steps whose loss or gradient was not finite
+        self.skipped_in_a_row = 0
+        self.stopping = False           # some rank has been asked to stop
 
     def check_loss(self, loss: float, norm: float) -> bool:
-        """Whether a step counts; the fifth in a row that doesn't ends the run."""
+        """Return whether loss and gradient norm are finite. Raises UserError where they were not in
+        five steps in a row."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped_in_a_row = 0
             return True
-        self.skipped_in_a_row, self.skipped = self.skipped_in_a_row + 1, self.skipped + 1
+        self.skipped += 1
+        self.skipped_in_a_row += 1
         if self.hw.rank == 0:
             print(f"step {self.done}: loss {loss}, gradient norm {norm}: step skipped "
                   f"({self.skipped_in_a_row} in a row)")
@@ -389,25 +503,29 @@ class Checkpointer:
         return False
 
     def after_step(self, done: int, reader_gone: bool = False) -> bool:
-        """To be asked after every step: save where it is time; whether to leave now, all ranks,
-        as a signal says or as nobody reads any more (`reader_gone`)."""
+        """Call after each step, on all ranks: saves when due; returns True to stop.
+
+        done: the number of steps done. All ranks stop if one has received a signal, or if nobody
+        reads the printed lines any more.
+        """
         self.done = done
         stop = torch.tensor(float(self.stop_signal.received or reader_gone), device=self.hw.device)
         if self.hw.world > 1:
             dist.all_reduce(stop, group=self.group)
-        if done % self.every == 0 or done == self.steps or stop:
-            self.save()
         self.stopping = bool(stop)
+        if done % self.every == 0 or done == self.steps or self.stopping:
+            self.save()
         return self.stopping
 
     def save(self):
-        """Save now, if this rank is the one to; where that fails `saved` stays behind `done`."""
+        """Save now, on rank 0. If that fails, `saved` stays smaller than `done`."""
         if self.hw.rank or save_checkpoint(self.out, self.done, self.write):
             self.saved = self.done
 
     def close(self):
-        """The last word. Raises UserError where what was done is not saved."""
-        if self.saved != self.done:     # it left between two steps, or the disk was full
+        """Save what is not saved yet. Raises UserError if that fails, KeyboardInterrupt after a
+        signal: the script then ends with exit code 130."""
+        if self.saved != self.done:     # the run has ended between two steps, or the disk was full
             self.save()
         self.stop_signal.restore()
         if self.saved != self.done:

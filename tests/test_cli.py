@@ -13,7 +13,7 @@ import rl
 import sample
 from lib.checkpoint import save_model
 from lib.cli import cli, field_comments, main as run_main, UserError
-from lib.common import ROOT
+from lib.common import cores, cpu_quotas, ROOT
 from model import GLMV, sized
 
 
@@ -101,6 +101,46 @@ def test_how_a_script_ends(capsys):
     with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
         run_main(lambda: 1 / 0)
     assert run_main(lambda: None) is None
+
+
+# ---- how many cores a process may use -----------------------------------------------------------
+
+def control_groups(tmp_path, lines: str, files: dict[str, str]) -> list[float]:
+    """cpu_quotas of a machine whose /proc/self/cgroup and /sys/fs/cgroup hold this."""
+    (tmp_path / "cgroup").write_text(lines)
+    for name, text in files.items():
+        path = tmp_path / "mount" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return cpu_quotas(tmp_path / "cgroup", tmp_path / "mount")
+
+
+@pytest.mark.parametrize("lines,files,quotas", [
+    ("0::/\n", {"cpu.max": "max 100000\n"}, []),                        # version 2, no limit
+    ("0::/\n", {"cpu.max": "150000 100000\n"}, [1.5]),                  # in a container
+    ("0::/a.slice/b\n", {"a.slice/cpu.max": "400000 100000\n",         # the group around counts
+                         "a.slice/b/cpu.max": "max 100000\n"}, [4.0]),
+    ("0::/on/the/host\n", {"cpu.max": "200000 100000\n"}, [2.0]),       # a path of the host
+    ("3:memory:/\n2:cpu,cpuacct:/docker/x\n",                           # version 1
+     {"cpu/docker/x/cpu.cfs_quota_us": "50000\n", "cpu/docker/x/cpu.cfs_period_us": "100000\n",
+      "cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, [0.5]),
+    ("1:cpu:/docker/x\n", {"cpu/cpu.cfs_quota_us": "300000\n",
+                           "cpu/cpu.cfs_period_us": "100000\n"}, [3.0]),
+    ("4:cpuset:/\n", {}, []), ("", {}, [])])
+def test_the_quota_of_a_container(tmp_path, lines, files, quotas):
+    assert control_groups(tmp_path, lines, files) == quotas
+
+
+def test_cores_are_at_least_one_and_at_most_the_affinity(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5, 7}, raising=False)
+    places = tmp_path / "cgroup", tmp_path / "mount"
+    assert cores(*places) == 4                                  # no such file, as on macOS
+    for quota, want in (("max", 4), ("900000", 4), ("250000", 2), ("20000", 1)):
+        control_groups(tmp_path, "0::/\n", {"cpu.max": f"{quota} 100000\n"})
+        assert cores(*places) == want
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores(tmp_path / "nowhere", tmp_path) == 1
 
 
 # ---- the scripts themselves, in this process ----------------------------------------------------
