@@ -38,8 +38,8 @@ from kernels import sigmoid_loss
 from lib.captions import Captions, collate_pairs, draw_pair, find_pairs, Pairs, TextTower
 from lib.checkpoint import export_tower, load_tower
 from lib.cli import cli, main, UserError
-from lib.common import (check_same_start, Checkpointer, checkpoints, cores,
-                        find_checkpoint, first_sentence, Log, move_earlier_run, print_plan, save_state, setup,
+from lib.common import (check_same_start, Checkpointer, checkpoints, cores, find_checkpoint,
+                        first_sentence, Log, move_earlier_run, print_plan, save_state, setup,
                         sum_over_ranks, write_json)
 from lib.images import pack
 from lib.probes import Exam, examine, probe_towers, read_report, salient
