@@ -7,7 +7,7 @@ import re
 import textwrap
 from math import ceil, sqrt
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from . import CATEGORIES
 from .base import IMAGE, Task
@@ -23,8 +23,10 @@ FAMILIES = {"perception": (38, 90, 216), "reasoning": (206, 92, 22), "agent": (2
 
 
 def framed(image: Image.Image, side: int) -> Image.Image:
-    """An image at this size, its border line included."""
-    return ImageOps.expand(image.resize((side - 2, side - 2), Image.LANCZOS), 1, EDGE)
+    """An image at this size, with a thin line along its border."""
+    image = image.resize((side, side), Image.LANCZOS)       # a copy where the size stays
+    ImageDraw.Draw(image).rectangle((0, 0, side - 1, side - 1), outline=EDGE)
+    return image
 
 
 def text_tile(text: str) -> Image.Image:
