@@ -1,8 +1,8 @@
-"""Charts: read a figure off one, or reckon with two of them.
+"""Charts: read a value, or compute with two values.
 
-A figure that is asked for is printed at its mark, or the mark stands on a gridline, so that a
-person reads it exactly and the 2.5% forgive a slip of the eye, not a poor picture. From level 2 on
-there is a legend, and every second gridline is without a number.
+Every value is printed at its mark, or its mark lies on a gridline, so that a person can read it
+exactly; the tolerance of 2.5% forgives a small misreading, not a poor picture. From level 2 on there
+is a legend, and only every second gridline has a number.
 """
 from dataclasses import dataclass
 from math import cos, pi, sin
@@ -17,43 +17,43 @@ MEASURES = ("Sales", "Rain", "Guests", "Harvest", "Births", "Fires", "Weddings",
 STEPS = (1, 2, 5, 10, 20, 25)               # from one gridline to the next
 HUES = ("blue", "orange", "green", "red", "purple", "cyan", "pink")     # yellow fades on white
 LEFT, RIGHT, FOOT, PRINT = 8, 61, 56, 2.6   # the edges of the plot and the size of print, in units
-ROUND = 3                                   # how much too large slanting forms are drawn
+ROUND = 3                                   # oversampling of lines and pies, for smooth edges
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart tells, before it is drawn."""
-    kind: str
+    """The data of a chart, before it is drawn."""
+    kind: str                   # bar, line, pie or scatter
     title: str
-    link: str                   # what leads from "the value" to a name: in, of, at x =
-    series: dict                # name of the series ("" where it is alone) -> {name: value}
+    link: str                   # the words between "the value" and a name: in, of, at x =
+    series: dict                # name of the series ("" if there is only one) -> {name: value}
     step: int = 0               # between gridlines; 0: the values are printed
-    across: int = 0             # the same along x, where that is an axis of numbers
+    across: int = 0             # the same along x, where that is an axis of numbers; else 0
 
     @property
     def facts(self) -> list[tuple]:
-        """(series, name, value) of each figure."""
+        """(series, name, value) of each value."""
         return [(s, name, value) for s in self.series for name, value in self.series[s].items()]
 
     def call(self, series, name) -> str:
-        """the value of Belun in Mar"""
+        """The words for one value, such as "the value of Belun in Mar"."""
         what = "share" if self.kind == "pie" else "value"
         return f"the {what}{series and f' of {series}'} {self.link} {name}"
 
     def one_series(self, rng):
-        """The values of a series, and the words that name it in a question."""
+        """({name: value} of a random series, the words that name the series in a question)."""
         name = pick(rng, list(self.series))
         return self.series[name], name and f" of {name}"
 
 
 def draw_up(rng, level: int, heldout: bool) -> Chart:
-    """A chart of random figures: 3 to 7 names, up to three series."""
+    """A chart with random values: 3 to 7 names, up to three series."""
     kind, n, k = pick(rng, ("bar", "line", "pie", "scatter")), 3 + level, (1, 1, 2, 2, 3)[level]
     towns, measure = [invent(rng, heldout)], pick(rng, MEASURES)
     title = f"{measure} by town" if k > 1 and kind != "pie" else f"{measure} in {towns[0]}"
     if kind == "pie":
         names, shares = some(rng, [word for word in THINGS if len(word) <= 6], n, heldout), []
-        while len(set(shares)) < n:     # all different, none so thin that it finds no room
+        while len(set(shares)) < n:     # all different, and wide enough for their numbers
             shares = [6 + int(p * (100 - 6 * n)) for p in rng.dirichlet([2.5] * n)[1:].tolist()]
             shares.append(100 - sum(shares))
         return Chart(kind, f"{title}, percent", "of", {"": dict(zip(names, shares))})
@@ -64,7 +64,7 @@ def draw_up(rng, level: int, heldout: bool) -> Chart:
     while len(towns) < k:
         towns = sorted({*towns, invent(rng, heldout)})
     step, across = pick(rng, STEPS), pick(rng, STEPS) if kind == "scatter" else 0
-    while True:                 # no two marks in one place, and each series has one peak
+    while True:                 # until no mark hides another and each series has one maximum
         heights = (2 + rng.random((n, 9)).argsort(1)[:, :k]).T.tolist()
         columns = [sorted(some_of(rng, range(10), n)) if across else range(n) for _ in range(k)]
         marks = {mark for places in zip(columns, heights) for mark in zip(*places)}
@@ -76,11 +76,11 @@ def draw_up(rng, level: int, heldout: bool) -> Chart:
 
 
 class Plot(Canvas):
-    """A chart, drawn."""
+    """The picture of a chart."""
 
     def __init__(self, chart: Chart, rng, level: int, heldout: bool, pixels: int):
         self.chart, self.level, self.head = chart, level, 15 if len(chart.series) > 1 else 11
-        hues, x = None, None    # of all designs, one in five is held out
+        hues, x = None, None    # one in five designs is held out
         while not hues or held(f"{chart.kind} {x} {hues[:3]}") != heldout:
             hues, x = some_of(rng, HUES), pick(rng, (LEFT, 32))
         self.ground, self.ink = LIGHT[heldout], DARK[heldout]
@@ -98,25 +98,26 @@ class Plot(Canvas):
             self.marks(values, j)
 
     def put(self, text, x, y, anchor="m", color=None, size=PRINT):
-        """Print, by default in ink."""
+        """Print a text, in ink unless a colour is given."""
         self.word(str(text), x, y, color or self.ink, size, anchor)
 
     def legend(self, labels, x, y, right, down):
-        """Labels and their colours, from (x, y) on, each so far `right` and `down` of the last."""
+        """Draw labels with their colours. The first is at (x, y), each next one `right` and `down`
+        of the last."""
         for i, (label, hue) in enumerate(zip(labels, self.hues)):
             self.plate(x + i * right, y + i * down - 1.2, 2.4, 2.4, hue, 0.5)
             self.put(label, x + i * right + 3.6, y + i * down, "l")
 
     def spot(self, name, value, i):
-        """Where a figure stands: in the middle of the i-th slot, or at its number."""
+        """(x, y) of a mark. x is the middle of the i-th slot, or the number `name` on the x axis."""
         across = 10 * self.chart.across
         share = name / across if across else (i + 0.5) / self.slots
         return LEFT + (RIGHT - LEFT) * share, FOOT - (FOOT - self.head) * value / self.top
 
     def axes(self, names):
-        """The scales with their gridlines, and the names below."""
+        """Draw the axes with their gridlines and numbers, and the names below."""
         step, across, self.slots = self.chart.step or 10, self.chart.across, len(names)
-        every = 1 if self.chart.step and self.level < 2 else 2      # how many gridlines to a number
+        every = 1 if self.chart.step and self.level < 2 else 2      # gridlines for each number
         self.top = -(-max(fact[2] for fact in self.chart.facts) // (every * step)) * every * step
         lines = [blend(self.ground, self.ink, share) for share in (0.3, 0.12)]
         for i in range(self.top // step + 1):
@@ -133,7 +134,7 @@ class Plot(Canvas):
         self.pen.line(corner, self.ink, max(1, self.px(0.3)))
 
     def marks(self, values, j):
-        """The bars or the dots of the j-th series, and the line through them."""
+        """Draw the bars or the dots of the j-th series, in a line chart also the line."""
         spots = [self.spot(name, value, i) for i, (name, value) in enumerate(values.items())]
         hue, kind, n = self.hues[j], self.chart.kind, len(self.chart.series)
         if kind == "line":
@@ -152,7 +153,8 @@ class Plot(Canvas):
                 self.shape("circle", x - 1.1, y - 1.1, 2.2, hue)
 
     def pie(self, values):
-        """Slices from the top on, clockwise; their names beside them or, from level 2, aside."""
+        """Draw the slices clockwise from the top, with their names around them or, from level 2 on,
+        in a legend."""
         x, y, r = (24, 35, 20) if self.level >= 2 else (32, 35.5, 18)
         side, start = ROUND * round(2 * r * self.unit), 0
         big = Image.new("RGB", (side, side), self.ground)
@@ -162,7 +164,7 @@ class Plot(Canvas):
                                          round(ROUND * self.unit / 3))
         self.image.paste(big.reduce(ROUND), tuple(map(round, self.at(x - r, y - r))))
         for (name, value), hue in zip(values.items(), self.hues):
-            turn = 2 * pi * (start + value / 2) / 100       # a full turn on from where it began
+            turn = 2 * pi * (start + value / 2) / 100       # start is 100 here: a full turn
             right, down, start = sin(turn), -cos(turn), start + value
             self.put(value, x + 0.74 * r * right, y + 0.74 * r * down, "m", ink_on(hue))
             if self.level < 2:
@@ -171,9 +173,9 @@ class Plot(Canvas):
 
 
 class ChartRead(OneShot):
-    """One figure, or the year of a peak."""
+    """Read one value, or find the year of the maximum."""
     tier, min_pixels, verifier = 0, 256, "NUM"
-    blind = (0.05,) * 5         # measured: a round number in the middle of the scales
+    blind = (0.05,) * 5         # measured: a round number in the middle of the axis
 
     def make(self):
         rng, self.chart = self.rng, draw_up(self.rng, self.level, self.heldout)
@@ -183,7 +185,7 @@ class ChartRead(OneShot):
         return Obs(IMAGE + question, [plot.image]), gold
 
     def ask(self, rng, chart):
-        """(question, answer); others go into `more`."""
+        """(question, answer). Further questions go into `self.more`."""
         asked = [(f"What is {chart.call(series, name)}?", value)
                  for series, name, value in some_of(rng, chart.facts)]
         values, of = chart.one_series(rng)
@@ -195,18 +197,18 @@ class ChartRead(OneShot):
 
 
 class ChartArith(ChartRead):
-    """Two hops: two figures and what comes of them, or a place that another figure tells."""
+    """Two steps: compute with two values, or find one value by means of another."""
     family, tier, verifier = "reasoning", 2, "EX/NUM"
 
     def ask(self, rng, chart):
         ways, found = (self.pair, self.later, self.peak, self.span), None
-        while not found:        # not every question suits every chart
+        while not found:        # a question that does not fit the chart gives None
             found = pick(rng, ways[:(1, 2, 4, 4, 4)[self.level]])(rng, chart)
         question, gold, self.why = found
         return question, gold
 
     def pair(self, rng, chart):
-        """The sum, the difference or, from level 1 on, the ratio of two figures."""
+        """The sum, the difference or, from level 1 on, the ratio of two values."""
         (*low, b), (*high, a) = sorted(some_of(rng, chart.facts, 2), key=lambda fact: fact[2])
         low, high = chart.call(*low), chart.call(*high)
         sign, gold, question = pick(rng, (
@@ -218,7 +220,7 @@ class ChartArith(ChartRead):
         return (question, gold, why) if a > b else None
 
     def later(self, rng, chart):
-        """The name of the largest of the figures after one."""
+        """The name of the largest value after a given month or year."""
         values, of = chart.one_series(rng)
         if chart.link != "in":
             return None
@@ -230,7 +232,7 @@ class ChartArith(ChartRead):
         return (question, gold, why) if told.count(max(told)) == 1 else None
 
     def peak(self, rng, chart):
-        """The figure of one series at the peak of another."""
+        """The value of one series where another has its maximum."""
         if len(chart.series) == 1 or chart.across:
             return None
         (one, values), (two, others), *_ = some_of(rng, [*chart.series.items()])
@@ -239,7 +241,7 @@ class ChartArith(ChartRead):
                 f"{one} is highest in {name}; there {two} is {others[name]}.")
 
     def span(self, rng, chart):
-        """How far the figures of a series lie apart."""
+        """The difference between the largest and the smallest value of a series."""
         values, of = chart.one_series(rng)
         high, low = max(values.values()), min(values.values())
         return (f"How much larger is the largest value{of} than the smallest?", high - low,

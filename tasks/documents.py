@@ -1,7 +1,7 @@
-"""Paper: a page in columns, a table, a few pages to search, a story told in words and pictures.
+"""Documents: a page in columns, a table, a few pages to search, a story in words and pictures.
 
-Layouts don't depend on the size of the picture: lines are broken by the widths of words at one
-large size, with some room for the rounding of small ones.
+The layout does not depend on the size of the picture: lines are broken by the widths of words at
+one large font size, with some spare room for rounding at small ones.
 """
 from functools import lru_cache
 from itertools import chain, islice, product
@@ -11,24 +11,24 @@ from .draw import blend, Canvas, COLORS, DARK, font, ink_on, LIGHT, shades
 from .scenes import Scene, ShapeAttr
 from .words import invent, NAMES, some, some_of, THINGS
 
-MARGIN, WIDTH = 4, 56                           # of a page, in units
+MARGIN, WIDTH = 4, 56                           # of a page and of its text, in units
 
 
 @lru_cache(maxsize=4096)
 def wide(word: str) -> float:
-    """The width of a word in print of size one."""
+    """The width of a word at font size 1, plus 8% for rounding."""
     return font(64).getlength(word) / 64 * 1.08
 
 
 def prose(rng, words):
-    """An endless text: sentences of three to six words that mean nothing."""
+    """Yield the words of an endless text: meaningless sentences of three to six words."""
     while True:
         *rest, last = [pick(rng, words) for _ in range(int(rng.integers(3, 7)))]
         yield from [rest[0].capitalize(), *rest[1:], last + "."]
 
 
 def wrapped(words, room: float):
-    """The lines of at most `room` that words make, one after another."""
+    """Yield lines of words, each at most `room` wide (in font sizes)."""
     line = []
     for word in words:
         if line and sum(map(wide, line)) + wide(word) + 0.3 * len(line) > room:
@@ -39,12 +39,12 @@ def wrapped(words, room: float):
 
 
 class Paged(OneShot):
-    """What categories of printed paper share."""
+    """What the categories with printed pages share."""
     min_pixels = 256
 
     def page(self, *choices):
-        """An empty page, whose shade moves a little from one to the next, and one of each of the
-        choices, a colour as its shade; of all combinations, one in five is held out."""
+        """(an empty page of random shade, one random option of each of the choices). A colour's
+        name is returned as its RGB. One in five combinations of options is held out."""
         self.ink, shift = DARK[self.heldout], int(self.rng.integers(-8, 9))
         canvas = Canvas(self.pixels, tuple(min(255, c + shift) for c in LIGHT[self.heldout]))
         design = None
@@ -54,16 +54,16 @@ class Paged(OneShot):
         return canvas, *(colors.get(choice, choice) for choice in design)
 
     def print(self, canvas, line, x, y, size):
-        """Word by word, so that every word comes from the cache."""
+        """Print a line word by word, so that every word comes from the cache."""
         for word in line.split():
             canvas.word(word, x, y, self.ink, size)
             x += canvas.width(word, size) + 0.3 * size
 
 
 class OcrDocument(Paged):
-    """Read a page: one column, two, or two stories one above the other, each in columns."""
+    """Read a page: one column, two columns, or two stories, one above the other, each in columns."""
     tier, verifier = 0, "ED+LIS"
-    blind = (0.0,) * 5          # any other page shares too little with this one
+    blind = (0.0,) * 5          # another page has too little in common with this one
     stories = ([(1, 3)], [(1, 5)], [(2, 6)], [(2, 4), (1, 3)], [(3, 4), (2, 4)])  # columns, lines
     sizes = (4.5, 4, 3.4, 3.2, 2.8)
 
@@ -97,7 +97,8 @@ class OcrDocument(Paged):
 
 
 class TableRead(Paged):
-    """A cell; from level 1 on also the row of a cell, from level 3 on the row by another cell."""
+    """Read a cell; from level 1 on also find the row that has a cell, from level 3 on also a cell in
+    the row that has another cell."""
     tier, verifier = 0, "EX"
     blind = (0.02,) * 5         # one of about fifty names, ninety numbers or as many things
     numbers, owners = ("Price", "Mass", "Age", "Stock", "Size"), ("Owner", "Maker", "Buyer")
@@ -122,7 +123,7 @@ class TableRead(Paged):
         return Obs(IMAGE + asked[0][0], [image]), asked[0][1]
 
     def draw(self, rows):
-        """The picture of the table."""
+        """Draw the table -> picture."""
         canvas, color, look = self.page((*COLORS,), ("bands", "lines", "plain"))
         paper, size = canvas.image.getpixel((0, 0)), 2.6 if self.level > 2 else 3.2
         high, aside = min(7, 58 / (len(rows) + 1)), 46 / len(self.cells)
@@ -141,10 +142,10 @@ class TableRead(Paged):
 
 
 class DocQa(Paged):
-    """A price on one of two to four pages. From level 2 on every page lists the same things, each
-    for another town; at level 4 the question knows the town by its mayor only."""
+    """Find a price on one of two to four pages, and name the page. From level 2 on every page lists
+    the same things, each for another town; at level 4 the question names only the mayor."""
     family, tier, verifier = "reasoning", 2, "EX+page"
-    blind = (0.01,) * 5         # half of one in 88 prices, without the page
+    blind = (0.01,) * 5         # one price in 88, which earns half without the page
     pages, items = (2, 2, 3, 3, 4), (2, 3, 4, 5, 6)
 
     def make(self):
@@ -170,7 +171,7 @@ class DocQa(Paged):
         return Obs(IMAGE * k + question, images), {"value": listed[thing], "page": number}
 
     def draw(self, town, mayor, prices, number):
-        """The picture of a page."""
+        """Draw a page -> picture."""
         canvas, color, look, top = self.page((*COLORS,), ("list", "prose"), (7, 9, 11))
         canvas.plate(MARGIN, top - 3.5, WIDTH, 7, color, 1.5)
         canvas.word(f"Prices in {town}", 32, top, ink_on(color), 3.6, "m")
@@ -191,7 +192,7 @@ class DocQa(Paged):
 
 
 class InterleavedQa(Scene):
-    """Bags, shown in the midst of a story, change hands; what is where in the end?"""
+    """Bags, shown as pictures in a story, change owners: who has what in the end?"""
     family, tier, verifier = "reasoning", 2, "EX"
     chance = ShapeAttr.chance
     people, things, swaps = (2, 2, 3, 3, 4), (1, 2, 2, 3, 3), (0, 1, 2, 2, 3)
@@ -199,13 +200,13 @@ class InterleavedQa(Scene):
     def make(self):
         rng, k = self.rng, self.people[self.level]
         names, bags = some(rng, NAMES, k, self.heldout), []
-        while len(bags) < k:    # no two things alike in a bag, and none in two bags
+        while len(bags) < k:    # all different in a bag, and nothing is in two bags
             bag = [pick(rng, self.pairs()) for _ in range(self.things[self.level])]
             if len({*chain(*bag)}) == 2 * len(bag) and not {*bag} & {*chain(*bags)}:
                 bags.append(bag)
         images = [self.paint(bag)[0] for bag in bags]
         told = [f"{name} has the bag {IMAGE}." for name in names]
-        owner = list(names)                     # owner[i]: who has the i-th bag
+        owner = list(names)                     # owner[i] has the i-th bag
         for _ in range(self.swaps[self.level]):
             a, b = some_of(rng, names, 2)
             told.append(f"{a} and {b} swap bags.")

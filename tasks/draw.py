@@ -1,12 +1,12 @@
-"""Everything that is drawn: colours, shapes, glyphs, and a canvas that stamps them.
+"""Drawing: colours, shapes, characters, and a canvas to paste them on.
 
-The layout of a picture is written in units: it is 64 units wide, a grid of 4 x 4 cells of 16.
-One cell is one visual token at 64 pixels (patch 8, merged 2 x 2); objects stand one in a cell,
-since a small model learns aligned objects many times sooner than freely placed ones. A larger
-picture has the same layout, drawn sharper.
+The layout of a picture is measured in units: a picture is 64 units wide and has a grid of 4 x 4
+cells of 16 units. At 64 pixels one cell is one visual token (patch 8, merged 2 x 2). Each object
+lies in a cell of its own, because a small model learns aligned objects many times sooner than
+freely placed ones. A larger picture has the same layout, only sharper.
 
-Each form is drawn once, four times too large, reduced to a smooth mask and cached; a picture is
-then a few pastes, about a tenth of a millisecond.
+Each shape is drawn once at four times its size, reduced to a smooth mask, and cached. To draw a
+picture is then to paste a few masks, which takes about a tenth of a millisecond.
 """
 import textwrap
 from functools import lru_cache
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 GRID, CELL, UNITS = 4, 16, 64
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
-COLORS = {                      # name: shade in training, shade held out
+COLORS = {                      # name: shade in training, held-out shade
     "red": ((220, 30, 35), (195, 25, 50)),
     "green": ((30, 150, 50), (45, 165, 70)),
     "blue": ((40, 75, 230), (55, 85, 215)),
@@ -27,26 +27,27 @@ COLORS = {                      # name: shade in training, shade held out
     "cyan": ((25, 195, 215), (50, 185, 200)),
     "pink": ((255, 120, 190), (245, 130, 182)),
 }
-DARK = ((18, 18, 22), (34, 36, 44))         # plain backgrounds: training, held out
+DARK = ((18, 18, 22), (34, 36, 44))         # plain backgrounds: training, held-out
 LIGHT = ((246, 246, 242), (228, 232, 238))
-# One colour of each shape never occurs in training; held-out scenes draw from all pairs.
+# One colour of each shape never occurs in training; held-out scenes use all pairs.
 HELD_PAIRS = {(list(COLORS)[(3 * i + 1) % 8], shape) for i, shape in enumerate(SHAPES)}
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 TRAIN_PAIRS = [pair for pair in PAIRS if pair not in HELD_PAIRS]
 
 
 def shades(rng, heldout: bool, spread: int = 14) -> dict:
-    """Colour name -> RGB, each channel moved by up to `spread`."""
+    """{colour name: RGB}, each channel changed at random by up to `spread`."""
     moves = rng.integers(-spread, spread + 1, (len(COLORS), 3)).tolist()
     return {name: tuple(min(255, max(0, c + d)) for c, d in zip(pair[heldout], move))
             for (name, pair), move in zip(COLORS.items(), moves)}
 
 
 def plain(rng, heldout: bool, level: int) -> tuple:
-    """A background and an ink that reads on it: light on dark, from level 3 on also dark on light.
+    """(background, ink): light ink on a dark background, from level 3 on also dark on light.
 
-    Grounds of both kinds from the start held the smallest model back: after 150 steps it named the
-    colour of a lone object in 42-52% of the cases, on dark grounds in 93%. [O]
+    With both kinds of background from the start the smallest model learns more slowly: after 150
+    steps it named the colour of a single object in 42-52% of the cases, with dark backgrounds only
+    in 93%. [O]
     """
     dark, light = DARK[heldout], LIGHT[heldout]
     moves = rng.integers(-8, 9, 4).tolist()
@@ -55,7 +56,7 @@ def plain(rng, heldout: bool, level: int) -> tuple:
 
 
 def ink_on(color) -> tuple:
-    """Black or white, whichever reads better on a colour."""
+    """Black or white, whichever has more contrast to a colour."""
     r, g, b = color
     return (255, 255, 255) if 0.30 * r + 0.59 * g + 0.11 * b < 140 else (0, 0, 0)
 
@@ -66,13 +67,13 @@ def blend(a, b, share: float) -> tuple:
 
 
 def _ring(n, radius, start=-pi / 2, inner=None):
-    """Corner points on a circle about (0.5, 0.5); with `inner`, every second one lies inside."""
+    """n corner points on a circle around (0.5, 0.5); `inner`: the radius of every second one."""
     radii = [radius, inner or radius]
     return [(0.5 + radii[i % 2] * cos(start + 2 * pi * i / n),
              0.5 + radii[i % 2] * sin(start + 2 * pi * i / n)) for i in range(n)]
 
 
-OUTLINES = {                    # corner points in the unit square
+OUTLINES = {                    # corner points of each shape in the unit square
     "square": [(.06, .06), (.94, .06), (.94, .94), (.06, .94)],
     "triangle": [(.5, .02), (1, .95), (0, .95)],
     "star": [(x, y + .04) for x, y in _ring(10, .54, inner=.22)],
@@ -108,13 +109,14 @@ def plate_mask(width: int, height: int, radius: int) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's built-in face; printable ASCII only."""
+    """Pillow's built-in font, with printable ASCII characters only; size in pixels."""
     return ImageFont.load_default(size)
 
 
 @lru_cache(maxsize=8192)
 def text_mask(text: str, size: int) -> Image.Image:
-    """A line of text as a mask, as high as the face, so that all lines stand on one base."""
+    """A line of text as a mask. The mask has the full height of the font, so that the baselines of
+    different words align."""
     face = font(size)
     mask = Image.new("L", (round(face.getlength(text)) + 2, sum(face.getmetrics())))
     ImageDraw.Draw(mask).text((0, 0), text, 255, face)
@@ -123,8 +125,8 @@ def text_mask(text: str, size: int) -> Image.Image:
 
 @lru_cache(maxsize=8192)
 def glyph_mask(char: str, cell: int, height: float, bold: float, angle: int) -> Image.Image:
-    """One character in a (cell, cell) mask. `height` of a capital and `bold` (width of the
-    stroke) are fractions of the cell, `angle` is in degrees; wide letters are narrowed to fit."""
+    """One character as a (cell, cell) mask. height: of a capital, and bold: the stroke width, both
+    as fractions of the cell; angle: in degrees. Wide letters are narrowed to fit."""
     big = 4 * cell
     face = font(round(height * big / 0.71))             # a capital is 0.71 of the font's size
     stroke = round(bold * big)
@@ -140,8 +142,8 @@ def glyph_mask(char: str, cell: int, height: float, bold: float, angle: int) -> 
 
 
 class Canvas:
-    """A square picture; positions and sizes in units, 64 to the side. Each drawing method
-    returns the (x0, y0, x1, y1) it filled, in the 0-999 coordinates of answers."""
+    """A square picture. Positions and sizes are in units, 64 to the side. Each drawing method
+    returns the box (x0, y0, x1, y1) that it filled, in the 0-999 coordinates of answers."""
 
     def __init__(self, pixels: int, color: tuple):
         self.unit = pixels / UNITS
@@ -149,16 +151,17 @@ class Canvas:
 
     @classmethod
     def on(cls, image: Image.Image):
-        """A canvas to go on with a picture that is there."""
+        """A canvas that continues to draw on an existing picture."""
         canvas = cls(1, (0, 0, 0))
         canvas.unit, canvas.image = image.width / UNITS, image
         return canvas
 
     def px(self, units: float) -> int:
+        """Units to whole pixels."""
         return round(units * self.unit)
 
     def at(self, *units):
-        """Units to pixels, for drawing with `pen`."""
+        """Units to pixels, as `pen` takes them."""
         return [u * self.unit for u in units]
 
     @property
@@ -167,15 +170,16 @@ class Canvas:
 
     @staticmethod
     def area(x0, y0, x1, y1) -> tuple:
-        """A box in units as (x0, y0, x1, y1) in 0-999."""
+        """A box in units -> (x0, y0, x1, y1) in 0-999."""
         return tuple(round(u * 999 / UNITS, 1) for u in (x0, y0, x1, y1))
 
     def width(self, text: str, size: float, bold=False) -> float:
-        """How many units wide a line of text is; size is the font's, in units."""
+        """The width of a line of text in units. size: of the font, in units."""
         return (font(self.px(size)).getlength(text) + bold) / self.unit
 
     def text(self, text: str, x, y, color, size: float, anchor="la", bold=False):
-        """A line of text, anchored as Pillow does it (la: its left top at x, y) -> its box."""
+        """Draw a line of text and return its box. anchor: as in Pillow ("la": x, y is the top left
+        corner)."""
         if not text.isascii():
             raise ValueError(f"the font has no glyph for {ascii(text)}")
         face, at = font(self.px(size)), self.at(x, y)
@@ -185,14 +189,14 @@ class Canvas:
         return tuple(round(c * scale, 1) for c in corners)
 
     def word(self, text, x, y, color, size, anchor="l"):
-        """A short line from the cache, five times as fast as `text`: y is its middle, x its left,
-        middle or right (l, m, r)."""
+        """Draw a short line from cached masks, five times as fast as `text`. y is its middle; x is
+        its left end, middle or right end (anchor l, m, r)."""
         mask = text_mask(text, self.px(size))
         left = self.px(x) - {"l": 0, "m": (mask.width - 1) // 2, "r": mask.width - 2}[anchor]
         self.image.paste(color, (left, self.px(y) - mask.height // 2), mask)
 
     def wrap(self, text: str, size: float, width: float) -> list[str]:
-        """The lines that `text` makes in `width` units; a longer word gets a line of its own."""
+        """Break a text into lines of at most `width` units; a longer word gets its own line."""
         lines = [""]
         for word in text.split():
             longer = f"{lines[-1]} {word}".strip()
@@ -203,6 +207,7 @@ class Canvas:
         return lines
 
     def stamp(self, mask, x, y, color):
+        """Paste a colour, or an image, through a mask whose top left corner is at (x, y)."""
         left, top = self.px(x), self.px(y)
         self.image.paste(color, (left, top), mask)
         scale = 999 / self.image.width
@@ -216,18 +221,19 @@ class Canvas:
         return self.stamp(plate_mask(self.px(width), self.px(height), self.px(radius)), x, y, color)
 
     def glyph(self, char, x, y, color, height=13 / 16, bold=0.0, angle=0):
-        """A character in the 16-unit cell whose corner is (x, y)."""
+        """Draw a character in the 16-unit cell whose top left corner is (x, y)."""
         return self.stamp(glyph_mask(char, self.px(CELL), height, bold, angle), x, y, color)
 
     def noise(self, rng, strength: float):
-        """Add grey noise of a standard deviation of `strength` (of 255)."""
+        """Add grey noise with a standard deviation of `strength` (of 255)."""
         grain = rng.normal(0, strength, self.image.size)[..., None]
         pixels = np.asarray(self.image) + grain
         self.image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def tile(picture: Image.Image, caption: str, side: int = 192) -> Image.Image:
-    """A picture, enlarged by a whole factor so that its pixels stay visible, and its caption."""
+    """A picture with its caption below. It is enlarged by a whole factor, so that its pixels stay
+    visible, to about `side` pixels."""
     scale = max(1, side // picture.width)
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     lines, face, width = [], font(12), max(192, picture.width)
@@ -241,7 +247,7 @@ def tile(picture: Image.Image, caption: str, side: int = 192) -> Image.Image:
 
 
 def sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    """Rows of tiles on one white page."""
+    """Arrange rows of tiles on one white page."""
     width = max(sum(t.width for t in row) for row in rows)
     heights = [max(t.height for t in row) for row in rows]
     page = Image.new("RGB", (width, sum(heights)), "white")
@@ -252,7 +258,7 @@ def sheet(rows: list[list[Image.Image]]) -> Image.Image:
 
 
 def strip(images) -> Image.Image:
-    """All images of one observation on one picture; an empty line where there are none."""
+    """All images of one observation on one picture; a white line where there are none."""
     if len(images) == 1:
         return images[0]
     framed = [ImageOps.expand(image, 2, "white") for image in images]

@@ -1,6 +1,6 @@
-"""Where things are, in scenes of coloured shapes on the grid of scenes.py: the box of one thing,
-called by its place among the others; the boxes of all of a kind, or of what two pictures don't
-share; when things happen; what stands where for one who is among them; all of it as JSON.
+"""Where things are, in the scenes of scenes.py: the box of one thing that is described by its place
+among the others; the boxes of all things of a kind, or of the differences between two pictures; the
+frame in which something happens; directions as seen from inside the scene; a scene as JSON.
 """
 import json
 from collections import Counter
@@ -19,7 +19,8 @@ RANKS = ("first", "second", "third", "fourth")
 
 
 def ranked(item, items):
-    """Calls such as "second star from the left", where no two stars share a column."""
+    """Expressions for an item such as "second star from the left", if no two stars share a
+    column."""
     calls = []
     for name, fits in kinds(item):
         for end, (axis, sign) in ENDS.items():
@@ -31,14 +32,15 @@ def ranked(item, items):
 
 
 def ahead(item, anchor, way) -> tuple[int, int]:
-    """How many cells an item lies from the anchor that way, and how many to the side of it."""
+    """(distance, offset) in cells: how far an item lies from the anchor in a direction, and how far
+    to the side of that direction."""
     (axis, sign), away = WAYS[way], [a - b for a, b in zip(cell(item.area), cell(anchor.area))]
     return sign * away[axis], abs(away[1 - axis])
 
 
 def related(item, items):
-    """Calls such as "star left of the blue square": the star lies that way more than to the side
-    of it, and no other star lies that way at all."""
+    """Expressions for an item such as "star left of the blue square". The star must be further to
+    the left than above or below, and no other star may lie to the left of the square."""
     calls, count = [], Counter(other.name for other in items)
     for name, fits in kinds(item):
         rivals = [other for other in items if fits(other) and other is not item]
@@ -51,18 +53,18 @@ def related(item, items):
 
 
 class Grounding(Scene):
-    """Scenes with things of uneven size that keep apart."""
+    """Scenes with things of several sizes that never touch."""
     tier, verifier, sizes, gap = 1, "F1", (9, 10, 11, 12, 13), 1
 
 
 class GroundBox(Grounding):
-    """The box of the one thing that an expression fits: by its name, from level 2 on also by its
-    rank in a line or its side of something else, from 3 on by these alone."""
-    verifier, blind = "IOU", (0.07, 0.07, 0.09, 0.14, 0.14)     # a rank or a side tells a little
+    """Give the box of the one thing that an expression describes: by its name, from level 2 on also
+    by its rank in a row or by its direction from another thing, from 3 on only by these."""
+    verifier, blind = "IOU", (0.07, 0.07, 0.09, 0.14, 0.14)     # a rank gives away a little
 
     def make(self):
         target, question = pick(self.rng, self.pairs()), None
-        while not question:                     # until the target can be told from the others
+        while not question:                     # until an expression describes only the target
             rest = self.others(self.number() - 1, lambda p: self.level >= 3 or p != target,
                                lambda p: p[0] == target[0] or p[1] == target[1])
             image, self.items = self.paint([target, *rest])
@@ -74,7 +76,7 @@ class GroundBox(Grounding):
         return Obs(IMAGE + question, [image]), self.shown[0]
 
     def ask(self, item):
-        """A question for an item's box, or None where nothing tells it from the others."""
+        """A question for an item's box, or None if no expression describes only this item."""
         if self.level < 2 or self.level == 2 and self.rng.integers(2):
             call = refer(self.rng, item, self.items)
         else:
@@ -87,9 +89,9 @@ class GroundBox(Grounding):
 
 
 class GroundMulti(Grounding):
-    """The boxes of all red ones, all circles, from level 2 on also all red circles, from 3 on
-    all circles that are not red."""
-    blind = (0.08,) * 5         # a few boxes, of which half must be right to count
+    """Give the boxes of all red ones or all circles, from level 2 on also of all red circles, from
+    3 on also of all circles that are not red."""
+    blind = (0.08,) * 5         # half of the boxes must be right to earn anything
     most, distractors = (3, 3, 4, 4, 5), ((0, 2), (1, 3), (3, 5), (5, 8), (7, 11))
 
     def make(self):
@@ -111,14 +113,14 @@ class GroundMulti(Grounding):
         return Obs(IMAGE + question, [image]), self.shown[0][:count]
 
     def reply(self, gold):
-        """Row by row, from left to right."""
+        """The boxes row by row, from left to right."""
         rows = sorted(gold, key=lambda area: cell(area)[::-1])
         return box([[round(corner) for corner in area] for area in rows])
 
 
 class SpotDiff(Grounding):
-    """Two pictures, and the boxes of what is new or gone, from level 1 on of another colour, from
-    2 on of another shape; at level 4 both are noisy, each in its own way."""
+    """Compare two pictures and give the boxes of what is new or gone, from level 1 on also of what
+    has another colour, from 2 on another shape. At level 4 each picture has its own noise."""
     blind = (0.06, 0.08, 0.08, 0.08, 0.08)
     objects = ((3, 4), (4, 6), (6, 8), (8, 11), (11, 14))
     changes = ((1, 1), (1, 2), (1, 3), (2, 4), (2, 5))
@@ -137,7 +139,9 @@ class SpotDiff(Grounding):
         self.more = [(f"How many shapes are in the {which} picture?", box(sum(map(bool, pairs))))
                      for which, pairs in (("first", before), ("second", after))]
         question = pick(rng, ("Box what has changed.", "Give the boxes of what differs."))
-        for canvas in (first, second) if self.level >= 4 else ():   # last: sizes share the stream
+        # Noise comes last: it draws more numbers for a larger picture, and everything before it
+        # must be the same at every size.
+        for canvas in (first, second) if self.level >= 4 else ():
             canvas.noise(rng, 16)
         return Obs(2 * IMAGE + question, [first.image, second.image]), sum(self.shown[:n], [])
 
@@ -145,11 +149,12 @@ class SpotDiff(Grounding):
 
 
 class VideoEvents(Grounding):
-    """Four to twelve frames in which shapes come, go or jump elsewhere: the frame in which one
-    does, or the order in which all do. From level 1 on others stay, from 2 on they may do
-    something else. The number of a frame follows it, as in GLM the time does. [R]"""
+    """Four to twelve frames in which shapes appear, vanish or jump: name the frame in which one of
+    them does, or the order in which all of them do. From level 1 on there are other shapes that
+    stay, from 2 on they may do something else. Each frame is followed by its number, as in GLM by
+    its time. [R]"""
     tier, verifier, sizes = 0, "LIS/NUM", (12,)
-    blind = (0.17, 0.11, 0.08, 0.06, 0.05)      # half are frames; an order can't be guessed
+    blind = (0.17, 0.11, 0.08, 0.06, 0.05)      # half ask for a frame; an order can't be guessed
     frames = ((4, 4), (5, 6), (6, 8), (8, 10), (10, 12))
     actors, extras = (2, 2, 3, 3, 4), ((0, 0), (1, 1), (1, 2), (2, 3), (3, 4))
     acts = {"appear": "with", "vanish": "without", "jump": "after the jump of"}
@@ -197,17 +202,18 @@ TURNS = {"turn right": 2, "turn around": 4, "turn left": 6}                     
 
 
 class SpatialRelation(Grounding):
-    """An arrow seen from above: what stands at which side of it? It looks up, so that its sides
-    are the picture's, from level 2 on another way; at level 4 it turns before it looks. Four
-    sides at levels 0 and 2, else eight. Held-out splits have other layouts."""
+    """Take the place of an arrow seen from above and say what is at which side. Up to level 1 the
+    arrow looks up, so its sides are those of the picture; from level 2 on it looks another way, and
+    at level 4 it turns first. There are four sides at levels 0 and 2, else eight. Held-out splits
+    have other layouts."""
     family, tier, verifier = "reasoning", 2, "EX"
-    blind = (0.14, 0.08, 0.14, 0.08, 0.08)      # half ask for one of the sides
+    blind = (0.14, 0.08, 0.14, 0.08, 0.08)      # half ask for a side
     objects = ((2, 3), (4, 5), (3, 4), (5, 6), (6, 8))
 
     def make(self):
         rng, n = self.rng, self.number()
         pairs = some_of(rng, self.pairs(), n)
-        apart = 2 if self.level in (0, 2) else 1        # the sides asked about, in eighths
+        apart = 2 if self.level in (0, 2) else 1        # angle between two sides, in eighths
         cells = None
         while not cells or held(f"{arrow} {looks} {cells}") != self.heldout:
             arrow = (1 + rng.integers(2, size=2)).tolist()
@@ -225,14 +231,16 @@ class SpatialRelation(Grounding):
         return Obs(IMAGE + question, [canvas.image]), gold
 
     def beside(self, arrow, way):
-        """A cell that lies so from the arrow's; straight ways may have two such."""
+        """A cell in this direction from the arrow's cell; in a straight direction there may be
+        two, of which one is drawn at random."""
         (x, y), (dx, dy) = arrow, STEPS[way]
         room = max(dx * (3 - x), -dx * x, dy * (3 - y), -dy * y)
         far = 1 if dx and dy else 1 + int(self.rng.integers(room))
         return x + far * dx, y + far * dy
 
     def ask(self, looks, way, name, sides):
-        """(question, answer, thought) about a thing `way` of the arrow in the picture."""
+        """(question, answer, thought) about a thing that lies in direction `way` (an index of SKY)
+        from the arrow in the picture. looks: the direction of the arrow."""
         who, why = "You are the arrow", f"The arrow looks {SKY[looks]}"
         if self.level >= 4:
             turn = pick(self.rng, list(TURNS))
@@ -247,22 +255,22 @@ class SpatialRelation(Grounding):
 
 
 class SceneToJson(Grounding):
-    """Everything in the picture as a JSON list, row by row; "at" is any point on the thing."""
-    tier, sizes, blind = 0, (8, 13), (0.01,) * 5        # one thing, in the right one of 16 cells
+    """List everything in the picture as JSON, row by row; "at" is any point on the thing."""
+    tier, sizes, blind = 0, (8, 13), (0.01,) * 5        # one thing in one of 16 cells
     objects = ((2, 2), (2, 3), (3, 4), (4, 6), (6, 8))
 
     def make(self):
         rng, pairs = self.rng, [pick(self.rng, self.pairs()) for _ in range(self.number())]
         cells = sorted(some_of(rng, range(GRID ** 2), len(pairs)))
         palette, spots = self.palette(), []
-        while len({size for _, _, size in spots}) < 2:      # big beside small, or neither is
+        while len({size for _, _, size in spots}) < 2:      # "small" needs a big one to compare
             spots = self.place(cells)
         canvas, items = self.draw(palette, pairs, spots)
         gold = [{"color": item.color, "shape": item.shape, "size": ("small", "big")[size > 10],
                  "box": item.area} for item, (_, _, size) in zip(items, spots)]
         self.more = [(pick(rng, BOX).format(call), GroundBox.reply(self, item.area))
                      for item in items if (call := refer(rng, item, items))][:2]
-        self.shown = [gold[:3]]                 # a glance is at three things at most
+        self.shown = [gold[:3]]                 # `glance` lists three things at most
         question = "List the shapes as JSON: color, shape, size (small or big), at [x, y]."
         return Obs(IMAGE + question, [canvas.image]), gold
 

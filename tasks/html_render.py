@@ -105,7 +105,7 @@ class Node:
         return s["margin-left"] + s["margin-right"], s["margin-top"] + s["margin-bottom"]
 
 
-# ------------------------------------------------------------------------------- reading a page
+# ---- reading a page -----------------------------------------------------------------------------
 
 def colour(word: str) -> tuple | None:
     """#rgb, #rrggbb or one of a few names; else None."""
@@ -162,7 +162,7 @@ def rules(sheet: str) -> dict:
 LOOKS = rules(OWN_LOOK)
 
 
-# ------------------------------------------------------------------------- measuring and placing
+# ---- measuring and placing ----------------------------------------------------------------------
 
 extent = lru_cache(maxsize=16384)(lambda word, size: font(size).getlength(word))
 
@@ -342,7 +342,7 @@ def grid(table: Node, inner: float, height: float | None) -> float:
     return y
 
 
-# --------------------------------------------------------------------------------------- the page
+# ---- the page -----------------------------------------------------------------------------------
 
 class Block(NamedTuple):
     """A run of text in one style that can be seen."""

@@ -1,8 +1,8 @@
 """Coloured shapes on a grid: name them, count them, point at them.
 
-The three categories share the painter and, in demonstrations, the picture: each instance asks its
-own question first and then up to four of its siblings'. A question is asked only where it has one
-right answer, and never where an earlier turn has given that answer away.
+The three categories draw the same scenes. A demonstration asks the category's own question first
+and then up to four questions of the other two. A question is asked only if it has exactly one right
+answer and no earlier turn has given that answer away.
 """
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ POINT_AT = ("Point at the {}.", "Where is the {}?")
 
 @dataclass(frozen=True)
 class Item:
+    """One shape of a scene."""
     color: str
     shape: str
     area: tuple                 # x0, y0, x1, y1 in 0-999
@@ -39,19 +40,20 @@ def plural(word: str) -> str:
 
 
 def cell(area) -> list[int]:
-    """Column and row of the cell that a thing stands in."""
+    """[column, row] of the cell that contains the middle of a box in 0-999."""
     return [int(GRID * c / 1000) for c in middle(area)]
 
 
 def spot(area) -> list[int]:
-    """The middle of the cell that a thing stands in, always a point on it: of all right answers
-    the one that has nothing to do with chance, so that a lesson holds no noise. [O]"""
+    """The middle of the cell that contains a thing, which is always a point on the thing. Of all
+    right answers it is the one that does not depend on the random shift of the thing, so the
+    training targets have no noise. [O]"""
     return [round((c + 0.5) * 999 / GRID) for c in cell(area)]
 
 
 def ask_attribute(rng, item, items):
-    """(question, answer) for the colour or the shape of an item, or None where neither the
-    shape nor the colour singles it out."""
+    """(question, answer) about the colour or the shape of an item, or None if neither its shape nor
+    its colour identifies it."""
     by_shape = sum(other.shape == item.shape for other in items) == 1
     by_color = sum(other.color == item.color for other in items) == 1
     if by_shape and (not by_color or rng.integers(2)):
@@ -60,8 +62,8 @@ def ask_attribute(rng, item, items):
 
 
 def window(rng, items):
-    """(columns, rows), each (from, to) in cells: a random part of the scene, at least 2 x 2, that
-    holds all items. What varies the aspect of pictures that are to be captioned. [O]"""
+    """A random part of the scene, at least 2 x 2 cells, with all items in it, as (columns, rows),
+    each (from, to) in cells. Cropping to it varies the aspect ratio of captioned pictures. [O]"""
     spans = []
     for axis in (0, 1):
         cells = [cell(item.area)[axis] for item in items]
@@ -73,9 +75,9 @@ def window(rng, items):
 
 
 def caption(items, spans=((0, GRID), (0, GRID)), language="en", parts=PARTS) -> str:
-    """What is where, in reading order: "red star top left, blue circle right", or the same in
-    Chinese (zh), where the place comes first. parts: what is told of each thing; `spans` as from
-    `window`."""
+    """A caption in reading order, "red star top left, blue circle right", or the same in Chinese
+    (zh), where the place comes first. spans: the part of the scene, as from `window`. parts: which
+    of colour, shape and place the caption mentions."""
     told = []
     for item in sorted(items, key=lambda item: cell(item.area)[::-1]):
         across, down = ((c + 0.5 - low) / (high - low)
@@ -89,20 +91,21 @@ def caption(items, spans=((0, GRID), (0, GRID)), language="en", parts=PARTS) -> 
 
 
 def kinds(item):
-    """What an item may be called, with a test for each: whether another is that too."""
+    """[(name, test)]: the names of an item, each with a function that tells whether another item
+    has the same name."""
     return [(item.shape, lambda other: other.shape == item.shape),
             (f"{item.color} one", lambda other: other.color == item.color),
             (item.name, lambda other: other.name == item.name)]
 
 
 def refer(rng, item, items):
-    """A way to call an item that fits no other: "star", "red one" or "red star"; None if none."""
+    """A name that fits this item only, "star", "red one" or "red star"; None if there is none."""
     fitting = [name for name, fits in kinds(item) if sum(map(fits, items)) == 1]
     return pick(rng, fitting) if fitting else None
 
 
 def ask_count(rng, color, shape, items):
-    """(question, answer); color or shape may be None, for any."""
+    """(question, answer); a color or shape of None means any."""
     count = sum(color in (None, i.color) and shape in (None, i.shape) for i in items)
     what = " ".join(filter(None, (color, plural(shape) if shape else "ones")))
     return pick(rng, HOW_MANY).format(what), count
@@ -112,7 +115,8 @@ MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def moving(item: Item, move: str, language: str = "en", parts=PARTS) -> str:
-    """"red star moves left", or the same in Chinese (zh). parts: what is told of the thing."""
+    """"red star moves left", or the same in Chinese (zh). parts: which of colour and shape it
+    mentions."""
     words = [getattr(item, part) for part in ("color", "shape") if part in parts]
     if language == "en":
         return " ".join([*words, "moves", move])
@@ -120,9 +124,9 @@ def moving(item: Item, move: str, language: str = "en", parts=PARTS) -> str:
 
 
 class Scene(OneShot):
-    """Shapes on a plain ground, one in a cell, moved by up to two units."""
-    objects = ((1, 3), (2, 4), (4, 6), (6, 9), (9, 13))         # least and most, by level
-    sizes, gap = (11, 12, 13), 0    # in units; least distance from the border of the cell
+    """Shapes on a plain background, each in a cell of its own, shifted by up to two units."""
+    objects = ((1, 3), (2, 4), (4, 6), (6, 9), (9, 13))     # least and most, for each level
+    sizes, gap = (11, 12, 13), 0    # in units; gap: least distance from the border of the cell
 
     def paint(self, pairs):
         """Draw (color, shape) pairs in random cells -> (picture, items in the pairs' order)."""
@@ -132,11 +136,11 @@ class Scene(OneShot):
         return canvas.image, items
 
     def palette(self):
-        """(shade of each colour, ground, ink)"""
+        """(RGB of each colour, background, ink)"""
         return shades(self.rng, self.heldout), *plain(self.rng, self.heldout, self.level)
 
     def place(self, cells):
-        """(x, y, size) of something in each of these cells."""
+        """A random (x, y, size), in units, for a thing in each of these cells."""
         rng, n, spots = self.rng, len(cells), []
         sizes, moves = rng.integers(len(self.sizes), size=n), rng.integers(-2, 3, (n, 2))
         for number, i, (dx, dy) in zip(cells, sizes.tolist(), moves.tolist()):
@@ -148,7 +152,8 @@ class Scene(OneShot):
         return spots
 
     def draw(self, palette, pairs, spots):
-        """Draw a pair at each spot; None leaves it empty -> (canvas, items in that order)."""
+        """Draw a (color, shape) at each spot -> (canvas, items in that order). None leaves a spot
+        empty."""
         colors, ground, _ = palette
         canvas = Canvas(self.pixels, ground)
         items = [pair and Item(*pair, canvas.shape(pair[1], x, y, size, colors[pair[0]]))
@@ -156,13 +161,13 @@ class Scene(OneShot):
         return canvas, items
 
     def clip(self):
-        """(two frames, the lone thing in the first, where it goes, by half a patch of `tiny`: so
-        that a patch sees it go). No category asks about it; a vision tower learns movement from
-        it. [O]"""
+        """(two frames, the single item in the first, the direction in which it moves). It moves by
+        half a patch of the model size `tiny`, so that one patch sees the movement. No category uses
+        this; the vision tower learns movement from it. [O]"""
         rng, palette, pair = self.rng, self.palette(), pick(self.rng, self.pairs())
         move = pick(rng, tuple(MOVES))
         dx, dy = MOVES[move]
-        x, y = rng.integers(1, GRID - 1, 2).tolist()    # where it stands tells nothing
+        x, y = rng.integers(1, GRID - 1, 2).tolist()    # every direction is possible from there
         [(left, top, size)] = self.place([y * GRID + x])
         (before, [item]), (after, _) = (
             self.draw(palette, [pair], [(left + far * dx, top + far * dy, size)])
@@ -170,27 +175,29 @@ class Scene(OneShot):
         return (before.image, after.image), item, move
 
     def others(self, n, allowed, close=lambda pair: False):
-        """n (color, shape) distractors that `allowed` admits; from level 2 on, half of them,
-        where there are such, are also `close` to the target. Equal ones may come twice."""
+        """n (color, shape) distractors for which `allowed` is true. From level 2 on half of them
+        are also `close` to the target, if there are such pairs. A pair may occur twice."""
         pool = [pair for pair in self.pairs() if allowed(pair)]
         near = [pair for pair in pool if close(pair)] if self.level >= 2 else []
         near = near or pool
         return [pick(self.rng, near if i % 2 else pool) for i in range(n)]
 
     def pairs(self):
+        """The (color, shape) pairs of the split."""
         return PAIRS if self.heldout else TRAIN_PAIRS
 
     def number(self):
+        """A random number of objects for the level."""
         return self.between(self.objects)
 
     def between(self, table):
-        """From the least to the most that a table allows at the level."""
+        """A random number from the least to the most that a table has for the level."""
         low, high = table[self.level]
         return int(self.rng.integers(low, high + 1))
 
     def follow_up(self, items, own, named):
-        """Up to four more (question, reply) after `own`; `named` are items whose colour and
-        shape the dialogue has already told."""
+        """Up to four more (question, reply) after the question `own`, and a caption. named: items
+        whose colour and shape the dialogue has already given away."""
         rng, asked, more = self.rng, {own}, []
         for kind in rng.integers(3, size=8).tolist():
             item = pick(rng, items)
@@ -200,7 +207,7 @@ class Scene(OneShot):
             elif kind == 1:
                 color, shape = (item.color, None) if rng.integers(2) else (None, item.shape)
                 question, count = ask_count(rng, color, shape, items)
-                if count == 1 and rng.integers(4):      # else nearly every count would be one
+                if count == 1 and rng.integers(4):      # or nearly every answer would be 1
                     continue
                 reply = box(count)
             elif kind == 2 and (called := refer(rng, item, items)):
@@ -212,14 +219,14 @@ class Scene(OneShot):
             if question not in asked and len(more) < 4:
                 asked.add(question)
                 more.append((question, reply))
-        if len(items) <= 6:     # a caption asks for everything at once: the densest lesson
+        if len(items) <= 6:     # a caption has the most to learn from for its length
             listed = sorted(items, key=lambda item: (item.area[1] // 250, item.area[0]))
             more.append((LIST_ALL, box(", ".join(item.name for item in listed))))
         return more
 
 
 class ShapeAttr(Scene):
-    """The colour of the star, the shape of the red one."""
+    """Name the colour of the star, or the shape of the red one."""
     tier, verifier = 0, "EX"
 
     @classmethod
@@ -229,7 +236,7 @@ class ShapeAttr(Scene):
     def make(self):
         rng = self.rng
         color, shape = pick(rng, self.pairs())
-        self.by_color = bool(rng.integers(2))           # the colour is given, the shape asked
+        self.by_color = bool(rng.integers(2))       # the colour is given, the question is the shape
         given, gold, forms = (color, shape, SHAPE_OF) if self.by_color else (shape, color, COLOR_OF)
         rest = self.others(self.number() - 1, lambda pair: given not in pair)
         image, self.items = self.paint([(color, shape), *rest])
@@ -243,7 +250,7 @@ class ShapeAttr(Scene):
 
 
 class Counting(Scene):
-    """How many circles, how many red ones, from level 2 on also how many red circles."""
+    """Count the circles, the red ones, from level 2 on also the red circles."""
     tier, verifier = 0, "NUM"
     most = (4, 5, 6, 7, 8)
     distractors = ((0, 2), (1, 3), (2, 5), (3, 6), (4, 8))
@@ -276,7 +283,7 @@ class Counting(Scene):
 
 
 class Point(Scene):
-    """A point on the red star."""
+    """Point at the red star."""
     tier, verifier = 1, "HIT"
 
     @classmethod

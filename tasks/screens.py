@@ -1,8 +1,8 @@
-"""Small screens: click a named button; fill in a form, one action a turn.
+"""Small screens: click a named button; fill in a form, with one action in each turn.
 
-Widgets stand on the grid of draw.py: an icon button fills one cell, a word two, with one large
-letter in each (a smaller label can't be read at patch 8). Held-out splits use other words and
-other layouts: which widget stands where, not places that training never saw at all.
+Widgets lie on the grid of draw.py. A button with an icon fills one cell, one with a word two cells,
+with a large letter in each (a smaller label can't be read at patch 8). Held-out splits use other
+words and other layouts: other combinations of places, though each place occurs in training.
 """
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ GOALS = ("Click {}.", "Press {}.")
 
 
 def button(canvas, column, row, color, label):
-    """A rounded button with a word, an icon or nothing (a plain one is two cells wide)."""
+    """Draw a rounded button with a word, an icon or nothing, and return its box in 0-999. It is one
+    cell wide with an icon, else two."""
     wide = label not in SHAPES
     x, y = column * CELL, row * CELL
     area = canvas.plate(x + 1, y + 1, CELL * (1 + wide) - 2, CELL - 2, color)
@@ -31,12 +32,13 @@ def button(canvas, column, row, color, label):
 
 @dataclass(frozen=True)
 class Widget:
-    label: str                  # a word, the name of a shape, or nothing
+    """One button of a screen."""
+    label: str                  # a word, the name of a shape, or ""
     color: str
     area: tuple                 # x0, y0, x1, y1 in 0-999
 
     def names(self):
-        """The ways to call it, the shortest first."""
+        """The names by which a goal may call it, the shortest first."""
         the = "the " if self.label in SHAPES else ""
         named = [the + self.label, f"the {self.color} {self.label}"] if self.label else []
         return [*named, f"the {self.color} button"]
@@ -46,8 +48,8 @@ class Widget:
 
 
 class GuiClick(OneShot):
-    """One click on the button that is called by its word, its icon or its colour; from level 3
-    on, words and icons come twice and only their colour tells them apart."""
+    """Click the button that is named by its word, its icon or its colour. From level 3 on two
+    buttons have the same word or icon and differ only in colour."""
     family, tier, verifier = "agent", 2, "HIT"
     widgets = ((2, 3), (3, 4), (4, 5), (5, 6), (6, 7))
 
@@ -72,7 +74,7 @@ class GuiClick(OneShot):
                       for (label, color), spot in zip(labels, spots) if spot]
         goals = [(w, name) for w in self.shown if (name := self.call(w))]
         order = rng.permutation(len(goals)).tolist()
-        # the first widget is the target: its label is one that the split may ask for
+        # the first widget is the target if it has a name of its own: its label suits the split
         ranked = sorted(order, key=lambda i: goals[i][0] is not self.shown[0])[:5]
         asked = [(pick(rng, GOALS).format(goals[i][1]), goals[i][0]) for i in ranked]
         self.more = [(question, click(w.area)) for question, w in asked[1:]]
@@ -80,8 +82,8 @@ class GuiClick(OneShot):
         return Obs(IMAGE + question, [canvas.image]), {"action": "click", "box": target.area}
 
     def arrange(self, labels):
-        """(bar, spots): where the bar is, if any, and a (column, row) for each label that finds
-        room. Of all layouts, one in five is held out."""
+        """(bar, spots): bar is None, "top" or "bottom"; spots has a (column, row) for each label,
+        or None where there is no room left. One in five layouts is held out."""
         while True:
             bar = pick(self.rng, (None, "top", "bottom"))
             rows = {None: range(GRID), "top": range(1, GRID), "bottom": range(GRID - 1)}[bar]
@@ -91,7 +93,7 @@ class GuiClick(OneShot):
                 return bar, spots
 
     def labels(self, n):
-        """(label, colour) of n widgets, the target's first."""
+        """(label, colour) of n widgets, the target first."""
         rng, found = self.rng, []
         words = [w for w in WORDS if held(w) == self.heldout]
         for i, c in zip(range(n), rng.permutation(len(COLORS)).tolist()):
@@ -100,16 +102,16 @@ class GuiClick(OneShot):
             if self.level >= 3 and i == 0:
                 label = label or pick(rng, words)
             elif self.level >= 3 and i == 1:
-                label = found[0][0]             # the target's twin in another colour,
+                label = found[0][0]             # the target's label in another colour,
             elif any(label == other for other, _ in found):
                 label = ""
             if self.level >= 3 and i == 2:
-                color = found[0][1]             # and a stranger in the target's colour
+                color = found[0][1]             # and the target's colour with another label
             found.append((label, color))
         return found
 
     def place(self, free, width):
-        """Take a random free (column, row) with `width` cells; None where there is none."""
+        """Take a random (column, row) with `width` free cells out of `free`; None if there is none."""
         spots = sorted((c, r) for c, r in free if width == 1 or (c + 1, r) in free)
         if not spots:
             return None
@@ -118,8 +120,8 @@ class GuiClick(OneShot):
         return column, row
 
     def call(self, widget):
-        """A name for this widget alone: the shortest or, now and then, the longest, which for a
-        widget of a unique colour is that; None where every name fits another one too."""
+        """A name that fits only this widget, or None if every name also fits another. Mostly it is
+        the shortest name; in one case of four the longest, its colour if that is unique."""
         names = [name for name in widget.names()
                  if sum(other.answers_to(name) for other in self.shown) == 1]
         return (names[-1] if self.rng.integers(4) == 0 else names[0]) if names else None
@@ -132,8 +134,8 @@ class GuiClick(OneShot):
 
 
 class GuiForm(Env):
-    """Tick exactly the named boxes, then press OK. A click may also press NO, which closes the
-    form. Some forms start with ticks already in them, so that demonstrations show how to undo."""
+    """Tick exactly the named boxes, then press OK. From level 3 on there is also NO, which closes
+    the form. Some forms start with wrong ticks, so that demonstrations show how to correct them."""
     family, tier, verifier, layout = "agent", 3, "STATE", "segment"
     max_turns = 16
     fields = ((1, 2), (2, 3), (3, 3), (4, 4), (5, 6))
@@ -141,7 +143,7 @@ class GuiForm(Env):
 
     @classmethod
     def chance(cls, level):
-        return (0.12, 0.06, 0.05, 0.03, 0.01)[level]         # measured: some start nearly right
+        return (0.12, 0.06, 0.05, 0.03, 0.01)[level]         # measured: some start almost right
 
     def reset(self):
         rng = self.rng
@@ -150,9 +152,9 @@ class GuiForm(Env):
         self.max_turns = 2 * (n + 1) + 2
         labels = [*self.letters, *SHAPES]
         names = [labels[i] for i in rng.permutation(len(labels))[:n].tolist()]
-        # where OK stands, as (row, column); NO, from level 3 on, takes the other half of that row
+        # (row, column) of OK; from level 3 on NO takes the other half of that row
         corners = ((3, 0), (3, 2), (0, 0), (0, 2), (3, 1))[:4 if self.level >= 3 else 5]
-        while True:             # of all layouts, one in five is held out
+        while True:             # one in five layouts is held out
             ok_row, ok_column = pick(rng, corners)
             slots = rng.permutation(6)[:n].tolist()
             if held(f"{ok_row} {ok_column} {slots}") == self.heldout:
@@ -174,11 +176,12 @@ class GuiForm(Env):
         listed = " and ".join(filter(None, (", ".join(self.chosen[:-1]), self.chosen[-1])))
         self.goal = f"Tick {listed}. Press OK."
         first = self.observe()
-        # single clicks before whole forms: each tier learns from the one below [C]
+        # single clicks are learned before whole forms: each tier builds on the one below [C]
         self.more = [(f"Tick {name}.", click(self.areas[name])) for name in names]
         return first
 
     def observe(self):
+        """Draw the form -> observation."""
         canvas = Canvas(self.pixels, self.ground)
         self.areas = {}
         for name, (column, row) in self.spots.items():
@@ -215,6 +218,7 @@ class GuiForm(Env):
         return Step(None, True, truncated=not (self.submitted or self.closed))
 
     def press(self, point):
+        """Carry out a click."""
         self.more = []
         for name, area in self.areas.items():
             if not inside(point, area):
@@ -230,8 +234,8 @@ class GuiForm(Env):
                 "log": list(self.actions)}
 
     def oracle(self):
-        """What is missing in the order of the goal, then what is too much from the top down, then
-        OK: each click follows from the goal and the screen alone."""
+        """Tick what is missing, in the order of the goal; then untick what is wrong, from the top
+        down; then press OK. So each click follows from the goal and the current screen."""
         down = sorted(self.spots, key=lambda name: self.spots[name][::-1])
         while not self.over():
             wrong = [name for name in self.chosen if not self.ticks[name]]

@@ -23,7 +23,7 @@ from .words import invent, some, some_of, THINGS
 SAME_TEXT, LEAST_SHARED = 0.5, 0.3      # below: another text; another page
 
 
-# --------------------------------------------------------------------------------------- the score
+# ---- the score ----------------------------------------------------------------------------------
 
 @lru_cache(maxsize=4096)
 def lab(rgb: tuple) -> tuple:
@@ -154,7 +154,7 @@ def relative_rewards(scores: list, reference: float | None = None) -> list[float
             for score in scores]
 
 
-# ---------------------------------------------------------------------------------------- workflow
+# ---- workflow -----------------------------------------------------------------------------------
 
 def attempt(site: Site, act: str, text: str) -> bool:
     """One step: click a text; or assert that it is seen or gone, that its box is ticked, or that
@@ -195,7 +195,7 @@ def workings(evidence: dict) -> float:
     return found.count("passed") / len(found)
 
 
-# -------------------------------------------------------------------------------- made-up pages
+# ---- made-up pages ------------------------------------------------------------------------------
 
 PHRASES = ("One {} for every {}", "The {} goes with the {}", "One {} and one {} a day",
            "From the {} to the {}", "Bring the {}, take the {}", "No {} without the {}")
@@ -363,7 +363,7 @@ class Page:
         return f"From the top: {first}." + "".join(f" Other page: {other}." for other in others)
 
 
-# -------------------------------------------------------------------------------------- categories
+# ---- categories ---------------------------------------------------------------------------------
 
 class UiToCode(OneShot):
     """A picture of a page -> its HTML. Levels add parts; at 4 it is a site of two pages."""

@@ -1,4 +1,5 @@
-"""Words for labels, letters and invented worlds. A split sees its own words: see `some`."""
+"""Word lists for labels, texts and invented worlds. Training and held-out splits use different
+words: see `some` and `invent`."""
 from .base import held, pick
 
 THINGS = """\
@@ -35,17 +36,17 @@ CODAS = ["", "", "l", "m", "n", "r", "s", "x"]
 
 
 def some_of(rng, things, n: int | None = None) -> list:
-    """n of these, or all, in any order."""
+    """n of these things, or all of them, in random order."""
     return [things[i] for i in rng.permutation(len(things))[:n].tolist()]
 
 
 def some(rng, words, n: int, heldout: bool) -> list[str]:
-    """n different words, of those that belong to the split."""
+    """n different words in random order, of those that belong to the split."""
     return some_of(rng, [word for word in words if held(word) == heldout], n)
 
 
 def invent(rng, heldout: bool, syllables: int = 2) -> str:
-    """A pronounceable name that means nothing, of those that belong to the split."""
+    """A pronounceable name without a meaning, one that belongs to the split."""
     while True:
         name = "".join(pick(rng, ONSETS) + pick(rng, VOWELS) for _ in range(syllables))
         name = (name + pick(rng, CODAS)).capitalize()

@@ -139,7 +139,7 @@ def test_training_never_draws_what_is_held_out():
             assert split == "test" or not pairs & HELD_PAIRS
 
 
-# ----------------------------------------------------------------------------------- verifiers
+# ---- verifiers ----------------------------------------------------------------------------------
 
 def test_boxed():
     assert verify.boxed(box("7")) == "7"
@@ -177,7 +177,7 @@ def test_edit_is_graded_and_minds_case():
     assert verify.distance("kitten", "sitting") == 3 and verify.distance("", "ab") == 2
 
 
-# ------------------------------------------------------------------------------ driver and forms
+# ---- driver and forms ---------------------------------------------------------------------------
 
 def turns(task, think=False):
     """A demonstration without the further questions about a screen."""
@@ -285,7 +285,7 @@ def test_placeholders_must_match_images():
         Obs(IMAGE + IMAGE, [Image.new("RGB", (8, 8))])
 
 
-# ------------------------------------------------------------------------------------- bad input
+# ---- bad input ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fields,words", [
     (("countng", 0), "counting"), (("", 0), "unknown"), (("counting", -1), "seed"),

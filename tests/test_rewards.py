@@ -107,7 +107,7 @@ print(rewards.score(gym.Task("counting", 0), {}))
     assert done.stdout.startswith("main runs\nScore(reward=1.0"), done.stderr
 
 
-# -------------------------------------------------------------------------------------- the judge
+# ---- the judge ----------------------------------------------------------------------------------
 
 JUDGED = {"counting": Category(None, {"answer": (verify.number, 3),
                                       "style": ("Is it brief?", 1)})}
@@ -200,7 +200,7 @@ def test_a_judge_at_an_address(monkeypatch):
     assert judged(judge_at(url, "tiny", timeout=2)).error
 
 
-# ------------------------------------------------------------------------------ sums over samples
+# ---- sums over samples --------------------------------------------------------------------------
 
 def test_pass_at_k_is_unbiased():
     """Against drawing k of the n samples in every way there is."""

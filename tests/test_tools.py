@@ -18,7 +18,7 @@ def fresh(name, seed, level, **more):
     return env, env.reset()
 
 
-# ------------------------------------------------------------------------------------- the world
+# ---- the world ----------------------------------------------------------------------------------
 
 def test_a_world_is_closed_and_its_emblems_differ():
     there, other = world(), world(0, True)
@@ -66,7 +66,7 @@ def test_training_never_asks_what_is_held_out():
     assert not asked("train") & asked("test")
 
 
-# ------------------------------------------------------------------------------------- the tools
+# ---- the tools ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text,value", [
     ("3*(4+5)", "27"), ("7/2", "3.5"), ("6/3", "2"), ("-2 + 1", "-1"), ("1900 - 1456", "444"),
@@ -98,7 +98,7 @@ def test_answers_that_list_or_nest_earn_nothing():
         assert reward(task, [*way, f"answer({gold})"]) == 1         # an integer is as good
 
 
-# ------------------------------------------------------------- what fails, and without what
+# ---- what fails, and without what ---------------------------------------------------------------
 
 @pytest.mark.parametrize("pixels", [128, 1024])
 def test_fine_print_is_seen_in_crops_only(pixels):

@@ -31,7 +31,7 @@ def spearman(a, b):
     return np.corrcoef(ranks(a), ranks(b))[0, 1]
 
 
-# --------------------------------------------------------------------------------------- renderer
+# ---- renderer -----------------------------------------------------------------------------------
 
 def test_boxes_stand_where_the_style_puts_them():
     view = look(CARD)
@@ -82,7 +82,7 @@ def test_what_is_unknown_is_counted_and_what_is_too_much_is_broken():
             pass
 
 
-# ------------------------------------------------------------------------------------------ score
+# ---- score --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("one,other,gold", [        # Sharma, Wu, Dalal (2005), table 1
     ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
@@ -148,7 +148,7 @@ def test_relative_rewards():
     assert relative_rewards([]) == [] and relative_rewards([0.0]) == [1]
 
 
-# --------------------------------------------------------------------------------------- workflow
+# ---- workflow -----------------------------------------------------------------------------------
 
 def test_a_step_after_a_failed_one_is_blocked():
     chains = [[("see", "first"), ("click", "B"), ("page", "b"), ("gone", "first"),
@@ -166,7 +166,7 @@ def test_look_and_workings_stay_apart():
     assert whole == {"look": 1, "works": 1} and half["look"] == 0.5 and half["works"] < 1
 
 
-# ------------------------------------------------------------------------------------------ polish
+# ---- polish -------------------------------------------------------------------------------------
 
 def test_an_edit_fits_one_place_only():
     for old, new in (("aXbXc", "aXbYc"), ("aa", "aaa"), ("abcabc", "abc"), ("<p>x</p>", "")):
