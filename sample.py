@@ -79,7 +79,7 @@ def ask(args: Ask):
     while engine.busy:
         results += engine.step()
     print(readable(tokens.decode(results[0].ids)))
-    if engine.most:
+    if engine.drafts:
         print(f"{engine.tokens / max(1, engine.steps):.2f} tokens a step", file=sys.stderr)
 
 

@@ -1,18 +1,20 @@
 """What speculative decoding gains: drafts of the MTP head beside plain decoding, in one run.
 
     python -m lab.drafts                       the demo's checkpoint on held-out tasks
+    python -m lab.drafts --trace               a few replies step by step, and no figures
     python -m lab.drafts --ckpt=out/pretrain --slots=1
-    python -m lab.drafts --size=small          the cost side: random weights, acceptance made up
+    python -m lab.drafts --size=small          the cost alone: random weights, made-up acceptance
     python -m lab.drafts --peer                beside transformers' generate with the same weights
 
-For each K: the share of drafts that stand, tokens a trunk step beside the formula
-(1 - p^(K+1)) / (1 - p) with p the mean share, the cost of a step in plain steps, and useful
-tokens a second as a ratio to plain decoding (median over rounds that run all K in turn). `auto`
-is what the engine chooses by itself. Replies are checked to be those of plain decoding.
-transformers pads its batches, `slots` prompts sorted by length in each.
+For each K: the share p of drafts that are accepted; tokens in a step of the trunk, beside the
+formula (1 - p^(K+1)) / (1 - p) with the mean share; the cost of a step in plain steps; and useful
+tokens a second as a ratio to plain decoding (the median over rounds, each of which runs all K in
+turn). `auto` is the engine's own choice of K. The replies are compared with those of plain
+decoding. transformers pads its batches: `slots` prompts, sorted by length, in each.
 
-With --size the trunk is random, so nothing would be accepted: drafts are replaced by the known
-reply, each token wrong with probability 1 - p. Everything is computed and timed as it would be.
+With --size the trunk is random, so it would accept nothing. The drafts are then replaced by the
+known reply, each token wrong with probability 1 - p; everything else is computed and timed as it
+would be.
 """
 import math
 import statistics
@@ -29,50 +31,114 @@ import sample
 from data import document
 from engine import Engine, Request
 from lab.bench import in_batches, padded, peer
-from lib.cli import cli, main, UserError
+from lib.cli import check_options, cli, Device, Dtype, main, Positive, Seed, Share, UserError
 from lib.common import setup, write_json
 from model import GLMV, sized
 from tasks.base import Task
 from tokenizer import Tokenizer
 
 NAMES = ("point", "gui_click", "gui_form", "shape_attr", "ocr_line", "counting")
+TRACED = 6      # replies that --trace prints: one a category
 
 
 @dataclass
 class Args:
     ckpt: str = ""             # checkpoint with a head; default: the demo's
     size: str = ""             # tiny, small or base: random weights instead, made-up acceptance
-    p: float = 0.8             # that acceptance
+    p: Share = 0.8             # that acceptance
     drafts: str = "1,2,3,5"    # values of K
-    slots: int = 16            # conversations side by side
-    prompts: int = 96          # requests
-    max_new: int = 48          # tokens of a reply at most
-    rounds: int = 5            # times that every K is run
-    peer: bool = False         # transformers too (requirements-peers.txt)
-    seed: int = 0              # of prompts and made-up drafts
-    device: str = "auto"       # auto, cpu, cuda or mps
-    dtype: str = "float32"     # auto, float32 or bfloat16
-    out: str = "out/drafts.json"  # where the figures go
+    slots: Positive = 16       # conversations side by side
+    prompts: Positive = 96     # requests
+    max_new: Positive = 48     # tokens of a reply at most
+    rounds: Positive = 5       # how often every K is run
+    peer: bool = False         # run transformers as well (requirements-peers.txt)
+    trace: bool = False        # print some replies step by step and stop
+    seed: Seed = 0             # of random weights and made-up drafts
+    device: Device = "auto"    # auto, cpu, cuda or mps
+    dtype: Dtype = "float32"   # auto, float32 or bfloat16
+    out: str = "out/drafts.json"  # file for the figures
 
+
+def load(args: Args):
+    """Model, tokenizer and hardware: a checkpoint with an MTP head, or random weights of --size."""
+    if args.size:
+        hw = setup(args.device, args.dtype)
+        model = GLMV(sized(args.size), args.seed)
+        mmtp.attach(model, 3)
+        return model.to(hw.device, hw.dtype), Tokenizer(model.config.n_ranks), hw
+    model, tokens, hw = sample.load(args.ckpt, args.device, args.dtype)
+    if mmtp.head_of(model) is None:
+        raise UserError("the checkpoint has no MTP head: there is nothing to measure")
+    return model, tokens, hw
+
+
+def held_out_messages(i: int) -> list:
+    """The opening messages of held-out task i; the categories take turns."""
+    task = Task(NAMES[i % len(NAMES)], 3_000_000 + i, 0, "test")
+    return next(gym.drive(gym.make(task)))
+
+
+# ---- one reply, step by step --------------------------------------------------------------------
+
+def step_lines(step: int, drafts: list[str], accepted: int, token: str) -> list[str]:
+    """A speculative step for the terminal: a line of drafts, one of those that were accepted, one of
+    the token that the trunk adds, each token in the column of its place."""
+    places = [*drafts, token]
+    widths = [max(len(text) for text in (places[i], token if i == accepted else "")) + 2
+              for i in range(len(places))]
+
+    def line(label, texts):
+        return label + "".join(text.ljust(width) for text, width in zip(texts, widths)).rstrip()
+    note = (f"replaces {drafts[accepted]}" if accepted < len(drafts)
+            else "follows, as all drafts were accepted")
+    return [line(f"step {step:<3} drafted   ", drafts),
+            line("         accepted  ", drafts[:accepted]) + f"   {accepted} of {len(drafts)}",
+            line("         trunk     ", [""] * accepted + [token]) + f"   {note}"]
+
+
+def trace(model: GLMV, tokens: Tokenizer, messages: list, drafts: int, max_new: int) -> list[str]:
+    """A greedy reply to `messages` by speculative decoding, as lines for the terminal."""
+    prompt = document(messages, tokens, model.config, True)
+    engine = Engine(model, 1, len(prompt.ids) + max_new + 1, drafts, adapt=False)
+    shown = [messages[-1].text.replace("<|image|>", "").strip()]
+
+    def text(id) -> str:
+        return repr(tokens.decode([int(id)]))
+
+    def note(drafted, accepted, chosen):
+        count = int(accepted[0])
+        shown.extend(step_lines(engine.steps, [text(id) for id in drafted[0]], count,
+                                text(chosen[0, count])))
+    engine.trace = note
+    engine.submit(Request(prompt, max_new))
+    results = []
+    while engine.busy:
+        results += engine.step()
+    ids = results[0].ids
+    shown.insert(1, f"prompt   trunk     {text(ids[0])}   from the forward that reads the prompt")
+    return [*shown, f"reply    {sample.readable(tokens.decode(ids))!r}: {len(ids)} tokens in "
+                    f"{1 + engine.steps} forwards of the trunk"]
+
+
+# ---- measuring ----------------------------------------------------------------------------------
 
 def made_up(engine, replies: dict, p: float, seed: int):
     """Replace the head's drafts by the known reply, each token wrong with probability 1 - p."""
-    rng, guess = np.random.default_rng(seed), engine._guess
+    rng, draft = np.random.default_rng(seed), engine._draft
 
     def drafts(n, k):
-        found, odds = guess(n, k)
-        if k:
-            known = [replies[r.id][len(r.ids):len(r.ids) + k] for r in engine.running]
-            wrong = rng.random((n, k)) >= p
-            rows = [[token ^ bool(w) for token, w in zip((*row, *[0] * k), wrong[i])]
-                    for i, row in enumerate(known)]
-            found = torch.tensor(rows, device=found.device)
-        return found, odds
-    engine._guess = drafts
+        found, draft_probs = draft(n, k)
+        wrong = rng.random((n, k)) >= p
+        for slot, sequence in enumerate(engine.running):
+            known = replies[sequence.id][len(sequence.ids):][:k]
+            row = torch.tensor(known + [0] * (k - len(known)), dtype=torch.long)
+            found[slot] = row ^ torch.from_numpy(wrong[slot]).long()
+        return found, draft_probs
+    engine._draft = drafts
 
 
 def decode(engine, requests: list, replies: list | None, args: Args):
-    """Serve all requests; returns the replies in order and the seconds."""
+    """Serve all requests. Returns the replies in their order, and the seconds."""
     began = time.perf_counter()
     order = {engine.submit(r): i for i, r in enumerate(requests)}
     if replies:
@@ -85,7 +151,7 @@ def decode(engine, requests: list, replies: list | None, args: Args):
 
 
 def generate(theirs, prompts: list, config, tokens, args: Args, hw):
-    """transformers' replies, and the seconds; padding and positions are its own affair."""
+    """The replies of transformers, and the seconds, without the time for padding."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     batches = [(part, padded([prompts[i] for i in part], config, hw, left=True))
                for part in in_batches(order, args.slots)]
@@ -100,27 +166,37 @@ def generate(theirs, prompts: list, config, tokens, args: Args, hw):
     return found, time.perf_counter() - began
 
 
+def table_row(k: int, times: dict, facts: dict) -> dict:
+    """The figures of one setting: k drafts, none, or at most -k where the engine chooses."""
+    ratios = [plain / own for plain, own in zip(times[0], times[k])]
+    # The mean p that explains all depths: of all drafts that were tested, those that were accepted.
+    alive = np.cumprod([1.0, *facts[k]["rates"]])
+    p = alive[1:].sum() / max(1e-9, alive[:-1].sum())
+    cost, plain_cost = (statistics.median(times[i]) / facts[i]["steps"] for i in (k, 0))
+    return {"p": p, "tokens": facts[k]["tokens"],
+            "formula": sum(p ** j for j in range(k + 1)) if k >= 0 else math.nan,
+            "ratio": statistics.median(ratios), "rates": facts[k]["rates"],
+            "cost": cost / plain_cost, "range": [min(ratios), max(ratios)],
+            "equal": facts[k]["same"]}
+
+
 def run(args: Args):
-    if min(args.slots, args.prompts, args.rounds, args.max_new) < 1 or not 0 <= args.p <= 1:
-        raise UserError("--slots, --prompts, --rounds and --max_new take 1 or more, --p 0 to 1")
+    check_options(args)
     if not all(word.isdigit() and int(word) for word in args.drafts.split(",")):
         raise UserError(f"--drafts takes numbers from 1 on, as 1,3,5: not '{args.drafts}'")
-    if args.size:
-        hw = setup(args.device, args.dtype)
-        model = GLMV(sized(args.size), args.seed)
-        mmtp.attach(model, 3)
-        model, tokens = model.to(hw.device, hw.dtype), Tokenizer(model.config.n_ranks)
-    else:
-        model, tokens, hw = sample.load(args.ckpt, args.device, args.dtype)
-        if mmtp.head_of(model) is None:
-            raise UserError("the checkpoint has no MTP head: there is nothing to measure")
-    print(f"{hw.description}; {args.prompts} prompts, {args.slots} slots, {args.rounds} rounds")
-    prompts = [document(next(gym.drive(gym.make(Task(NAMES[i % len(NAMES)], 3_000_000 + i, 0,
-                                                     "test")))), tokens, model.config, True)
+    model, tokens, hw = load(args)
+    if args.trace:
+        for i in range(TRACED):
+            print("\n".join(trace(model, tokens, held_out_messages(i),
+                                  model.config.mtp_depths or 1, args.max_new)) + "\n")
+        return
+    print(f"{hw.why}; {args.prompts} prompts, {args.slots} slots, {args.rounds} rounds")
+    prompts = [document(held_out_messages(i), tokens, model.config, True)
                for i in range(args.prompts)]
     requests = [Request(p, args.max_new) for p in prompts]
     context = max(len(p.ids) for p in prompts) + args.max_new + 1
-    settings = [0, *map(int, args.drafts.split(",")), -max(map(int, args.drafts.split(",")))]
+    counts = [int(word) for word in args.drafts.split(",")]
+    settings = [0, *counts, -max(counts)]       # negative: at most so many, the engine chooses
 
     def engine(k):
         made = Engine(model, args.slots, context, abs(k), adapt=k < 0, say=lambda _: None)
@@ -140,25 +216,13 @@ def run(args: Args):
             made = engine(k)
             found, took = decode(made, requests, plain if args.size and k else None, args)
             times[k].append(took)
-            trunk = made.steps
-            facts[k] = {"tokens": made.tokens / trunk, "steps": trunk, "depth": made.depth,
-                        "rates": [s / max(1, t) for s, t in zip(made.stood, made.tried)],
+            facts[k] = {"tokens": made.tokens / made.steps, "steps": made.steps,
+                        "best": made.tuner.best, "rates": made.tuner.rates,
                         "same": sum(a == b for a, b in zip(found, plain))}
+    rows = {str(k) if k >= 0 else f"auto {facts[k]['best']}/{-k}": table_row(k, times, facts)
+            for k in settings}
     print(f"{'K':<9}{'p':>6}{'tokens/step':>13}{'formula':>9}{'cost':>7}{'ratio':>7}"
           f"  {'range':<12}equal replies")
-    rows = {}
-    for k in settings:
-        ratios = [a / b for a, b in zip(times[0], times[k])]
-        f, ratio = facts[k], statistics.median(ratios)
-        # the mean p that explains the depths: of all drafts that were tested, those that stood
-        alive = np.cumprod([1.0, *f["rates"]])
-        p = alive[1:].sum() / max(1e-9, alive[:-1].sum())
-        formula = sum(p ** j for j in range(k + 1)) if k >= 0 else math.nan
-        rows[str(k) if k >= 0 else f"auto {f['depth']}/{-k}"] = {
-            "p": p, "tokens": f["tokens"], "formula": formula, "ratio": ratio, "rates": f["rates"],
-            "cost": (statistics.median(times[k]) / f["steps"])
-            / (statistics.median(times[0]) / facts[0]["steps"]),
-            "range": [min(ratios), max(ratios)], "equal": f["same"]}
     for name, r in rows.items():
         print(f"{name:<9}{r['p']:>6.2f}{r['tokens']:>13.2f}{r['formula']:>9.2f}{r['cost']:>7.2f}"
               f"{r['ratio']:>7.2f}  {r['range'][0]:.2f}-{r['range'][1]:<7.2f}{r['equal']}"
@@ -168,7 +232,7 @@ def run(args: Args):
         print(f"plain decoding beside transformers: {statistics.median(ratios):.2f} "
               f"[{min(ratios):.2f}-{max(ratios):.2f}], equal replies {agree}/{args.prompts}")
         rows["peer"] = {"ratio": 1 / statistics.median(ratios), "equal": agree}
-    write_json(Path(args.out), {"hardware": hw.description, "useful": useful, "rows": rows})
+    write_json(Path(args.out), {"hardware": hw.why, "useful": useful, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The engine against a plain loop without cache, and what must not change what a request gets."""
+"""The engine against a plain loop without a cache, and what must not change a request's reply."""
 import dataclasses
 import random
 
@@ -25,8 +25,8 @@ def prompts(config):
 
 @torch.no_grad()
 def plain(model, prompt: Document, max_new: int, stops) -> tuple[list, list]:
-    """Greedy generation from the definition: the whole forward for every token. Returns the ids
-    and, for each, by how much its logit was ahead of the second."""
+    """Greedy generation from the definition: a forward over everything for every token. Returns the
+    ids and, for each, the lead of its logit over the second best."""
     ids, leads = [], []
     while len(ids) < max_new and not (ids and ids[-1] in stops):
         whole = dataclasses.replace(prompt, ids=np.append(prompt.ids, ids).astype(np.int32),
@@ -40,7 +40,7 @@ def plain(model, prompt: Document, max_new: int, stops) -> tuple[list, list]:
 
 
 def same(got, want, leads) -> bool:
-    """Equal, or at the first difference the two best were a tie to fp32."""
+    """Whether the replies are equal, or differ first where the two best logits were a tie in fp32."""
     first = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), None)
     return got == want if first is None else leads[first] < 1e-4
 
@@ -74,7 +74,7 @@ def test_the_reply_depends_on_the_picture(model, prompts):
     assert a.ids != b.ids
 
 
-def test_sampling_knows_its_own_seed_only(model, prompts):
+def test_a_sampled_reply_depends_on_its_own_seed_only(model, prompts):
     """Not the order of submission, nor the number of slots, nor the neighbours."""
     requests = [Request(p, 12, temperature=1.0, top_p=0.9, seed=7 + i)
                 for i, p in enumerate(prompts)]
@@ -96,7 +96,7 @@ def test_a_small_top_p_is_greedy(model, prompts):
 
 
 def test_a_stop_token_ends_a_reply(model, prompts):
-    """One of the first that the model says is made a stop token."""
+    """One of the first tokens of the reply is made a stop token."""
     [free] = serve(model, [Request(prompts[0], 10)])
     engine = Engine(model, 2, 128)
     third = next(i for i in range(2, 10) if free.ids[i] not in free.ids[:i])
@@ -133,7 +133,7 @@ def test_the_largest_prompt_gets_one_token(model, prompts):
 
 
 @pytest.mark.parametrize("gone", [0, 1, 2, 3, 7], ids=lambda i: f"request{i}")
-def test_abort_leaves_the_others_alone(model, prompts, gone):
+def test_abort_does_not_change_the_other_replies(model, prompts, gone):
     """Requests 0..3 run, 7 still waits."""
     requests = [Request(p, 10, temperature=1.0, seed=i) for i, p in enumerate(prompts)]
     want = [r.ids for r in serve(model, requests)]
@@ -160,15 +160,15 @@ def test_requests_may_come_while_others_run(model, prompts):
 
 @pytest.fixture
 def readings(monkeypatch) -> list:
-    """How many prompts are read at a time."""
+    """The number of prompts in each forward that reads prompts."""
     sizes = []
     monkeypatch.setattr(engine_py, "collate", lambda documents, config: (
         sizes.append(len(documents)) or collate(documents, config)))
     return sizes
 
 
-def test_a_prompt_that_several_have_is_read_once(model, prompts, readings):
-    """And each gets the reply that it gets alone. The same words about another picture, or about
+def test_a_prompt_that_several_requests_share_is_read_once(model, prompts, readings):
+    """And each request gets the reply that it gets alone. The same words about another picture, or about
     a copy of it, are another prompt."""
     other = dataclasses.replace(prompts[2], images=[255 - image for image in prompts[2].images])
     copy = dataclasses.replace(prompts[2], images=[image.copy() for image in prompts[2].images])
@@ -183,8 +183,8 @@ def test_a_prompt_that_several_have_is_read_once(model, prompts, readings):
         assert a.ids == b.ids and a.logps == pytest.approx(b.logps, abs=1e-4)
 
 
-def test_who_waits_while_slots_are_free(model, prompts, readings):
-    """Only those who are too many, until several can be read at a time."""
+def test_admission_waits_only_if_not_all_requests_fit(model, prompts, readings):
+    """Then several prompts are read at a time; requests that all fit are admitted at once."""
     engine = Engine(model, 4, 128)
     engine.stops = set()
     for i in range(36):
@@ -193,7 +193,7 @@ def test_who_waits_while_slots_are_free(model, prompts, readings):
         engine.step()
         assert engine.running or not engine.waiting
     assert sum(readings) == 36 and readings[0] == 4 and len(readings) < 18
-    for n in range(1, 5):       # all find room: nobody waits
+    for n in range(1, 5):       # all fit: no one waits
         engine.submit(Request(prompts[n], 100))
         engine.step()
         assert len(engine.running) == n

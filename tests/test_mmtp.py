@@ -1,6 +1,8 @@
 """The MTP head against a computation from the paper, and speculation against plain decoding."""
 import dataclasses
 import itertools
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from engine import Engine, Request
 from lib.checkpoint import load_model, save_model
 from lib.cli import UserError
 from lib.common import find_checkpoint
+from lib.draft_tuner import drafts_that_pay
 from lib.tensors import load_tensors, save_tensors
 from model import GLMV
 from mtp_reference import reference
@@ -46,7 +49,7 @@ def row(model, sizes=(((4, 6),), (), ((2, 2), (4, 4)))):
 @pytest.mark.parametrize("which", range(3))
 @torch.no_grad()
 def test_losses_are_those_from_the_definition(which):
-    """Document by document, by somebody who knew the paper and not mmtp.py."""
+    """Document by document, by a computation written from the paper without knowing mmtp.py."""
     model = with_head(which)
     batch, _, hidden = row(model)
     c, want = model.config, [0.0] * 3
@@ -64,6 +67,26 @@ def test_losses_are_those_from_the_definition(which):
             want[k - 1] += float((loss * weights[k + 1:] * (targets != c.image_token_id)).sum())
     got = [float(x) for x in mmtp.losses(model, hidden, batch, depths=3)]
     assert got == pytest.approx(want, rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_figure_of_the_docstring():
+    """What each position reads and predicts in the figure on top of mmtp.py is what it does."""
+    model = with_head()
+    tokens = torch.tensor([1, 2, model.config.image_token_id, 4, 5])
+    letters = dict(zip(tokens.tolist(), "ab#de"))
+    batch = SimpleNamespace(tokens=tokens, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+                            positions=torch.arange(5).expand(3, -1))
+    hidden = torch.zeros(5, model.config.text.hidden_size)
+    figure = dict(re.findall(r"k = (\d) {4}reads {7}(.*\n {13}predicts.*)\n", mmtp.__doc__))
+    assert len(figure) == 3
+    for k, found in enumerate(mmtp.states(model, hidden, batch, depths=3), 1):
+        reads, predicts = figure[str(k)].replace("predicts", "").split("\n")
+        assert reads.split() == [letters[int(t)] for t in tokens[k:]] + ["."] * k
+        targets = predicts.split()
+        for i, (target, counts) in enumerate(zip(found.target.tolist(), found.counts.tolist())):
+            letter = letters[int(tokens[target])]
+            assert targets[i] == (letter if counts else "(#)" if letter == "#" else "."), (k, i)
 
 
 @torch.no_grad()
@@ -224,9 +247,9 @@ def test_accept_has_the_distribution_of_the_trunk(seed):
         n = len(boxes)
         count, token = mmtp.accept(p.expand(n, -1, -1), q.expand(n, -1, -1),
                                    torch.tensor([[a, b]]).expand(n, -1), middle)
-        for cell, stood, drawn in zip(boxes, count.tolist(), token.tolist()):
+        for cell, accepted, token_of_p in zip(boxes, count.tolist(), token.tolist()):
             mass = chance * np.prod([y - x for x, y in cell])
-            said = [a, b][:stood] + [drawn]
+            said = [a, b][:accepted] + [token_of_p]
             first[said[0]] += mass
             if len(said) > 1:
                 second[said[0], said[1]] += mass
@@ -237,32 +260,33 @@ def test_accept_has_the_distribution_of_the_trunk(seed):
 
 
 def test_how_many_drafts_are_worth_their_time():
-    assert mmtp.worth([0.9, 0.9, 0.9], [1.0, 1.1, 1.2, 1.3]) == 3
-    assert mmtp.worth([0.9, 0.1, 0.1], [1.0, 1.2, 1.4, 1.6]) == 1
-    assert mmtp.worth([0.05, 0.05], [1.0, 1.2, 1.4]) == 0
+    assert drafts_that_pay([0.9, 0.9, 0.9], [1.0, 1.1, 1.2, 1.3]) == 3
+    assert drafts_that_pay([0.9, 0.1, 0.1], [1.0, 1.2, 1.4, 1.6]) == 1
+    assert drafts_that_pay([0.05, 0.05], [1.0, 1.2, 1.4]) == 0
 
 
 # ---- speculation --------------------------------------------------------------------------------
 
 def half_right(engine, replies: dict):
-    """Replace the head's guesses by the known reply, wrong now and then: all accepted lengths."""
-    rng, guess = np.random.default_rng(0), engine._guess
+    """Replace the head's drafts by the known reply, each token wrong in 30% of the cases, so that
+    every number of accepted drafts occurs."""
+    rng, own = np.random.default_rng(0), engine._draft
 
     def drafts(n, k):
-        made, odds = guess(n, k)
+        made, draft_probs = own(n, k)
         for slot, running in enumerate(engine.running):
-            known = replies[running.id][len(running.ids):][:k]
+            known = replies[running.id][len(running.ids):][:made.shape[1]]
             for j, token in enumerate(known):
                 made[slot, j] = token if rng.random() < 0.7 else 7
-        return made, odds
-    engine._guess = drafts
+        return made, draft_probs
+    engine._draft = drafts
 
 
 @pytest.mark.parametrize("slots", [1, 16])
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_greedy_with_drafts_is_plain_greedy(k, slots):
     """50 prompts with and without pictures, replies of 4 to 16 tokens, half of the requests with
-    drafts from the random head, half with drafts that mostly stand."""
+    drafts from the random head, half with drafts that are mostly accepted."""
     model, ties = with_head(), 0
     prompts = [random_document(model.config, sizes, length, seed)
                for seed, (sizes, length) in enumerate(PROMPTS * 6)][:50]
@@ -337,7 +361,7 @@ def test_the_head_sees_in_decoding_what_it_sees_in_training():
 
 def test_sampled_drafts_keep_the_distribution():
     """10,000 replies of three tokens, K = 2: chi-square of the drafted places against the exact
-    odds. Twelve tokens are likely, so that pairs can be counted out."""
+    probabilities. Twelve tokens are likely, so that all pairs can be counted."""
     model = with_head()
     with torch.no_grad():
         model.lm_head.weight[12:] = 0
@@ -350,22 +374,22 @@ def test_sampled_drafts_keep_the_distribution():
     replies = []
     while engine.busy:
         replies += [r.ids for r in engine.step()]
-    assert engine.tokens > 1.05 * engine.steps  # some drafts do stand
+    assert engine.tokens > 1.05 * engine.steps  # some drafts are accepted
 
     @torch.no_grad()
-    def odds(prefixes):
-        """What may follow each of these beginnings of a reply, (n, V)."""
+    def following(prefixes):
+        """The distribution of the token after each of these beginnings of a reply, (n, V)."""
         tokens = torch.tensor([[*prompt.ids.tolist(), *p] for p in prefixes])
         n, length = tokens.shape
         batch = collate([random_document(model.config, (), length)] * n, model.config)
         hidden = model(dataclasses.replace(batch, tokens=tokens.flatten()))
         return model.lm_head(hidden.unflatten(0, (n, length))[:, -1]).softmax(-1).double()
 
-    first = odds([[]])[0]
-    pairs = first[:, None] * odds([[t] for t in range(544)])
+    first = following([[]])[0]
+    pairs = first[:, None] * following([[t] for t in range(544)])
     likely = (pairs > 1e-4).nonzero().tolist()
     share = torch.stack([pairs[t, u] for t, u in likely])
-    third = share / share.sum() @ odds(likely)
+    third = share / share.sum() @ following(likely)
     known = {tuple(pair) for pair in likely}
     for expected, seen in ((pairs.sum(0), [r[1] for r in replies]),
                            (third, [r[2] for r in replies if tuple(r[:2]) in known])):
@@ -376,8 +400,8 @@ def test_sampled_drafts_keep_the_distribution():
         assert free >= 8 and abs(chi - free) < 4.5 * (2 * free) ** 0.5, (chi, free)
 
 
-def test_drafts_stop_where_they_don_t_pay():
-    """A random head guesses nothing right: after some dozens of guesses it is left alone."""
+def test_drafts_stop_if_they_do_not_pay():
+    """Drafts of a random head are never accepted: after some dozens of them no more are made."""
     model = with_head()
     engine = Engine(model, 8, 256, drafts=3)
     engine.stops = set()
@@ -385,9 +409,9 @@ def test_drafts_stop_where_they_don_t_pay():
         engine.submit(Request(random_document(model.config, (), 9, i), 60))
     while engine.busy:
         engine.step()
-    assert engine.depth == 0 and engine.tokens < 1.2 * engine.steps
-    engine.load({}, 1)          # new weights, new hope
-    assert engine.depth == 3
+    assert engine.tuner.best == 0 and engine.tokens < 1.2 * engine.steps
+    engine.load({}, 1)          # new weights may be accepted again
+    assert engine.tuner.best == 3
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])
@@ -406,7 +430,7 @@ def test_drafts_at_the_end_of_the_context(room):
     assert (ids, finish) == reply() and len(ids) == room and finish == "context"
 
 
-def test_what_is_said_once(capsys):
+def test_what_the_user_is_told_about_drafts(capsys):
     Engine(GLMV(odd_config()), 1, 32, drafts=2)
     assert "speculation is off" in capsys.readouterr().out
     Engine(with_head(depths=3), 1, 32, drafts=10)

@@ -1,4 +1,6 @@
-"""The model's own promises: packing, caching, sizes, folders, positions."""
+"""The model: packing, caching, sizes, checkpoint folders, positions, kernels."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from kernels import attention, linear_cross_entropy, rotary_half, rotary_pairs, 
 from lib.checkpoint import load_model, save_model
 from lib.cli import UserError
 from lib.tensors import load_tensors, save_tensors
-from mmtp import draw
+from mmtp import categorical
 from model import GLMV, rope_positions, sized
 from vit import fit, patchify
 
@@ -43,18 +45,18 @@ def test_cached_equals_uncached(model, config):
         p.ids, p.weights = p.ids[:-4], p.weights[:-4]
     batch = collate(prompts, config)
     cache = Cache(config, 6, 64, "cpu", torch.float32)
-    got = model(batch, merged, cache.fill(0, batch.cu_seqlens))
-    ends = batch.cu_seqlens[1:].long() - 1
-    cache.position[:4] = batch.positions[0, ends] + 1
+    got = model(batch, merged, cache.prefill(0, batch.cu_seqlens, batch.positions))
     for i, (have, p) in enumerate(zip(got.split([len(p.ids) for p in prompts]), prompts)):
         assert torch.allclose(have, want[i][:len(p.ids)], atol=1e-5)
     for step in range(2):
         tokens = [torch.from_numpy(p.ids[len(p.ids) - 4 + 2 * step:][:2]).long() for p in parts]
-        at = cache.position[:4, None] + torch.arange(2)
-        extended = type("Batch", (), {"tokens": torch.cat(tokens), "cu_seqlens": None,
-                                      "positions": at.flatten().expand(3, -1)})
-        got = model(extended, cache=cache.extend(4, 2)).view(4, 2, -1)
-        cache.position[:4] += 2
+        for wrong in (True, False):     # other tokens first, which the cache then takes back
+            extension = cache.extend(4, 2)
+            new = SimpleNamespace(tokens=torch.cat(tokens) + wrong, cu_seqlens=None,
+                                  positions=extension.positions)
+            got = model(new, cache=extension).view(4, 2, -1)
+            if wrong:
+                cache.rewind(4, 2)
         for i, p in enumerate(parts):
             start = len(p.ids) - 4 + 2 * step
             assert torch.allclose(got[i], want[i][start:start + 2], atol=1e-5)
@@ -173,22 +175,13 @@ def test_rotations_keep_lengths_and_depend_on_distance_only():
         assert torch.allclose(products.diagonal(2), products[0, 2].expand(7), atol=1e-4)
 
 
-def test_a_triton_twin_is_taken_only_on_a_gpu(monkeypatch):
-    import kernels
-    monkeypatch.setattr(kernels, "swiglu_triton", lambda gate, up: "twin", raising=False)
-    x = torch.ones(2)
-    assert torch.is_tensor(kernels.swiglu(x, x))
-    on_gpu = type("OnGpu", (), {"is_cuda": True})()
-    assert kernels.swiglu(on_gpu, x) == "twin"
-
-
 def test_sampling_inverts_the_distribution():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(5, 4)
     uniforms = torch.tensor([0.0, 0.49, 0.51, 0.81, 0.96])
     one = torch.ones(5)
-    assert draw(probabilities(logits, one, one), uniforms).tolist() == [0, 0, 1, 2, 3]
-    assert draw(probabilities(logits, one, 0.7 * one), uniforms).tolist() == [0, 0, 0, 1, 1]
-    assert draw(probabilities(logits, 0 * one, one), uniforms).tolist() == [0] * 5
+    assert categorical(probabilities(logits, one, one), uniforms).tolist() == [0, 0, 1, 2, 3]
+    assert categorical(probabilities(logits, one, 0.7 * one), uniforms).tolist() == [0, 0, 0, 1, 1]
+    assert categorical(probabilities(logits, 0 * one, one), uniforms).tolist() == [0] * 5
 
 
 # ---- folders ------------------------------------------------------------------------------------
