@@ -1,12 +1,25 @@
-"""From samples to batches: conversations and text, mixed, packed into rows, drawn ahead.
+"""From samples to batches: conversations and text, mixed, packed into rows, loaded ahead.
 
-    sample i --stream--> Document --packer--> row of documents --collate--> Batch
+    sample i --Stream--> Documents --Packer--> row of Documents --collate--> Batch
 
-Sample i of a stream is a pure function of (seed, i). So what a run sees does not depend on the
-number of drawing processes or of ranks, and a resumed run goes on bit for bit: the position to
-save is the next i and the few documents that wait for a row with room.
+Sample i of a stream is a pure function of (seed, i). So a run sees the same samples whatever the
+number of worker processes or ranks, and a resumed run continues bit for bit: a checkpoint holds the
+next i and the numbers of the few samples that wait for a row with room.
 
-Letters: T tokens of a row, D documents, P patches, N images, p patch side.
+A worked example, with a 32 x 32 picture, 8 x 8 patches and one visual token per 2 x 2 patches:
+
+    conversation  [Message("user", "<|image|>Red?", (picture,)), Message("assistant", "yes")]
+    ids           [gMASK] <sop> <|user|> \\n <|begin_of_image|> 4 x <|image|> <|end_of_image|>
+                  Re d ? <|assistant|> \\n <think> </think> \\n y es <|user|>         21 tokens
+    weights       0 everywhere but 1 for the reply: y es <|user|>
+    row           two such Documents, of two questions about one picture, T = 48
+    Batch         tokens (48,): 21 + 21 ids, then a tail of 6 <|endoftext|> of weight 0
+                  cu_seqlens [0, 21, 42, 48]: three stretches, which do not attend to each other
+                  patches (16, 1, 192), grids [[1, 4, 4]]: the shared picture is encoded once
+                  visual [0, 1, 2, 3, 0, 1, 2, 3]: the encoded group for each <|image|> slot
+
+Letters: T tokens of a row, L tokens of a document, D documents, P patches, N images, F frames,
+p patch side in pixels.
 """
 import atexit
 import contextlib
@@ -14,7 +27,6 @@ import functools
 import math
 import multiprocessing
 import signal
-import sys
 import sysconfig
 import threading
 import time
@@ -28,7 +40,7 @@ from torch import Tensor
 
 import gym
 from lib.cli import UserError
-from lib.common import clock
+from lib.common import heartbeat
 from lib.images import pack, resize
 from model import Config, rope_positions
 from tasks.atlas import atlas_text
@@ -36,55 +48,55 @@ from tasks.base import IMAGE, Message, Task
 from tokenizer import Tokenizer
 
 
-# ---- images -----------------------------------------------------------------------------------
-
-
-# ---- documents --------------------------------------------------------------------------------
+# ---- documents ----------------------------------------------------------------------------------
 
 @dataclass
 class Document:
-    """One stretch of tokens that attends to itself only. `weights`: of predicting each token."""
-    ids: np.ndarray                              # (L,) int32
-    weights: np.ndarray                          # (L,) float32
-    images: list = field(default_factory=list)   # (h, w, 3) uint8, exactly as the model sees them
-    source: int = 0
-    extras: dict = field(default_factory=dict)   # name -> (L,), e.g. log-probabilities
+    """A stretch of tokens that attend to each other and to nothing else in the row."""
+    ids: np.ndarray         # (L,) int32
+    weights: np.ndarray     # (L,) float32: loss weight of predicting this token; 0 = not learnt
+    images: list = field(default_factory=list)   # (h, w, 3) uint8 each, as the model sees them
+    source: int = 0         # which entry of the mixture it comes from
+    extras: dict = field(default_factory=dict)   # name -> (L,), e.g. log-probabilities in RL
 
 
 def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
              source: int = 0) -> Document:
-    """A conversation as a Document; `answer`: a prompt, ending where a reply would begin."""
+    """Turn a conversation into a Document. Only the assistant's replies have a weight.
+
+    answer: make a prompt, which ends where the next reply begins.
+    """
     ids, weights, images = [], [], []
-    area = (config.vision.patch_size * config.vision.spatial_merge_size) ** 2
+    pixels_per_token = (config.vision.patch_size * config.vision.spatial_merge_size) ** 2
     for piece, learn, image in tokens.chat(messages, answer):
-        if image is not None:
+        if image is not None:       # the piece is the two marks around the visual tokens
             images.append(resize(image, config))
-            n = images[-1].shape[0] * images[-1].shape[1] // area
-            piece = [piece[0], *[tokens.image] * n, piece[1]]
+            height, width = images[-1].shape[:2]
+            count = height * width // pixels_per_token
+            piece = [piece[0], *[tokens.image] * count, piece[1]]
         ids += piece
         weights += [float(learn)] * len(piece)
     return Document(np.array(ids, np.int32), np.array(weights, np.float32), images, source)
 
 
-# ---- episodes: documents that a model made itself ----------------------------------------------
+# ---- the mixture --------------------------------------------------------------------------------
 
-
-# ---- streams: sample i as a pure function of (seed, i) ------------------------------------------
-
-# The share of dialogues kept whole. After 800 steps with one question a document, the smallest
+# The share of dialogues that stay whole. After 800 steps with one question a document, the smallest
 # model pointed at the named one of two things in 68% of the cases; with dialogues of five turns in
-# 49%, which is either. [O]
+# 49%, which is chance. [O]
 DIALOGUES = 0.05
 # Questions asked about one picture, each in a document of its own that sees nothing of the others.
 # Different answers to different names in the same picture teach what a name refers to, and the
 # encoder sees the picture once. [O]
 QUESTIONS = 3
+# The sources that are plain text and not a category of the gym: see Stream._text.
+TEXTS = ("text", "code", "atlas")
 
 
 def one_turn(messages, turn: int) -> list[Message]:
-    """One question of a dialogue about its first message's pictures, and the reply."""
+    """Cut one question and its reply out of a dialogue about the pictures of its first message."""
     question, reply = messages[2 * turn:2 * turn + 2]
-    if turn:
+    if turn > 0:
         images = messages[0].images
         question = Message("user", IMAGE * len(images) + question.text, images)
     return [question, reply]
@@ -95,48 +107,50 @@ def library_files() -> list[Path]:
     """The Python standard library's own source: plain code that every machine has."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    return sorted(p for p in root.rglob("*.py") if not skip & set(p.parts)
-                  and p.stat().st_size > 2000 and "topics" not in p.name)
+    found = []
+    for path in root.rglob("*.py"):
+        if skip & set(path.parts) or "topics" in path.name:     # topics.py is the source `text`
+            continue
+        if path.stat().st_size > 2000:                          # not an almost empty __init__.py
+            found.append(path)
+    return sorted(found)
 
 
 @functools.cache
 def library_text() -> str:
-    """The language reference as prose; it ships with Python for `help()`."""
+    """The language reference as prose; it comes with Python for `help()`."""
     from pydoc_data.topics import topics
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 @functools.lru_cache(maxsize=256)
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
 @dataclass
 class Stream:
-    """A mixture over named sources: gym categories, `text`, `code`, and `atlas`: the pages that
-    world_knowledge asks about.
+    """A mixture of named sources: the gym's categories, `text`, `code`, and `atlas` (the pages that
+    world_knowledge asks about). `stream(i)` makes sample i.
 
-    mix: ((name, weight), ...); levels: tasks are drawn from levels 0..levels-1, but from level 0
-    alone for the first `easy` samples: a curriculum [O]; think: the share of conversations in which
-    the oracle states its reasons, where it has any; parts: categories of which no episode is shown,
-    only single questions about their screens.
+    Raises UserError where mix or parts name what is not there.
     """
-    config: Config
-    mix: tuple
+    config: Config              # of the model: sizes of images, number of ranks
+    mix: tuple                  # ((name, weight), ...)
     seed: int = 0
-    split: str = "train"
-    levels: int = 1
-    easy: int = 0
-    think: float = 0.0
-    text_tokens: int = 128
-    parts: tuple = ()
+    split: str = "train"        # of the tasks: train or test
+    levels: int = 1             # tasks are sampled from levels 0..levels-1 ...
+    easy_samples: int = 0       # ... but the first samples from level 0 only: a curriculum [O]
+    think: float = 0.0          # share of conversations in which the oracle states its reasons
+    text_tokens: int = 128      # tokens of a stretch of text
+    parts: tuple = ()           # categories shown only in single questions about their screens
 
     def __post_init__(self):
-        known = [*gym.names(), "text", "code", "atlas"]
+        known = [*gym.names(), *TEXTS]
         for name, weight in self.mix:
             if name not in known:
                 raise UserError(f"--mix names '{name}'; there are {', '.join(known)}")
-            if not weight >= 0:
+            if not weight >= 0:         # true for nan as well
                 raise UserError(f"--mix gives {name} the weight {weight}")
         for name in self.parts:
             if name not in gym.names() or not gym.demonstrate(Task(name, 0), parts=True):
@@ -146,58 +160,74 @@ class Stream:
         total = sum(weight for _, weight in self.mix)
         if not total:
             raise UserError("--mix has no weight above 0")
+        # Source k owns the numbers between edges[k-1] and edges[k] in [0, 1].
         self.edges = np.cumsum([weight / total for _, weight in self.mix])
         self.tokens = Tokenizer(self.config.n_ranks)
 
     def __call__(self, i: int) -> list[Document]:
-        """A picture's questions, as documents that share its pixels; or one stretch of text."""
-        rng = np.random.default_rng([self.seed, i])
-        source = min(int(np.searchsorted(self.edges, rng.random(), "right")), len(self.mix) - 1)
+        """Sample i: the questions about one picture as documents that share its pixels, or one
+        stretch of text."""
+        rng = np.random.default_rng([self.seed, i])     # all that is random below comes from here
+        source = int(np.searchsorted(self.edges, rng.random(), "right"))
+        source = min(source, len(self.mix) - 1)         # the last edge may be 0.9999999
         name = self.mix[source][0]
-        if name in ("text", "code", "atlas"):
+        if name in TEXTS:
             return [self._text(rng, name, source)]
-        level = int(rng.integers(self.levels)) if i >= self.easy else 0
-        task = Task(name, int(rng.integers(2 ** 31)), level, self.split)
-        conversations = gym.demonstrate(task, rng.random() < self.think, name in self.parts)
-        chosen = conversations[int(rng.integers(len(conversations)))]
-        if rng.random() < DIALOGUES or any(m.role == "observation" for m in chosen):
-            talks = [chosen]
-        elif len(chosen) > 2:
-            talks = [one_turn(chosen, turn) for turn in range(len(chosen) // 2)]
-        else:
-            talks = [talk for talk in conversations if talk[0].images == chosen[0].images]
-        made = [document(talks[t], self.tokens, self.config, source=source)
-                for t in rng.permutation(len(talks))[:QUESTIONS].tolist()]
-        for other in made[1:]:
-            other.images = made[0].images
-        return made
+        conversations = self._conversations(rng, name, i)
+        order = rng.permutation(len(conversations))[:QUESTIONS].tolist()
+        documents = [document(conversations[k], self.tokens, self.config, source=source)
+                     for k in order]
+        # The same arrays, not copies: `collate` packs, and the tower encodes, a picture once.
+        for other in documents[1:]:
+            other.images = documents[0].images
+        return documents
 
-    def _text(self, rng, name, source) -> Document:
+    def _conversations(self, rng, name: str, i: int) -> list[list[Message]]:
+        """Conversations about the same pictures, from one task of the category `name`."""
+        level = int(rng.integers(self.levels)) if i >= self.easy_samples else 0
+        task = Task(name, int(rng.integers(2 ** 31)), level, self.split)
+        think = rng.random() < self.think
+        conversations = gym.demonstrate(task, think, parts=name in self.parts)
+        chosen = conversations[int(rng.integers(len(conversations)))]
+        keep_whole = rng.random() < DIALOGUES
+        # In an episode (it has observations) a turn makes no sense without those before it.
+        if keep_whole or any(message.role == "observation" for message in chosen):
+            return [chosen]
+        if len(chosen) > 2:     # a dialogue about one picture: its turns, each by itself
+            return [one_turn(chosen, turn) for turn in range(len(chosen) // 2)]
+        return [talk for talk in conversations if talk[0].images == chosen[0].images]
+
+    def _text(self, rng, name: str, source: int) -> Document:
+        """A stretch of `text_tokens` tokens that begins at the start of a line."""
         if name == "text":
             text = library_text()
         elif name == "atlas":
             text = "\n" + atlas_text(int(rng.integers(2 ** 31)))
         else:
             files = library_files()
-            text = _read(files[int(rng.integers(len(files)))])
+            text = read_text(files[int(rng.integers(len(files)))])
+        # A token is about 4 characters: far enough from the end, and 8 a token are surely enough.
         start = int(rng.integers(max(1, len(text) - 4 * self.text_tokens)))
         start = text.find("\n", start) + 1
         ids = self.tokens.encode(text[start:start + 8 * self.text_tokens])[:self.text_tokens]
         ids = [self.tokens.special["[gMASK]"], self.tokens.special["<sop>"], *ids]
         weights = np.ones(len(ids), np.float32)
-        weights[:2] = 0
+        weights[:2] = 0         # the two marks that begin every document are given
         return Document(np.array(ids, np.int32), weights, [], source)
 
 
 def sight(config: Config) -> int:
-    """The side in pixels of the largest square picture that a model sees without reducing it."""
+    """The side in pixels of the largest square picture that a model sees at its full size."""
     unit = config.vision.patch_size * config.vision.spatial_merge_size
     return math.isqrt(config.max_tokens) * unit
 
 
 def parse_mix(text: str, pixels: int = 1024) -> tuple:
-    """'point:2,text' -> (('point', 2.0), ('text', 1.0)); 'gym' stands for every category whose
-    pictures can be read at this size. What is named twice has both weights."""
+    """'point:2,text' -> (('point', 2.0), ('text', 1.0))
+
+    'gym' means every category whose pictures can be read at this size, with equal shares of its
+    weight. The weights of a name that comes twice are added. Raises UserError on a wrong weight.
+    """
     mix = {}
     for part in filter(None, text.split(",")):
         name, _, weight = part.partition(":")
@@ -211,126 +241,142 @@ def parse_mix(text: str, pixels: int = 1024) -> tuple:
     return tuple(mix.items())
 
 
-# ---- drawing ahead, in processes of their own ---------------------------------------------------
+# ---- loading ahead, in worker processes ---------------------------------------------------------
 
-@contextlib.contextmanager
-def heartbeat(what: str, every: float = 20):
-    """Say every `every` seconds what is being waited for, as long as the block lasts."""
-    done, began = threading.Event(), time.time()
+def serve_samples(pipe, stream):
+    """The work of a worker process: receive indices, send their samples or the error as text, until
+    the pipe is closed or None comes.
 
-    def beat():
-        while not done.wait(every):
-            print(f"... waiting for {what} ({clock(time.time() - began)})", file=sys.stderr)
+    A Ctrl-C at the terminal sends SIGINT to every process of a run. A worker must survive the first
+    one, since the trainer finishes its step, which may need more samples, and saves:
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
-def _draw(pipe, stream):
-    """A drawing process: indices in, documents (or the error) out, until the pipe closes.
-
-    A Ctrl-C at the terminal reaches it too. The first one is the trainer's affair, which may have
-    to draw once more before it saves; the second ends both."""
+        event              trainer                           worker
+        workers start      ignores SIGINT until all run      inherits that while Python starts up
+        this function      has its own handler again         the first SIGINT only restores the
+                                                             default: the next one ends the process
+        first Ctrl-C       notes it, finishes the step       continues to serve
+        second Ctrl-C      raises KeyboardInterrupt          ends
+    """
     signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
     torch.set_num_threads(1)
     try:
         while (indices := pipe.recv()) is not None:
             try:
                 pipe.send([stream(i) for i in indices])
-            except Exception as error:  # the parent decides; this process goes on
+            except Exception as error:  # the trainer decides what to do; this process continues
                 pipe.send(f"{type(error).__name__}: {error}")
     except (EOFError, BrokenPipeError):
-        pass
+        pass                            # the trainer has ended
+
+
+@contextlib.contextmanager
+def ignore_ctrl_c():
+    """Ignore SIGINT until the block ends; processes that are started in it begin by ignoring it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield                           # Python lets only the main thread set handlers
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class SampleLoader:
-    """Samples by index, drawn `burst` at a time by `workers` processes.
+    """Samples by index: `loader(i)`, loaded `burst` at a time by `workers` processes.
 
-    On a CPU a worker that draws while the model trains slows training several times over, so the
-    next burst is asked for when the last is used up; with `overlap` (a GPU trains) it is asked for
-    at once. Pipes only: no fork, no shared memory. workers=0 draws in this process.
+    On a CPU, workers that load while the model trains slow training down several times. So the next
+    burst is requested when this one is used up; with `overlap` (a GPU trains) as soon as it has
+    arrived. The processes share pipes only: no fork, no shared memory. workers=0 loads in this
+    process. `seconds` is the time that the trainer has waited for samples.
     """
 
     def __init__(self, stream, workers: int = 0, burst: int = 2048, overlap: bool = False):
         self.stream, self.burst, self.overlap = stream, burst, overlap
-        self.ready, self.waiting, self.pipes, self.seconds = {}, [], [], 0.0
+        self.seconds = 0.0
+        self.ready = {}             # {index: sample}
+        self.requests = []          # [(indices, future of the worker's answer), ...]
+        self.pipes = []             # one (pipe, lock) a worker
         if workers:
-            context = multiprocessing.get_context("spawn")
-            # What is ignored here is ignored in a child until `_draw` takes over.
-            main = threading.current_thread() is threading.main_thread()
-            hears = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-            try:
-                for _ in range(workers):
-                    ours, theirs = context.Pipe()
-                    context.Process(target=_draw, args=(theirs, stream), daemon=True).start()
-                    theirs.close()
-                    self.pipes.append((ours, threading.Lock()))
-            finally:
-                if main:
-                    signal.signal(signal.SIGINT, hears)
-            self.pool = ThreadPoolExecutor(workers)
-            atexit.register(self.close)
+            self._start(workers)
 
-    def __call__(self, i: int) -> list[Document]:
+    def _start(self, workers: int):
+        context = multiprocessing.get_context("spawn")
+        with ignore_ctrl_c():       # see serve_samples
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                context.Process(target=serve_samples, args=(theirs, self.stream),
+                                daemon=True).start()
+                theirs.close()
+                self.pipes.append((ours, threading.Lock()))
+        self.pool = ThreadPoolExecutor(workers)     # a thread a worker waits for its answer
+        atexit.register(self.close)
+
+    def __call__(self, i: int):
+        began = time.perf_counter()
         if not self.pipes:
-            began = time.perf_counter()
-            made = self.stream(i)
-            self.seconds += time.perf_counter() - began
-            return made
-        if i not in self.ready:
-            began = time.perf_counter()
-            if not any(i in indices for indices, _ in self.waiting):
-                self._ask(i)
-            with heartbeat(f"{len(self.pipes)} processes that draw samples {i} and on"):
-                for indices, future in self.waiting:
-                    drawn = future.result()
-                    if isinstance(drawn, str) and drawn.startswith("UserError: "):
-                        raise UserError(drawn.removeprefix("UserError: "))
-                    if isinstance(drawn, str):
-                        raise RuntimeError(f"drawing samples {indices}: {drawn}")
-                    self.ready.update(zip(indices, drawn))
-            last = max(max(indices) for indices, _ in self.waiting if len(indices))
-            self.waiting = []
-            self.seconds += time.perf_counter() - began
-            if self.overlap:
-                self._ask(last + 1)
-        return self.ready.pop(i)
+            sample = self.stream(i)
+        else:
+            if i not in self.ready:
+                self._receive(i)
+            sample = self.ready.pop(i)
+        self.seconds += time.perf_counter() - began
+        return sample
 
-    def _ask(self, start: int):
-        n = len(self.pipes)
-        for w, pipe in enumerate(self.pipes):
-            indices = range(start + w, start + self.burst, n)
-            self.waiting.append((indices, self.pool.submit(self._exchange, *pipe, indices)))
+    def _receive(self, i: int):
+        """Wait for all that has been requested, which sample i is part of, into `ready`. Raises
+        UserError where a worker has, RuntimeError on any other failure of a worker."""
+        if not any(i in indices for indices, _ in self.requests):
+            self._request(i)
+        with heartbeat(f"{len(self.pipes)} processes that load samples {i} and on"):
+            for indices, future in self.requests:
+                answer = future.result()
+                if isinstance(answer, str):     # what went wrong
+                    kind, _, message = answer.partition(": ")
+                    if kind == "UserError":
+                        raise UserError(message)
+                    raise RuntimeError(f"loading samples {indices}: {answer}")
+                self.ready.update(zip(indices, answer))
+        last = max(max(indices) for indices, _ in self.requests if len(indices))
+        self.requests = []
+        if self.overlap:
+            self._request(last + 1)
+
+    def _request(self, start: int):
+        """Ask the workers for samples start .. start + burst - 1: worker w of n makes every n-th,
+        from start + w on."""
+        for w, (pipe, lock) in enumerate(self.pipes):
+            indices = range(start + w, start + self.burst, len(self.pipes))
+            self.requests.append((indices, self.pool.submit(self._exchange, pipe, lock, indices)))
 
     @staticmethod
     def _exchange(pipe, lock, indices):
+        """Send a request to a worker and return its answer. The lock: a caller that skips ahead may
+        request a burst while the one before is still on its way, and two threads that read the same
+        pipe would each get a part of the bytes."""
         try:
-            with lock:  # who skips ahead asks while the burst before is still under way
+            with lock:
                 pipe.send(indices)
                 return pipe.recv()
         except (EOFError, OSError):
-            return "a drawing process died"
+            return "the worker process has died"
 
     def close(self):
+        """Let the workers end."""
         for pipe, _ in self.pipes:
-            try:
+            with contextlib.suppress(OSError):
                 pipe.send(None)
-            except OSError:
-                pass
         self.pipes = []
 
 
 @dataclass
 class RankShard:
-    """The samples of one rank, of a stream that is dealt out `share` a batch to each of `world`."""
+    """The samples of one rank: each global batch of world * share samples is dealt out in
+    consecutive shares. With world=2, share=3 rank 1 gets samples 3 4 5, 9 10 11, ..."""
     stream: object
     rank: int
     world: int
-    share: int
+    share: int          # samples a rank and batch
 
     def __call__(self, i: int):
         batch, own = divmod(i, self.share)
@@ -340,50 +386,57 @@ class RankShard:
 # ---- packing ------------------------------------------------------------------------------------
 
 class Packer:
-    """Samples in order, packed into rows of `room` tokens.
+    """Packs samples, in order, into rows of `room` tokens.
 
-    A row takes every waiting sample that still fits, oldest first, out of a window; so little is
-    padded and none waits for long. The questions of a picture stay together. `state()` is what a
-    checkpoint must hold.
+    It keeps a window of waiting samples. A row takes every one that still fits, oldest first: with
+    room=10 and waiting lengths 6, 5, 3, 4 the row is 6 + 3, and 5 and 4 wait for the next. So
+    little is padded and no sample waits for long. The questions about a picture stay together.
+    samples: a function of i that returns a list of Documents; state: a dict from `state()`, which
+    is what a checkpoint must hold.
     """
 
-    def __init__(self, draw, room: int, window: int = 64, state: dict | None = None, say=print):
-        self.draw, self.room, self.window, self.say = draw, room, window, say
+    def __init__(self, samples, room: int, window: int = 64, state: dict | None = None, say=print):
+        self.samples, self.room, self.window, self.say = samples, room, window, say
         state = state or {"next": 0, "waiting": [], "skipped": 0}
         self.next, self.skipped = state["next"], state["skipped"]
-        again = [(i, self._fitting(draw(i))) for i in state["waiting"]]
-        self.waiting = [(i, made) for i, made in again if made]
+        again = [(i, self._fitting(samples(i))) for i in state["waiting"]]
+        self.waiting = [(i, documents) for i, documents in again if documents]
         self.skipped += len(again) - len(self.waiting)  # the rows have become shorter
 
     def _fitting(self, sample: list[Document]) -> list[Document]:
-        """As many of a sample's documents as a whole row has room for."""
+        """The first documents of a sample, as many as fit into a whole row."""
         ends = np.cumsum([len(d.ids) for d in sample])
         return sample[:int((ends <= self.room).sum())]
 
     def row(self) -> list[Document]:
+        """The next row. Raises UserError where nearly all samples are longer than a row."""
         while len(self.waiting) < self.window:
-            sample = self.draw(self.next)
-            if made := self._fitting(sample):
-                self.waiting.append((self.next, made))
+            sample = self.samples(self.next)
+            if documents := self._fitting(sample):
+                self.waiting.append((self.next, documents))
             else:
-                if not self.skipped:
-                    self.say(f"sample {self.next} has {len(sample[0].ids)} tokens, a row "
-                             f"{self.room}: skipped, as will be others of its kind")
-                self.skipped += 1
-                if self.skipped > 100 and self.skipped > 0.99 * self.next:
-                    raise UserError(f"of {self.next + 1} samples, {self.skipped} are longer than "
-                                    f"--row_tokens={self.room}")
+                self._skip(sample)
             self.next += 1
-        row, left, room = [], [], self.room
-        for i, made in self.waiting:
-            length = sum(len(d.ids) for d in made)
-            if length <= room:
-                row += made
-                room -= length
+        row, left, free = [], [], self.room
+        for i, documents in self.waiting:
+            length = sum(len(d.ids) for d in documents)
+            if length <= free:
+                row += documents
+                free -= length
             else:
-                left.append((i, made))
+                left.append((i, documents))
         self.waiting = left
         return row
+
+    def _skip(self, sample: list[Document]):
+        """Count sample `next`, whose first document is longer than a row."""
+        if not self.skipped:
+            self.say(f"sample {self.next} has {len(sample[0].ids)} tokens, a row {self.room}: "
+                     "skipped, and so are others of its kind")
+        self.skipped += 1
+        if self.skipped > 100 and self.skipped > 0.99 * self.next:
+            raise UserError(f"of {self.next + 1} samples, {self.skipped} are longer than "
+                            f"--row_tokens={self.room}")
 
     def state(self) -> dict:
         return {"next": self.next, "waiting": [i for i, _ in self.waiting],
@@ -391,32 +444,36 @@ class Packer:
 
 
 def pack_rows(documents: list[Document], room: int) -> list[list[Document]]:
-    """Documents packed into rows of `room` tokens, each into the first that has room for it."""
-    rows, left = [], []
+    """Pack documents into rows of `room` tokens, each into the first row that has room for it."""
+    rows, free = [], []
     for d in documents:
-        row = next((i for i, free in enumerate(left) if free >= len(d.ids)), None)
-        if row is None:
-            row = len(rows)
+        fitting = [k for k in range(len(rows)) if free[k] >= len(d.ids)]
+        if fitting:
+            k = fitting[0]
+        else:
+            k = len(rows)
             rows.append([])
-            left.append(room)
-        rows[row].append(d)
-        left[row] -= len(d.ids)
+            free.append(room)
+        rows[k].append(d)
+        free[k] -= len(d.ids)
     return rows
 
 
+# ---- batches ------------------------------------------------------------------------------------
+
 @dataclass
 class Batch:
-    """One packed row: all that a forward and a loss need. A picture that several documents ask
-    about is held, and encoded, once."""
+    """One packed row: all that a forward pass and a loss need. A picture that several documents ask
+    about is in `patches`, and is encoded, once."""
     tokens: Tensor       # (T,) int64; every visual slot holds the <|image|> id
     weights: Tensor      # (T,) float32, of predicting this token; 0 at each document's start
-    positions: Tensor    # (3, T) int64: t, h, w
+    positions: Tensor    # (3, T) int64: t, h, w for M-RoPE; they restart with each document
     cu_seqlens: Tensor   # (D+1,) int32, document borders; the tail is a last document of weight 0
-    source: Tensor       # (D,) int64
-    patches: Tensor      # (P, F, 3*p*p) uint8, block-major
+    source: Tensor       # (D,) int64: the document's entry of the mixture; the tail's is -1
+    patches: Tensor      # (P, F, 3*p*p) uint8, block-major; F = 2 where any image is a video
     grids: Tensor        # (N, 3) int64: 1, height, width in patches
-    visual: Tensor       # which of the P/4 encoded groups stands in each visual slot, int64
-    extras: dict = field(default_factory=dict)
+    visual: Tensor       # (slots,) int64: which of the P/4 encoded groups goes into a visual slot
+    extras: dict = field(default_factory=dict)      # name -> (T,) float32
 
     def to(self, device) -> "Batch":
         if torch.device(device).type == "cpu":
@@ -426,37 +483,48 @@ class Batch:
 
 
 def collate(documents: list[Document], config: Config, room: int = 0) -> Batch:
-    """Lay documents one behind the other, filled up to `room` tokens by a tail of weight 0."""
+    """Join documents to one row, filled up to `room` tokens by a tail of weight 0.
+
+    Raises ValueError where the image tokens are not as many as the groups of patches.
+    """
     parts = list(documents)
     used = sum(len(d.ids) for d in parts)
     if room > used:
-        tail = np.zeros(room - used, np.int32) + (config.n_ranks or 0)  # <|endoftext|>
+        tail = np.full(room - used, config.n_ranks or 0, np.int32)      # <|endoftext|>
         parts.append(Document(tail, np.zeros(len(tail), np.float32), source=-1))
     tokens = torch.from_numpy(np.concatenate([d.ids for d in parts]).astype(np.int64))
     weights = torch.from_numpy(np.concatenate([d.weights for d in parts]))
     borders = np.cumsum([0] + [len(d.ids) for d in parts])
     cu_seqlens = torch.from_numpy(borders.astype(np.int32))
-    weights[borders[:-1]] = 0  # nothing stands before a document's first token
-    own = {id(image): image for d in parts for image in d.images}
-    patches, grids = pack(list(own.values()), config.vision)
-    groups = grids.prod(1) // config.vision.spatial_merge_size ** 2
-    ends, order = groups.cumsum(0), {key: n for n, key in enumerate(own)}
-    runs = [order[id(image)] for d in parts for image in d.images]
-    visual = torch.cat([torch.arange(ends[n] - groups[n], ends[n]) for n in runs]
-                       or [torch.zeros(0, dtype=torch.long)])
+    weights[borders[:-1]] = 0   # a document's first token has nothing before it to predict it from
+
+    # Each array once, in order of appearance; documents about one picture hold the same array.
+    shown = [image for d in parts for image in d.images]
+    unique = {id(image): image for image in shown}
+    number = {key: n for n, key in enumerate(unique)}
+    patches, grids = pack(list(unique.values()), config.vision)
+
+    # Image n owns the groups starts[n] .. starts[n] + counts[n] - 1 of the encoded ones.
+    counts = grids.prod(1) // config.vision.spatial_merge_size ** 2
+    starts = counts.cumsum(0) - counts
+    order = [number[id(image)] for image in shown]
+    groups = [torch.arange(starts[n], starts[n] + counts[n]) for n in order]
+    visual = torch.cat(groups) if groups else torch.zeros(0, dtype=torch.long)
     slots = int((tokens == config.image_token_id).sum())
     if slots != len(visual):
         raise ValueError(f"{slots} image tokens for {len(visual)} groups of patches")
-    positions = rope_positions(tokens, grids[runs], cu_seqlens, config.image_token_id)
-    names = {name for d in parts for name in d.extras}
-    extras = {name: torch.from_numpy(np.concatenate(
-        [d.extras.get(name, np.zeros(len(d.ids), np.float32)) for d in parts])) for name in names}
+    positions = rope_positions(tokens, grids[order], cu_seqlens, config.image_token_id)
+
+    extras = {}
+    for name in {name for d in parts for name in d.extras}:
+        values = [d.extras.get(name, np.zeros(len(d.ids), np.float32)) for d in parts]
+        extras[name] = torch.from_numpy(np.concatenate(values))
     source = torch.tensor([d.source for d in parts])
     return Batch(tokens, weights, positions, cu_seqlens, source, patches, grids, visual, extras)
 
 
 # Exercises. Delete the body, write it again, run the test.
-# 1. Packer.row with next-fit: close a row at the first document that doesn't fit. How much is
-#    padded now? pytest tests/test_data.py -k padding tells; 20 minutes.
+# 1. Packer.row with next-fit: close a row at the first document that does not fit. How much is
+#    padded now? pytest tests/test_data.py -k padded shows it; 20 minutes.
 # 2. Write a source: captions in another language for the scenes of tasks/scenes.py, as another
-#    name in Stream. 30 minutes; `python pretrain.py --mix=gym:8,captions:2` trains it.
+#    name in Stream. 30 minutes; `python pretrain.py --mix=gym:8,captions:2` trains on it.

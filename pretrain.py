@@ -176,7 +176,7 @@ def run(args: Args):
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
     loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")
     packer = Packer(loader, args.row_tokens, state=position, say=say)
-    held_out = Packer(replace(stream, split="test", easy=0), args.row_tokens, say=lambda _: None)
+    held_out = Packer(replace(stream, split="test", easy_samples=0), args.row_tokens, say=lambda _: None)
     exam = [collate(held_out.row(), model.config).to(hw.device) for _ in range(2)]
     move_earlier_run(out, args.resume, hw, say)
     counts = model.counts()

@@ -1,4 +1,4 @@
-"""Streams, drawing processes, packing, batches, and picture files of every kind."""
+"""Streams, worker processes, packing, batches, and picture files of every kind."""
 import json
 import multiprocessing
 import os
@@ -36,7 +36,7 @@ def same(a, b) -> bool:
             and all(map(np.array_equal, a.images, b.images)))
 
 
-# ---- streams and drawing processes --------------------------------------------------------------
+# ---- streams and worker processes ---------------------------------------------------------------
 
 def test_a_sample_depends_on_seed_and_index_only():
     one, two = stream(levels=3), stream(levels=3)
@@ -47,10 +47,10 @@ def test_a_sample_depends_on_seed_and_index_only():
     assert sum(same(a, stream(seed=1, levels=3)(i)) for i, a in enumerate(forward)) == 0
 
 
-def test_drawing_processes_make_the_same_samples_and_outlive_the_first_ctrl_c():
-    """Two processes, bursts of 16, some skipped by who resumes; at first one burst at a time, then
-    the next while the last is used. A terminal sends Ctrl-C to all processes of a run, and the
-    trainer has to draw before it saves; the second ends them, or who leaves at once would wait."""
+def test_workers_make_the_same_samples_and_survive_the_first_ctrl_c():
+    """Two processes, bursts of 16, some samples skipped as after a resume; at first one burst at a
+    time, then the next while the last is used. A terminal sends Ctrl-C to all processes of a run,
+    and the trainer may need samples before it saves; the second Ctrl-C ends the workers."""
     before = set(multiprocessing.active_children())
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)
     alone, loader = stream(), SampleLoader(stream(), workers=2, burst=16)
@@ -65,7 +65,7 @@ def test_drawing_processes_make_the_same_samples_and_outlive_the_first_ctrl_c():
         os.kill(second.pid, signal.SIGINT)          # while it waits
         assert same(loader(100), alone(100))
         os.kill(second.pid, signal.SIGINT)
-        with pytest.raises(RuntimeError, match="a drawing process died"):
+        with pytest.raises(RuntimeError, match="worker process has died"):
             loader(200)
     finally:
         signal.signal(signal.SIGINT, heard)
@@ -79,7 +79,7 @@ class Bulky:
         return np.full(20_000 * (1 + i % 3), i)
 
 
-def test_who_skips_ahead_asks_while_the_burst_before_is_under_way():
+def test_a_request_while_the_burst_before_is_on_its_way():
     """Two threads that read one pipe at once would share a burst's bytes between them."""
     loader = SampleLoader(Bulky(), workers=2, burst=4, overlap=True)
     try:
@@ -111,7 +111,7 @@ def die():
 
 
 @pytest.mark.parametrize("how,words", [(refuse, "ValueError: sample 5 is cursed"), (die, "died")])
-def test_a_drawing_process_that_fails_says_so(how, words):
+def test_a_worker_that_fails_says_so(how, words):
     loader = SampleLoader(Broken(how), workers=1, burst=4)
     try:
         assert [loader(i) for i in range(4)] == [0, 1, 2, 3]
@@ -144,8 +144,8 @@ def test_what_is_named_twice_has_both_weights():
 def test_levels_begin_with_the_easy_one(monkeypatch):
     tasks, demonstrate = [], gym.demonstrate
     monkeypatch.setattr(gym, "demonstrate",
-                        lambda task, *_: tasks.append(task) or demonstrate(task))
-    some = stream(parse_mix("gui_form"), levels=3, easy=20, split="test")
+                        lambda task, *_, **parts: tasks.append(task) or demonstrate(task))
+    some = stream(parse_mix("gui_form"), levels=3, easy_samples=20, split="test")
     for i in range(60):
         some(i)
     assert {t.level for t in tasks[:20]} == {0} and {t.level for t in tasks[20:]} == {0, 1, 2}
@@ -259,12 +259,29 @@ def test_packing_goes_on_from_its_state():
 
 
 def test_little_is_padded():
-    packer = Packer(stream(levels=2, easy=200), room=2048)
+    packer = Packer(stream(levels=2, easy_samples=200), room=2048)
     used = [sum(len(d.ids) for d in packer.row()) for _ in range(40)]
     assert 1 - sum(used) / (40 * 2048) < 0.03
 
 
 # ---- batches ------------------------------------------------------------------------------------
+
+def test_the_worked_example_of_the_docstring():
+    picture = Image.new("RGB", (32, 32), "red")
+    messages = [Message("user", "<|image|>Red?", (picture,)), Message("assistant", "yes")]
+    made = document(messages, TOKENS, TINY)
+    assert [TOKENS.decode([i]) for i in made.ids.tolist()] == [
+        "[gMASK]", "<sop>", "<|user|>", "\n", "<|begin_of_image|>", *["<|image|>"] * 4,
+        "<|end_of_image|>", "Re", "d", "?", "<|assistant|>", "\n", "<think>", "</think>", "\n",
+        "y", "es", "<|user|>"]
+    assert len(made.ids) == 21 and made.weights.tolist() == [0] * 18 + [1] * 3
+    batch = collate([made, made], TINY, room=48)
+    assert batch.cu_seqlens.tolist() == [0, 21, 42, 48]
+    assert batch.patches.shape == (16, 1, 192) and batch.grids.tolist() == [[1, 4, 4]]
+    assert batch.visual.tolist() == [0, 1, 2, 3] * 2
+    assert batch.tokens[42:].tolist() == [TOKENS.special["<|endoftext|>"]] * 6
+
+
 
 def test_a_batch_by_its_parts():
     config = odd_config()
