@@ -41,6 +41,7 @@ from tasks.base import Task
 from tokenizer import Tokenizer
 
 MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:1.5"
+ROW_TOKENS = 4096
 
 PROBES = {"linear": "linear probe", "dense": "dense probe", "zero_shot_en": "zero-shot naming",
           "i2t_en": "R@1 image to text", "t2i_en": "R@1 text to image"}     # of train_vit.py
