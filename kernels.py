@@ -1,11 +1,12 @@
-"""The operations that time goes into, each as plain PyTorch behind one public function.
+"""The operations that take most of the time, each in plain PyTorch behind one public function.
 
-Letters: T tokens of a packed row, D documents in it, H query heads, G key-value heads, C width of
-a head, W model width, V vocabulary.
+Where torch has a fused kernel that is faster, it is used: varlen attention and rms_norm on a GPU.
+The rest is written so that a CPU is not slow and memory stays small: attention without padding,
+losses without all their logits.
 
-A function `f` marked @dispatch uses `f_triton` of this file where that exists and the tensors are
-on a GPU; the plain version is the specification that a Triton twin is tested against. None is
-written yet: on a GPU the library's fused kernels (rms_norm, varlen attention) do the work.
+Letters: T tokens of a packed row, D documents in it, L length of a document, H query heads, G
+key-value heads, C channels of a head, W width of the model, V vocabulary; N images, M texts and
+E width of their vectors in sigmoid_loss.
 """
 import functools
 
@@ -14,23 +15,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-try:  # a fused kernel for packed rows; CUDA only, and only in half precision
+try:    # a fused kernel for packed rows: CUDA only, and only in half precision
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
 
 
-def dispatch(plain):
-    """Call `<name>_triton` instead, where it exists and the first argument is on a GPU."""
-    @functools.wraps(plain)
-    def chosen(x, *args, **kwargs):
-        twin = globals().get(plain.__name__ + "_triton") if x.is_cuda else None
-        return (twin or plain)(x, *args, **kwargs)
-    return chosen
-
-
 class _RmsNorm(torch.autograd.Function):
-    """F.rms_norm has no fused backward on a CPU; written out, it takes half the time."""
+    """RMSNorm with a backward of its own: F.rms_norm has no fused one on a CPU, and takes twice as
+    long."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -44,31 +37,30 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, grad):
         normal, scale, weight = ctx.saved_tensors
         each = grad.float() * normal
-        along = each @ weight.float()[:, None] / len(weight)  # what would only lengthen x
+        # the part of the gradient along x would change its length only, which the norm divides out
+        along = each @ weight.float()[:, None] / len(weight)
         d_x = (grad * weight).float().addcmul(normal, along, value=-1).mul_(scale)
         d_weight = each.flatten(0, -2).sum(0)
         return d_x.to(grad.dtype), d_weight.to(weight.dtype), None
 
 
-@dispatch
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / rms(x) * weight over the last dim; statistics in fp32. (..., W) -> (..., W)"""
+    """x / rms(x) * weight over the last dimension, rms in fp32. (..., W), (W,) -> (..., W)"""
     if x.requires_grad and x.device.type == "cpu":
         return _RmsNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-@dispatch
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise."""
+    """silu(gate) * up, elementwise; all of one shape."""
     return F.silu(gate) * up
 
 
 def angles(positions: Tensor, sections: tuple[int, ...], theta: float = 10000.0) -> Tensor:
-    """Rotary angles with the frequencies of one head dealt to several position axes.
+    """Rotary angles, with the frequencies of a head divided among several position axes.
 
-    positions: (A, T) integers, one row an axis (t, h, w or h, w); sections: how many of the C/2
-    frequencies each axis gets, in contiguous blocks. Returns (T, C/2) in fp32.
+    positions: integers, one row for each axis: (3, T) for t, h, w or (2, T) for h, w. sections: how
+    many of the C/2 frequencies each axis gets, in contiguous blocks. Returns (T, C/2) in fp32.
     """
     half = sum(sections)
     frequency = theta ** -(torch.arange(half, device=positions.device) / half)
@@ -77,32 +69,30 @@ def angles(positions: Tensor, sections: tuple[int, ...], theta: float = 10000.0)
     return positions[axis].T.float() * frequency
 
 
-@dispatch
 def rotary_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + C/2): the ViT's form. x (T, H, C); cos, sin (T, C/2)."""
-    # (a, b) -> (a cos - b sin, b cos + a sin): x as it is, and x with its halves changed about.
+    """Rotate the channels i and i + C/2 as a pair, as the ViT does. x (T, H, C); cos, sin (T, C/2);
+    returns (T, H, C)."""
+    # (a, b) -> (a cos - b sin, b cos + a sin): x times cos, plus x with halves exchanged times sin.
     cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-@dispatch
 def rotary_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i + 1): the decoder's form. x (T, H, C); cos, sin (T, C/2)."""
-    # Neighbours are a complex number in memory, and a rotation is one product: a seventh of the
-    # time that slices of every other value take.
+    """Rotate the channels 2i and 2i + 1 as a pair, as the decoder does. x (T, H, C); cos, sin
+    (T, C/2); returns (T, H, C)."""
+    # Two neighbours in memory are one complex number, and its rotation is one product. This takes a
+    # seventh of the time of slices [..., 0::2] and [..., 1::2].
     numbers = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = numbers * torch.complex(cos.float(), sin.float())[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    rotated = numbers * torch.complex(cos.float(), sin.float())[:, None]
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
 
 
 class Segments:
-    """Where the documents of a packed row lie: made once a batch, used by every layer.
+    """Where the documents of a packed row begin and end; made once a batch, used by every layer.
 
-    A GPU in half precision takes `cu_seqlens` as it is. Elsewhere there is no varlen kernel, so
-    documents of like length are laid out as small dense batches: exact lengths where attention is
-    bidirectional, so that no mask is needed; rounded up to a multiple of 16 where it is causal,
-    since what hangs over lies in the future of every real token.
+    On a GPU in half precision the varlen kernel reads `cu_seqlens` (D+1,) as it is. Elsewhere there
+    is no such kernel, so documents of the same length become small dense batches (see `layout`).
     """
 
     def __init__(self, cu_seqlens: Tensor, causal: bool):
@@ -110,19 +100,32 @@ class Segments:
 
     @functools.cached_property
     def longest(self) -> int:
+        """Tokens of the longest document."""
         return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
 
     @functools.cached_property
     def layout(self) -> tuple[list[tuple[int, int]], Tensor | None]:
-        """The dense batches as (documents, length), and each token's place in them laid end to
-        end; no places where all lengths are equal, since then the row itself is the batch."""
+        """The dense batches as pairs (documents, length), and the place (T,) of each token when all
+        batches are laid end to end; no places if all lengths are equal, since then the row itself
+        is the only batch.
+
+        Without a mask on padding, a batch can only hold documents of one length. Where attention is
+        causal, lengths are first rounded up to multiples of 16, to make fewer batches: the padding
+        comes after every real token, and causal attention does not look there. For bidirectional
+        documents of 3, 2 and 3 tokens,
+
+            row     a0 a1 a2 b0 b1 c0 c1 c2
+            layout  [(1, 2), (2, 3)]            b is a batch; a and c are another one
+            dense   b0 b1 | a0 a1 a2 | c0 c1 c2
+            place   2 3 4 0 1 5 6 7             where a0, a1, ... c2 are in the line above
+        """
         borders = self.cu_seqlens.cpu().long()
         starts, lengths = borders[:-1], borders.diff()
         if bool((lengths == lengths[0]).all()):
             return [(len(lengths), int(lengths[0]))], None
         room = (lengths + 15) // 16 * 16 if self.causal else lengths
         sizes, counts = room.unique(return_counts=True)
-        order = room.argsort()
+        order = room.argsort(stable=True)
         begins = torch.empty_like(room)
         begins[order] = room[order].cumsum(0) - room[order]
         place = torch.arange(int(borders[-1])) + torch.repeat_interleave(begins - starts, lengths)
@@ -130,11 +133,10 @@ class Segments:
         return shapes, place.to(self.cu_seqlens.device)
 
 
-@dispatch
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Attention inside each document of a packed row.
+    """Attention inside each document of a packed row, scaled by C ** -0.5.
 
-    q: (T, H, C); k, v: (T, G, C) with G dividing H. Returns (T, H, C). Scale is C ** -0.5.
+    q: (T, H, C); k, v: (T, G, C), where G divides H. Returns (T, H, C).
     """
     if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
         cu, longest = segments.cu_seqlens, segments.longest
@@ -143,7 +145,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         k, v = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (k, v))
         return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window)
     shapes, place = segments.layout
-    if place is not None:  # index_copy, since its backward is a plain gather
+    if place is not None:
+        # Each token is copied to its place; the backward of index_copy is a plain gather.
         total = sum(n * size for n, size in shapes)
         q, k, v = (x.new_zeros(total, *x.shape[1:]).index_copy(0, place, x) for x in (q, k, v))
     parts = [x.split([n * size for n, size in shapes]) for x in (q, k, v)]
@@ -153,14 +156,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """(B, L, H, C), (B, L, G, C) x 2 -> (B, L, H, C)"""
+    """Attention of B documents of one length. q (B, L, H, C); k, v (B, L, G, C) -> (B, L, H, C)"""
     length, heads, groups = *q.shape[1:3], k.shape[2]
     if length > 512 or q.dtype == torch.float32:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, enable_gqa=heads != groups).transpose(1, 2)
-    # Short rows in bf16: three plain operations are two to five times as fast as a CPU's flash
-    # kernel. The r query heads of a group lie below one another, so that keys need no copies.
+    # In bf16 torch's flash kernel for CPUs is slow: for short documents two matrix products and a
+    # softmax are two to five times as fast. The r query heads that share a key head become rows of
+    # one matrix, so that the keys need no copies.
     repeat = heads // groups
     q = rearrange(q * q.shape[-1] ** -0.5, "b l (g r) c -> (b g) (r l) c", r=repeat)
     k, v = (rearrange(x, "b l g c -> (b g) l c") for x in (k, v))
@@ -172,6 +176,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """See linear_cross_entropy. The backward only scales gradients that the forward has made."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, chunk):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -200,23 +206,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-@dispatch
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor,
                          chunk: int = 0) -> Tensor:
-    """sum_t weights[t] * -log softmax(hidden[t] @ weight.T)[targets[t]], without all the logits.
+    """sum_t weights[t] * -log softmax(hidden[t] @ weight.T)[targets[t]], an fp32 scalar, without
+    keeping all T x V logits.
 
-    hidden: (T, W); weight: (V, W); targets: (T,) int64; weights: (T,) fp32, known beforehand.
-    The gradients are made in the forward, a chunk of rows at a time: three matmuls, and never
-    more than chunk x V logits (chunk 0: about 16M of them). Returns an fp32 scalar.
+    hidden: (T, W); weight: (V, W); targets: (T,) int64; weights: (T,) fp32. Since the weights are
+    known in the forward, the gradients are computed there, for `chunk` rows at a time: three matrix
+    products, and never more than chunk x V logits (chunk 0: about 16 million).
     """
     chunk = chunk or max(64, 2 ** 24 // len(weight))
-    used = weights.nonzero()[:, 0]  # rows without weight cost nothing
+    used = weights.nonzero()[:, 0]  # rows of weight 0 take no time
     if len(used) < len(weights):
         hidden, targets, weights = hidden[used], targets[used], weights[used]
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk)
 
 
 class _LinearLogp(torch.autograd.Function):
+    """See linear_logp. The backward computes the logits a second time."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
         logp = torch.empty(len(hidden), device=hidden.device)
@@ -237,7 +245,7 @@ class _LinearLogp(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(hidden), ctx.chunk):
             h, g = hidden[i:i + ctx.chunk], grad[i:i + ctx.chunk, None]
-            # d logp / d logits = onehot - softmax; the logits are made once more
+            # d logp / d logits = onehot - softmax
             d_logits = (h @ weight.T).float().softmax(-1).mul_(-g)
             d_logits.scatter_add_(1, targets[i:i + ctx.chunk, None], g)
             d_logits = d_logits.to(h.dtype)
@@ -246,19 +254,22 @@ class _LinearLogp(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None
 
 
-@dispatch
 def linear_logp(hidden: Tensor, weight: Tensor, targets: Tensor,
                 chunk: int = 0) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden[t] @ weight.T)[targets[t]] for each t, and the entropy, (T,) fp32 both.
+    """log softmax(hidden[t] @ weight.T)[targets[t]] for each t, and the entropy of each softmax;
+    both (T,) fp32.
 
     hidden: (T, W); weight: (V, W); targets: (T,) int64. For losses whose coefficients are known
-    only after this forward (RL): the backward makes the logits again, four matmuls in all, and
-    never more than chunk x V of them stand (chunk 0: about 16M). Entropy has no gradient.
+    only after this forward (RL): the backward computes the logits again, so that there are four
+    matrix products and never more than chunk x V logits (chunk 0: about 16 million). The entropy
+    has no gradient.
     """
     return _LinearLogp.apply(hidden, weight, targets, chunk or max(64, 2 ** 24 // len(weight)))
 
 
 class _SigmoidLoss(torch.autograd.Function):
+    """See sigmoid_loss. The backward only scales gradients that the forward has made."""
+
     @staticmethod
     def forward(ctx, x, y, scale, bias, paired, tile):
         x, y, scale, bias = (t.detach().float() for t in (x, y, scale, bias))
@@ -269,7 +280,7 @@ class _SigmoidLoss(torch.autograd.Function):
                 a, b = x[i:i + tile], y[j:j + tile]
                 cosine = a @ b.T
                 logits = cosine * scale + bias
-                total += F.softplus(logits).sum()  # -log sigmoid(-logit), as if no pair were here
+                total += F.softplus(logits).sum()   # -log sigmoid(-logit), as if none were a pair
                 grad = logits.sigmoid()
                 if paired and i == j:
                     total -= logits.diagonal().sum()  # softplus(l) - l = -log sigmoid(l)
@@ -283,18 +294,20 @@ class _SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grads, ctx.grads = ctx.grads, None      # in place and let go: they are a batch's largest
+        # The gradients are as large as the batch: they are scaled in place and then released.
+        grads, ctx.grads = ctx.grads, None
         return *(made.mul_(grad) for made in grads), None, None
 
 
-@dispatch
 def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, paired: bool = True,
                  tile: int = 1024) -> Tensor:
-    """SigLIP's loss of N images against M texts, summed, without the N x M logits [C].
+    """SigLIP's loss of N images against M texts, summed to an fp32 scalar, without keeping the
+    N x M logits [C].
 
-    x: (N, E), y: (M, E), both of length one; scale, bias: scalars. -log sigmoid of plus the logit
-    for x[i] with y[i] where `paired`, of minus the logit for all others. The gradients are made in
-    the forward, tile x tile logits at a time. Returns an fp32 scalar.
+    x: (N, E), y: (M, E), with rows of length 1; scale, bias: scalars. The logit of x[i] and y[j] is
+    their product times scale, plus bias. It adds -log sigmoid(logit) for a pair, which is i = j
+    where `paired`, and -log sigmoid(-logit) otherwise. The gradients are computed in the forward,
+    for tile x tile logits at a time.
     """
     return _SigmoidLoss.apply(x, y, scale, bias, paired, tile)
 
@@ -302,9 +315,7 @@ def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, paired: bool
 # Exercises. Delete the body, write it again, run the test.
 # 1. rotary_pairs, from its docstring alone.
 #    pytest tests/test_model.py -k rotations; 15 minutes.
-# 2. _LinearCrossEntropy.forward: all gradients in one pass over chunks of rows, never more than
-#    `chunk` rows of logits at a time. pytest tests/test_model.py -k linear_cross; 45 minutes.
+# 2. _LinearCrossEntropy.forward: all gradients in one pass over chunks of rows, with never more
+#    than `chunk` rows of logits. pytest tests/test_model.py -k linear_cross; 45 minutes.
 # 3. _SigmoidLoss.forward, tile by tile, with all four gradients.
 #    pytest tests/test_train_vit.py -k tiles; 30 minutes.
-# 4. ring and Exchange.backward: who sends what to whom, and how the gradient finds home.
-#    pytest tests/test_train_vit.py -k ring; 45 minutes.

@@ -1,15 +1,15 @@
-"""GLMV: the vision encoder, the decoder, the splice between them, and the KV cache's layout.
+"""GLMV: the vision encoder, the decoder, and the splice of visual embeddings between them.
 
 The decoder is GLM-OCR's [R]: grouped-query attention, RMSNorm before *and* after attention and
 MLP (sandwich), SwiGLU, rotary positions in interleaved pairs over three axes (M-RoPE). Parameter
-names and the checkpoint folder are GLM-OCR's too, so weights travel both ways.
+names and the checkpoint folder are GLM-OCR's too, so that weights can be used in both directions.
 
-Three calls make the model: `encode(patches, grids)` turns pixels into one embedding a visual
-token; `forward(batch, merged)` splices them into the text and returns hidden states; `lm_head`
-is applied only where logits are needed.
+Three calls make up the model: `encode(patches, grids)` turns pixels into one embedding for each
+visual token; `forward(batch, merged)` splices them into the text and returns hidden states;
+`lm_head` turns hidden states into logits, only where logits are needed.
 
-Letters: T tokens of a packed row, D documents, P patches, N images, W width, H query heads,
-G key-value heads, C width of a head, S cache slots, V vocabulary.
+Letters: T tokens of a packed row, D documents in it, P patches, F frames, p patch side, N images,
+W width of the decoder, H query heads, G key-value heads, C channels of a head, V vocabulary.
 """
 from dataclasses import dataclass, field
 
@@ -25,8 +25,8 @@ from vit import CogViT, RMSNorm, VitConfig
 
 @dataclass
 class TextConfig:
-    """Field names are those of GLM-OCR's text_config; the defaults are the released values, not
-    the class defaults of transformers, which differ."""
+    """Field names are those of GLM-OCR's text_config. The defaults are the released values [R],
+    which differ from the class defaults of transformers."""
     vocab_size: int = 59392
     hidden_size: int = 1536
     intermediate_size: int = 4608
@@ -40,15 +40,16 @@ class TextConfig:
 
     @property
     def mrope_section(self) -> tuple[int, int, int]:
-        """Frequencies of t, h, w: 1/4, 3/8, 3/8 of half a head, [16, 24, 24] at 128 [R]."""
+        """How many frequencies t, h and w get: 1/4, 3/8 and 3/8 of the C/2 of a head. With
+        C = 128: 16, 24, 24 [R]."""
         half = self.head_dim // 2
         return half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8
 
 
 @dataclass
 class Config:
-    """A whole model. min/max_tokens bound the visual tokens of one image; n_ranks is how much of
-    the rank file its tokenizer uses (0: another tokenizer's checkpoint)."""
+    """A whole model. min_tokens, max_tokens: limits of the visual tokens of one image. n_ranks: how
+    many ranks of the rank file its tokenizer uses; 0: the checkpoint has another tokenizer."""
     text: TextConfig = field(default_factory=TextConfig)
     vision: VitConfig = field(default_factory=VitConfig)
     image_token_id: int = 59280
@@ -56,7 +57,7 @@ class Config:
     max_tokens: int = 6144
     n_ranks: int = 0
     mtp_depths: int = 0         # how far ahead its MTP head was trained to look; 0: unknown
-    mrope: tuple | None = None  # sections read from a config.json, where they are not the rule's
+    mrope: tuple | None = None  # sections that differ from TextConfig.mrope_section
 
     @property
     def sections(self) -> tuple[int, int, int]:
@@ -64,8 +65,9 @@ class Config:
 
 
 def sized(size: str) -> Config:
-    """tiny: the demo, 2 cores. small: one GPU. base: GLM-OCR, CogViT-L and its decoder [R]; of
-    its 59,392 places for tokens ours take the first."""
+    """The configuration of a size. tiny: the demo, for 2 cores. small: for one GPU. base: GLM-OCR,
+    which is CogViT-L and a decoder [R]; our tokens are the first of its vocabulary of 59,392.
+    Raises UserError on another name."""
     if size not in ("tiny", "small", "base"):
         raise UserError(f"--size takes tiny, small or base, not '{size}'")
     n_ranks = 512 if size == "tiny" else 4096
@@ -73,8 +75,9 @@ def sized(size: str) -> Config:
     if size == "base":
         return Config(image_token_id=tokens.image, n_ranks=n_ranks)
     if size == "tiny":
-        # A head of 32 has 16 frequencies. With GLM's base and sections the six of the columns turn
-        # by 0.003 radians a token at most, and four columns look alike; these turn by 0.1-0.3. [O]
+        # A head of 32 channels has 16 frequencies, base ** -(i / 16). With GLM's base of 10,000 and
+        # its sections the six of the columns (w) rotate by 0.003 radians a token or less: four
+        # neighbouring columns look alike. With base 10 theirs rotate by 0.1 to 0.3 radians. [O]
         text = TextConfig(tokens.vocab_size, 96, 256, 3, 3, 3, 32, rope_theta=10.0,
                           max_position_embeddings=4096)
         vision = VitConfig(2, 96, 3, 256, patch_size=8, out_hidden_size=96)
@@ -84,30 +87,38 @@ def sized(size: str) -> Config:
     return Config(text, vision, tokens.image, 4, 1024, n_ranks)
 
 
-# ---- positions and cache ------------------------------------------------------------------------
+# ---- positions ----------------------------------------------------------------------------------
 
 def rope_positions(tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, image_token: int) -> Tensor:
     """M-RoPE positions of a packed row. (T,), (N, 3), (D+1,) -> (3, T) int64 on the CPU.
 
-    Text counts on, with t = h = w. A visual run of h x w patches sits at one t and spreads its
-    rows and columns over h and w from there; after it counting goes on at max(h, w) / 2 further.
-    Positions restart with every document. [R]
+    A text token has t = h = w, one more than the token before it. The tokens of an image, h x w of
+    them after merging, share one t; their h and w count rows and columns from there, and the text
+    after the image continues max(h, w) later. Positions begin at 0 in every document. [R] An image
+    of 2x2 tokens (#) between four words:
+
+        tokens   a  b  #  #  #  #  c  d
+        t        0  1  2  2  2  2  4  5
+        h        0  1  2  2  3  3  4  5
+        w        0  1  2  3  2  3  4  5
+
+    Raises ValueError if an image has more tokens than its document has left.
     """
     tokens, grids = tokens.cpu(), [tuple(g) for g in grids.tolist()]
     positions = torch.empty(3, len(tokens), dtype=torch.long)
     visual = (tokens == image_token).tolist()
     borders, image = cu_seqlens.tolist(), 0
     for start, stop in zip(borders, borders[1:]):
-        at, now = start, 0
+        at, now = start, 0              # index in the row; position of the next token
         while at < stop:
             if visual[at]:
                 _, h, w = (grids[image][0], grids[image][1] // 2, grids[image][2] // 2)
                 if at + h * w > stop:
                     raise ValueError("an image's tokens run over the end of its document")
-                run = positions[:, at:at + h * w]
-                run[0] = now
-                run[1] = now + torch.arange(h).repeat_interleave(w)
-                run[2] = now + torch.arange(w).repeat(h)
+                block = positions[:, at:at + h * w]
+                block[0] = now
+                block[1] = now + torch.arange(h).repeat_interleave(w)
+                block[2] = now + torch.arange(w).repeat(h)
                 at, now, image = at + h * w, now + max(h, w), image + 1
             else:
                 end = at
@@ -121,16 +132,18 @@ def rope_positions(tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, image_toke
 # ---- the decoder --------------------------------------------------------------------------------
 
 class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions: each key-value head serves H/G query heads."""
+
     def __init__(self, c: TextConfig):
         super().__init__()
-        self.width = c.head_dim
+        self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, rope, segments, layer, cache):
-        q, k, v = (rearrange(proj(x), "t (h c) -> t h c", c=self.width)
+        q, k, v = (rearrange(proj(x), "t (h c) -> t h c", c=self.head_dim)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotary_pairs(q, *rope), rotary_pairs(k, *rope)
         out = (cache.attend(layer, q, k, v, segments) if cache is not None
@@ -139,6 +152,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU; gate and up are one matrix, as in GLM-OCR [R]."""
+
     def __init__(self, c: TextConfig):
         super().__init__()
         self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
@@ -149,7 +164,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Sandwich norms. `post_attention_layernorm` is, by GLM's naming, the one *before* the MLP."""
+    """Attention and MLP, each between two norms (sandwich). In GLM's naming
+    `post_attention_layernorm` is the norm *before* the MLP [R]."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -166,16 +182,34 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The embedding, the trunk's layers and the last norm. An MTP head (mmtp.py) is one more entry
+    of `layers`, since its tensors are named so in GLM-OCR's checkpoints; the trunk does not run
+    it."""
+
     def __init__(self, c: TextConfig):
         super().__init__()
+        self.depth = c.num_hidden_layers
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(c) for _ in range(c.num_hidden_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
+    def forward(self, x: Tensor, rope, segments: Segments | None, cache=None) -> Tensor:
+        """Embeddings (T, W) -> hidden states (T, W) after the last norm. rope: cosines and sines
+        (T, C/2); segments: where documents begin, None with a cache that knows it."""
+        for i in range(self.depth):
+            x = self.layers[i](x, rope, segments, i, cache)
+        return self.norm(x)
+
 
 def init(module: nn.Module, seed: int):
-    """Normal matrices of deviation 1/sqrt(fan-in), so that widths need no tuning [O]; norms are
-    born at 1, biases go to 0, lone vectors (a query, a mask token) are normal, scalars stay."""
+    """Set all parameters to random values that depend on the seed alone [O].
+
+    A matrix is normal with std 1/sqrt(fan-in): a sum of n products of values of variance 1 with
+    weights of variance 1/n has variance 1, so that a layer's output is about as large as its input
+    at every width. An embedding picks one row; as a matrix product its fan-in is 1, so its std is
+    1.0. A standalone vector (a mask token) is such a row and has std 1.0 too. Weights of norms are
+    1 and biases 0. Scalars keep the values that they were made with.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         if p.ndim == 1 and name.endswith("bias"):
@@ -188,7 +222,7 @@ def init(module: nn.Module, seed: int):
 
 
 class Backbone(nn.Module):
-    """Only a name: GLM-OCR's tensors begin with `model.`"""
+    """The part whose tensors are named `model.*` in GLM-OCR's checkpoints [R]."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -197,6 +231,8 @@ class Backbone(nn.Module):
 
 
 class GLMV(nn.Module):
+    """The whole model. Raises ValueError if the adapter is not as wide as the decoder."""
+
     def __init__(self, config: Config, seed: int = 0):
         super().__init__()
         if config.text.hidden_size != config.vision.out_hidden_size:
@@ -208,11 +244,13 @@ class GLMV(nn.Module):
             init(self, seed)
 
     def encode(self, patches: Tensor, grids: Tensor) -> Tensor:
-        """(P, F, 3*p*p) uint8, (N, 3) -> (P/4, W): one embedding a visual token."""
+        """Pixels (P, F, 3*p*p) uint8 and grids (N, 3) -> (P/4, W), one embedding for each visual
+        token: the adapter merges 2x2 patches into one."""
         return self.model.visual.merge(self.model.visual(patches, grids))
 
     def encode_images(self, batch) -> Tensor | None:
-        """One embedding a visual slot of a Batch, in order; None where it has no pictures."""
+        """The embeddings (slots, W) for all visual slots of a Batch, in order; None if it has no
+        images. An image in several documents of the row is encoded once."""
         if not len(batch.patches):
             return None
         return self.encode(batch.patches, batch.grids)[batch.visual]
@@ -221,8 +259,8 @@ class GLMV(nn.Module):
         """Hidden states (T, W) after the last norm.
 
         batch: anything with tokens (T,), positions (3, T) and cu_seqlens (D+1,); merged: from
-        `see`, one row a token that is <|image|>, in order; cache: what Cache.fill or
-        Cache.extend returned.
+        `encode_images`, one row for each <|image|> token, in order; cache: from Cache.prefill or
+        Cache.extend of engine.py, which needs no cu_seqlens.
         """
         decoder, c = self.model.language_model, self.config
         x = decoder.embed_tokens(batch.tokens)
@@ -230,16 +268,27 @@ class GLMV(nn.Module):
             slots = (batch.tokens == c.image_token_id).nonzero()[:, 0]
             x = x.index_copy(0, slots, merged.to(x.dtype))
         freqs = angles(batch.positions, c.sections, c.text.rope_theta)
-        rope = freqs.cos(), freqs.sin()
-        segments = None     # for new tokens of a request: the cache knows what they may see
+        segments = None
         if batch.cu_seqlens is not None:
             segments = Segments(batch.cu_seqlens, causal=True)
-        for i in range(c.text.num_hidden_layers):  # an MTP layer may follow; it is not the trunk's
-            x = decoder.layers[i](x, rope, segments, i, cache)
-        return decoder.norm(x)
+        return decoder(x, (freqs.cos(), freqs.sin()), segments, cache)
+
+    def flops_per_token(self, patches_per_token: float) -> float:
+        """FLOPs of a forward and a backward, for each token of the row.
+
+        A matrix of n parameters takes n multiplications and n additions for each row that it is
+        applied to, and twice as many backward, for the gradients of its input and of itself: 6 n in
+        all. The decoder runs once for each token, the tower for each patch, the adapter for every
+        four patches. The embedding is a lookup and takes none. Left out are the MTP head and the
+        products of attention itself, queries with keys and weights with values; in `base` these
+        alone are as many as all the rest once documents have about 18,000 tokens.
+        """
+        n = self.counts()
+        decoder = n["decoder"] - self.model.language_model.embed_tokens.weight.numel() + n["head"]
+        return 6 * (decoder + patches_per_token * (n["tower"] + n["adapter"] / 4))
 
     def counts(self) -> dict[str, int]:
-        """Parameters of each part."""
+        """Parameters of each part: tower, adapter, decoder (with embedding), mtp, head, total."""
         def size(module):
             return sum(p.numel() for p in module.parameters())
         visual, decoder = self.model.visual, self.model.language_model
@@ -252,7 +301,7 @@ class GLMV(nn.Module):
 
 # Exercises. Delete the body, write it again, run the test.
 # 1. rope_positions. pytest tests/test_model.py -k positions_by_hand; 30 minutes.
-# 2. Extend.__init__ and .attend: n new tokens a slot over the slot's past.
-#    pytest tests/test_model.py -k cached; 45 minutes.
+# 2. DecoderLayer.forward: what is normed before and after attention and MLP, and what is added?
+#    pytest tests/test_parity.py -k logits (needs requirements-peers.txt); 15 minutes.
 # 3. Drop the two norms after attention and MLP and train again: `make demo ARGS=--out=out/plain`.
 #    Does anything change at this size? (In a run of 150 steps we saw no difference.)

@@ -91,10 +91,9 @@ def ahead_weight(step: int, args: Args) -> float:
 
 
 def flops_per_step(model: GLMV, args: Args, patches_per_token: float) -> float:
-    """6 FLOPs a parameter and token, tower by patches, decoder by tokens; attention left out."""
-    n, tokens = model.counts(), args.rows * args.row_tokens
-    decoder = n["decoder"] - model.model.language_model.embed_tokens.weight.numel() + n["head"]
-    return 6 * tokens * (decoder + patches_per_token * (n["tower"] + n["adapter"] / 4))
+    """FLOPs of forward and backward over all ranks' rows: 6 for each parameter and token, see
+    GLMV.flops_per_token."""
+    return args.rows * args.row_tokens * model.flops_per_token(patches_per_token)
 
 
 # ---- the run ----------------------------------------------------------------------------------

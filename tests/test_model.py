@@ -1,8 +1,12 @@
 """The model: packing, caching, sizes, checkpoint folders, positions, kernels."""
+import copy
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import odd_config, random_document
 from data import collate
@@ -39,9 +43,8 @@ def test_cached_equals_uncached(model, config):
     merged = model.encode(whole.patches, whole.grids)
     want = model(whole, merged).split([len(p.ids) for p in parts])
 
-    import copy
     prompts = [copy.copy(p) for p in parts]
-    for p in prompts:  # the last six tokens come later, two at a time
+    for p in prompts:  # the last four tokens come later, two at a time
         p.ids, p.weights = p.ids[:-4], p.weights[:-4]
     batch = collate(prompts, config)
     cache = Cache(config, 6, 64, "cpu", torch.float32)
@@ -79,6 +82,22 @@ def test_sizes(size, least, most):
         assert least < GLMV(sized(size)).counts()["total"] < most
 
 
+def test_flops_are_those_of_the_matrices():
+    """Up to norms, biases and the second frame of the patch embedding, a tenth at this size: the
+    forward's matrix products, counted, times three for the backward."""
+    config = odd_config()
+    model = GLMV(config)
+    batch = collate([random_document(config, ((8, 8),), 10)], config)
+    with FlopCounterMode(display=False) as counter:
+        merged = model.encode(batch.patches, batch.grids)
+        model.lm_head(model(batch, merged))
+    products = counter.get_flop_counts()["Global"]
+    linear = sum(n for op, n in products.items() if "attention" not in str(op))
+    patches = len(batch.patches) / len(batch.tokens)
+    want = model.flops_per_token(patches) * len(batch.tokens) / 3
+    assert linear == pytest.approx(want, rel=0.1)
+
+
 def test_positions_by_hand():
     """Two words, a 4x4-patch image (2x2 tokens), one word; then a second document."""
     tokens = torch.tensor([5, 6, 9, 9, 9, 9, 7, 8, 5])
@@ -89,7 +108,6 @@ def test_positions_by_hand():
 
 
 def test_patches_are_block_major():
-    import numpy as np
     image = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 3)
     patches, grid = patchify(image, 2)
     assert patches.shape == (8, 1, 12) and grid == (1, 2, 4)
@@ -195,7 +213,6 @@ def test_a_folder_comes_back_bit_for_bit(model, tmp_path):
 
 
 def test_sharded_folders_open_too(model, tmp_path):
-    import json
     save_model(model, tmp_path)
     tensors = load_tensors(tmp_path)
     (tmp_path / "model.safetensors").unlink()
