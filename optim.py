@@ -1,8 +1,16 @@
-"""Muon for the matrices, AdamW for the rest, and the schedules.
+"""Muon for the matrices, AdamW for the rest, and the learning rate schedules.
 
-Muon replaces a matrix's momentum by the nearest orthogonal matrix, so that every direction of the
-update has the same size. Newton-Schulz finds it with five matrix products [C]; the update is
-scaled to the RMS of a typical AdamW step, so that one learning rate serves both [R: Moonlight].
+A gradient matrix is mostly made of a few directions: its first singular values are far larger than
+the others. SGD moves the weights along those few only. Muon keeps the singular vectors of the
+momentum, U S V^T, and sets all singular values to about 1: U V^T. So rare directions learn as fast
+as common ones. An exact SVD is slow; Newton-Schulz gets there with matrix products alone [C]: a
+polynomial of X like a X + b X X^T X + c X X^T X X^T X leaves the singular vectors as they are and
+applies s -> a s + b s^3 + c s^5 to each singular value s.
+
+U V^T of an R x C matrix has entries of RMS 1 / sqrt(max(R, C)). Times 0.2 sqrt(max(R, C)) they have
+RMS 0.2, as AdamW's updates typically do, so that one learning rate and one weight decay serve both
+[R: Moonlight]. A fused weight such as qkv is three matrices in one tensor: each is made orthogonal
+by itself, or the one with the largest gradient would take most of the update [R].
 """
 import math
 from collections import defaultdict
@@ -15,26 +23,29 @@ from torch import Tensor
 
 @dataclass
 class OptimConfig:
-    """Rates are for the end of warm-up; `scales` multiplies them and `decays` replaces the weight
-    decay by module, first match wins."""
-    lr: float = 4e-3
-    weight_decay: float = 0.05
-    momentum: float = 0.95
-    betas: tuple = (0.9, 0.95)
-    clip: float = 1.0
-    scales: tuple = ()  # ((name prefix, factor), ...), e.g. (("model.visual", 0.1),)
-    decays: tuple = ()  # ((name prefix, weight decay), ...)
+    """Settings of the optimizer. In `scales` and `decays` the first prefix that matches a
+    parameter's name counts."""
+    lr: float = 4e-3            # at the end of warm-up; Muon and AdamW alike
+    weight_decay: float = 0.05  # on matrices; norms and biases have none
+    momentum: float = 0.95      # Muon's, with Nesterov's step [R: Moonlight]
+    betas: tuple = (0.9, 0.95)  # AdamW's; 0.95 as for language models, not PyTorch's 0.999
+    clip: float = 1.0           # largest norm of the gradient of all parameters together
+    scales: tuple = ()  # factors on lr: ((name prefix, factor), ...), e.g. (("model.visual", 0.1),)
+    decays: tuple = ()  # weight decay in place of the above: ((name prefix, weight decay), ...)
 
 
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
-    """Nearly orthogonal matrices with the singular vectors of x. (..., R, C) -> (..., R, C)
+    """Make matrices nearly orthogonal, with the singular vectors of x. (..., R, C) -> (..., R, C)
 
-    The quintic with (3.4445, -4.7750, 2.0315) drives singular values into about 0.7-1.2 [C]. On a
-    GPU in bf16, on a CPU in fp32.
+    Five rounds of s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5 bring the singular values to about
+    0.7-1.2 [C]: the steep start at 0 lifts small values quickly, and exactly 1 is not needed. In
+    bf16 on a GPU, in fp32 on a CPU.
     """
     x = x.bfloat16() if x.is_cuda else x.float()
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    x = x.mT if tall else x             # x @ x.mT is then the smaller of the two squares
+    # The Frobenius norm is at least the largest singular value, so all values are now at most 1,
+    # where the polynomial converges.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.mT
@@ -44,23 +55,26 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_matrix(name: str, p: Tensor) -> bool:
-    """Muon takes what maps hidden states to hidden states. Embeddings, norms and biases go to
-    AdamW [R: GLM-4.5]; so do the two ends, patch embedding and output head [O]."""
+    """Whether Muon updates this parameter: a matrix from hidden states to hidden states. AdamW
+    updates embeddings, norms and biases [R: GLM-4.5], and patch embedding and output head [O]."""
     ends = ("embed_tokens", "lm_head", "patch_embed")
     return p.ndim >= 2 and not any(end in name for end in ends)
 
 
 def fused_parts(name: str) -> int:
-    """How many matrices stand stacked in one weight: each is orthogonalised by itself [R]."""
-    return 3 if name.endswith("qkv.weight") else 2 if "gate_up_proj" in name else 1
+    """How many matrices are stacked in one weight; each is made orthogonal by itself [R]."""
+    if name.endswith("qkv.weight"):
+        return 3
+    return 2 if "gate_up_proj" in name else 1
 
 
 class Optimizer:
-    """Muon and AdamW over one model, with fp32 masters and one flat fp32 gradient buffer.
+    """Muon and AdamW over one model, with fp32 master weights and a flat fp32 gradient buffer.
 
-    A model in bf16 keeps its true weights here: `accumulate` adds each micro-batch's gradients to
-    the buffer in fp32, `step` updates the masters and copies them back. The buffer is flat so that
-    data parallelism is a single all-reduce.
+    A model in bf16 cannot hold small updates: near 1 its next number is 0.8% away. So the exact
+    weights, the masters, are here. After each backward pass `accumulate` adds the gradients to the
+    buffer in fp32; `step` updates the masters and copies them, rounded, into the model. The buffer
+    is one flat tensor so that summing it over ranks is a single all-reduce.
     """
 
     def __init__(self, named_parameters, config: OptimConfig):
@@ -74,23 +88,26 @@ class Optimizer:
         self.masters = self._views(self.flat)
         self.muon = [n for n, p in self.params.items() if is_matrix(n, p)]
         self.momenta = {n: torch.zeros_like(self.masters[n]) for n in self.muon}
-        self.shapes = defaultdict(list)  # matrices of one shape go through Newton-Schulz together
+        # Matrices of one shape go through Newton-Schulz in one batched product.
+        self.shapes = defaultdict(list)     # (rows, columns) of a part -> [(name, parts), ...]
         for name in self.muon:
             matrix = self.masters[name].flatten(1)
             parts = fused_parts(name)
             self.shapes[(matrix.shape[0] // parts, matrix.shape[1])].append((name, parts))
-        rest = [n for n in self.params if n not in self.momenta]
-        for name in rest:  # AdamW reads the buffer's views
-            self.masters[name].grad = self.grads[name]
-        groups = defaultdict(list)
-        for name in rest:
+        param_groups = defaultdict(list)    # (scale, weight decay) -> masters that AdamW updates
+        for name in self.params:
+            if name in self.momenta:
+                continue
+            self.masters[name].grad = self.grads[name]      # AdamW reads the buffer's views
             decay = self._decay(name) if self.params[name].ndim >= 2 else 0.0
-            groups[self._scale(name), decay].append(self.masters[name])
+            param_groups[self._scale(name), decay].append(self.masters[name])
+        # eps is far below any gradient, so that rarely seen tokens, too, move at the full rate.
         self.adam = torch.optim.AdamW(
-            [{"params": p, "weight_decay": d, "scale": s} for (s, d), p in groups.items()],
+            [{"params": p, "weight_decay": d, "scale": s} for (s, d), p in param_groups.items()],
             lr=config.lr, betas=config.betas, eps=1e-10, fused=True)
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
+        """{parameter's name: its part of a flat tensor, in its shape}"""
         views, offset = {}, 0
         for name, p in self.params.items():
             views[name] = flat[offset:offset + p.numel()].view(p.shape)
@@ -112,12 +129,16 @@ class Optimizer:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, rate: float, apply: bool = True, skip_prefix: str = "", process_group=None) -> float:
-        """One update at `rate` times the configured learning rate, from the collected gradients,
-        summed over ranks. Returns the gradient norm; if that isn't finite, or without `apply`,
-        nothing is changed. idle: matrices whose names begin so are left out; nobody uses them
-        yet, and Newton-Schulz on zeros takes as long as any. group: the ranks that train, if not
-        all do."""
+    def step(self, rate: float, apply: bool = True, skip_prefix: str = "",
+             process_group=None) -> float:
+        """One update at `rate` times the configured learning rate. Returns the gradient's norm.
+
+        The gradient is the buffer, summed over ranks; it is zero afterwards. If its norm is not
+        finite, or without `apply`, weights and momenta stay as they are.
+        skip_prefix: skip parameters whose names begin with this prefix: they have no gradient yet
+        (an MTP head before its part of the run), and Newton-Schulz takes as long on zeros.
+        process_group: the ranks that train, if not all do.
+        """
         if dist.is_initialized():
             dist.all_reduce(self.flat_grad, group=process_group)
         norm = self.flat_grad.norm().item()
@@ -126,57 +147,63 @@ class Optimizer:
             if norm > c.clip:
                 self.flat_grad.mul_(c.clip / norm)
             for shape, members in self.shapes.items():
-                busy = [m for m in members if not skip_prefix or not m[0].startswith(skip_prefix)]
-                if busy:
-                    self._muon(shape, busy, rate)
-            for group in self.adam.param_groups:
-                group["lr"] = c.lr * rate * group["scale"]
+                if skip_prefix:
+                    members = [m for m in members if not m[0].startswith(skip_prefix)]
+                if members:
+                    self._muon(shape, members, rate)
+            for param_group in self.adam.param_groups:
+                param_group["lr"] = c.lr * rate * param_group["scale"]
             self.adam.step()
             torch._foreach_copy_(list(self.params.values()), list(self.masters.values()))
         self.flat_grad.zero_()
         return norm
 
     def _muon(self, shape, members, rate):
+        """Muon's update of all matrices whose parts have one shape; members: [(name, parts)]."""
         c, updates = self.config, []
         for name, parts in members:
             grad, momentum = self.grads[name], self.momenta[name]
             momentum.mul_(c.momentum).add_(grad)
-            nesterov = grad + c.momentum * momentum
+            nesterov = grad + c.momentum * momentum     # one momentum step ahead
             updates += nesterov.flatten(1).chunk(parts)
-        size = 0.2 * math.sqrt(max(shape))  # RMS 0.2 an element
-        ortho = (newton_schulz(torch.stack(updates)).float() * size).unbind()
-        at = 0
+        size = 0.2 * math.sqrt(max(shape))              # entries of RMS 0.2, see the top
+        orthogonal = (newton_schulz(torch.stack(updates)).float() * size).unbind()
+        first = 0
         for name, parts in members:
             lr, master = c.lr * rate * self._scale(name), self.masters[name]
-            master.mul_(1 - lr * self._decay(name))
-            master.sub_(torch.cat(ortho[at:at + parts]).view_as(master), alpha=lr)
-            at += parts
+            master.mul_(1 - lr * self._decay(name))     # decoupled decay, as AdamW's
+            update = torch.cat(orthogonal[first:first + parts])
+            master.sub_(update.view_as(master), alpha=lr)
+            first += parts
 
     def state_dict(self) -> dict:
+        """What a checkpoint needs beside the fp32 weights, which are the masters."""
         return {"momenta": self.momenta, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict):
-        """The masters are not here: they are the checkpoint's fp32 weights."""
+        """Take over momenta from `state_dict`; the masters come from load_masters."""
         for name, value in state["momenta"].items():
             self.momenta[name].copy_(value)
-        own = [(group["weight_decay"], group["scale"]) for group in self.adam.param_groups]
+        # AdamW would also take over the saved settings; those of this run's options count.
+        own = [(g["weight_decay"], g["scale"]) for g in self.adam.param_groups]
         self.adam.load_state_dict(state["adam"])
-        for group, (decay, scale) in zip(self.adam.param_groups, own):  # the options may be others
-            group.update(weight_decay=decay, scale=scale)
+        for param_group, (decay, scale) in zip(self.adam.param_groups, own):
+            param_group.update(weight_decay=decay, scale=scale)
 
     @torch.no_grad()
     def load_masters(self, weights: dict[str, Tensor]):
-        """Take fp32 weights by name and copy them into the model."""
+        """Copy fp32 weights, by name, into the masters and into the model."""
         for name, master in self.masters.items():
             master.copy_(weights[name])
             self.params[name].copy_(master)
 
 
 def schedule(step: int, steps: int, warmup: int, kind: str = "linear", decay: float = 0.4) -> float:
-    """The factor on the learning rate at `step` (from 0).
+    """The factor on the learning rate at `step`, which counts from 0.
 
-    Linear warm-up, then `constant`; `linear`: constant, then down to 0 over the last `decay` of
-    the steps [O]; `cosine`: down to a tenth [R: GLM-4.5].
+    It rises over `warmup` steps, then: constant: stays at 1; linear: stays at 1, then falls to 0
+    over the last `decay` of the steps [O]; cosine: falls to 0.1 [R: GLM-4.5]. Raises ValueError on
+    another kind.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -192,5 +219,6 @@ def schedule(step: int, steps: int, warmup: int, kind: str = "linear", decay: fl
 
 # Exercises. Delete the body, write it again, run the test.
 # 1. newton_schulz. pytest tests/test_optim.py -k newton; 20 minutes.
-# 2. Let is_matrix return False, so that AdamW takes all, and train 800 steps with --lr=2e-3
-#    beside Muon; 5 minutes each. How many steps later does reading appear?
+# 2. Let is_matrix return False, so that AdamW updates everything, and train 800 steps with
+#    --lr=2e-3 and, for comparison, with Muon; 5 minutes each. How many steps later does the model
+#    begin to read?

@@ -3,9 +3,9 @@
     python tokenizer.py train      rebuild ranks.txt from corpus.txt, byte for byte
     python tokenizer.py show "some text"
 
-ranks.txt holds one token a line in base64, the rank being the line. Every token is the join of two
-earlier ones, so any prefix of 256 or more lines is itself a valid tokenizer: a tiny model takes the
-first 512 and the same file serves a larger one. Special tokens follow the ranks.
+ranks.txt holds one token a line, in base64; a token's rank is its line number. Every token is two
+earlier ones joined, so the first n >= 256 lines are a valid tokenizer by themselves: a tiny model
+takes the first 512, a larger one more lines of the same file. Special tokens follow the ranks.
 """
 import base64
 import hashlib
@@ -40,11 +40,14 @@ SPECIAL = [  # GLM's names [R], and in GLM's order where the released ids show o
 def train_bpe(text: str, n_ranks: int) -> list[bytes]:
     """Learn `n_ranks` tokens: the 256 bytes, then merges by frequency (ties: the smaller pair).
 
-    Incremental: each pair knows the distinct words it stands in, so a merge touches those words
-    only, and a heap with stale entries skipped on sight finds the next pair. 4,096 ranks from
-    2 MB take seconds where recounting every pair would take an hour.
+    Incremental: `places` holds the distinct words that a pair occurs in, so a merge touches those
+    words only. A heap finds the most frequent pair; its counts may be out of date, so an entry is
+    compared with `counts` when it is taken out. 4,096 ranks from 2 MB take seconds; counting every
+    pair anew for each merge would take an hour.
     """
-    words = [[list(w.encode()), n] for w, n in sorted(Counter(re.findall(PATTERN, text)).items())]
+    # A word is a list of token ids, at first its bytes; n is how often it occurs.
+    occurrences = sorted(Counter(re.findall(PATTERN, text)).items())
+    words = [[list(word.encode()), n] for word, n in occurrences]
     tokens = [bytes([i]) for i in range(256)]
     counts: Counter = Counter()
     places = defaultdict(set)
@@ -56,7 +59,7 @@ def train_bpe(text: str, n_ranks: int) -> list[bytes]:
     heapq.heapify(heap)
     while len(tokens) < n_ranks and heap:
         n, pair = heapq.heappop(heap)
-        if counts[pair] != -n:  # stale
+        if counts[pair] != -n:      # out of date: put it back with its count of today
             if counts[pair] > 0:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
@@ -65,7 +68,7 @@ def train_bpe(text: str, n_ranks: int) -> list[bytes]:
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         changed = set()
-        for i in places.pop(pair):
+        for i in places.pop(pair):      # merge the pair in every word that has it
             word, n = words[i]
             merged, j = [], 0
             while j < len(word):
@@ -87,11 +90,13 @@ def train_bpe(text: str, n_ranks: int) -> list[bytes]:
 
 
 def digest(path: Path) -> str:
+    """16 hex digits of the file's SHA-256."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def train() -> str:
-    """Rebuild ranks.txt. Raises ValueError where corpus.txt isn't the text it was made from."""
+    """Rebuild ranks.txt; returns one line about it. Raises ValueError where corpus.txt is not the
+    text that the ranks were made from."""
     if digest(CORPUS) != CORPUS_DIGEST:
         raise ValueError(f"{CORPUS.name} has digest {digest(CORPUS)}, not {CORPUS_DIGEST}: "
                          "restore it, or change CORPUS_DIGEST and retrain every model")
@@ -104,12 +109,16 @@ def train() -> str:
 # ---- encoding -----------------------------------------------------------------------------------
 
 class Tokenizer:
-    """Text to ids and back. Marks in ordinary text are text; `special` makes special tokens."""
+    """Text to ids and back. `special` is {name: id} of the special tokens; their names in ordinary
+    text are encoded as text, so that nobody can type one.
+
+    n_ranks: how many lines of ranks.txt to use. Raises ValueError where there are not so many.
+    """
 
     def __init__(self, n_ranks: int = 512):
         lines = RANKS.read_text(encoding="ascii").split()
         if not 256 <= n_ranks <= len(lines):
-            raise ValueError(f"{n_ranks} ranks: between 256 and {len(lines)} are there")
+            raise ValueError(f"{n_ranks} ranks: the file has 256 to {len(lines)}")
         ranks = {base64.b64decode(line): i for i, line in enumerate(lines[:n_ranks])}
         self.n_ranks = n_ranks
         self.special = {name: n_ranks + i for i, name in enumerate(SPECIAL)}
@@ -117,15 +126,16 @@ class Tokenizer:
                                           special_tokens=self.special)
         self.vocab_size = -(-(n_ranks + len(SPECIAL)) // 32) * 32  # padded for the matmuls
         self.image = self.special["<|image|>"]
-        # GLM stops where another would speak, or at the end of the text.
+        # GLM stops where somebody else speaks next, or at the end of the text.
         stops = "<|endoftext|>", "<|user|>", "<|observation|>"
         self.stops = tuple(self.special[mark] for mark in stops)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; "<|user|>" in it stays eight characters of text."""
+        """Ids of plain text; a "<|user|>" in it is eight characters of text."""
         return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids) -> bytes:
+        """Bytes of ids; the padding ids at the end of the vocabulary give none."""
         return b"".join(self.encoding.decode_single_token_bytes(i) for i in ids if self._known(i))
 
     def decode(self, ids) -> str:
@@ -136,28 +146,38 @@ class Tokenizer:
         return 0 <= i < self.n_ranks + len(SPECIAL)
 
     def encode_reply(self, text: str) -> list[int]:
-        """Ids of an assistant's reply: here alone think and box marks are special tokens."""
+        """Ids of an assistant's reply; only here, think and box marks become special tokens."""
         marks = ("<think>", "</think>", "<|begin_of_box|>", "<|end_of_box|>")
         return self.encoding.encode(text, allowed_special=set(marks), disallowed_special=())
 
     def chat(self, messages, answer: bool = False) -> list[tuple[list[int], bool, object]]:
-        """GLM's template: [gMASK]<sop><|user|>\\n...<|assistant|>\\n<think></think>\\n...<|user|>
+        """Encode a conversation by GLM's chat template [R].
 
-        messages: objects with role, text and images, the text holding one <|image|> a picture.
-        Returns pieces (ids, learn, image): for a picture, the ids of the two marks it stands
-        between. A reply is closed by the mark of who speaks next (<|user|> at the end), GLM's
-        stop token, and that is learnt too. A reply without a <think> of its own gets an empty one
-        in front, without loss. `answer`: end where the assistant's next words would begin.
+            [Message("user", "<|image|>Red?", (picture,)), Message("assistant", "yes")]
+
+        becomes this string (wrapped here), of which only `yes<|user|>` is learnt:
+
+            [gMASK]<sop><|user|>\\n<|begin_of_image|><|end_of_image|>Red?
+            <|assistant|>\\n<think></think>\\nyes<|user|>
+
+        messages: objects with role, text and images; the text has one <|image|> for each image.
+        answer: end with the prompt of a reply, `<|assistant|>\\n<think></think>\\n`.
+        Returns pieces (ids, learn, image). The piece of an image holds the ids of the two marks;
+        `data.document` puts the visual tokens between them, as it knows their number. A reply ends
+        with the mark of the role that speaks next (<|user|> after the last), where GLM stops; that
+        mark is learnt too. A reply without <think> gets an empty one in front, which is not learnt.
+        Raises ValueError where a text has fewer <|image|> than the message has images.
         """
         s, newline = self.special, self.encode("\n")
         begin_reply = [s["<think>"], s["</think>"], *newline]
         pieces = [([s["[gMASK]"], s["<sop>"]], False, None)]
-        spoken = ""
+        role_before = ""
         for i, message in enumerate(messages):
-            mark = [] if spoken == "assistant" else [s[f"<|{message.role}|>"]]
+            # A reply has already been closed by the mark of the next role.
+            mark = [] if role_before == "assistant" else [s[f"<|{message.role}|>"]]
             pieces.append((mark + newline, False, None))
-            spoken = message.role
-            if spoken == "assistant":
+            role_before = message.role
+            if message.role == "assistant":
                 if not message.text.startswith("<think>"):
                     pieces.append((begin_reply, False, None))
                 after = messages[i + 1].role if i + 1 < len(messages) else "user"
@@ -173,7 +193,7 @@ class Tokenizer:
                 pieces.append((around, False, image))
                 pieces.append((self.encode(text), False, None))
         if answer:
-            mark = [] if spoken == "assistant" else [s["<|assistant|>"]]
+            mark = [] if role_before == "assistant" else [s["<|assistant|>"]]
             pieces.append((mark + newline + begin_reply, False, None))
         return [piece for piece in pieces if piece[0]]
 
@@ -187,7 +207,7 @@ if __name__ == "__main__":
             tokens = Tokenizer(N_RANKS)
             print(" ".join(f"{i}:{tokens.decode([i])!r}" for i in tokens.encode(words[1])))
         elif words and words[0] not in ("--help", "-h"):
-            raise ValueError(f"'{' '.join(words)}' is neither train nor show TEXT")
+            raise ValueError(f"'{' '.join(words)}' is not a command: train, or show TEXT")
         else:
             print(__doc__)
     except ValueError as problem:

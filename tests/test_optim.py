@@ -14,7 +14,7 @@ PLAIN = OptimConfig(lr=LR, weight_decay=0.0, clip=math.inf)
 
 
 def random_gradients(optimizer, seed=0, size=1.0):
-    """As `collect` would leave them."""
+    """Fill the buffer, as `accumulate` does."""
     optimizer.flat_grad.normal_(generator=torch.Generator().manual_seed(seed)).mul_(size)
 
 
