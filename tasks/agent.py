@@ -1,7 +1,9 @@
-"""The device in use, from telling a switch to errands through several apps: the hierarchy of
-element perception, grounding, single actions and trajectories [C]. Only the current screen is
-shown, so what was read on an earlier one must be carried along in words: remember("37") changes
-nothing but stands among the earlier actions from then on. [O]
+"""Tasks on the phone of phone.py, from reading a switch to errands through several apps: the
+paper's hierarchy of element perception, grounding, single actions and trajectories [C].
+
+The model sees only the current screen. What it reads on one screen and needs on a later one it has
+to write down: remember("37") changes nothing on the phone, but from then on the prompt lists it
+among the earlier actions. [O]
 """
 import json
 from copy import deepcopy
@@ -14,26 +16,27 @@ from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
 
 class Pilot(Device):
-    """A device and one who knows the way; a step is (the equally good next actions, why)."""
+    """A device with the oracle's knowledge of it. A step of the oracle is (equally good next
+    actions, the reason in words)."""
 
     def tap(self, label: str, choice=None) -> str:
-        """The click on what has this label, and this choice."""
+        """The click on the element with this label and choice."""
         return click(next(s[0] for s in self.spots() if s[1:3] == (label, choice)))
 
     def poke(self, rng) -> str:
-        """A click on anything that can be clicked."""
+        """A click on a random element."""
         spots = self.spots()
         return click(pick(rng, spots)[0]) if spots else "back()"
 
     def toward(self, app: str, path: list, label: str) -> tuple[list[str], str] | None:
-        """The next step on the way to a row; None where it is in sight, or nowhere."""
+        """The next step on the way to a row, or None if the row is visible or does not exist."""
         if self.app != app:
             taps = [self.tap(app)] if self.app == "Home" else []
             return [*taps, f'open("{app}")'], f"{label} is in {app}."
         if path[:len(self.path)] != self.path:
             return ["back()"], f"{label} is not under {self.path[-1]}."
         name = [*path, label][len(self.path)]
-        # what is not there at all is looked for down to the end
+        # a row that does not exist (place 99) is searched for down to the end of the page
         place = next((i for i, row in enumerate(self.rows()) if row.label == name), 99)
         up = place < self.scroll
         if up or place >= self.scroll + self.visible and self.scroll < self.lowest():
@@ -43,12 +46,14 @@ class Pilot(Device):
         return None
 
     def hit(self, app: str, path: list, spots: list, why: str, text="") -> tuple[list[str], str]:
-        """The step to a page or, on it, the clicks on these (label, choice), or typing the text."""
+        """The next step to a page or, on that page, the clicks on these (label, choice); with a
+        `text`, typing it."""
         return self.toward(app, path, spots[0][0]) or (
             [f'type("{text}")'] if text else [self.tap(*spot) for spot in spots], why)
 
     def mend(self, gold: dict, first=()) -> tuple[list[str], str] | None:
-        """The next step that brings the data nearer to gold, settings in `first` first; or None."""
+        """The next step that makes the data more like `gold`, or None if they are equal. The
+        settings in `first` come first."""
         words, data, controls = self.world["words"], self.data, self.world["controls"]
         for key in [*first, *gold["Settings"]]:
             want, (*path, name) = gold["Settings"][key], key.split("/")
@@ -64,7 +69,7 @@ class Pilot(Device):
             if app == "Shop" and extra + missing:
                 item, label = (extra + missing)[0], "Remove" if extra else words["add"]
                 return self.hit(app, [item], [(label, None)], f"{label}: {item}.")
-            if extra:                       # first, since no two records share a title
+            if extra:                       # before adding, since titles must be unique
                 title = extra[0][0]
                 return self.hit(app, [title], [(words["delete"], None)], f"{title} must go.")
             if missing:
@@ -78,14 +83,15 @@ class Pilot(Device):
 
 
 class Errand(Env):
-    """Something to be done on the device. `legs` are the things to look up first, as (app, path,
-    label, value), value None for what is not there; then the data must become as `due`, with
-    nothing else changed. A subclass says in `plan` what is due, and the goal in words."""
+    """A goal on the device. First the things in `legs` are to be looked up, each (app, path, label,
+    value), with the value None for something that does not exist; then the data must become equal
+    to `due`. A subclass sets both in `plan`, which returns the goal in words."""
     family, tier, verifier, layout, max_turns = "agent", 3, "STATE", "segment", 40
     min_pixels = 128
 
     def begin(self):
-        """All but the picture. From level 2 on it starts anywhere; dialogs tempt to spoil it."""
+        """Set up everything but the picture. From level 2 on the errand starts on a random page and
+        dialogs may open, whose Yes changes a setting that should stay."""
         self.actions, self.kept, self.seen, self.answer, self.end = [], [], set(), None, None
         self.legs, self.first, self.start, self.asked, self.aim = [], [], ("Home", []), None, "done"
         rng = self.rng
@@ -107,15 +113,15 @@ class Errand(Env):
         return self.observe()
 
     def observe(self):
-        """The screen, under the goal and the actions so far."""
+        """The current screen with the goal and the actions so far -> observation."""
         return Obs(recap(self.goal, self.actions), [self.device.draw(self.pixels)])
 
     def over(self):
-        """Whether the end was declared, or the turns ran out."""
+        """Whether the model ended the episode, or the turns ran out."""
         return self.end is not None or len(self.actions) >= self.max_turns
 
     def take(self, text):
-        """Do what a reply says; what is wrong with it stands in the history."""
+        """Carry out a reply. An error message is added to the history instead of the action."""
         name, args = parse_action(text) or ("", [])
         complaint = None
         if name == "done" and args in ([], ["infeasible"]):
@@ -140,13 +146,13 @@ class Errand(Env):
         return {"state": deepcopy(state), "gold": self.wanted, "log": list(self.actions)}
 
     def ways(self) -> tuple[list[str], str]:
-        """The equally good next actions, the likeliest first, and why."""
+        """(the equally good next actions, the oracle's own first; the reason in words)."""
         device = self.device
         if device.popup:
             away = next(word for _, word, agrees in device.dialog() if not agrees)
             return [device.tap(away)], "A dialog is in the way."
         if self.aim != "done" and (mending := device.mend(self.due)):
-            return mending                  # nothing may be changed here, but something was
+            return mending                  # undo a change: this errand must not change anything
         for app, path, label, value in (leg for leg in self.legs if leg[-1] not in self.kept):
             if way := device.toward(app, path, label):
                 return way
@@ -154,7 +160,7 @@ class Errand(Env):
                 return ['done("infeasible")'], f"There is no {label}."
             verb = "remember" if self.asked is None else "answer"
             return [f'{verb}("{value}")'], f"{[label, *path][-1]} says {value}."
-        for key in self.first:              # what stands right already must have been seen, too
+        for key in self.first:              # also look at a setting that is right already
             *path, name = key.split("/")
             if key not in self.seen and (way := device.toward("Settings", path, name)):
                 return way
@@ -169,7 +175,7 @@ class Errand(Env):
             yield ways[0]
 
     def glance(self, rng):
-        """Looks around, and is content with the first value to answer or the first change."""
+        """Clicks at random, and ends with the first value that it sees or the first change."""
         device = self.device
         if device.data["Settings"] != self.before:
             return "done()"
@@ -180,8 +186,8 @@ class Errand(Env):
 
 
 class GuiNavigate(Errand):
-    """Change one or two settings; at two, the second may stand right already."""
-    blind = (0.1, 0.05, 0.02, 0.01, 0.01)    # a click or two that happen to fit
+    """Change one or two settings; the second one may already be right."""
+    blind = (0.1, 0.05, 0.02, 0.01, 0.01)    # one or two clicks are right by luck
 
     def plan(self, world, data):
         rng, goals = self.rng, []
@@ -199,8 +205,9 @@ class GuiNavigate(Errand):
 
 
 class GuiMultiApp(Errand):
-    """Read in one app, use it in another. One errand in five can't be done, since something does
-    not exist: mostly what is to be read, else what the note names; then nothing may change."""
+    """Read something in one app and use it in another. One errand in five is infeasible, because
+    something does not exist: mostly what is to be read, else what a note names. Then nothing may
+    change."""
     kinds = ("ask", "ask set", "set cart", "cart write date", "cart write date")
     blind = (0.2,) * 5          # done("infeasible"), unseen
 
@@ -211,7 +218,7 @@ class GuiMultiApp(Errand):
         known = [*world["items"].items()] if app == "Shop" else data[app]
         which = int(rng.integers(len(known)))
         label, value = known[which]
-        # what is there, and what is not: names of notes, a ware, an event
+        # names that exist and names that do not: of notes, of a thing in the shop, of an event
         free, wares = (some(rng, words, 99, self.heldout) for words in (NAMES, THINGS))
         unused, note = [name for name in free if name not in dict(data["Notes"])][:2]
         unsold = next(n for ware in wares if (n := ware.capitalize()) not in world["items"])
@@ -253,7 +260,8 @@ class GuiMultiApp(Errand):
 
 
 class WidgetState(OneShot):
-    """How one switch, box, slider, tab or choice stands; at level 4 also how many are on."""
+    """Read the state of a switch, check box, slider, tab or choice; at level 4 also count the
+    switches that are on."""
     family, tier, verifier, min_pixels = "perception", 0, "EX", 128
     blind = (0.5, 0.5, 0.4, 0.3, 0.27)
     kinds = (("switch",), ("switch", "check"), ("switch", "check", "slider"),
@@ -284,7 +292,7 @@ class WidgetState(OneShot):
 
 
 class UiGround(OneShot):
-    """The box of a row, a button or a single control of any screen."""
+    """Give the box of a row, a button or a single control on any screen."""
     family, tier, verifier, min_pixels = "perception", 1, "IOU", 128
     blind = (0.25, 0.2, 0.15, 0.12, 0.12)
 
@@ -308,8 +316,8 @@ class UiGround(OneShot):
 
 
 class GuiNextAction(OneShot):
-    """One turn of an errand: the goal, the actions so far, the screen; reply with the next action.
-    The reward is a product over its keys: verb, place, text. [R]"""
+    """Choose the next action in one turn of an errand, from the goal, the actions so far and the
+    screen. The reward is the product over the parts of the action: verb, place, text. [R]"""
     family, tier, verifier, min_pixels = "agent", 2, "HIT", 128
     blind = (0.35, 0.2, 0.15, 0.15, 0.15)
 
@@ -319,10 +327,10 @@ class GuiNextAction(OneShot):
         total = 0
         while not errand.over():
             ways, why = errand.ways()
-            # what the goal and the history give away unseen is asked for more rarely
+            # turns whose action follows from the goal and the history alone are chosen rarely
             told = errand.device.popup or ways[0].startswith(("type", "open", "done()"))
             total += (weight := 0.1 if told else 1)
-            if errand.rng.random() * total < weight:        # one of all turns, in one pass
+            if errand.rng.random() * total < weight:        # a weighted choice in one pass
                 obs, self.right, self.why = errand.observe(), ways, why
                 self.spots = [spot[0] for spot in errand.device.spots()]
             errand.take(ways[0])
@@ -340,16 +348,18 @@ class GuiNextAction(OneShot):
 
 
 class GuiCritic(OneShot, Errand):
-    """A recorded errand, each screen with the next action in its margin (the text would give the
-    answer away). One is wrong: misread remembers what isn't there, mis-target clicks on the wrong
-    thing, wrong-next is of the wrong kind. The others were taken: no later screen is odd. [O]"""
+    """Find the wrong action in a recorded errand. Each screen has the next action in its margin (as
+    text in the prompt, it would give the answer away). One of them is wrong: "misread" remembers
+    another value than the screen shows, "mis-target" clicks on the wrong thing, "wrong-next" is of
+    the wrong kind. The recording goes on with the right action, so no later screen gives it away.
+    [O]"""
     tier, verifier, layout, max_turns = 2, "EX", "append", 1
     longest, blind = (4, 6, 6, 8, 8), (0.2, 0.12, 0.12, 0.1, 0.1)
 
     def plan(self, world, data):
         legs = [("Shop", [item], "Price", str(price)) for item, price in world["items"].items()]
         legs += [(app, [title], FORMS[app][1], text) for app in FORMS for title, text in data[app]]
-        # no two of them with the same value, since one that is remembered is not read again
+        # all values differ, because a value that is already remembered is not read again
         unlike = {leg[3]: leg for leg in some_of(self.rng, legs)}
         self.legs = [*unlike.values()][:(1, 2, 2, 3, 3)[self.level]]
         world["margin"] = 1
@@ -379,7 +389,7 @@ class GuiCritic(OneShot, Errand):
         return Obs(f"{IMAGE * len(screens)}{self.goal}. {ask}", screens), f"{turn}, {kind}"
 
     def wrong(self, ways):
-        """(kind, action): the mistakes that can be made here."""
+        """[(kind, action)]: the possible mistakes in this turn."""
         rng, device, (verb, args) = self.rng, self.device, parse_action(ways[0])
         others = {"back()", 'scroll("down")', "done()", f'open("{device.world["apps"][0]}")'}
         found = [("wrong-next", pick(rng, sorted(others - set(ways))))]
@@ -394,6 +404,6 @@ class GuiCritic(OneShot, Errand):
         return found
 
     def glance(self, rng):
-        """Sees a misreading, for that takes no goal."""
+        """Recognises a misread value, which takes no knowledge of the goal; else guesses."""
         kind, turn, *_ = pick(rng, [s for s in self.slips if s[0] != "misread"])
         return box(self.gold if self.gold.endswith("misread") else f"{turn}, {kind}")

@@ -1,10 +1,12 @@
-"""An invented atlas: countries, cities, yards, ships and people that exist nowhere else.
+"""Invented worlds of countries, cities, shipyards, ships and people, and questions about one.
 
 A world is a pure function of its number and split: two hundred pages of short text, whose facts
-point at one another. Countries have a flag and yards an emblem, all different; no page describes
-them, so whoever starts from one has to see it. World 0 is the atlas proper: pretraining reads its
-pages, flags in words among them, and `WorldKnowledge` asks about it with no page at hand; the
-others are for looking things up (tools.py). Real facts would have no oracle. [O]
+refer to one another. Each country has a flag and each yard an emblem, all different. No page
+describes them, so a question that starts from one can't be answered without the picture.
+
+World 0 is the atlas. Pretraining reads its pages, with its flags described in words, and
+`WorldKnowledge` asks about it without showing a page. The other worlds are for looking things up
+(tools.py). The worlds are invented because real facts would have no oracle. [O]
 """
 import re
 from collections import Counter
@@ -47,7 +49,7 @@ FACTS = {
 YEAR = {kind: next(fact for fact, (of, _) in facts.items() if of == "year")
         for kind, facts in FACTS.items()}
 WORDS = re.compile(r"[a-z0-9]+").findall
-PATTERNS = {                    # name: (the second colour's part of the field, how it is told)
+PATTERNS = {                    # name: (the area of the second colour, the words for the pattern)
     "over": ([(0, .5), (1, .5), (1, 1), (0, 1)], "{} over {}"),
     "beside": ([(.5, 0), (1, 0), (1, 1), (.5, 1)], "{} beside {}"),
     "aslant": ([(1, 0), (1, 1), (0, 1)], "{} and {}, parted aslant,"),
@@ -57,14 +59,15 @@ PATTERNS = {                    # name: (the second colour's part of the field, 
 
 @dataclass
 class Page:
+    """A page of a world: one country, yard, city, ship or person."""
     name: str
     kind: str
     facts: dict                 # fact -> a name or an integer
-    emblem: tuple | None        # pattern, first and second colour, shape and colour of the charge
-    ships: list                 # what a yard has built
+    emblem: tuple | None        # pattern, first and second colour, shape and colour on the disc
+    ships: list                 # the ships that a yard has built
 
     def tell(self, fact: str) -> str:
-        """A fact as a sentence; of a yard also its ships."""
+        """A fact as a sentence. For a yard, "ships" is one as well."""
         if fact == "ships":
             return f"{self.name} has built the ships {', '.join(self.ships)}."
         return FACTS[self.kind][fact][1].format(self.name, self.facts[fact])
@@ -76,7 +79,7 @@ class Page:
 
     @property
     def numbers(self) -> list[str]:
-        """The facts that are numbers."""
+        """The names of the facts that are numbers."""
         return [fact for fact, value in self.facts.items() if type(value) is int]
 
     def portrait(self) -> str:
@@ -87,8 +90,8 @@ class Page:
 
 
 def emblems(rng, n: int) -> list[tuple]:
-    """n different emblems in twins, of which the second differs from the first in one thing: a
-    search by picture must have something to be wrong about. [O]"""
+    """n different emblems in pairs, of which the second differs from the first in one attribute,
+    so that a search by picture also finds wrong pages. [O]"""
     found = []
     while len(found) < n:
         a, b, c = some_of(rng, list(COLORS), 3)
@@ -102,7 +105,7 @@ def emblems(rng, n: int) -> list[tuple]:
 
 
 class World:
-    """The pages of one world, by name, and two ways to search them; by default the atlas."""
+    """The pages of one world, by name, and two ways to search them. World 0 is the atlas."""
 
     def __init__(self, number: int = 0, heldout: bool = False):
         rng = np.random.default_rng([crc32(b"world"), number, heldout])
@@ -115,7 +118,7 @@ class World:
         years = iter((1100 + rng.permutation(800)).tolist())    # no year comes twice
         value = {"word": lambda _: next(rivers), "year": lambda _: next(years),
                  "size": lambda _: 11 + int(rng.integers(89)),
-                 "yard": lambda i: self.named["yard"][i % 10]}      # so three or four ships a yard
+                 "yard": lambda i: self.named["yard"][i % 10]}      # three or four ships each
         self.pages = {}
         for kind, listed in self.named.items():
             for i, name in enumerate(listed):
@@ -124,14 +127,14 @@ class World:
                 emblem = next(marks) if kind in MARKS else None
                 self.pages[name] = Page(name, kind, facts, emblem, [])
         for name, capital in zip(self.named["country"], self.named["city"]):
-            self.pages[name].facts["capital"] = capital         # each its own, and at home
+            self.pages[name].facts["capital"] = capital         # of its own, in the same country
             self.pages[capital].facts["country"] = name
         for name in self.named["ship"]:
             self.pages[self.pages[name].facts["yard"]].ships.append(name)
         self.counts = {name: Counter(WORDS(page.text.lower())) for name, page in self.pages.items()}
 
     def search(self, query: str, n: int = 3) -> list[Page]:
-        """The n pages that fit the words best, by BM25 (k1 1.2, b 0.75), with at least one word."""
+        """The n best pages for a query by BM25 (k1 1.2, b 0.75), each with at least one word."""
         scores, mean = Counter(), sum(c.total() for c in self.counts.values()) / len(self.pages)
         for word in dict.fromkeys(WORDS(query.lower())):
             found = {name: count for name, count in self.counts.items() if word in count}
@@ -143,19 +146,20 @@ class World:
         return [self.pages[name] for name in best]
 
     def alike(self, emblem: tuple, n: int = 4) -> list[Page]:
-        """The n pages whose emblem shares most with this one, as the painter describes them; in
-        the order of their names, so that which is the one itself has to be seen."""
+        """The n pages whose emblems have most attributes in common with this one, in the order of
+        their names, so that the model has to see which of them is the same."""
         drawn = [page for page in self.pages.values() if page.emblem]
         drawn.sort(key=lambda page: (-sum(map(str.__eq__, page.emblem, emblem)), page.name))
         return sorted(drawn[:n], key=lambda page: page.name)
 
 
-world = lru_cache(maxsize=64)(World)    # it takes milliseconds to think one up
+world = lru_cache(maxsize=64)(World)    # to make one takes milliseconds
 
 
 def atlas_text(i: int) -> str:
-    """The i-th text of the atlas: its pages again and again, each time with the sentences in
-    another order, since what is read in one order only is hard to ask for in another. [O]"""
+    """The i-th text of the atlas for pretraining. The pages repeat, each time with their sentences
+    in another order, since a model can hardly answer in another order what it has read in only one.
+    [O]"""
     pages = list(world().pages.values())
     page, rng = pages[i % len(pages)], np.random.default_rng([crc32(b"atlas"), i])
     told = [page.portrait()] if page.emblem else []
@@ -165,7 +169,7 @@ def atlas_text(i: int) -> str:
 
 @lru_cache(maxsize=1024)
 def part_mask(pattern: str, width: int, height: int) -> Image.Image:
-    """The second colour's part of a field as a smooth mask."""
+    """The area of the second colour as a smooth mask; width and height in pixels."""
     big = Image.new("L", (4 * width, 4 * height))
     corners = [(4 * u * width, 4 * v * height) for u, v in PATTERNS[pattern][0]]
     ImageDraw.Draw(big).polygon(corners, fill=255)
@@ -173,8 +177,8 @@ def part_mask(pattern: str, width: int, height: int) -> Image.Image:
 
 
 def draw_emblem(canvas: Canvas, page: Page, x, y, height, colors) -> tuple:
-    """A flag or emblem with its left top at (x, y), in units -> its box. The charge stands on a
-    black or white disc, for contrast on any field."""
+    """Draw a flag or emblem with its top left corner at (x, y), in units -> its box in 0-999. The
+    shape in the middle is on a black or white disc, for contrast with any colours."""
     pattern, first, second, shape, charge = page.emblem
     width = height * BREADTH[page.kind]
     w, h = canvas.px(width), canvas.px(height)
@@ -189,14 +193,15 @@ def draw_emblem(canvas: Canvas, page: Page, x, y, height, colors) -> tuple:
 
 
 class WorldKnowledge(OneShot):
-    """The capital of the country with this flag: known from the atlas, or not at all. One fact,
-    from level 1 on also of yards; at 2 and 4 a fact of a fact, at 3 and 4 of two flags. Held out
-    are questions, an emblem with a fact, and never the facts themselves."""
+    """Name the capital of the country with this flag, from what the atlas says. The question is
+    about one fact, from level 1 on also of yards; at levels 2 and 4 about a fact of a fact, at 3
+    and 4 about two flags. Questions are held out, that is pairs of an emblem and a fact, but never
+    the facts themselves."""
     family, tier, verifier = "reasoning", 2, "EX"
     blind = (0.05, 0.05, 0.05, 0.02, 0.02)          # measured
 
     def paths(self, kind):
-        """Ways from an emblem to an answer; of two emblems to numbers, to be compared."""
+        """The paths of facts from an emblem to an answer; from level 3 on, those to a number."""
         ways = {(fact,): of for fact, (of, _) in FACTS[kind].items()}
         if self.level in (2, 4):
             ways = {(fact, then): last for (fact,), of in ways.items() if of in FACTS
@@ -204,7 +209,7 @@ class WorldKnowledge(OneShot):
         return [way for way, of in ways.items() if self.level < 3 or of in ("year", "size")]
 
     def ask(self, kind, path):
-        """The question for what lies at the end of a path."""
+        """The question about the end of a path."""
         noun = " of the ".join(reversed(path))
         return (f"What is the {noun} of the {kind} with this {MARKS[kind]}?" if self.level < 3 else
                 f"Take the {noun} of each {kind}. By how much do the two differ?")
@@ -236,7 +241,7 @@ class WorldKnowledge(OneShot):
         return Obs(IMAGE + self.ask(kind, path), [image]), str(gold)
 
     def paint(self):
-        """One large flag or emblem, or two smaller ones, one above the other."""
+        """Draw one large flag or emblem, or two smaller ones, one above the other -> picture."""
         n, moves = len(self.pages), None
         colors = shades(self.rng, self.heldout)
         ground = plain(self.rng, self.heldout, self.level)[0]

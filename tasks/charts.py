@@ -1,8 +1,8 @@
 """Charts: read a value, or compute with two values.
 
 Every value is printed at its mark, or its mark lies on a gridline, so that a person can read it
-exactly; the tolerance of 2.5% forgives a small misreading, not a poor picture. From level 2 on there
-is a legend, and only every second gridline has a number.
+exactly; the tolerance of 2.5% forgives a small misreading, not a poor picture. From level 2 on
+there is a legend, and only every second gridline has a number.
 """
 from dataclasses import dataclass
 from math import cos, pi, sin
@@ -109,7 +109,7 @@ class Plot(Canvas):
             self.put(label, x + i * right + 3.6, y + i * down, "l")
 
     def spot(self, name, value, i):
-        """(x, y) of a mark. x is the middle of the i-th slot, or the number `name` on the x axis."""
+        """(x, y) of a mark. x is the middle of the i-th slot, or the number `name` on an axis."""
         across = 10 * self.chart.across
         share = name / across if across else (i + 0.5) / self.slots
         return LEFT + (RIGHT - LEFT) * share, FOOT - (FOOT - self.head) * value / self.top

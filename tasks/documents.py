@@ -61,7 +61,7 @@ class Paged(OneShot):
 
 
 class OcrDocument(Paged):
-    """Read a page: one column, two columns, or two stories, one above the other, each in columns."""
+    """Read a page: one column, two, or two stories, one above the other, each in columns."""
     tier, verifier = 0, "ED+LIS"
     blind = (0.0,) * 5          # another page has too little in common with this one
     stories = ([(1, 3)], [(1, 5)], [(2, 6)], [(2, 4), (1, 3)], [(3, 4), (2, 4)])  # columns, lines
@@ -97,8 +97,8 @@ class OcrDocument(Paged):
 
 
 class TableRead(Paged):
-    """Read a cell; from level 1 on also find the row that has a cell, from level 3 on also a cell in
-    the row that has another cell."""
+    """Read a cell; from level 1 on also find the row that has a cell, from level 3 on also a cell
+    in the row that has another cell."""
     tier, verifier = 0, "EX"
     blind = (0.02,) * 5         # one of about fifty names, ninety numbers or as many things
     numbers, owners = ("Price", "Mass", "Age", "Stock", "Size"), ("Owner", "Maker", "Buyer")

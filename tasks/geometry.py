@@ -1,8 +1,8 @@
-"""Geometry: a labelled figure and one number to find, by one step at level 0, by three at level 4.
+"""Geometry: find one number in a labelled figure, in one step at level 0 and three at level 4.
 
-Points are complex numbers; they bear letters, from A on, in the order in which a maker lists them.
-`Figure` turns, mirrors and draws them, and finds each label a spot of its own. All figures are
-true to scale, but no person measures an angle to the degree by eye. [O]
+Points are complex numbers. Each kind of figure lists its points, which are named A, B, C and so on,
+in that order. `Figure` rotates, mirrors and draws them, and finds a free place for each label. The
+figures are true to scale, but nobody can measure an angle to the degree by eye. [O]
 """
 import re
 from cmath import phase, pi, rect
@@ -22,44 +22,48 @@ SIZE = 5.5                      # of the labels' font
 
 
 def unit(z: complex) -> complex:
-    """The direction of z."""
+    """z scaled to length 1."""
     return z / abs(z)
 
 
 def triangle(a, b):
-    """The corners of a triangle with these angles in degrees at its first two, clockwise."""
+    """The corners of a triangle with angles a and b, in degrees, at the first two; clockwise."""
     return 0, 1, rect(sin(radians(b)) / sin(radians(a + b)), radians(a))
 
 
 def pythagoras(a, b, c, i):
-    """The step that finds side i of a right triangle with the hypotenuse c."""
+    """The calculation of side i of a right triangle with legs a, b and hypotenuse c, in words."""
     p, sign, q, r = ((c, "-", b, a), (c, "-", a, b), (a, "+", b, c))[i]
     return f"{p}^2 {sign} {q}^2 = {p * p} {sign} {q * q} = {r * r} = {r}^2."
 
 
 class Figure:
-    """Strokes (lists of points) and labels, in units, and an outline that is filled. The makers,
-    from third_angle on, each draw a kind of figure -> (question, answer, the steps)."""
+    """Strokes (lists of points) and labels, in units, and an outline that is filled.
+
+    The methods from `third_angle` on each draw one kind of figure and return (question, answer, the
+    steps to it in words). `kinds` lists them by level.
+    """
 
     def __init__(self, rng, heldout, kind):
         self.rng, self.labels = rng, []
-        self.turn, self.flip = None, None       # of all turns of a kind, one in five is held out
+        self.turn, self.flip = None, None       # one in five orientations of a kind is held out
         while self.turn is None or held(f"{kind} {self.turn} {self.flip}") != heldout:
             self.turn, self.flip = int(rng.integers(24)), bool(rng.integers(2))
         self.x = pick(rng, [c for c in "abcdfghkmnpqrstuvwxyz" if held(c) == heldout])
 
     def some(self, low: int, high: int) -> int:
-        """A whole number from low to high."""
+        """A random integer from low to high, both included."""
         return int(self.rng.integers(low, high + 1))
 
     def paths(self, names: str) -> list[list[complex]]:
-        """The points of each name: "AB CDE" are a line and a corner."""
+        """The points of each name in a string: "AB CDE" is a line and a corner."""
         return [[self.spots[letter] for letter in name] for name in names.split()]
 
     def draw(self, *points, outline=ascii_uppercase, lines="", rights="", equal="", arrows="",
              **labels):
-        """Turn raw points, perhaps mirror them, and scale them to the picture; draw the outline
-        and more lines; mark right angles, equal sides (ticks) and parallels (arrow heads)."""
+        """Rotate, mirror and scale the points to the picture. outline: the points around the filled
+        area. lines: further strokes. rights: right angles to mark, equal: sides to mark with a
+        tick, arrows: parallels to mark with arrow heads, labels: as for `label`."""
         raw = np.array(points)
         spots = (raw.conj() if self.flip else raw) * rect(1, self.turn * pi / 12)
         low, high = (f(spots.real) + 1j * f(spots.imag) for f in (np.min, np.max))
@@ -80,8 +84,8 @@ class Figure:
         self.label(**labels)
 
     def label(self, **labels):
-        """BAC=40: write so many degrees into the angle at A (the smaller way). AB="x": write the
-        unknown beside that side, outside where raw points run clockwise on the picture."""
+        """Add labels. BAC=40 writes 40 degrees into the angle at A (the smaller one). AB="x" writes
+        the unknown beside that side; it is outside if the points run clockwise."""
         for name, text in labels.items():
             a, b, *c = self.paths(name)[0]
             if c:
@@ -95,7 +99,8 @@ class Figure:
             self.labels.append((text, at, way, steps))
 
     def settle(self):
-        """(label, spot) of each, clear of strokes, others and the edge; None if one has no room."""
+        """[(label, position)] where no label touches a stroke, another label or the edge; None if
+        one of them finds no room."""
         ink = np.concatenate([np.linspace(a, b, 2 + int(abs(b - a))) for s in self.strokes
                               for a, b in zip(s, s[1:])])
         done, taken, high = [], [(ink, 0, 0)], 0.36 * SIZE + 1      # taken: half widths, heights
@@ -113,30 +118,31 @@ class Figure:
         return done
 
     def angle(self, *ways):
-        """Label angles in one of these ways, each (answer, how it comes about, labels)."""
+        """Label the angles in one of these ways, each (answer, its calculation, labels)."""
         answer, how, labels = pick(self.rng, ways)
         self.label(**labels)
         return ANGLE, answer, f"{how} = {answer}."
 
     def whole(self, area, perimeter, before=""):
-        """Ask for either; each is how it comes about, and what it is."""
+        """Ask for the area or the perimeter, each given as (calculation, answer). before: steps
+        that come first."""
         question, (how, answer) = pick(self.rng, ((AREA, area), (PERIMETER, perimeter)))
         return question, answer, f"{before}{how} = {answer}."
 
     def third_angle(self):
-        """A triangle, two of its angles."""
+        """The third angle of a triangle."""
         a, b = self.some(38, 75), self.some(38, 75)
         self.draw(*triangle(a, b), BAC=a, CBA=b, ACB="x")
         return ANGLE, 180 - a - b, f"180 - {a} - {b} = {180 - a - b}."
 
     def rectangle(self):
-        """Its area or perimeter."""
+        """The area or perimeter of a rectangle."""
         w, h = self.some(5, 15), self.some(5, 15)
         self.draw(0, w, w + h * 1j, h * 1j, rights="BAD CBA DCB ADC", AB=w, BC=h)
         return self.whole((f"{w} x {h}", w * h), (f"2 x ({w} + {h})", 2 * (w + h)))
 
     def isosceles(self):
-        """The angle at the tip from that at the base, or the other way round."""
+        """The angle at the tip of an isosceles triangle from that at the base, or the reverse."""
         base = self.some(40, 70)
         tip = 180 - 2 * base
         self.draw(*triangle(base, base), equal="AC BC")
@@ -144,7 +150,7 @@ class Figure:
                           (tip, f"Equal sides: 180 - 2 x {base}", dict(BAC=base, ACB="x")))
 
     def parallel(self):
-        """Two parallels and a line across them."""
+        """An angle between one of two parallels and a line across them."""
         a = self.some(40, 140)
         t = rect(0.35, radians(a))
         self.draw(0.6 - t, -0.6 - t, t - 0.6, t + 0.6, 2 * t, -2 * t, t, -t,
@@ -155,7 +161,8 @@ class Figure:
             (180 - a, f"Between parallels: 180 - {a}", dict(HGD="x")))
 
     def right(self, n, mark):
-        """A right triangle; one of its first n sides, i, bears a mark or none -> (its sides, i)."""
+        """Draw a right triangle -> (its sides, i). One of its first n sides, i, is labelled with
+        `mark`, or not at all if that is None; the others with their lengths."""
         sides, i = pick(self.rng, TRIPLES), self.some(0, n - 1)
         labels = dict(zip(("AB", "CA", "BC"), (*sides[:i], mark, *sides[i + 1:])))
         self.draw(0, sides[0], sides[1] * 1j, rights="BAC",
@@ -168,7 +175,7 @@ class Figure:
         return LENGTH, sides[i], pythagoras(*sides, i)
 
     def quadrangle(self):
-        """Two triangles with a common side, of which only the outline is drawn."""
+        """The fourth angle of a quadrangle."""
         a, b, c, d = self.rng.integers(40, 61, 4).tolist()
         p, q, r = triangle(a, b)
         angles = dict(DAB=a + c, ABC=180 - c - d, BCD=b + d, CDA=180 - a - b)
@@ -178,14 +185,15 @@ class Figure:
         return ANGLE, angles[sought], f"360 - {given} = {angles[sought]}."
 
     def height(self):
-        """The area of a triangle whose height parts its base."""
+        """The area of a triangle from its height and the two parts of its base."""
         u, v, h = self.some(3, 9), self.some(3, 9), 2 * self.some(3, 6)
         w, area = u + v, (u + v) * h // 2
         self.draw(0, w, u + h * 1j, u, outline="ABC", lines="CD", rights="CDB", AD=u, DB=v, DC=h)
         return AREA, area, f"{u} + {v} = {w}. {w} x {h} / 2 = {area}."
 
     def ring(self, half, lines):
-        """A circle about A, B and C on it, and D, which sees them under `half` degrees."""
+        """Draw a circle with the centre A and the points B, C, D on it, where the angle BDC is
+        `half` degrees."""
         points = [rect(1, radians(t)) for t in (90 - half, 90 + half, 270 + self.some(-20, 20))]
         self.draw(0, *points, *(rect(1, k * pi / 12) for k in range(24)), lines=lines)
         o, a = self.paths("AB")[0]
@@ -193,7 +201,7 @@ class Figure:
         self.strokes.append([o + 0.6 * rect(1, k * pi / 6) for k in range(13)])
 
     def inscribed(self):
-        """The angle at the rim from that at the centre, or the other way round."""
+        """The inscribed angle from the central angle, or the reverse."""
         rim = self.some(35, 70)
         mid = 2 * rim
         self.ring(rim, "BDC BAC")
@@ -201,7 +209,7 @@ class Figure:
                           (rim, f"Half of that at the centre: {mid} / 2", dict(BAC=mid, BDC="x")))
 
     def chord(self):
-        """The same with the angle at the chord in place of that at the centre."""
+        """The inscribed angle from the angle between the chord and a radius."""
         rim = self.some(35, 60)
         self.ring(rim, "BDC BAC BC")
         self.label(ABC=90 - rim, BDC="x")
@@ -209,7 +217,7 @@ class Figure:
                             f"At the rim half of that: {2 * rim} / 2 = {rim}.")
 
     def l_shape(self):
-        """A rectangle without one of its corners."""
+        """The area or perimeter of a rectangle without one of its corners."""
         w, h, u, v = self.some(8, 14), self.some(8, 14), self.some(3, 5), self.some(3, 5)
         self.draw(0, w, w + (h - v) * 1j, w - u + (h - v) * 1j, w - u + h * 1j, h * 1j,
                   rights="FAB ABC BCD DEF EFA", AB=w, FA=h, CD=u, DE=v)
@@ -217,13 +225,13 @@ class Figure:
                           (f"The notch changes nothing: 2 x ({w} + {h})", 2 * (w + h)))
 
     def right_whole(self):
-        """The area or perimeter of a right triangle, one leg of which has to be found first."""
+        """The area or perimeter of a right triangle; one leg has to be computed first."""
         (a, b, c), i = self.right(2, None)
         return self.whole((f"{a} x {b} / 2", a * b // 2), (f"{a} + {b} + {c}", a + b + c),
                           pythagoras(a, b, c, i) + " ")
 
     def trapezium(self):
-        """A rectangle and a right triangle; the height has to be found first."""
+        """The area or perimeter of a right trapezium; the height has to be computed first."""
         (a, b, c), w = pick(self.rng, TRIPLES[:5]), self.some(4, 15)
         self.draw(0, w + a, w + b * 1j, b * 1j, rights="BAD ADC", AB=w + a, BC=c, CD=w)
         return self.whole((f"({w + a} + {w}) x {b} / 2", (w + w + a) * b // 2),
@@ -231,7 +239,7 @@ class Figure:
                           f"{w + a} - {w} = {a}. {pythagoras(a, b, c, 1)} ")
 
     def chain(self):
-        """Two isosceles triangles side by side."""
+        """An angle in two isosceles triangles that share a side."""
         b = self.some(26, 35)
         last, tip = 180 - 4 * b, rect(1, radians(2 * b))
         self.draw(-1, 2 * tip.real, tip, 0, outline="ABC", lines="DC", equal="AD DC CB")
@@ -244,20 +252,20 @@ class Figure:
 
 
 class Geometry(OneShot):
-    """An angle, a side, an area or a perimeter of a labelled figure."""
+    """Find an angle, a side, an area or a perimeter of a labelled figure."""
     family, tier, verifier, min_pixels = "reasoning", 2, "NUM", 128
     blind = (0.05,) * 5
 
     def make(self):
         maker, labels = pick(self.rng, Figure.kinds[self.level]), None
-        while labels is None:   # until each label finds room
+        while labels is None:   # until every label finds room
             figure = Figure(self.rng, self.heldout, maker.__name__)
             question, gold, self.why = maker(figure)
             labels = figure.settle()
-        self.shown = re.findall(r"\d+", self.why)       # the numbers on the way
+        self.shown = re.findall(r"\d+", self.why)       # the numbers in the calculation
         ground, ink = plain(self.rng, self.heldout, self.level)
         color = pick(self.rng, list(shades(self.rng, self.heldout).values()))
-        canvas = Canvas(4 * self.pixels, ground)        # four times too large, for smooth lines
+        canvas = Canvas(4 * self.pixels, ground)        # reduced by 4 below, for smooth lines
         flat = [[c for z in stroke for c in canvas.at(z.real, z.imag)]
                 for stroke in (figure.outline, *figure.strokes)]
         canvas.pen.polygon(flat[0], blend(ground, color, 0.3))

@@ -1,8 +1,8 @@
-"""An interpreter for a corner of Python: numbers, texts, flat lists, if, for, while, functions.
+"""An interpreter for a subset of Python: numbers, texts, flat lists, if, for, while, functions.
 
-A program is walked as a tree and never handed to Python; steps, depth and sizes are bounded, and
-to overstep a bound is to fail. What runs here does what Python would do, save that a tuple is
-taken for a list, and x += y for x = x + y. [O]
+It walks the syntax tree and never hands a program to Python. The number of steps, the depth and the
+sizes are bounded; a program that exceeds a bound fails. A program that runs here gives the same
+result as in Python, except that a tuple becomes a list, and x += y means x = x + y. [O]
 """
 import ast
 import copy
@@ -12,8 +12,8 @@ from itertools import pairwise
 from .verify import answer_and_gold
 
 STEPS, DEPTH, LONGEST, LARGEST = 40_000, 150, 200, 10 ** 15
-# All that reading and running a program can raise. ValueError: it asks for what the language does
-# not have, or for too much of it; AttributeError: a node of an unknown form.
+# Everything that parsing and running a program can raise. ValueError: something that the language
+# does not have, or too much of it; AttributeError: a node of an unknown form.
 FAULTS = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, SyntaxError,
           MemoryError, RecursionError)
 OPERATORS = {
@@ -45,13 +45,13 @@ EXPRESSIONS = {
 
 
 def size(value) -> int:
-    """How many items or characters; 0 for a number."""
+    """The number of items or characters of a value; 0 for a number."""
     return len(value) if isinstance(value, (str, list, range)) else 0
 
 
 def bound(value):
-    """The value, unless it is too large, a fraction, or a list in a list: nested lists could
-    grow unseen, even hold themselves."""
+    """Return the value. Raises ValueError if it is too large, a fraction, or a list in a list:
+    nested lists could grow beyond the bound, and could contain themselves."""
     good = (value is None or isinstance(value, range)
             or isinstance(value, int) and abs(value) <= LARGEST
             or isinstance(value, (str, list)) and len(value) <= LONGEST
@@ -62,8 +62,9 @@ def bound(value):
 
 
 class Machine:
-    """Runs a program, then `invoke` calls its functions; one budget of steps for all of it. A
-    function sees its own names only. `trace` keeps what each name is given. Raises FAULTS."""
+    """Runs a program; then `invoke` calls its functions. One budget of steps covers everything. A
+    function sees only its own names. trace: a list to which each assignment is added, as (name,
+    value). Raises one of FAULTS."""
 
     def __init__(self, code: str, trace: list | None = None):
         self.steps = self.depth = 0
@@ -71,14 +72,14 @@ class Machine:
         self.run(ast.parse(code).body)
 
     def tick(self, cost=1, deeper=0):
-        """Pay for a step, or for many. Raises ValueError where the budget is spent."""
+        """Count steps, and enter `deeper` levels. Raises ValueError if a budget is exceeded."""
         self.steps += cost
         self.depth += deeper
         if self.steps > STEPS or self.depth > DEPTH:
             raise ValueError("too long or too deep")
 
     def invoke(self, name: str, args: list):
-        """What a function of the program returns."""
+        """Call a function of the program and return its result."""
         function, outer, self.names = self.functions[name], self.names, {}
         self.bind(function.args, args)
         result = self.run(function.body)
@@ -102,14 +103,15 @@ class Machine:
                 owner[at] = bound([value])[0]
 
     def run(self, body):
-        """Carry out statements. Why they were left: "break", "continue", (the result,), None."""
+        """Run statements. Returns why they were left: "break", "continue", (the returned value,),
+        or None at their end."""
         self.tick(deeper=1)
         way = next(filter(None, map(self.do, body)), None)
         self.depth -= 1
         return way
 
     def do(self, node):
-        """Carry out one statement -> why its block is left, if so."""
+        """Run one statement. Returns as `run` does."""
         self.tick()
         match node:
             case ast.Expr():
@@ -138,7 +140,7 @@ class Machine:
                 raise ValueError(f"{type(node).__name__} is not in the language")
 
     def rounds(self, loop):
-        """One turn for each round of a loop."""
+        """Yield once for each iteration of a loop."""
         if isinstance(loop, ast.While):
             while self.value(loop.test):
                 yield
@@ -148,7 +150,7 @@ class Machine:
                 yield
 
     def each(self, node):
-        """The items of a list comprehension, with one `for`."""
+        """Yield the items of a list comprehension with one `for`."""
         outer, self.names, (loop,) = self.names, dict(self.names), node.generators
         for _ in self.rounds(loop):
             if all(self.value(test) for test in loop.ifs):
@@ -156,7 +158,7 @@ class Machine:
         self.names = outer
 
     def value(self, node):
-        """What an expression is worth."""
+        """The value of an expression."""
         self.tick(deeper=1)
         if isinstance(node, ast.BoolOp):
             for part in node.values:
@@ -169,19 +171,20 @@ class Machine:
         return result
 
     def operate(self, op, left, right):
-        """left op right; long operands cost more, and what could burst is refused beforehand."""
+        """left op right. Long operands cost more steps; what could become too large is refused
+        before it is computed."""
         kind = type(op)
         if long := size(left) + size(right):
             self.tick(long >> 4)
             if kind is ast.Mult and max(size(left) and right, size(right) and left) > LONGEST or \
-                    kind is ast.Mod:            # which would format a text, to any width
+                    kind is ast.Mod:            # text % value formats, to any width
                 raise ValueError("too large, or not in the language")
         if kind is ast.Pow and not 0 <= right <= 60:
             raise ValueError("too large")
         return bound(OPERATORS[kind](left, right))
 
     def call(self, function, args, named):
-        """Call a method, a function of the program, or one of the language."""
+        """Call a method, a function of the program, or a built-in function."""
         self.tick(sum(map(size, args)))
         if isinstance(function, ast.Attribute):
             owner = self.value(function.value)
@@ -199,8 +202,8 @@ class Machine:
 
 
 def solves(evidence: dict) -> float:
-    """EXEC: the boxed function is right in every hidden case; for less there is nothing, else a
-    constant would earn its share. [O]"""
+    """EXEC: 1 if the boxed function is right in every hidden case, else 0; with partial credit a
+    constant function would earn something. [O]"""
     code, gold = answer_and_gold(evidence)
     name, cases = gold["name"], copy.deepcopy(gold["cases"])    # a program may sort them in place
     try:

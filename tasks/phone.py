@@ -1,9 +1,10 @@
-"""The device: a small simulated phone whose state outlives its screens.
+"""A small simulated phone with a home screen, settings, notes, a shop and a calendar.
 
-`world` is what never changes, `data` what actions can change; the rest says what is on the screen,
-a list of rows. A row says how it is drawn and what a click on it does, so the renderer, the touch
-screen and the oracle can't disagree. Positions are in units (64 to the side); a row of 8 is at 128
-pixels one row of visual tokens, with text of 10 pixels.
+`world` holds what never changes, `data` what actions can change, and the other attributes which
+screen is open. A screen is a list of rows. A row defines both how it is drawn and what a click on
+it does, so the renderer, the touch screen and the oracle can't disagree. Positions are in units (64
+to the side); at 128 pixels a row, 8 units high, is one row of visual tokens, with text of 10
+pixels.
 """
 import re
 from collections import namedtuple
@@ -14,9 +15,9 @@ from .draw import blend, Canvas, DARK, ink_on, LIGHT, shades, UNITS
 from .verify import inside, is_point
 from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
-ROW, VISIBLE, LEAP, TEXT = 8, 7, 5, 5       # row height, rows in sight, rows a scroll moves, font
-TRACK, TRACK_WIDTH = 36, 17                 # where the track of a slider begins, and its length
-# Where a control stands in its row.
+ROW, VISIBLE, LEAP, TEXT = 8, 7, 5, 5       # row height, visible rows, rows per scroll, font size
+TRACK, TRACK_WIDTH = 36, 17                 # left end of a slider's track, and its length
+# The box of a control inside its row.
 MARKS = {"switch": (50, 1.5, 59.5, 6.5), "check": (53, 1, 59, 7), "field": (20, 0.5, 60, 7.5),
          "slider": (TRACK - 7.5, 1, TRACK + TRACK_WIDTH + 7, 7), "button": (10, 0.5, 54, 7.5)}
 AMOUNTS = ((2, 3, 4), (3, 4, 5), (4, 5, 6), (5, 6, 8), (6, 9, 9))   # pages, rows in each, records
@@ -25,7 +26,7 @@ ICONS = dict(Home="square", Settings="cross", Notes="star", Shop="diamond", Cale
 ACCENTS = ("red", "green", "blue", "purple", "orange")
 OPTIONS = (("Low", "Mid", "High"), ("Light", "Dark", "Auto"), ("Small", "Large", "Huge"),
            ("Daily", "Weekly", "Never"), ("All", "Some", "None"))
-# What buttons say: the last of each is held out.
+# The words on buttons; the last of each is held out.
 LABELS = {"save": ("Save", "Keep", "Finish"), "delete": ("Delete", "Erase", "Discard"),
           "add": ("Add to cart", "Order", "Buy"), "new": ("New", "Create", "Add"),
           "popup": (("Yes", "No"), ("Allow", "Deny"), ("OK", "Later"))}
@@ -36,13 +37,14 @@ USES = dict(click="two integers from 0 to 999", back="nothing", scroll='"up" or 
 
 
 def plain_text(args) -> bool:
-    """One short string that may stand in a prompt: no marks of any kind."""
+    """Whether the arguments are one short string without special characters, which can be put into
+    a prompt."""
     return (len(args) == 1 and type(args[0]) is str
             and re.fullmatch(r"[A-Za-z0-9 .,:'-]{1,20}", args[0]) is not None)
 
 
 def theme(rng, heldout: bool) -> dict:
-    """Colours: light or dark, and an accent."""
+    """Random colours, {role: RGB}: a light or a dark theme with an accent colour."""
     dark = bool(rng.integers(2))
     ground, ink = (pair[heldout] for pair in ((DARK, LIGHT) if dark else (LIGHT, DARK)))
     accent = shades(rng, heldout)[pick(rng, ACCENTS)]
@@ -53,7 +55,7 @@ def theme(rng, heldout: bool) -> dict:
 
 
 def control(rng, kinds) -> tuple[str, tuple, Any]:
-    """(kind, choices, value) of a random setting."""
+    """(kind, choices, value) of a random setting of one of these kinds."""
     kind = pick(rng, kinds)
     choices = (tuple(range(int(rng.integers(4, 6)))) if kind == "slider" else
                pick(rng, OPTIONS) if kind == "choice" else ())
@@ -61,13 +63,14 @@ def control(rng, kinds) -> tuple[str, tuple, Any]:
 
 
 def furnish(rng, heldout: bool, level: int) -> tuple[dict, dict]:
-    """(world, data) of a device; lists grow with the level until they must be scrolled, pages
-    nest from level 2 on, and from level 3 on the same setting stands on several pages. [O]"""
+    """(world, data) of a random device. Lists grow with the level until they have to be scrolled;
+    from level 2 on pages are nested; from level 3 on settings of the same name are on several
+    pages. [O]"""
     n, rows, records = AMOUNTS[level]
     pool = some(rng, CONTROLS, 40, heldout)
     pages, names = pool[:n], pool[n:]
     kinds = ("switch", "switch", "slider", "choice") if level else ("switch",)
-    musts = iter([("switch",), ("slider",)] if level else [])   # what the first page begins with
+    musts = iter([("switch",), ("slider",)] if level else [])   # kinds of the first two settings
     tree, controls, values = {"": []}, {}, {}
     for i, page in enumerate(pages):
         parent = pick(rng, list(tree)[1:]) if level >= 2 and i > n // 2 else ""
@@ -86,7 +89,7 @@ def furnish(rng, heldout: bool, level: int) -> tuple[dict, dict]:
     notes = [[name, pick(rng, pick(rng, says))] for name in some(rng, NAMES, records, heldout)]
     events = {invent(rng, heldout): pick(rng, DAYS[:5]) for _ in range(records)}
     look = None
-    while not look or held(repr(look)) != heldout:      # of all layouts, one in five is held out
+    while not look or held(repr(look)) != heldout:      # one in five layouts is held out
         shuffled = {at: some_of(rng, children) for at, children in tree.items()}
         look = {"apps": some_of(rng, ("Settings", *FORMS, "Shop")), "tree": shuffled,
                 "bar": pick(rng, ("top", "bottom")), "cards": bool(rng.integers(2)),
@@ -98,32 +101,36 @@ def furnish(rng, heldout: bool, level: int) -> tuple[dict, dict]:
                    "Calendar": [list(event) for event in events.items()]}
 
 
-# A line of a screen; app, link, switch, check, option, slider, tabs, field, button or fact is its
-# kind, `effect` what a click on it does, at sliders and tabs with the choice that was hit.
+# A row of a screen. kind: app, link, switch, check, option, slider, tabs, field, button or fact.
+# effect: what a click on it does (see `Device.press`); for sliders and tabs the choice that was hit
+# is appended.
 Row = namedtuple("Row", "kind label value effect choices", defaults=(None, (), ()))
 
 
 class Device:
-    """A phone in use. `act` takes an action and `draw` shows the screen."""
+    """The state of a phone. `act` carries out an action and `draw` draws the screen."""
 
     def __init__(self, world: dict, data: dict, app="Home", path=()):
         self.world, self.data, self.app = world, data, app
         self.paths = {name: [*path] if name == app else [] for name in ("Home", *world["apps"])}
-        self.path = self.paths[app]         # the pages entered in this app, the last being shown
+        self.path = self.paths[app]         # the pages opened in this app; the last one is shown
         self.turn, self.popup, self.visible = 0, None, VISIBLE - world["margin"]
         self.leave()
 
     def leave(self, up=False):
-        """Turn to another page, perhaps the one above: what is only on the screen is lost."""
+        """Reset what belongs to the page only (scroll position, focus, draft); `up`: and go to the
+        page above."""
         self.path[:] = self.path[:-1] if up else self.path
         self.scroll, self.focus, self.draft = 0, None, {"Title": "", "Text": "", "Day": ""}
 
     def outcome(self) -> dict:
-        """What lasts, in an order of its own: a note erased and written again is the same note."""
+        """The data in a fixed order, so that a note that was erased and written again counts as
+        unchanged."""
         return {app: kept if app == "Settings" else sorted(kept) for app, kept in self.data.items()}
 
     def rows(self) -> list[Row]:
-        """The page, in sight or not; of goods, notes or events the list, one, or an empty form."""
+        """All rows of the current page, visible or not. In the shop, the notes and the calendar a
+        page is the list, one entry, or a form for a new entry."""
         if self.app == "Home":
             return [Row("app", app, None, ("open", app)) for app in self.world["apps"]]
         if self.app == "Settings":
@@ -149,7 +156,7 @@ class Device:
         return [*(Row("fact", *fact) for fact in facts.items()), Row("button", label, None, effect)]
 
     def settings(self) -> list[Row]:
-        """A page of settings, or the options of a choice."""
+        """The rows of a page of settings, or the options of one choice."""
         at, values, controls = "/".join(self.path), self.data["Settings"], self.world["controls"]
         if at in controls:
             return [Row("option", option, option == values[at], ("set", at, option))
@@ -166,36 +173,37 @@ class Device:
         return rows
 
     def in_sight(self) -> list[tuple[int, Row]]:
-        """(y, row) of the rows on the screen."""
+        """[(y, row)] of the visible rows."""
         top = ROW if self.world["bar"] == "top" else ROW * self.world["margin"]
         shown = self.rows()[self.scroll:self.scroll + self.visible]
         return [(top + ROW * i, row) for i, row in enumerate(shown)]
 
     def lowest(self) -> int:
-        """How many rows one can scroll down."""
+        """The number of rows by which the page can be scrolled down."""
         return max(0, len(self.rows()) - self.visible)
 
     def dialog(self) -> list[tuple[tuple, str, bool]]:
-        """(box in units, word, whether it agrees) of the buttons of a dialog."""
+        """[(box in units, word, whether it means yes)] of the buttons of a dialog."""
         pair, y = list(zip(self.world["words"]["popup"], (True, False))), self.world["lift"] + 16
         return [((8 + 25 * i, y, 31 + 25 * i, y + 7), *entry)
                 for i, entry in enumerate(pair[::-1] if self.world["swap"] else pair)]
 
     def spots(self) -> list[tuple[tuple, str, Any, tuple]]:
-        """(box in 0-999, label, choice, effect) of everything that a click can hit."""
+        """[(box in 0-999, label, choice, effect)] of everything that a click can hit."""
         if self.popup:
             return [(Canvas.area(*box), word, None, ("answer", agrees))
                     for box, word, agrees in self.dialog()]
         rows = self.in_sight()
         found = [(box, row.label, choice, (*row.effect, choice))
                  for y, row in rows for choice, box in stops(row, y)]
-        # a click anywhere in a row will do, but a button ends where it ends
+        # a click anywhere in a row counts, but for a button it must be on the button
         found += [(mark("button" if row.kind == "button" else "row", y), row.label, None,
                    row.effect) for y, row in rows if row.effect and not row.choices]
         return [(Canvas.area(*box), *rest) for box, *rest in found]
 
     def named(self) -> list[tuple[str, tuple]]:
-        """(name, box in 0-999) of all that can be pointed at; a row without a control is one."""
+        """[(name, box in 0-999)] of everything that a question can ask for: controls, and rows
+        without a control."""
         if self.popup:
             return [(f"{word} button", Canvas.area(*box)) for box, word, _ in self.dialog()]
         rows = self.in_sight()
@@ -206,8 +214,9 @@ class Device:
         return [(name, Canvas.area(*box)) for name, box in found]
 
     def act(self, name: str, args: list) -> str | None:
-        """Do it; a complaint in one line where the call is not a good one. Either takes a turn,
-        and a dialog may come of it. Once one is open, only its buttons work. [O]"""
+        """Carry out an action. Returns None, or an error message in one line if the call is not
+        valid. Both count as a turn, after which a dialog may open. While a dialog is open, only its
+        buttons work. [O]"""
         good = {"click": is_point(args), "back": not args, "scroll": args in (["up"], ["down"]),
                 "open": len(args) == 1 and args[0] in list(self.paths),
                 "type": plain_text(args) and self.focus is not None}.get(name)
@@ -233,7 +242,7 @@ class Device:
         return complaint
 
     def press(self, effect: tuple):
-        """What a click on a row, a choice or a button does."""
+        """Carry out the effect of a click."""
         self.focus = None
         match effect:
             case "focus", name:
@@ -265,7 +274,7 @@ class Device:
                     self.leave(up=True)
 
     def draw(self, pixels: int):
-        """The screen as a PIL image, `pixels` wide and high."""
+        """Draw the screen -> PIL image, `pixels` wide and high."""
         look, rows = self.world["theme"], self.in_sight()
         canvas, ink = Canvas(pixels, look["ground"]), ink_on(look["accent"])
         for y, row in rows:
@@ -292,7 +301,7 @@ class Device:
 
 
 def stops(row: Row, y: float) -> list[tuple[Any, tuple]]:
-    """(choice, box) of the places of a slider or of tabs, in units."""
+    """[(choice, box in units)] of the positions of a slider or of tabs."""
     left, step = 0, (UNITS - 2) / max(1, len(row.choices))
     if row.kind == "slider":
         step = TRACK_WIDTH / (len(row.choices) - 1)
@@ -302,13 +311,13 @@ def stops(row: Row, y: float) -> list[tuple[Any, tuple]]:
 
 
 def mark(kind: str, y: float) -> tuple:
-    """The box, in units, of the control of a row of this kind or, if it has none, of the row."""
+    """The box, in units, of the control of a row of this kind, or of the row if it has none."""
     x0, y0, x1, y1 = MARKS.get(kind, (0, 0, UNITS - 2, ROW))
     return x0, y + y0, x1, y + y1
 
 
 def paint(canvas, look, row, y, cards, focused):
-    """Draw a row: its ground and label, then its value or control."""
+    """Draw a row: its background and label, then its value or control."""
     ink, soft, accent, off = (look[name] for name in ("ink", "soft", "accent", "off"))
     kind, value, middle, left = row.kind, row.value, y + ROW / 2, mark(row.kind, y)[0]
     on = accent if value else off

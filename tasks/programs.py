@@ -1,4 +1,4 @@
-"""Programs: say what this one prints, write one that does this."""
+"""Programs: read one and say what it prints; write one from a description."""
 import keyword
 import re
 
@@ -10,8 +10,9 @@ from .words import invent, some, some_of, THINGS
 VARIABLES = """a b c d e g h k m n p q r t u v w x y z area base best bits cost days depth fee gain
 gap goal high item jump low mark mass pace part price rank rate rest score seed side start tax team
 tide time top total turn unit way wide year zone""".split()
-# Statements by level: x, y hold numbers, s a text, xs a list, k runs, f is a function of p and q;
-# a, b (2-9), c, d (11-40), words w, v are drawn. What stands before an empty line goes on top.
+# Statements by group. x and y are numbers, s is a text, xs a list, k a loop variable, f a function
+# of p and q. Drawn at random: a, b (2-9), c, d (11-40), the words w, v. Lines before an empty line
+# go to the top of the program.
 STATEMENTS = (
     ("{x} = {x} + {y}", "{x} = {y} * {a} - {x}", "{y} = {x} - {a}", "{x} += {c}",
      "{y} = {y} + {x} // 2", "{x}, {y} = {y}, {x} + {b}", "{x} = {c} - {x} % {a}"),
@@ -38,9 +39,11 @@ STATEMENTS = (
      "{xs} = [{c}, {y}, {d}, {b}]\n{x} = {f}({xs}, {x}) + len({xs})",
      'def {f}({p}, {q}):\n\twhile len({p}) < {a} + {b}:\n\t\t{p} = {p}[-1] + {p} + {q}\n'
      '\treturn {p}[{a}:]\n\n{s} = {f}("{w}", "{v}")'))
-PLANS = ((0, 0), (0, 1), (0, 2), (1, 3, 0), (1, 2, 4))      # which groups, the asked one's highest
+# The groups in a program, by level; the question is about the result of the highest group.
+PLANS = ((0, 0), (0, 1), (0, 2), (1, 3, 0), (1, 2, 4))
 ASK = ("What does this program print?", "What is the output?", "What gets printed here?")
-# ground, panel, plain ink, keyword, function, number, text: dark and light, training and held out
+# Colours of background, panel, plain text, keywords, functions, numbers and strings: a dark and a
+# light theme for training, then a dark and a light one that are held out
 THEMES = (((30, 32, 40), (40, 43, 54), "#e6e8ee", "#ff7ac0", "#6cc7ff", "#ffb86b", "#9be07a"),
           ((250, 250, 248), (232, 234, 238), "#24292e", "#b3189a", "#0b57c4", "#b04a00", "#137333"),
           ((8, 42, 54), (14, 56, 70), "#dfe9e6", "#f2c14e", "#7fd6e8", "#ff9d94", "#b8e08a"),
@@ -48,13 +51,14 @@ THEMES = (((30, 32, 40), (40, 43, 54), "#e6e8ee", "#ff7ac0", "#6cc7ff", "#ffb86b
 
 
 def editor(pixels: int, theme, lines: list[str]):
-    """Code as an editor shows it, as large as fits; spaces wide, the face being proportional."""
+    """Draw code as an editor shows it, as large as fits -> picture. Spaces are wider than the
+    font's, which is proportional."""
     widest = max(font(100).getlength(line) / 100 + 0.27 * line.count(" ") for line in lines)
     canvas, pitch = Canvas(pixels, theme[0]), 1.34
     canvas.plate(0, 0, 6.5, 64, theme[1], 0)
     size = min(4.4, 60 / (pitch * len(lines)), 51 / widest)
     em = canvas.px(size)
-    rise = font(em).getmetrics()[0] - em        # what stands above the face's own size
+    rise = font(em).getmetrics()[0] - em        # the part of the ascent above the font's size
     for i, line in enumerate(lines):
         x, y = canvas.px(8.5), canvas.px(2 + pitch * size * i) - rise
         number = text_mask(str(i + 1), em)
@@ -72,13 +76,13 @@ def editor(pixels: int, theme, lines: list[str]):
 
 
 class CodeOutput(OneShot):
-    """The value that a program of 5 to 16 lines prints: straight on, with a condition, a loop, a
-    list or text, a function. Held-out splits draw other combinations of statements."""
+    """Say what a program of 5 to 16 lines prints. By level it has assignments, a condition, a loop,
+    a list or a text, a function. Held-out splits have other combinations of statements."""
     family, tier, verifier, min_pixels = "reasoning", 2, "EX", 256
     blind = (0.03,) * 5         # measured: the most frequent answer
 
     def write(self) -> list[str]:
-        """The lines of a program, which may yet fail."""
+        """The lines of a random program. It may fail when it runs."""
         rng, plan = self.rng, None
         while plan is None or held(str(plan)) != self.heldout:
             plan = [(group, int(rng.integers(len(STATEMENTS[group]))))
@@ -117,8 +121,8 @@ class CodeOutput(OneShot):
         return Obs(IMAGE + pick(rng, ASK), [image]), gold
 
 
-# (what is returned, how), three and more a level: {xs} is a list of numbers, {s} a text, {n} a
-# number; a, b, c (2-9, all different), e (11-40) and the letters w are drawn.
+# (description of the result, code), three or more for each level. {xs} is a list of numbers, {s} a
+# text, {n} a number. Drawn at random: a, b, c (2-9, all different), e (11-40), the letters w.
 FAMILIES = (
     (("the sum of those numbers in {xs} that are greater than {a}",
       "return sum([t for t in {xs} if t > {a}])"),
@@ -163,12 +167,13 @@ KINDS = {"xs": "a list of whole numbers", "s": "a text", "n": "a whole number, 0
 
 
 class TextCode(OneShot):
-    """A function from its description, without a picture. Held-out splits draw other numbers for
-    the same descriptions, and other names."""
+    """Write a function from its description; there is no picture. Held-out splits have other
+    numbers in the same descriptions, and other names."""
     family, tier, verifier, blind = "reasoning", 2, "EXEC", (0.0,) * 5
 
     def draw(self, rng) -> tuple[str, str, str]:
-        """Numbers for a description -> (what the function returns, its code, what may be held)."""
+        """Draw the numbers of a description -> (the description, the code, the text by which it is
+        held out or not)."""
         (a, b, c), e = rng.permutation(8)[:3] + 2, rng.integers(11, 41)
         w = "".join(sorted("abcdefgh"[i] for i in rng.permutation(8)[:3]))
         what, body = (text.format(a=a, b=b, c=c, e=e, w=w, **{self.kind: self.argument})
@@ -186,7 +191,7 @@ class TextCode(OneShot):
             self.kind = re.search(r"{(xs|s|n)}", FAMILIES[self.level][self.row][0])[1]
             what, self.code, rule = self.draw(rng)
         cases = []
-        while len({str(r) for [each], r in cases if r != each}) < 3:    # no stub comes near
+        while len({str(r) for [each], r in cases if r != each}) < 3:    # or a constant would do
             sizes = rng.integers(1, 31 if self.kind == "n" else 13, 7).tolist()
             machine, inputs = Machine(self.code), [0, max(sizes), *sizes]
             if self.kind != "n":
@@ -204,4 +209,4 @@ class TextCode(OneShot):
         return box(self.code)
 
     def glance(self, rng):
-        return box(self.draw(rng)[1])           # the right form, any numbers
+        return box(self.draw(rng)[1])           # the right code with other numbers

@@ -1,7 +1,7 @@
-"""Puzzles: a way through barred streets, a matrix that lacks its last cell, a small grid to fill.
+"""Puzzles: a route through barred streets, a matrix without its last cell, a small grid to fill.
 
-Ways and grids are carried out, never compared with the oracle's: whichever way reaches the goal
-and whichever grid keeps the rules is right. [C] for judging by execution, [O] for the puzzles.
+Routes and grids are executed, never compared with the oracle's: every route that reaches the goal
+and every grid that keeps the rules is right. [C] for scores by execution, [O] for the puzzles.
 """
 from functools import lru_cache
 from itertools import accumulate, permutations, product
@@ -23,7 +23,7 @@ LETTERS = "ABCDEFGH"
 
 
 def shortest(start, roads) -> dict:
-    """Crossing -> the moves of a shortest way to it, over open roads."""
+    """{crossing: the moves of a shortest route to it}, from `start` over open roads."""
     ways, queue = {start: []}, [start]
     for place in queue:
         for move in MOVES:
@@ -35,11 +35,12 @@ def shortest(start, roads) -> dict:
 
 
 class MapRoute(OneShot):
-    """The shortest way from mark to mark through streets of which some are barred; from level 2
-    on some are missing too, and the bars make a detour necessary."""
+    """Find the shortest route between two marks through streets, some of which are barred. From
+    level 2 on some streets are missing as well, and a detour is necessary."""
     family, tier, verifier = "reasoning", 2, "EXEC"
     blind = (0.07, 0.03, 0.02, 0.01, 0.01)      # measured
-    crossings, closed, least = (3, 4, 4, 5, 5), (2, 6, 9, 14, 16), (2, 3, 4, 5, 7)  # least: moves
+    # by level: crossings along a side, barred or missing roads, moves at least
+    crossings, closed, least = (3, 4, 4, 5, 5), (2, 6, 9, 14, 16), (2, 3, 4, 5, 7)
 
     def make(self):
         rng, hard, shut = self.rng, self.level >= 2, self.closed[self.level]
@@ -68,13 +69,13 @@ class MapRoute(OneShot):
         return Obs(IMAGE + question, [image]), gold
 
     def paint(self, n, streets, bars, marks):
-        """Draw the town -> (names of the two marks, picture)."""
+        """Draw the streets -> (names of the two marks, picture)."""
         rng, step = self.rng, UNITS / n
         ground, ink = plain(rng, self.heldout, self.level)
         colors, canvas = shades(rng, self.heldout), Canvas(self.pixels, ground)
         for roads, long, half, color in ((streets, 0.67, 0.17, blend(ground, ink, 0.4)),
                                          (bars, 0.07, 0.25, colors.pop("red"))):
-            for x, y in roads:                  # a road lies along x where its x is odd
+            for x, y in roads:                  # a road is horizontal if its x is odd
                 wide, high = (long, half) if x % 2 else (half, long)
                 x, y = x / 2 + 0.5, y / 2 + 0.5
                 corners = x - wide, y - high, x + wide, y + high
@@ -88,16 +89,17 @@ class MapRoute(OneShot):
         return box(", ".join(gold["moves"]))
 
     def glance(self, rng):
-        """Goes straight for the goal, whatever is barred."""
+        """A direct route to the goal that ignores the bars."""
         x, y = (g - s for g, s in zip(self.gold["goal"], self.gold["start"]))
         legs = [["right" if x > 0 else "left"] * abs(x), ["down" if y > 0 else "up"] * abs(y)]
         return box(", ".join(sum(legs[::pick(rng, (1, -1))], [])))
 
 
 def pack_rows(rng, rule, values) -> list[list]:
-    """Three rows of three values under a rule: "all" the same, "rows" that have their own each,
-    "three" that come once in a row and in a column, a "step" from each value to the next."""
-    if rule == "step":          # the rows start apart where there is room
+    """Three rows of three values under a rule. all: the same value everywhere; rows: one value for
+    each row; three: three values, each once in every row and column; step: each value of a row is
+    one step after the last."""
+    if rule == "step":          # the rows start at different values if there are enough
         starts, turn = some_of(rng, range(len(values) - 2)) * 3, pick(rng, (1, -1))
         return [list(values[start:start + 3])[::turn] for start in starts[:3]]
     order = some_of(rng, values)[:3]
@@ -108,10 +110,11 @@ def pack_rows(rng, rule, values) -> list[list]:
 
 
 class MatrixPuzzle(OneShot):
-    """Three rows of three cells, the last one missing, and lettered choices: all mixtures of right
-    and wrong in two or three respects, so that each value comes equally often and the choices
-    alone tell nothing; a wrong value is one that might be right under another matrix. [O]"""
+    """Choose the last cell of a matrix of three rows and columns. The choices are all combinations
+    of the right and one wrong value in two or three attributes, so each value occurs equally often
+    and the choices alone give nothing away. Wrong values occur in the matrix where possible. [O]"""
     family, tier, verifier, min_pixels = "reasoning", 2, "EX", 128
+    # by level: attributes with a rule along the row; attributes in which choices differ
     ruled, respects, blind = (1, 1, 2, 2, 3), (2, 2, 2, 3, 3), (0.25, 0.25, 0.25, 0.125, 0.125)
 
     def make(self):
@@ -152,7 +155,7 @@ class MatrixPuzzle(OneShot):
             canvas.plate(x + 0.2, y - 0.4, 15.6, cell + 0.8, blend(ground, ink, 0.3), 1)
             canvas.text(LETTERS[i], x + 2, y + cell / 2, ink, 5, "mm")
             cells.append((x + 4, y, look))
-        for x, y, look in cells:        # in each stands one thing of some size, or some of one size
+        for x, y, look in cells:        # a cell has one shape of some size, or several of one size
             canvas.plate(x, y, cell, cell, blend(ground, ink, 0.1), 1)
             size = SIZES.get(look.get("size"), 4.6)
             for i in range(look.get("number", 1)):
@@ -163,20 +166,20 @@ class MatrixPuzzle(OneShot):
         return canvas.image
 
     def glance(self, rng):
-        """A choice that is right in one respect."""
+        """A choice that is right in one attribute."""
         name = pick(rng, list(self.right))
         return box(pick(rng, [letter for letter, look in zip(LETTERS, self.choices)
                               if look[name] == self.right[name]]))
 
 
 def lines_of(n):
-    """The cells of each row, then of each column, of n x n cells numbered row by row."""
+    """The cells of each row, then of each column, of n x n cells that are numbered row by row."""
     cells = np.arange(n * n).reshape(n, n)
     return cells.tolist() + cells.T.tolist()
 
 
 def ruled(canvas, lines, cell, start, color, width):
-    """Draw these lines of a grid both ways, from `start` to the edge."""
+    """Draw the vertical and horizontal lines of a grid, from `start` to the edge."""
     for at in (line * cell for line in lines):
         for ends in ((at, start, at, UNITS), (start, at, UNITS, at)):
             canvas.pen.line(canvas.at(*ends), color, max(1, canvas.px(width)))
@@ -184,7 +187,7 @@ def ruled(canvas, lines, cell, start, color, width):
 
 @lru_cache
 def sudokus() -> np.ndarray:
-    """All 288 grids of 4 x 4, as rows of 16 signs 0-3."""
+    """All 288 solved sudokus of 4 x 4: an array (288, 16) of signs 0-3."""
     rows = permutations(range(4))
     bands = [a + b for a, b in permutations(rows, 2) if not {*a[:2]} & {*b[:2]}]
     grids = np.array([a + b for a, b in product(bands, bands)])
@@ -194,17 +197,18 @@ def sudokus() -> np.ndarray:
 
 @lru_cache
 def patterns(n: int) -> dict:
-    """str(runs) -> the lines of n cells that have them."""
+    """{str(runs): the lines of n cells, such as "0110", that have these runs}."""
     lines = ["".join(cells) for cells in product("01", repeat=n)]
     return {str(runs(line)): [one for one in lines if runs(one) == runs(line)] for line in lines}
 
 
 class GridLogic(OneShot):
-    """A sudoku of 4 x 4, in digits or in shapes, or a nonogram of 3 x 3, from level 2 on 4 x 4.
-    Each has one solution, and a place to start: a cell or a line that can be filled at once."""
+    """Solve a sudoku of 4 x 4, in digits or in shapes, or a nonogram of 3 x 3, from level 2 on of
+    4 x 4. Each has exactly one solution, and a place to start: a cell or a line that can be filled
+    at once."""
     family, tier, verifier, blind = "reasoning", 2, "EXEC", (0.01,) * 5
     holes, sizes = (4, 6, 8, 9, 10), (3, 3, 4, 4, 4)
-    fillings = ((2, 4), (4, 18), (4, 12), (12, 36), (36, 256))     # that suit the rows alone
+    fillings = ((2, 4), (4, 18), (4, 12), (12, 36), (36, 256))     # that satisfy the rows alone
 
     def make(self):
         self.colors = shades(self.rng, self.heldout)
@@ -215,7 +219,7 @@ class GridLogic(OneShot):
         return Obs(f"{IMAGE}{question}, with / between rows.", [self.canvas.image]), gold
 
     def sudoku(self):
-        """Draw a sudoku -> (question, what follows at once, gold)."""
+        """Draw a sudoku -> (question, first steps in words, gold)."""
         rng, canvas, empty, forced = self.rng, self.canvas, self.holes[self.level], []
         groups = lines_of(4) + [[i, i + 1, i + 4, i + 5] for i in (0, 2, 8, 10)]
         places = [f"row {i // 4 + 1}, column {i % 4 + 1}" for i in range(16)]
@@ -246,7 +250,7 @@ class GridLogic(OneShot):
                                 "once": groups, "runs": [], "cells": cells}
 
     def nonogram(self):
-        """Draw a nonogram -> (question, what follows at once, gold)."""
+        """Draw a nonogram -> (question, first steps in words, gold)."""
         rng, n, (low, high) = self.rng, self.sizes[self.level], self.fillings[self.level]
         suits, groups, found = patterns(n), lines_of(n), 0
         while found != 1:
@@ -281,7 +285,7 @@ class GridLogic(OneShot):
         return box(" / ".join(" ".join(cells[i:i + n]) for i in range(0, n * n, n)))
 
     def glance(self, rng):
-        """Minds the rows and forgets the columns."""
+        """A grid that satisfies the rows and ignores the columns."""
         gold, n, cells = self.gold, self.gold["size"], []
         for group in lines_of(n)[:n]:
             signs = [gold["givens"].get(i) for i in group]

@@ -111,7 +111,7 @@ class GuiClick(OneShot):
         return found
 
     def place(self, free, width):
-        """Take a random (column, row) with `width` free cells out of `free`; None if there is none."""
+        """Take `width` cells at a random (column, row) out of `free`; None if there is no room."""
         spots = sorted((c, r) for c, r in free if width == 1 or (c + 1, r) in free)
         if not spots:
             return None

@@ -1,8 +1,9 @@
-"""Tools: what can't be read at the model's size must be cropped, what isn't known looked up.
+"""Tool use: crop what is too small to read, and look up what is not known.
 
-An episode is one conversation, with a call a turn until `answer("...")`; text, a picture or both
-come back. A picture is larger than the model sees it: the whole is shown without its fine print,
-a crop is cut from the large one. So the answer isn't hidden, it is out of sight.
+An episode is one conversation with one tool call in each turn, until `answer("...")`. A tool
+returns text, a picture or both. The original picture is larger than what the model sees: the whole
+picture is shown at a size at which its fine print can't be read, and a crop is cut from the
+original.
 """
 import ast
 import operator
@@ -22,11 +23,11 @@ USES = {"crop": "x0, y0, x1, y1", "zoom": "x, y", "draw_box": "x0, y0, x1, y1",
         "draw_point": "x, y", "search_image": "x0, y0, x1, y1", "search_text": '"words"',
         "open": '"name"', "calc": '"2*(3+4)"', "answer": '"..."'}
 PAPER, INK = (250, 250, 246), (34, 36, 44)
-FINE = 1.7                      # height of fine print, in units: 3 pixels of 128, 14 in a zoom
-WORLDS = 64                     # that are looked things up in: too many to learn by heart
+FINE = 1.7                      # font size of fine print, in units: 3 pixels of 128, 14 in a zoom
+WORLDS = 64                     # worlds to look things up in: too many to memorise
 SKY, LAND, SEA, WALL = (206, 226, 240), (150, 176, 120), (104, 150, 186), (228, 206, 170)
 HILL, ROOF, DARK, SKIN = (118, 148, 104), (164, 84, 64), (96, 92, 104), (226, 184, 152)
-SCENES = {                      # kind: what is seen in pictures of it, polygons in units
+SCENES = {                      # kind of page: the scenery in its picture, polygons in units
     "country": ((HILL, (-6, 46, 7, 18, 22, 46)), (HILL, (8, 46, 22, 27, 36, 46)),
                 (SEA, (14, 45, 18, 45, 34, 64, 20, 64))),
     "yard": ((WALL, (4, 28, 32, 28, 32, 50, 4, 50)), (DARK, (13, 36, 23, 36, 23, 50, 13, 50)),
@@ -44,7 +45,8 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def calc(text: str) -> str | None:
-    """Add, subtract, multiply, divide, with brackets; None for anything else or beyond 1e12."""
+    """The result of a sum of numbers with + - * / and brackets, as text; None for anything else or
+    beyond 1e12."""
     def value(node):
         result = getattr(node, "value", None)
         if type(result) not in (int, float):
@@ -66,19 +68,19 @@ def call(name: str, *args) -> str:
     return f"{name}({', '.join(map(repr, args))})".replace("'", '"')
 
 
-# A large picture, its fine print as name -> ((x0, y0, x1, y1) in 0-999, height of the font in
-# units), and whose emblem hangs where, as (page, area).
+# An original picture; its texts {name: (box in 0-999, font size in units)}; and the emblem in it as
+# (name of its page, box), or ().
 Photo = namedtuple("Photo", "image labels emblem", defaults=[()])
 
 
 class Toolbox(Env):
-    """An episode with tools; subclasses say which, and what is asked."""
+    """An episode with tools. Subclasses define which tools there are and what is asked."""
     family, tier, verifier, min_pixels, max_turns = "agent", 3, "EX", 128, 12
     tools: tuple = ()
-    large = property(lambda self: min(4 * self.pixels, 2048))   # pixels of the picture drawn on
+    large = property(lambda self: min(4 * self.pixels, 2048))   # side of the original picture
 
     def start(self, question, gold, photo=None):
-        """Set out -> the first observation."""
+        """Set the state -> the first observation."""
         self.first = self.photo = photo
         self.said, self.log, self.marks, self.gold = None, [], [], {"answer": str(gold)}
         where = ", points in 0-999 of the last whole picture" if photo else ""
@@ -87,7 +89,7 @@ class Toolbox(Env):
         return Obs(IMAGE + text, [self.whole()]) if photo else Obs(text)
 
     def over(self):
-        """Whether the answer was given, or the turns ran out."""
+        """Whether an answer was given, or the turns ran out."""
         return self.said is not None or len(self.log) >= self.max_turns
 
     def step(self, text):
@@ -95,13 +97,13 @@ class Toolbox(Env):
             return Step(None, True)
         name, args = parse_action(str(text)) or ("", [])
         fits = name in self.tools and self.fits(name, args)
-        self.log.append([name if fits else "?"])        # what was done, then what was seen by it
+        self.log.append([name if fits else "?"])    # the tool, followed by what could be read
         obs = getattr(self, name)(*args) if fits else Obs("That is none of the calls.")
         return Step(None if self.over() else obs, self.over(), self.over() and self.said is None)
 
     @staticmethod
     def fits(name, args):
-        """Whether these are the arguments of a tool: one text, or integers in 0-999."""
+        """Whether these are valid arguments of a tool: one text, or integers in 0-999."""
         if '"' in USES[name]:
             return len(args) == 1 and type(args[0]) in ((str, int) if name == "answer" else (str,))
         n = USES[name].count(",") + 1
@@ -111,24 +113,26 @@ class Toolbox(Env):
         return {"answer": self.said, "log": [*map(list, self.log)], "gold": dict(self.gold)}
 
     def oracle(self):
-        """A subclass says in `steps` (the thought before a call, the tool, its arguments)."""
+        """A subclass yields in `steps` (the thought before a call, the tool, its arguments...)."""
         for self.why, *step in self.steps():
             yield call(*step)
 
     def answer(self, text):
-        """The first tool; each is called with arguments that fit, and returns what it shows."""
+        """The first of the tools. Each is a method that takes valid arguments and returns an
+        observation; this one returns none, as it ends the episode."""
         self.said = str(text)
 
     def calc(self, text):
+        """The result of a sum."""
         return Obs(calc(text) or "That can't be reckoned: numbers, + - * / and brackets only.")
 
     def zoom(self, x, y):
-        """A quarter of the side about a point."""
+        """A crop around a point, a quarter of the side wide and high."""
         x, y = (min(749, max(0, c - 125)) for c in (x, y))
         return self.crop(x, y, x + 250, y + 250)
 
     def crop(self, *window):
-        """A part, as large as the whole is shown."""
+        """A part of the original, enlarged to the size at which the whole is shown."""
         size = [window[2] - window[0], window[3] - window[1]]
         if min(size) < 30 or max(size) > 4 * min(size):
             return Obs("A crop is 30 or more wide and high, and no ribbon.")
@@ -138,18 +142,19 @@ class Toolbox(Env):
         return Obs(IMAGE, [self.photo.image.resize(size, Image.BICUBIC, part, reducing_gap=2)])
 
     def draw_box(self, x0, y0, x1, y1):
-        """The whole, with a box drawn on it that stays."""
+        """The whole picture with a box drawn on it, which stays in later pictures."""
         if x0 >= x1 or y0 >= y1:
             return Obs("A box is x0, y0, x1, y1, from left and top to right and bottom.")
         self.marks.append((x0, y0, x1, y1))
         return Obs(IMAGE, [self.whole()])
 
     def draw_point(self, x, y):
+        """The whole picture with a small box around a point."""
         return self.draw_box(x - 24, y - 24, x + 24, y + 24)
 
     def whole(self):
-        """The whole picture, with the marks on it. However large, it holds what `min_pixels` can:
-        else a large one would need no tools. [O]"""
+        """The whole picture with the boxes drawn so far. At any size it shows only the detail that
+        `min_pixels` can show; otherwise a large picture would need no tools. [O]"""
         self.encode_images((0, 0, 999, 999), self.min_pixels)
         small = self.photo.image.resize((self.min_pixels,) * 2, Image.BOX, reducing_gap=1)
         image = small.resize((self.pixels,) * 2, Image.BICUBIC)
@@ -159,7 +164,8 @@ class Toolbox(Env):
         return image
 
     def encode_images(self, window, pixels):
-        """Note in the log what can be read in a window shown at a size: text of nine pixels."""
+        """Add to the log the names of the texts that can be read, those of at least nine pixels,
+        when a window (x0, y0, x1, y1) in 0-999 is shown at a size of `pixels`."""
         share = max(window[2] - window[0], window[3] - window[1]) / 999
         for name, (area, height) in self.photo.labels.items():
             shown = inside(area[:2], window) and inside(area[2:], window)
@@ -168,19 +174,19 @@ class Toolbox(Env):
 
 
 class Board(Toolbox):
-    """Starts from a board of cards, each a coloured shape over fine print."""
-    cards = ((2, 3), (4, 5), (6, 8), (8, 10), (10, 12))         # least and most, by level
+    """Episodes that start from a board of cards, each with a coloured shape above fine print."""
+    cards = ((2, 3), (4, 5), (6, 8), (8, 10), (10, 12))     # least and most, for each level
 
     def pin(self, texts) -> Photo:
-        """Cards with these texts in random cells. Leaves `self.names` (the red star) and
-        `self.cells`, and `self.spots`, their middles, in the order of the texts."""
+        """Draw cards with these texts in random cells -> Photo. Sets `self.names` ("the red star"),
+        `self.cells` and `self.spots` (the middles of the cards), in the order of the texts."""
         rng, n, labels, self.spots = self.rng, len(texts), {}, []
         self.colors = shades(rng, self.heldout)
         ground = plain(rng, self.heldout, self.level)[0]
         paper, ink = (PAPER, INK) if sum(ground) < 384 else (INK, PAPER)
         canvas, self.cells = Canvas(self.large, ground), None
         while not self.cells or held(str(self.cells)) != self.heldout:
-            self.cells = some_of(rng, range(GRID * GRID), n)    # one layout in five is held out
+            self.cells = some_of(rng, range(GRID * GRID), n)    # one in five layouts is held out
         chosen = some_of(rng, PAIRS if self.heldout else TRAIN_PAIRS, n)
         self.names = [f"the {color} {shape}" for color, shape in chosen]
         moves = rng.uniform(-0.8, 0.8, (n, 2)).tolist()
@@ -194,10 +200,10 @@ class Board(Toolbox):
 
 
 class VisualTools(Board):
-    """Read the number under the red star; from level 2 on add two, at 3 one of them stands on the
-    card under a point, at 4 add those in a box."""
+    """Read the number under the red star. At level 2 add two numbers, at 3 one of them is on the
+    card at a given point, at 4 add all numbers in a given box."""
     tools = ("crop", "zoom", "draw_box", "draw_point", "calc", "answer")
-    blind = (0.02,) * 5         # one of ninety numbers
+    blind = (0.02,) * 5         # one number of ninety
 
     def reset(self):
         rng, n = self.rng, int(self.rng.integers(*self.cards[self.level], endpoint=True))
@@ -237,7 +243,8 @@ class VisualTools(Board):
 
 
 class Library(Toolbox):
-    """Has a world to look things up in, one of many; world 0 is kept for questions without."""
+    """Episodes with a world (atlas.py) to look things up in. World 0 is not among them, since
+    world_knowledge asks about it."""
 
     def settle(self):
         """Choose the world."""
@@ -245,10 +252,12 @@ class Library(Toolbox):
         self.pages = self.world.pages
 
     def search_text(self, words):
+        """The names of the pages that fit the words best."""
         found = [f"{page.name} ({page.kind})" for page in self.world.search(words)]
         return Obs(f"Pages: {', '.join(found)}." if found else "No page has these words.")
 
     def open(self, name):
+        """The text of a page."""
         page = self.pages.get(normal(name).capitalize())
         if page is None:
             return Obs("There is no page of that name.")
@@ -256,7 +265,8 @@ class Library(Toolbox):
         return Obs(page.text)
 
     def wander(self, links):
-        """(names, facts): a random page, and so many others, each a fact of the one before."""
+        """(names, facts): a random page and `links` more, each of which is a fact of the one
+        before; `facts` names these facts."""
         while True:
             names, facts = [pick(self.rng, list(self.pages))], []
             for _ in range(links):
@@ -267,25 +277,25 @@ class Library(Toolbox):
                 return names, facts
 
     def dated(self, name, form="the {} of the {} {}"):
-        """A page by its year: "the ship of the launch year 1312"."""
+        """Words that identify a page by its year: "the ship of the launch year 1312"."""
         page = self.pages[name]
         return form.format(page.kind, YEAR[page.kind], page.facts[YEAR[page.kind]])
 
     def seek(self, name):
-        """The step that searches for a page of which the year is known."""
+        """The oracle's step that searches for a page by its year."""
         return f"I look for {self.dated(name)}.", "search_text", self.dated(name, "{} {} {}")
 
 
 class TextTools(Library):
-    """No picture: a number from one page; from level 1 on the difference of two, at 2 and 3 from
-    pages one and two links away; at 4 a sum over all ships of a yard."""
+    """Look up a number, without a picture; from level 1 on the difference of two numbers, at 2 and
+    3 from pages that are one or two links away, at 4 a sum over all ships of a yard."""
     tools, min_pixels = ("search_text", "open", "calc", "answer"), 64
-    links = ((0,), (0, 0), (1, 0), (2, 1), ())
-    blind = (0.01,) * 5         # years and numbers of two digits
+    links = ((0,), (0, 0), (1, 0), (2, 1), ())      # by level: links to follow for each number
+    blind = (0.01,) * 5         # the answers are years and numbers of two digits
 
     def reset(self):
-        """Leaves `self.route`, the pages to open, what to learn there and whether to seek them."""
-        asked, which, self.route = [], int(self.rng.integers(2)), []    # years, other numbers
+        """Set `self.route`: [(page to open, fact to read there, whether to search for it)]."""
+        asked, which, self.route = [], int(self.rng.integers(2)), []    # a year or another number
         self.settle()
         for links in self.links[self.level]:
             names, facts = self.wander(links)
@@ -329,13 +339,13 @@ class TextTools(Library):
 
 
 class ImageMining(Library, Board):
-    """A card of the board names a page, or from level 2 on a year; from there through pages, at 3
-    and 4 also by an emblem in a picture [C], to a sign in the last picture, from 3 on in fine
-    print. Signs and emblems are new in every task and stand in no text, so that neither memory
-    nor text search is enough. [O]"""
+    """Find a number through pictures and pages. A card of the board names a page, or from level 2
+    on a year. From there the way leads from page to page, at 3 and 4 also by an emblem in a picture
+    [C], to the sign in the last picture, from 3 on in fine print. Signs and emblems are new in
+    every task and occur in no text, so neither memory nor a search by text is enough. [O]"""
     tools = ("crop", "zoom", "search_text", "search_image", "open", "answer")
     cards = ((2, 3), (3, 4), (5, 6), (7, 8), (9, 10))
-    blind = (0.0,) * 5          # a sign that was not seen earns nothing
+    blind = (0.0,) * 5          # the right number earns nothing if its sign was not seen
 
     def reset(self):
         rng, level, names = self.rng, self.level, [""] * 2
@@ -343,7 +353,7 @@ class ImageMining(Library, Board):
         self.salt = int(rng.integers(2 ** 31))
         while len(set(names)) < len(names):
             names, links = self.wander(level in (1, 2, 4))
-            while level >= 3 and self.pages[names[-1]].emblem:      # else another's hangs there
+            while level >= 3 and self.pages[names[-1]].emblem:      # it must show another's emblem
                 names, links = self.wander(level == 4)
             if level >= 3:
                 names.append(self.scene(names[-1])[1])
@@ -351,7 +361,7 @@ class ImageMining(Library, Board):
             if level == 4:
                 links.append(pick(rng, ("seat", "founder")))
                 names.append(self.pages[names[-1]].facts[links[-1]])
-        self.route = list(zip(names, [*links, None]))               # and what leads on from each
+        self.route = list(zip(names, [*links, None]))       # (page, the fact that leads on from it)
         first, n = self.pages[names[0]], int(rng.integers(*self.cards[level], endpoint=True))
         others = some_of(rng, self.world.named[first.kind], n)
         self.others = [name for name in others if name != first.name][:n - 1]
@@ -369,13 +379,14 @@ class ImageMining(Library, Board):
         return obs
 
     def scene(self, name):
-        """(the number on the sign, whose emblem hangs there) in the picture of a page."""
+        """(the number on the sign, the page whose emblem is shown) in the picture of a page."""
         rng = np.random.default_rng([self.salt, crc32(name.encode())])
         number, yard = 100 + int(rng.integers(900)), pick(rng, self.world.named["yard"])
         return number, name if self.pages[name].emblem else yard
 
     def open(self, name):
-        """A page and its picture: the scenery, a flag or an emblem, the sign; or the board."""
+        """The text of a page and its picture: scenery, a flag or an emblem, and a sign. "board"
+        shows the first picture again."""
         obs, page = super().open(name), self.pages.get(normal(name).capitalize())
         if normal(name) == "board":
             self.photo = self.first
@@ -397,7 +408,7 @@ class ImageMining(Library, Board):
         return Obs(IMAGE + obs.text, [self.whole()])
 
     def search_image(self, *window):
-        """Four emblems that are like the one in the window."""
+        """Four emblems that are similar to the one in the window."""
         if not self.photo.emblem or iou(window, self.photo.emblem[1]) < 0.25:
             return Obs("No flag or emblem fills that part of the picture.")
         found = self.world.alike(self.pages[self.photo.emblem[0]].emblem)
@@ -429,7 +440,7 @@ class ImageMining(Library, Board):
         yield f"{sign} says {self.gold['answer']}.", "answer", self.gold["answer"]
 
     def glance(self, rng):
-        """Goes the right way, but at its end names the sign of any page that it has met."""
+        """Follows the oracle, but answers with the sign of a random page that it has met."""
         reply = next(self.way)
         if not reply.startswith("answer"):
             return reply

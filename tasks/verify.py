@@ -1,13 +1,14 @@
 """Verifiers: pure functions from evidence to a score in [0, 1].
 
 Evidence comes from an environment: {"reply": what the model wrote, "gold": ...} or, for
-trajectories, {"state": ..., "gold": ...}. A reply is parsed, never evaluated, and never makes
-anything here raise: one that breaks the form is wrong. Broken *evidence* does raise; the reward
+trajectories, {"state": ..., "gold": ...}. A reply is parsed and never evaluated. No reply makes a
+verifier raise: a reply of a wrong form is wrong. Broken *evidence* does raise, and the reward
 system turns that into an error instead of a zero.
 
-The strictness is against known hacks: a range instead of a number, a list of all options, several
-boxes, marks within marks; a score below a floor is nothing, against the whole alphabet or a guess
-in every place. [C] for the box marks, [R] for the idea of floors, [O] for the limits.
+The rules are strict against known hacks: a range instead of a number, a list of all options,
+several boxes, marks within marks. Graded scores below a floor count as 0, against replies such as
+the whole alphabet or a guess in every place. [C] for the box marks, [R] for the floors, [O] for
+the limits.
 """
 import ast
 import json
@@ -16,12 +17,12 @@ import warnings
 
 BEGIN, END = "<|begin_of_box|>", "<|end_of_box|>"
 LONGEST_REPLY, LONGEST_ACTION, LONGEST_LIST = 4000, 400, 40     # characters, and entries
-KEYS = ("color", "shape", "size", "at")         # of a thing, in scene_to_json
+KEYS = ("color", "shape", "size", "at")         # the keys of one thing in scene_to_json
 MOVES = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}
 
 
 def spoken(text: str) -> str:
-    """What follows the last </think>; nothing after an open thought or where it is too long."""
+    """The text after the last </think>; "" if a thought is not closed, or if it is too long."""
     rest = text.rpartition("</think>")[2].strip()
     return "" if "<think>" in rest or len(rest) > LONGEST_REPLY else rest
 
@@ -33,18 +34,18 @@ def boxed(text: str) -> str | None:
 
 
 def answer_and_gold(evidence: dict) -> tuple:
-    """(boxed answer, gold); the answer is "" where there is none, which is never right."""
+    """(boxed answer, gold). The answer is "" if there is none, which is never right."""
     return boxed(evidence["reply"]) or "", evidence["gold"]
 
 
 def parse_action(text: str) -> tuple[str, list] | None:
-    """A Python-style call with literal arguments, `click(412, 377)` -> ("click", [412, 377]).
-    None for anything else; keywords are not part of the language."""
+    """Parse a Python-style call with literal arguments: `click(412, 377)` -> ("click", [412, 377]).
+    Returns None for anything else, calls with keywords included."""
     text = spoken(text)
     if len(text) > LONGEST_ACTION:
         return None
     try:
-        with warnings.catch_warnings(action="ignore"):      # type("\\d") is the model's affair
+        with warnings.catch_warnings(action="ignore"):      # Python warns about type("\\d")
             call = ast.parse(text, mode="eval").body
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.keywords:
             return call.func.id, [ast.literal_eval(argument) for argument in call.args]
@@ -54,25 +55,25 @@ def parse_action(text: str) -> tuple[str, list] | None:
 
 
 def plain(text: str) -> str:
-    """Case, outer punctuation and runs of spaces don't matter."""
+    """Normalise a text: lower case, single spaces, no punctuation at the ends."""
     return " ".join(text.lower().split()).strip(" .!\"'")
 
 
 def exact(evidence: dict) -> float:
-    """EX: the boxed answer equals gold after normalisation."""
+    """EX: 1 if the boxed answer equals gold after normalisation (`plain`)."""
     answer, gold = answer_and_gold(evidence)
     return float(plain(answer) == plain(gold))
 
 
 def number(evidence: dict) -> float:
-    """NUM: the boxed answer is this one integer, in digits and nothing else."""
+    """NUM: 1 if the boxed answer is the gold integer, written in digits and nothing else."""
     answer, gold = answer_and_gold(evidence)
     return float(bool(re.fullmatch(r"-?[0-9]{1,12}", answer)) and int(answer) == int(gold))
 
 
 def value(evidence: dict) -> float:
-    """EX/NUM: a word as in `exact`; a number within 2.5% of gold, where integers from 1000 to 3000
-    may be years and must be exact. [R] for both."""
+    """EX/NUM: for a word as `exact`; a number must be within 2.5% of gold, and exact if gold is an
+    integer from 1000 to 3000, which may be a year. [R] for both."""
     answer, gold = answer_and_gold(evidence)
     if isinstance(gold, str):
         return exact(evidence)
@@ -83,7 +84,8 @@ def value(evidence: dict) -> float:
 
 
 def cited(evidence: dict) -> float:
-    """EX + page: boxed "value, page 2"; half for the value alone, nothing for the page. [O]"""
+    """EX + page: the answer is "value, page 2". 1 if both are right, 0.5 if only the value is.
+    [O]"""
     answer, gold = answer_and_gold(evidence)
     found = re.fullmatch(r"([^,]*), *page ([0-9]{1,3})", plain(answer))
     if not found or plain(found[1]) != plain(str(gold["value"])):
@@ -92,8 +94,8 @@ def cited(evidence: dict) -> float:
 
 
 def distance(a: str, b: str) -> int:
-    """Levenshtein distance after Myers and Hyyrö: a whole column of the table is two integers,
-    whose bits say where it steps up and where down; so a page takes no longer than a line did."""
+    """The Levenshtein distance, by the bit-parallel method of Myers and Hyyrö. Two integers hold a
+    whole column of the table: their bits say where its values rise and where they fall."""
     if not a:
         return len(b)
     where, full, last = {}, (1 << len(a)) - 1, 1 << len(a) - 1
@@ -102,7 +104,7 @@ def distance(a: str, b: str) -> int:
     up, down, edits = full, 0, len(a)
     for char in b:
         same = where.get(char, 0)
-        level = (((same & up) + up) ^ up) | same | down     # no dearer than the cell across
+        level = (((same & up) + up) ^ up) | same | down     # where the diagonal step is free
         rise, fall = down | full & ~(level | up), up & level
         edits += bool(rise & last) - bool(fall & last)
         rise, fall = rise << 1 | 1, fall << 1
@@ -111,14 +113,14 @@ def distance(a: str, b: str) -> int:
 
 
 def edit(evidence: dict) -> float:
-    """ED: 1 - edits / longer length, nothing below 0.4; case matters."""
+    """ED: 1 - edits / length of the longer text, or 0 if that is below 0.4. Case matters."""
     answer, gold = answer_and_gold(evidence)
     score = 1 - distance(answer, gold) / max(len(answer), len(gold))
     return score if score >= 0.4 else 0.0
 
 
 def common(a: list, b: list) -> int:
-    """How many entries the two have in the same order; others between them don't matter."""
+    """The length of the longest common subsequence of two lists."""
     row = [0] * (len(b) + 1)
     for one in a:
         last = row[:]
@@ -128,15 +130,16 @@ def common(a: list, b: list) -> int:
 
 
 def reading(evidence: dict) -> float:
-    """LIS: words in the same order as gold's, over the longer text's words; nothing below 0.4."""
+    """LIS: the number of words in the same order as in gold, divided by the number of words in the
+    longer text, or 0 if that is below 0.4."""
     found, gold = (text.split() for text in answer_and_gold(evidence))
     score = common(found, gold) / max(len(found), len(gold))
     return score if score >= 0.4 else 0.0
 
 
 def moment(evidence: dict) -> float:
-    """NUM where gold is a number. LIS where it is an order: the boxed list has the same entries;
-    (in order - 1) / (all - 1), so that one right neighbour more is worth the same everywhere."""
+    """For a number, NUM. For an order of n entries, LIS: the boxed list must have the same entries;
+    if the longest part in the right order has m of them, the score is (m - 1) / (n - 1)."""
     answer, gold = answer_and_gold(evidence)
     if not isinstance(gold, list):
         return number(evidence)
@@ -145,7 +148,7 @@ def moment(evidence: dict) -> float:
 
 
 def is_point(args) -> bool:
-    """Whether these are two integers in 0-999 (True and 1.0 are not)."""
+    """Whether the arguments are two integers in 0-999 (True and 1.0 are no integers here)."""
     return len(args) == 2 and all(type(a) is int and 0 <= a <= 999 for a in args)
 
 
@@ -155,15 +158,15 @@ def inside(point, area) -> bool:
 
 
 def hit_point(evidence: dict) -> float:
-    """HIT: the boxed [x, y] lies in the gold box (x0, y0, x1, y1)."""
+    """HIT: 1 if the boxed [x, y] lies in the gold box (x0, y0, x1, y1)."""
     answer, gold = answer_and_gold(evidence)
     found = re.fullmatch(r"\[\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\]", answer, re.ASCII)
     return float(bool(found) and inside([int(digits) for digits in found.groups()], gold))
 
 
 def boxes(text: str) -> list[list[int]] | None:
-    """Boxes [x0, y0, x1, y1] of integers in 0-999, each with an area, from a literal list of at
-    most 40 of them; a single box counts as a list of one. None where the form is broken."""
+    """Parse a list of at most 40 boxes [x0, y0, x1, y1] of integers in 0-999, each with an area. A
+    single box counts as a list of one. Returns None for any other form."""
     try:
         found = ast.literal_eval(text) if re.fullmatch(r"\[[\[\], 0-9]*", text) else None
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -184,20 +187,21 @@ def iou(a, b) -> float:
 
 
 def hit_box(evidence: dict) -> float:
-    """IOU: the one boxed box and the gold box overlap by half or more."""
+    """IOU: 1 if the answer is one box and its IoU with the gold box is at least 0.5."""
     answer, gold = answer_and_gold(evidence)
     found = boxes(answer) or []
     return float(len(found) == 1 and iou(found[0], gold) >= 0.5)
 
 
 def set_f1(found: int, gold: int, matched: int) -> float:
-    """F1 of a set of answers against a set of truths; 1 where both are empty."""
+    """F1 of `found` answers and `gold` truths, of which `matched` agree; 1 if there are none."""
     return 2 * matched / (found + gold) if found + gold else 1.0
 
 
 def paired_f1(found: list | None, gold: list, worth, most: int) -> float:
-    """F1 where each truth takes, of the answers left, the one that is worth most to it, `most` at
-    best; nothing below 0.5. The truths don't overlap, so that taking the first is exact."""
+    """F1 where each truth is paired with the best answer that is left, or 0 if it is below 0.5.
+    worth(answer, truth) is at most `most`. Truths do not overlap, so the greedy pairing is
+    exact."""
     free, total = list(found or ()), 0
     for truth in gold:
         best = max(free, key=lambda one: worth(one, truth), default=None)
@@ -209,16 +213,17 @@ def paired_f1(found: list | None, gold: list, worth, most: int) -> float:
 
 
 def match_boxes(evidence: dict) -> float:
-    """F1 over boxes, right where they overlap by half or more."""
+    """F1 over boxes; a box is right if its IoU with a gold box is at least 0.5."""
     answer, gold = answer_and_gold(evidence)
     return paired_f1(boxes(answer), gold, lambda one, truth: iou(one, truth) >= 0.5, most=1)
 
 
 def things(text: str) -> list[dict] | None:
-    """A JSON list of at most 40 objects of these keys, "at" being a point; or None."""
+    """Parse a JSON list of at most 40 objects with exactly the KEYS, "at" being a point, the others
+    strings. Returns None for any other form."""
     try:
         found = json.loads(text, object_pairs_hook=lambda pairs: (
-            dict(pairs) if len(dict(pairs)) == len(pairs) else None))   # a key came twice
+            dict(pairs) if len(dict(pairs)) == len(pairs) else None))   # no key may occur twice
     except (ValueError, RecursionError):
         return None
     good = isinstance(found, list) and len(found) <= LONGEST_LIST and all(
@@ -229,7 +234,8 @@ def things(text: str) -> list[dict] | None:
 
 
 def match_things(evidence: dict) -> float:
-    """F1 over the attributes of things; nothing about one is right outside of the truth's box."""
+    """F1 over the attributes of things. If "at" lies outside of the true box, none of a thing's
+    attributes counts as right."""
     def worth(one, truth):
         right = 1 + sum(plain(one[key]) == truth[key] for key in KEYS[:-1])
         return right if inside(one["at"], truth["box"]) else 0
@@ -239,15 +245,15 @@ def match_things(evidence: dict) -> float:
 
 
 def ahead(place, move):
-    """The crossing that a move leads to, and the road between; a road is named by the sum of
-    its two ends, so one that leads out of the map is simply not among the open ones."""
+    """(the crossing to which a move leads, the road to it). A road is named by the sum of its two
+    ends, so a road that leads out of the map is simply not among the open ones."""
     (x, y), (dx, dy) = place, MOVES[move]
     return (x + dx, y + dy), (2 * x + dx, 2 * y + dy)
 
 
 def route(evidence: dict) -> float:
-    """EXEC: make the boxed moves. A way that meets a bar or ends elsewhere is worth nothing, the
-    shortest 1, and each move too many its share of that: twice as long is worth nothing. [O]"""
+    """EXEC: carry out the boxed moves. A route that meets a bar or ends elsewhere earns 0, a
+    shortest route 1, and a longer one less, down to 0 at twice the length. [O]"""
     answer, gold = answer_and_gold(evidence)
     place, moves = gold["start"], [plain(part) for part in answer.split(",")]
     for move in moves:
@@ -258,13 +264,13 @@ def route(evidence: dict) -> float:
 
 
 def runs(line) -> list[int]:
-    """The lengths of the runs of filled cells, [0] where there is none."""
+    """The lengths of the runs of "1" in a line of "0" and "1"; [0] if there are none."""
     return [len(run) for run in "".join(line).split("0") if run] or [0]
 
 
 def grid(evidence: dict) -> float:
-    """EXEC: the boxed grid, rows apart by "/" and cells by spaces, has the right size and signs
-    and keeps every given cell, every "each sign once" and every row of runs."""
+    """EXEC: 1 if the boxed grid (rows separated by "/", cells by spaces) has the right size and
+    signs, keeps the given cells, has each sign once where it must, and has the wanted runs."""
     answer, gold = answer_and_gold(evidence)
     rows = [row.split() for row in answer.lower().split("/")]
     cells = [sign for row in rows for sign in row]
@@ -276,37 +282,37 @@ def grid(evidence: dict) -> float:
 
 
 def acted(evidence: dict) -> tuple:
-    """(verb, arguments, gold) of a reply that is an action; the verb is "" where it is none."""
+    """(verb, arguments, gold) of a reply that is an action. The verb is "" if it is none."""
     return *(parse_action(evidence["reply"]) or ("", [])), evidence["gold"]
 
 
 def verb(evidence: dict) -> float:
-    """The reply is an action of the right kind."""
+    """1 if the reply is an action of the right kind."""
     name, _, gold = acted(evidence)
     return float(name == gold["action"])
 
 
 def hit_click(evidence: dict) -> float:
-    """HIT: the action's arguments are a point in the gold box."""
+    """HIT: 1 if the action's arguments are a point in the gold box."""
     _, args, gold = acted(evidence)
     return float(is_point(args) and inside(args, gold["box"]))
 
 
 def key_verb(evidence: dict) -> float:
-    """One of the actions that are right here, {verb: its targets}, is of this kind."""
+    """1 if the action has the same verb as one of the right actions. gold: {verb: its targets}."""
     name, _, gold = acted(evidence)
     return float(name in gold)
 
 
 def key_place(evidence: dict) -> float:
-    """A click goes to the box of a right one; other actions have no place to miss."""
+    """1 if a click is in the box of a right click. Actions without a place always get 1."""
     name, args, gold = acted(evidence)
     areas = gold.get("click", [])
     return float(name != "click" or is_point(args) and any(inside(args, area) for area in areas))
 
 
 def key_text(evidence: dict) -> float:
-    """An action with a text has that of a right one, and one without has none."""
+    """1 if an action has the same text as a right action, or neither has one."""
     name, args, gold = acted(evidence)
     if name == "click":
         return float(len(args) <= 2)
@@ -315,25 +321,25 @@ def key_text(evidence: dict) -> float:
 
 
 def state(evidence: dict) -> float:
-    """STATE: the whole final state is the wanted one, so nothing else has changed either."""
+    """STATE: 1 if the whole final state is the wanted one, so nothing else may have changed."""
     return float(evidence["state"] == evidence["gold"])
 
 
 def answered(evidence: dict) -> float:
-    """EX: what was said with the tool answer(...) equals gold after normalisation."""
+    """EX: 1 if the argument of the tool answer(...) equals gold after normalisation."""
     said = evidence["answer"]
     return exact({"reply": "" if said is None else f"{BEGIN}{said}{END}",
                   "gold": evidence["gold"]["answer"]})
 
 
 def witnessed(evidence: dict) -> float:
-    """Whether the log shows that all was seen that has to be seen before one can know."""
+    """1 if the log shows that everything was seen which the answer depends on."""
     seen = {name for turn in evidence["log"] for name in turn[1:]}
     return float(seen.issuperset(evidence["gold"]["needs"]))
 
 
 def hacks(reply: str, question: str) -> list[str]:
-    """Replies that must earn nothing, made from the right one: broken forms and known hacks. [O]"""
+    """Replies that must earn nothing: broken forms and known hacks, made from a right reply. [O]"""
     answer = boxed(reply) or reply
     answers = ("1-10", "a number between 0 and 10", "1, 2, 3, 4, 5, 6, 7, 8", "ABCDEFGHJKLMNPRTUVW",
                "red green blue yellow purple orange cyan pink", "[0, 0, 999, 999]", "[5]", question,
