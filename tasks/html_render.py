@@ -1,11 +1,13 @@
-"""A small HTML renderer: what a page looks like, and where on it every text stands.
+"""A small HTML renderer: it draws a page and reports where every text on it is.
 
-The canvas is 256 page pixels to the side and is drawn at any size, with one and the same layout.
-The language is a part of HTML and CSS, a little simplified: a box's width counts its border and
-padding, and neighbours in a line are centred on one another. A page is measured first and placed
-then; since the renderer itself reports the blocks of text, two pages are compared exactly, without
-reading pixels. [O] The tags and properties are those of OWN_LOOK and `declare`; others are counted
-and do no harm. There is no script and no address.
+The canvas is 256 page pixels wide and high and can be drawn at any size, always with the same
+layout. The language is a subset of HTML and CSS with two simplifications: the width of a box
+includes its border and padding, and the elements of a line are centred vertically. A page is
+measured first and placed afterwards. Since the renderer reports the blocks of text, two pages are
+compared exactly, without reading pixels. [O]
+
+OWN_LOOK and `declare` define which tags and properties exist; others are counted and ignored. There
+are no scripts and no addresses.
 """
 import re
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from .draw import font, shape_mask
 
 SIDE, LINE, SPACE = 256, 1.35, 0.3      # the canvas; height of a line and a space, in font sizes
 MOST_NODES, MOST_DEPTH, LONGEST = 200, 16, 4000
-LEAST_FONT, MOST_FONT, LEAST_CONTRAST = 6, 64, 60   # smaller or paler text does not count
+LEAST_FONT, MOST_FONT, LEAST_CONTRAST = 6, 64, 60   # text that is smaller or paler does not count
 EDGES = ("top", "right", "bottom", "left")
 LENGTH = r"(\d{1,3}(?:\.\d{1,2})?)(?:px)?"
 RULE = r"([^{}]+)\{([^{}]*)\}"
@@ -38,13 +40,13 @@ CHOICES = {"font-weight": ("normal", "bold"), "text-align": ("left", "center", "
            "flex-direction": ("row", "column"),
            "justify-content": ("flex-start", "center", "flex-end", "space-between"),
            "align-items": ("stretch", "flex-start", "center", "flex-end")}
-SHIFT = {"center": 0.5, "right": 1, "flex-end": 1}      # of what is left over; others: none
+SHIFT = {"center": 0.5, "right": 1, "flex-end": 1}      # share of the spare room; for others 0
 LENGTHS = {"width", "height", "gap", "border-radius", "font-size", "flex",
            *(f"{name}-{edge}" for name in ("margin", "padding") for edge in EDGES)}
 PLAIN = {**dict.fromkeys(LENGTHS, 0), "font-size": 12, "color": (0, 0, 0), "border": 0,
          **dict.fromkeys(("width", "height", "share", "background")),
          **{name: options[0] for name, options in CHOICES.items()}}
-# How the tags look where the page does not say.
+# The default styles of the tags.
 OWN_LOOK = """
 html,body,div,table,tr,details{} style{display:none} button,input,img{display:inline-block}
 h1,h2,h3,b,th,summary{font-weight:bold} h1{font-size:20px} h2{font-size:16px} h3{font-size:13px}
@@ -56,20 +58,21 @@ input{border-radius:4px} img{width:40px; height:40px; background:#c3cad5}"""
 
 
 class Broken(ValueError):
-    """Not a page: too long, too many nodes, too deep, or text outside any element."""
+    """Raised for text that is not a page: too long, too many elements, nested too deep, or with
+    text outside of any element."""
 
 
 @dataclass(eq=False)
 class Node:
-    """An element; or, without a tag, a word or a line. Its place is relative to the content of
-    the node above it; kids are the nodes that are laid out."""
+    """An element, or, without a tag, a word or a line of text. Its position is relative to the
+    content of the node above. `kids` are the nodes that are laid out inside it."""
     tag: str = ""
     attrs: dict = field(default_factory=dict)
     children: list = field(default_factory=list)        # elements and strings
     above: "Node | None" = None
     style: dict = field(default_factory=lambda: PLAIN)
     link: "Node | None" = None          # the nearest node, itself or above, that takes a click
-    table: "Node | None" = None         # the table, if any, of which a row here would be
+    table: "Node | None" = None         # the table to which a row at this place would belong
     kids: list | None = None
     text: str = ""
     space: float = 0                    # the width of the white space before it in a line
@@ -79,28 +82,29 @@ class Node:
     h: float = 0
 
     def elements(self):
-        """The elements that stand directly in it."""
+        """The elements that are direct children."""
         return [child for child in self.children if isinstance(child, Node)]
 
     def walk(self):
-        """Itself and all elements within, as they stand in the text."""
+        """Yield this element and all elements inside it, in document order."""
         yield self
         for child in self.elements():
             yield from child.walk()
 
     def checkbox(self):
-        """Whether it is a box to tick."""
+        """Whether it is a check box."""
         return self.tag == "input" and self.attrs.get("type") == "checkbox"
 
     def frame(self):
-        """Border and padding: left, top, both sides, both ends."""
+        """Border and padding: at the left, at the top, left and right together, top and bottom
+        together."""
         s = self.style
         left, top = s["padding-left"] + s["border"], s["padding-top"] + s["border"]
         return (left, top, left + s["padding-right"] + s["border"],
                 top + s["padding-bottom"] + s["border"])
 
     def margins(self):
-        """Both sides, both ends."""
+        """Margins: left and right together, top and bottom together."""
         s = self.style
         return s["margin-left"] + s["margin-right"], s["margin-top"] + s["margin-bottom"]
 
@@ -108,7 +112,7 @@ class Node:
 # ---- reading a page -----------------------------------------------------------------------------
 
 def colour(word: str) -> tuple | None:
-    """#rgb, #rrggbb or one of a few names; else None."""
+    """RGB of #rgb, #rrggbb or one of a few names; None for anything else."""
     word = NAMED.get(word, word)
     if re.fullmatch("#[0-9a-f]{3}", word):
         word = "#" + "".join(2 * digit for digit in word[1:])
@@ -116,7 +120,7 @@ def colour(word: str) -> tuple | None:
 
 
 def declare(name: str, value: str) -> dict:
-    """What one declaration sets; nothing where it is not understood."""
+    """{property: value} that one declaration sets; {} if it is not understood."""
     name = name.replace("background-color", "background")
     found = [re.fullmatch(LENGTH, word, re.ASCII) for word in value.split()]
     sizes = [float(one[1]) for one in found] if all(found) else []
@@ -139,19 +143,19 @@ def declare(name: str, value: str) -> dict:
 
 @lru_cache(maxsize=4096)
 def declarations(text: str) -> tuple[dict, int]:
-    """The style that "name: value; name: value" sets, and how many were not understood."""
+    """(the style that "name: value; name: value" sets, how many were not understood)."""
     parts = [part.lower().partition(":") for part in text.split(";") if part.strip()]
     found = [declare(name.strip(), value.strip()) for name, _, value in parts]
     return {k: v for one in found for k, v in one.items()}, found.count({})
 
 
 def heir(style: dict) -> dict:
-    """The style of what stands in a node, as far as the node decides."""
+    """The style that children inherit from a node with this style."""
     return {**PLAIN, **{name: style[name] for name in INHERITED}}
 
 
 def rules(sheet: str) -> dict:
-    """The style that "name, name {declarations} ..." sets for each tag or .class."""
+    """{tag or .class: style} of a style sheet, "name, name {declarations} ..."."""
     found = {}
     for names, text in re.findall(RULE, sheet):
         for name in names.split(","):
@@ -168,13 +172,14 @@ extent = lru_cache(maxsize=16384)(lambda word, size: font(size).getlength(word))
 
 
 def gather(node: Node, line: Node, space: bool) -> bool:
-    """Put the words and boxes of a node into the line; whether white space stands at the end."""
+    """Add the words and boxes of a node to a line of text. space: whether there is white space
+    before; returns whether there is white space at the end."""
     style, size = heir(node.style), node.style["font-size"]
     for child in node.children:
         if isinstance(child, str):
             space |= child[:1].isspace()
             for word in child.split():
-                # the face has ASCII only, and what can't be seen must not count as text
+                # the font has ASCII only, and characters that are not drawn must not count
                 word = re.sub("[^!-~]", "?", word)
                 line.kids.append(Node(above=line, style=style, link=node.link, text=word,
                                       space=SPACE * size * space, w=extent(word, size),
@@ -191,8 +196,8 @@ def gather(node: Node, line: Node, space: bool) -> bool:
 
 
 def divide(node: Node) -> list:
-    """The kids, found once: the rows of a table, each with its cells for kids; else the elements
-    that make blocks, and lines of what stands between."""
+    """Set node.kids, once, and return them: the rows of a table, whose kids are the cells; for
+    other elements the block elements, and lines with the inline content between them."""
     def loose(child):
         return isinstance(child, str) or node.style["display"] != "flex" and (
             child.style["display"].startswith("inline"))
@@ -224,7 +229,7 @@ def columns(table: Node) -> list[float]:
 
 
 def fit(node: Node) -> float:
-    """The width at which nothing wraps."""
+    """The width that a node needs so that no line wraps."""
     style = node.style
     if style["width"] is not None:
         return style["width"]
@@ -239,7 +244,7 @@ def fit(node: Node) -> float:
 
 
 def wide(node: Node, room: float, fill: bool) -> float:
-    """The width of a node that may have `room`; `fill`: blocks take all of it."""
+    """The width of a node in a space of width `room`. fill: blocks take all of it."""
     if node.style["width"] is not None:
         return node.style["width"]
     if node.style["share"] is not None:
@@ -248,7 +253,7 @@ def wide(node: Node, room: float, fill: bool) -> float:
 
 
 def flow(node: Node, width: float):
-    """Give a node this width, everything in it a place, and it the height that it needs."""
+    """Lay out a node with this width: set its size and the positions of everything inside."""
     style, (_, _, sides, ends) = node.style, node.frame()
     lay = (wrap if style["display"] == "line" else grid if node.tag == "table" else
            row if style["display"] == "flex" and style["flex-direction"] == "row" else column)
@@ -257,18 +262,19 @@ def flow(node: Node, width: float):
     node.w, node.h = width, filled + ends if height is None else style["height"]
 
 
-# Each way to lay out a node gives its kids their places in a content `inner` wide and, where that
-# is fixed, `height` high, and returns the height that they take.
+# Each of the following functions lays out one kind of node. It sets the positions of the kids in a
+# content area `inner` wide and, if its height is fixed, `height` high, and returns the height that
+# they take.
 
 def spread(kids: list, axis: str, spare: float, how: str):
-    """Move kids along an axis into the room that is left over."""
+    """Distribute the spare room along an axis: justify-content."""
     for i, kid in enumerate(kids):
         share = i / max(1, len(kids) - 1) if how == "space-between" else SHIFT.get(how, 0)
         setattr(kid, axis, getattr(kid, axis) + max(0, spare) * share)
 
 
 def wrap(line: Node, inner: float, height: float | None) -> float:
-    """Words and boxes in as many rows as they need, centred on one another."""
+    """Lay out words and boxes in as many rows as they need, vertically centred in each."""
     ends, rows, y = [], [], 0
     for kid in line.kids:
         before, width = kid.space, kid.w + kid.margins()[0]
@@ -289,7 +295,7 @@ def wrap(line: Node, inner: float, height: float | None) -> float:
 
 
 def column(node: Node, inner: float, height: float | None) -> float:
-    """Blocks below one another; outside a flex box neighbours share their margins."""
+    """Lay out blocks below one another. Outside of a flex box margins of neighbours collapse."""
     style, kids, y, last = node.style, divide(node), 0, 0
     flex = style["display"] == "flex"
     for i, kid in enumerate(kids):
@@ -305,12 +311,12 @@ def column(node: Node, inner: float, height: float | None) -> float:
 
 
 def row(node: Node, inner: float, height: float | None) -> float:
-    """Blocks side by side; those with a `flex` share what the others leave."""
+    """Lay out blocks side by side. Those with a `flex` share the room that the others leave."""
     style, kids, x = node.style, divide(node), 0
     room = inner - style["gap"] * (len(kids) - 1) - sum(kid.margins()[0] for kid in kids)
     grow = [kid.style["flex"] for kid in kids]
     widths = [0 if share else wide(kid, inner, False) for kid, share in zip(kids, grow)]
-    if sum(widths) > max(0, room):              # too much: all give way alike
+    if sum(widths) > max(0, room):              # too wide: all shrink by the same factor
         widths = [width * max(0, room) / sum(widths) for width in widths]
     spare = room - sum(widths)
     for kid, width, share in zip(kids, widths, grow):
@@ -328,7 +334,7 @@ def row(node: Node, inner: float, height: float | None) -> float:
 
 
 def grid(table: Node, inner: float, height: float | None) -> float:
-    """Rows below one another; the columns share the width as they need it."""
+    """Lay out the rows of a table. The columns share the width in proportion to their needs."""
     needs, y = columns(table), 0
     for line in table.kids:
         line.x, line.y, line.w, x = 0, y, inner, 0
@@ -345,17 +351,17 @@ def grid(table: Node, inner: float, height: float | None) -> float:
 # ---- the page -----------------------------------------------------------------------------------
 
 class Block(NamedTuple):
-    """A run of text in one style that can be seen."""
+    """A visible run of text in one style."""
     text: str
     box: tuple                          # x0, y0, x1, y1 on the canvas
     color: tuple
     ground: tuple                       # the colour behind it
-    link: Node | None                   # what a click on it reaches
+    link: Node | None                   # the element that a click on it activates
 
 
 @lru_cache(maxsize=4096)
 def word_mask(word: str, size: float, bold: bool) -> Image.Image:
-    """A word as a mask, `size` being the font's in pixels."""
+    """A word as a mask; size: of the font, in pixels."""
     word = word[:ceil(10_000 / size)]   # more would not fit on any canvas
     face, stroke = font(size), 0.03 * size * bold
     mask = Image.new("L", (ceil(face.getlength(word) + 2 * stroke) + 2, ceil(LINE * size)))
@@ -364,7 +370,7 @@ def word_mask(word: str, size: float, bold: bool) -> Image.Image:
 
 
 class View:
-    """A page laid out: `forms` and `words` to draw, and `blocks`, the text that can be seen."""
+    """A page after layout: `forms` and `words` to draw, and `blocks`, the visible text."""
 
     def __init__(self, root: Node, color: tuple):
         self.color, self.forms, self.words = color, [], []
@@ -378,7 +384,7 @@ class View:
         self.complete = fits and None not in runs
 
     def place(self, node: Node, x: float, y: float):
-        """Note what is to be drawn, from the outside in."""
+        """Collect what is to be drawn, from the outside in."""
         x, y, w, h, style = x + node.x, y + node.y, node.w, node.h, node.style
         if node.text:
             self.words.append((x, y, node))
@@ -389,11 +395,11 @@ class View:
         if ground:
             forms.append(("plate", x + edge, y + edge, w - 2 * edge, h - 2 * edge, ground,
                           max(0, radius - edge)))
-        if node.tag == "li":                    # signs that a page need not ask for
+        if node.tag == "li":                    # signs that are drawn without any style
             forms.append(("circle", x - 9, y + 0.5 * style["font-size"], 4, 4, ink, 0))
         elif node.checkbox() and "checked" in node.attrs:
             forms.append(("tick", x + 2, y + 2, w - 4, h - 4, (30, 120, 60), 0))
-        elif node.tag == "summary":             # minus, or plus where there is more to see
+        elif node.tag == "summary":             # a minus if it is open, else a plus
             signs = [(10, 1, 8, 2), (7, 4, 2, 8)][:1 if "open" in node.above.attrs else 2]
             forms += [("plate", x + w - right, y + h / 2 - up, *size, ink, 0)
                       for right, up, *size in signs]
@@ -402,7 +408,8 @@ class View:
             self.place(kid, x + left, y + top)
 
     def image(self, pixels: int, text: bool = True) -> Image.Image:
-        """The picture, `pixels` to the side; without its text where that is not wanted."""
+        """Draw the page -> PIL image, `pixels` wide and high; without its text if `text` is
+        false."""
         image, unit = Image.new("RGB", (pixels, pixels), self.color), pixels / SIDE
         pen = ImageDraw.Draw(image)
         for kind, x, y, w, h, color, radius in self.forms:
@@ -411,7 +418,8 @@ class View:
             if kind != "plate":
                 image.paste(color, (left, top), shape_mask(kind, max(1, bottom - top)))
                 continue
-            for dx, dy in ((r, 0), (0, r)):             # a cross, and a circle in each corner
+            # a rectangle with round corners: a cross, and a circle in each corner
+            for dx, dy in ((r, 0), (0, r)):
                 if left + dx < right - dx and top + dy < bottom - dy:
                     pen.rectangle((left + dx, top + dy, right - dx - 1, bottom - dy - 1), color)
             for corner in product((left, right - 2 * r), (top, bottom - 2 * r)) if r > 0 else ():
@@ -424,8 +432,8 @@ class View:
         return image
 
     def runs(self, ground: Image.Image):
-        """A Block for neighbouring words of one line, look and target; None for text that is
-        tiny, not set off from what lies behind it, or not on the canvas as a whole."""
+        """Yield a Block for each run of neighbouring words of the same line, style and link; None
+        for a run that is too small, has too little contrast, or is not wholly on the canvas."""
         def belongs(placed):
             word = placed[2]
             return word.above, word.link, *(word.style[name] for name in INHERITED)
@@ -445,10 +453,13 @@ class View:
 
 
 class Site(HTMLParser):
-    """A page, or several, as a browser has it: the nodes keep what was clicked. Children of the
-    body that have an id are pages of their own, of which one is shown, the first to begin with;
-    whatever else the body holds, such as a bar with links, is on all of them. `unknown` counts
-    what is not understood. A stray or missing end tag does no more harm than in a browser."""
+    """One or several pages as in a browser, with a state that clicks change.
+
+    Children of the body that have an id are separate pages, one of which is shown, at first the
+    first. Everything else in the body, such as a bar with links, is shown with each of them.
+    `unknown` counts what was not understood. A stray or missing end tag is tolerated as in a
+    browser. Raises Broken.
+    """
 
     def __init__(self, html: str):
         super().__init__()
@@ -459,7 +470,7 @@ class Site(HTMLParser):
         try:
             self.feed(html)
             self.close()
-        except AssertionError as error:         # what html.parser says to "<![x"
+        except AssertionError as error:         # html.parser raises it on "<![x"
             raise Broken(str(error)) from None
         texts = [node.attrs.get("style", "") for node in self.root.walk()]
         texts += [text for _, text in re.findall(RULE, self.css)]
@@ -500,7 +511,7 @@ class Site(HTMLParser):
             raise Broken("text outside any element")
 
     def dress(self, node: Node):
-        """Settle the style of what stands below, from the weakest rule to the strongest."""
+        """Compute the styles of everything below a node, from the weakest rule to the strongest."""
         for child in node.elements():
             child.style = heir(node.style) | LOOKS.get(child.tag, {})
             for name in (child.tag, *("." + n for n in child.attrs.get("class", "").split())):
@@ -514,7 +525,7 @@ class Site(HTMLParser):
             self.dress(child)
 
     def view(self) -> View:
-        """What it looks like now."""
+        """The current view."""
         if self.seen is None:
             self.root.kids = None
             self.dress(self.root)
@@ -522,7 +533,7 @@ class Site(HTMLParser):
         return self.seen
 
     def click(self, text: str) -> bool:
-        """Click the text that reads so; whether there is one, and it does something."""
+        """Click on the block with this text. Returns whether there is one and it did something."""
         link = next((b.link for b in self.view().blocks if b.text == text and b.link), None)
         if link is None:
             return False

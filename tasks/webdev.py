@@ -1,8 +1,9 @@
-"""Web pages: write the HTML of what a picture shows; mend a draft until it looks right.
+"""Web pages: write the HTML of a picture; correct a draft until it looks right.
 
-`likeness` is our own measure, after the idea of Design2Code: matched blocks of text, their wording,
-place and colour, and what lies behind them. It is not that benchmark's figure and never stands
-under its name. What a page does when it is clicked is scored apart, after Vision2Web.
+`likeness` is our own measure, after the idea of Design2Code: it matches blocks of text and compares
+their wording, position and colour, and the background. It is not that benchmark's score and must
+not be reported under its name. Whether a page works when it is clicked is scored separately, after
+Vision2Web.
 """
 import math
 import re
@@ -20,7 +21,7 @@ from .html_render import Broken, look, SIDE, Site, View
 from .verify import boxed, distance, parse_action, set_f1
 from .words import invent, some, some_of, THINGS
 
-SAME_TEXT, LEAST_SHARED = 0.5, 0.3      # below: another text; another page
+SAME_TEXT, LEAST_SHARED = 0.5, 0.3      # less likeness than this: another text; another page
 
 
 # ---- the score ----------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def lab(rgb: tuple) -> tuple:
 
 
 def ciede2000(one: tuple, other: tuple) -> float:
-    """The colour difference of two CIELAB colours as people see it (CIE 142, Sharma et al.)."""
+    """The perceived difference of two CIELAB colours, CIEDE2000 (CIE 142, Sharma et al.)."""
     (l1, a1, b1), (l2, a2, b2) = one, other
     c7 = ((math.hypot(a1, b1) + math.hypot(a2, b2)) / 2) ** 7
     stretch = 1.5 - 0.5 * math.sqrt(c7 / (c7 + 25 ** 7))
@@ -59,12 +60,12 @@ def ciede2000(one: tuple, other: tuple) -> float:
 
 
 def assign(cost: np.ndarray) -> list[tuple[int, int]]:
-    """The cheapest pairing of each row with a column of its own (rows <= columns): the Hungarian
-    method, one shortest augmenting path a row."""
+    """The assignment of each row to a column of its own with the least total cost (rows <= columns)
+    as [(row, column)]: the Hungarian method, with one shortest augmenting path for each row."""
     rows, columns = cost.shape
     u, v, owner = np.zeros(rows + 1), np.zeros(columns + 1), np.zeros(columns + 1, int)
     for i in range(1, rows + 1):
-        owner[0], j = i, 0              # column 0 is where the path starts, not a column of cost
+        owner[0], j = i, 0              # the path starts at column 0, which is not part of `cost`
         least, way = np.full(columns + 1, np.inf), np.zeros(columns + 1, int)
         seen = np.zeros(columns + 1, bool)
         while owner[j]:
@@ -85,16 +86,18 @@ def assign(cost: np.ndarray) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=16384)
 def alike(a: str, b: str) -> float:
-    """1 - edits / longer length, worked out only where the letters allow enough of it."""
+    """1 - edits / length of the longer text, or 0 without computing it if the letters alone show
+    that it is below SAME_TEXT."""
     most = max(len(a), len(b))
     enough = sum((Counter(a) & Counter(b)).values()) >= SAME_TEXT * most
     return 1 - distance(a, b) / most if enough else 0.0
 
 
 def likeness(page: View, gold: View) -> float:
-    """F1 of visible words (a gate: below 0.3 nothing) times the mean of five likenesses: how much
-    of both pages' text is matched, size by size; wording; place (nothing from a quarter of the
-    canvas on); colour; and the page without its text, against a canvas of one colour. [O]"""
+    """How similar two pages look, from 0 to 1. F1 of the visible words (0 below LEAST_SHARED) times
+    the mean of five scores: the share of the text that is matched, by size; wording; position (0 at
+    a quarter of the canvas or more); colour; and the page without its text, relative to an empty
+    canvas. [O]"""
     mine, theirs = page.blocks, gold.blocks
     words = [Counter(" ".join(b.text for b in blocks).split()) for blocks in (mine, theirs)]
     shared = set_f1(words[0].total(), words[1].total(), (words[0] & words[1]).total())
@@ -105,7 +108,7 @@ def likeness(page: View, gold: View) -> float:
                       alike(a.text, b.text) for b in theirs] for a in mine])
     a, b = (np.array([block.box for block in blocks]) for blocks in (mine, theirs))
     size_a, size_b = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (a, b))
-    # how far the middles are from one another, the longer way, in canvases
+    # distance of the middles along x or y, whichever is longer, in canvas sizes
     apart = np.abs(a[:, None, :2] + a[:, None, 2:] - b[:, :2] - b[:, 2:]).max(2) / 2 / SIDE
     cost = 1 - same + 0.1 * apart
     pairs = assign(cost) if len(mine) <= len(theirs) else [(i, j) for j, i in assign(cost.T)]
@@ -124,7 +127,7 @@ def likeness(page: View, gold: View) -> float:
 
 
 def opened(html: str) -> Site | None:
-    """A page as it opens; None for a broken one."""
+    """The Site of a page, or None for a broken one."""
     try:
         return Site(html)
     except Broken:
@@ -132,22 +135,23 @@ def opened(html: str) -> Site | None:
 
 
 def visit(html: str, path: list) -> View | None:
-    """A page after clicks on these texts; None where it is broken or one of them does nothing."""
+    """The view of a page after clicks on these texts; None if it is broken or a click does
+    nothing."""
     site = opened(html)
     return site.view() if site and all([site.click(text) for text in path]) else None
 
 
 @lru_cache(maxsize=8192)
 def page_score(html: str, gold: str) -> float:
-    """The likeness of two pages as they open; 0 for a broken one."""
-    view, wanted = visit(html, []), look(gold)      # a broken gold is an error, not a zero
+    """The likeness of the first views of two pages; 0 for a broken one."""
+    view, wanted = visit(html, []), look(gold)      # raises if gold is broken: an error, not a zero
     return likeness(view, wanted) if view else 0.0
 
 
 def relative_rewards(scores: list, reference: float | None = None) -> list[float]:
-    """RVPO: rewards within a group of replies, from scores or None where nothing was rendered. -1
-    for a failed render; 0 for worse than the reference, when polishing; else 1, and for every
-    other reply 1 more if it is beaten, 1/2 if equalled. [C]"""
+    """RVPO: rewards within a group of replies from their scores, None for a failed render. A failed
+    render gets -1; when polishing, a score below the reference gets 0; any other gets 1, plus 1 for
+    each other reply with a lower score and 1/2 for each with an equal score. [C]"""
     rank = [-1.0 if score is None else score for score in scores]
     return [-1.0 if score is None else 0.0 if reference is not None and score < reference else
             0.5 + sum((score > other) + 0.5 * (score == other) for other in rank)   # 1/2: itself
@@ -157,8 +161,9 @@ def relative_rewards(scores: list, reference: float | None = None) -> list[float
 # ---- workflow -----------------------------------------------------------------------------------
 
 def attempt(site: Site, act: str, text: str) -> bool:
-    """One step: click a text; or assert that it is seen or gone, that its box is ticked, or that
-    this is the page."""
+    """Carry out one step of a workflow and return whether it succeeds. act: "click" a text; "see"
+    or "gone": assert that it is visible or not; "ticked": assert that its check box is ticked;
+    "page": assert that this page is shown."""
     if act == "click":
         return site.click(text)
     if act == "page":
@@ -170,8 +175,8 @@ def attempt(site: Site, act: str, text: str) -> bool:
 
 
 def run_workflow(html: str, chains: list) -> list[str]:
-    """Each chain of (act, text) starts from the page as it opens -> passed, failed or, after a
-    step that failed, blocked, for every step. [R] Vision2Web"""
+    """Run chains of (act, text), each from a freshly opened page. Returns "passed", "failed" or,
+    after a failed step of the chain, "blocked" for every step. [R] Vision2Web"""
     found = []
     for chain in chains:
         site, verdict = opened(html), "passed"
@@ -183,14 +188,14 @@ def run_workflow(html: str, chains: list) -> list[str]:
 
 
 def appearance(evidence: dict) -> float:
-    """REND: the mean likeness over the pages, each reached by the link that leads there."""
+    """REND: the mean likeness over the pages, each opened through its link."""
     html, gold = boxed(evidence["reply"]) or "", evidence["gold"]
     views = [(visit(html, path), visit(gold["html"], path)) for path in gold["paths"]]
     return sum(likeness(view, wanted) for view, wanted in views if view) / len(views)
 
 
 def workings(evidence: dict) -> float:
-    """The share of the workflow's steps that pass."""
+    """The share of the steps of the workflow that pass."""
     found = run_workflow(boxed(evidence["reply"]) or "", evidence["gold"]["flow"])
     return found.count("passed") / len(found)
 
@@ -222,8 +227,8 @@ body{background:$ground;color:$ink}
 .note{margin:6px 12px;padding:8px;$bold;$round;text-align:$lean}
 .more{margin:6px 12px;padding:6px 8px;background:$card;$round}
 """
-# A part: about how high it is; its classes; what is drawn first, if anything; and its HTML, where
-# one tag after another begins a line unless it stands IN_LINE.
+# A part of a page: (approximate height; its classes; a field whose text is drawn first, or ""; its
+# HTML). Every tag begins a new line, except those that match IN_LINE.
 PARTS = {
     "hero": (92, "hero pale go", "", '<div class="hero"><h1>$name $word</h1>'
              '<p class="pale">$phrase</p><button class="go">$verb $word</button></div>'),
@@ -249,12 +254,12 @@ IN_LINE = "/?t[hd]|/tr|input|/p"
 
 
 def code(color) -> str:
-    """A colour as HTML has it, #rrggbb."""
+    """A colour in HTML, #rrggbb."""
     return "#%02x%02x%02x" % tuple(color)
 
 
 class Writer:
-    """Writes parts in one look: a palette, a radius, a side to which things lean."""
+    """Writes the parts of a page in one style: palette, corner radius, text alignment."""
 
     def __init__(self, rng, heldout: bool, dark: bool):
         colors = list(shades(rng, heldout).values())
@@ -277,7 +282,7 @@ class Writer:
         words, said = cycle(some(rng, THINGS, 20, heldout)), set()
 
         def new(make):
-            """What was not yet said on the page, so that a text is found in one place."""
+            """A text that is not yet on the page, so that every text is in one place only."""
             while (text := make()) in said:
                 pass
             said.add(text)
@@ -292,19 +297,19 @@ class Writer:
             "art": lambda: pick(rng, ("", '<img class="art">'))}
 
     def __getitem__(self, field: str):
-        """What stands in a part for $field: drawn anew each time it is asked for."""
+        """A value for $field in the HTML of a part, drawn anew for each occurrence."""
         return self.draw[field]()
 
     def part(self, kind: str) -> str:
-        """The HTML of a part with texts of its own."""
+        """The HTML of a part with new texts."""
         _, _, first, html = PARTS[kind]
         self.first = Template(first).substitute(self)
         return Template(html).substitute(self)
 
 
 class Page:
-    """A page of a difficulty, or a site of two: its HTML, the links that lead to each of its pages,
-    its views, and what it is made of."""
+    """A random page for a level, at level 4 a site of two pages. html: its source; paths: for each
+    page the texts to click; views: of each page; parts: the names of its parts."""
     amounts = (1, 1, 2, 3, 2)
 
     def __init__(self, rng, heldout: bool, level: int):
@@ -312,7 +317,7 @@ class Page:
             pass
 
     def make(self, rng, heldout, level) -> bool:
-        """Whether this draft belongs to the split and fits the canvas."""
+        """Draw a page. Returns whether it belongs to the split and fits the canvas."""
         writer = Writer(rng, heldout, level >= 2 and rng.integers(4) == 0)
         links = [writer["name"] for _ in range(2 + (level < 4))] if level else []
         kinds, names = list(PARTS)[:4 if level == 0 else None], links if level == 4 else [""]
@@ -340,7 +345,7 @@ class Page:
         return all(view and view.complete for view in self.views)
 
     def workflow(self) -> list:
-        """Chains of steps that the picture lets one expect to work."""
+        """Chains of steps, as for `run_workflow`, that should work judging by the picture."""
         texts = [{b.text for b in view.blocks} for view in self.views]
         both = set.intersection(*texts) if len(texts) > 1 else set()
         longest = [max(sorted(found - both), key=len) for found in texts]
@@ -358,7 +363,7 @@ class Page:
         return flow
 
     def why(self):
-        """What one sees from the top down."""
+        """The parts from top to bottom, in words."""
         first, *others = [" and ".join(parts) for parts in self.parts]
         return f"From the top: {first}." + "".join(f" Other page: {other}." for other in others)
 
@@ -366,7 +371,8 @@ class Page:
 # ---- categories ---------------------------------------------------------------------------------
 
 class UiToCode(OneShot):
-    """A picture of a page -> its HTML. Levels add parts; at 4 it is a site of two pages."""
+    """Write the HTML of a picture. Levels differ in the number of parts; level 4 is a site of two
+    pages."""
     family, tier, verifier, min_pixels = "agent", 2, "REND", 256
     blind = (0.0,) * 5          # no page can be guessed
     questions = ("Write this page in HTML, 256 px wide.", "What HTML looks like this? 256 px wide.")
@@ -386,13 +392,13 @@ class UiToCode(OneShot):
         return box(gold["html"])
 
     def glance(self, rng):
-        """The right texts below one another, without any style."""
+        """The right texts, one below another, without any style."""
         return box("\n".join(f"<p>{b.text}</p>" for view in self.views for b in view.blocks))
 
 
 def edited(html: str, reply: str) -> tuple[str, str]:
-    """(the page after a reply, what came of it). Between the box marks stands a whole page, or
-    lines of edit("old", "new"), each made where old stands exactly once."""
+    """(the page after a reply, a note on the result). The reply has a whole page between the box
+    marks, or lines of edit("old", "new"); an edit is made if `old` occurs exactly once."""
     text = boxed(reply) or ""
     whole = text.startswith("<")
     edits = [] if whole else [parse_action(line) for line in text.split("\n")]
@@ -410,8 +416,8 @@ def edited(html: str, reply: str) -> tuple[str, str]:
 
 
 def edit_between(old: str, new: str) -> str:
-    """The shortest edit of whole words that makes one page of the other, and whose old text is
-    found in one place."""
+    """The shortest edit of whole words that turns one page into the other and whose old text occurs
+    only once."""
     start = len(commonprefix([old, new]))
     end = len(commonprefix([old[start:][::-1], new[start:][::-1]]))
     while start and old[start - 1] not in " ;{}<>\n":
@@ -423,7 +429,7 @@ def edit_between(old: str, new: str) -> str:
     return f"edit({old[start:len(old) - end]!r}, {new[start:len(new) - end]!r})"
 
 
-FAULTS = (                      # where it may be, and what stands there instead
+FAULTS = (                      # (pattern of the place, function that returns the replacement)
     (r"(?<=>)[^<>\n]+(?=<)",
      lambda rng, old, heldout: f"{invent(rng, heldout)} {pick(rng, THINGS)}"),
     ("#[0-9a-f]{6}", lambda rng, old, heldout: code(rng.integers(0, 256, 3).tolist())),
@@ -433,8 +439,8 @@ FAULTS = (                      # where it may be, and what stands there instead
 
 
 def spoil(rng, html: str, heldout: bool) -> str:
-    """One fault put into a page: another text, colour or size, or a line left out; none where
-    what was drawn can't be done."""
+    """Put one random fault into a page: another text, colour or size, or a missing line. Returns
+    the page unchanged if there is no place for that fault."""
     form, instead = pick(rng, FAULTS)
     found = list(re.finditer(form, html))
     if not found:
@@ -444,13 +450,14 @@ def spoil(rng, html: str, heldout: bool) -> str:
 
 
 def closer(evidence: dict) -> float:
-    """REND: how much of what the draft lacked the page has gained."""
+    """REND: the share of the draft's difference from gold that was removed."""
     before, after = (page_score(evidence[name], evidence["gold"]) for name in ("draft", "page"))
     return max(0.0, (after - before) / (1 - before))
 
 
 def kept(evidence: dict) -> float:
-    """The share of what was right in the draft that still is: text, colour and, nearly, place."""
+    """The share of the draft's right blocks that are still right. A block is right if text and
+    colour are equal and its position is off by at most 3 pixels."""
     def right(html):
         blocks = look(html).blocks
         return {i for i, b in enumerate(look(evidence["gold"]).blocks)
@@ -462,10 +469,10 @@ def kept(evidence: dict) -> float:
 
 
 class UiPolish(Env):
-    """A page as wanted, a draft with faults, and what the draft looks like: mend it, seeing after
-    each round what came of it."""
+    """Correct a draft with faults until it looks like a given picture. After each round of edits
+    the new draft is shown."""
     family, tier, verifier, max_turns, min_pixels = "agent", 3, "REND", 4, 256
-    blind = (0.0,) * 5          # a fault can't be told from the draft alone
+    blind = (0.0,) * 5          # the draft alone does not show what is wrong
     goal = ("Picture 1 is the page as wanted, picture 2 the draft below. Mend the draft: lines of "
             "edit('old', 'new'), where old stands once in it, or the whole page, between box "
             "marks; then done().")
@@ -474,7 +481,7 @@ class UiPolish(Env):
         page = Page(self.rng, self.heldout, min(self.level, 3))
         faults, self.chain = self.level + 1, []     # from the wanted page to the draft
         while len(self.chain) <= faults:
-            # a new start now and then: after some faults, any more makes it another page
+            # sometimes start again: after some faults, any other may make it a different page
             self.chain = self.chain if self.chain and self.rng.integers(40) else [page.html]
             worse, last = spoil(self.rng, self.chain[-1], self.heldout), self.chain[-1]
             if LEAST_SHARED < page_score(worse, page.html) < page_score(last, page.html) - 0.01:
@@ -507,6 +514,6 @@ class UiPolish(Env):
             yield box("\n".join(steps)) if steps else "done()"
 
     def glance(self, rng):
-        """One who mends the first fault and thinks that this was all."""
+        """Corrects the fault that was made last, and stops."""
         one = box(edit_between(*self.chain[:-3:-1]))
         return one if self.page == self.chain[-1] else "done()"
