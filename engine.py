@@ -167,7 +167,7 @@ def probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
     if bool((top_p < 1).any()):
         ordered, order = probs.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered   # of all more likely tokens: 0 for the first
-        kept = ordered * (before < top_p[..., None])
+        kept = ordered * (before < top_p.clamp_min(1e-6)[..., None])
         kept = kept / kept.sum(-1, keepdim=True)
         probs = torch.zeros_like(probs).scatter(-1, order, kept)
     if bool((temperature <= 0).any()):

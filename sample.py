@@ -1,4 +1,4 @@
-"""Using a model: ask it about pictures, or measure it on the gym.
+"""Using a model: ask it about pictures, or evaluate it on the gym.
 
     python sample.py ask --image=photo.png "What color is the circle?"
     python sample.py ask --image=a.png --image=b.jpg "Which one is red?" --temperature=0.7
@@ -6,16 +6,17 @@
     python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
 
-Without --ckpt the demo's checkpoint in ckpt/ answers: 1.0M parameters trained for minutes on
+Without --ckpt the demo's checkpoint in ckpt/ is used: 1.0M parameters, trained for minutes on
 64-pixel drawings of shapes, characters and buttons. It knows nothing else.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
-import json
 import math
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
 
 from tqdm import tqdm
 
@@ -23,46 +24,47 @@ import gym
 from data import document, parse_mix, sight
 from engine import Engine, Request
 from lib.checkpoint import load_model
-from lib.cli import cli, main, UserError
-from lib.common import find_checkpoint, ROOT, setup, write_json
+from lib.cli import (cli, Device, Dtype, main, Natural, NonNegative, Positive, Range, Seed, Share,
+                     UserError)
+from lib.common import find_checkpoint, read_json, ROOT, setup, write_json
 from lib.images import open_image
-from lib.rollout import Episode, Policy, rollout
+from lib.rollout import Episode, rollout, RolloutSettings
 from tasks.base import Message, Task
 from tokenizer import Tokenizer
 
-DEMO = ROOT / "ckpt" / "demo"
+DEMO = ROOT / "ckpt" / "demo"       # the checkpoint that is used without --ckpt
 
 
 def load(ckpt: str, device: str, dtype: str):
-    """The model of a checkpoint (default: the demo's) with its tokenizer."""
+    """Model, tokenizer and hardware for a checkpoint or run folder, the demo's if `ckpt` is empty.
+    Raises UserError if there is none, or if it has another tokenizer than ours."""
     hw = setup(device, dtype)
     folder = find_checkpoint(ckpt or DEMO)
     model = load_model(folder, hw.device, hw.dtype)
     if not model.config.n_ranks:
-        raise UserError(f"{folder} comes with another tokenizer than ours: its weights load, but "
+        raise UserError(f"{folder} has another tokenizer than ours: its weights can be loaded, but "
                         "it can't be asked here")
     return model, Tokenizer(model.config.n_ranks), hw
 
 
-# ---- ask --------------------------------------------------------------------------------------
+# ---- ask ----------------------------------------------------------------------------------------
 
 @dataclass
 class Ask:
-    question: str = ""            # what to ask; also as a bare word on the command line
+    question: str = ""            # what to ask; may also be a bare word on the command line
     image: list[str] = field(default_factory=list)  # a picture file; may be given several times
     ckpt: str = ""                # checkpoint or run folder; default: the demo's
-    max_new: int = 128            # tokens at most in the answer
-    temperature: float = 0.0      # 0 takes the most likely token each time
-    top_p: float = 1.0            # keep the most likely tokens up to this probability
-    seed: int = 0                 # of the drawing, where temperature is above 0
-    drafts: int = 0               # tokens that the MTP head guesses ahead; same answer in float32
-    device: str = "auto"          # auto, cpu, cuda or mps
-    dtype: str = "auto"           # auto, float32 or bfloat16
+    max_new: Positive = 128       # tokens at most in the answer
+    temperature: NonNegative = 0.0  # of sampling; 0 always takes the most likely token
+    top_p: Share = 1.0            # sample from the most likely tokens, up to this probability
+    seed: Seed = 0                # of sampling
+    drafts: Natural = 0           # tokens that the MTP head drafts in a step; same answer in fp32
+    device: Device = "auto"       # auto, cpu, cuda or mps
+    dtype: Dtype = "auto"         # auto, float32 or bfloat16
 
 
 def ask(args: Ask):
-    if args.drafts < 0:
-        raise UserError(f"--drafts takes 0 or more, not {args.drafts}")
+    """Print the answer to a question about pictures, and to stderr what the model was given."""
     if not args.question.strip():
         raise UserError('nothing asked: python sample.py ask --image=FILE "question"')
     images = tuple(open_image(path) for path in args.image)
@@ -73,7 +75,9 @@ def ask(args: Ask):
         print(f"{path} is seen at {seen.shape[1]}x{seen.shape[0]} pixels", file=sys.stderr)
     limit = model.config.text.max_position_embeddings
     context = min(limit, len(prompt.ids) + args.max_new + 1)
-    engine = Engine(model, 1, context, args.drafts, say=lambda line: print(line, file=sys.stderr))
+    # adapt=False: times must not decide on the draws, so that a seed always gives the same answer
+    engine = Engine(model, 1, context, args.drafts, adapt=False,
+                    say=lambda line: print(line, file=sys.stderr))
     engine.submit(Request(prompt, args.max_new, args.temperature, args.top_p, args.seed))
     results = []
     while engine.busy:
@@ -84,44 +88,54 @@ def ask(args: Ask):
 
 
 def readable(reply: str) -> str:
-    """A reply without the marks that only machines need."""
+    """A reply without the special tokens around and inside it."""
     for mark in ("<|begin_of_box|>", "<|end_of_box|>", "<|user|>", "<|observation|>",
                  "<|endoftext|>"):
         reply = reply.replace(mark, "")
     return reply.strip()
 
 
-# ---- eval -------------------------------------------------------------------------------------
+# ---- eval ---------------------------------------------------------------------------------------
 
 @dataclass
 class Eval:
     ckpt: str = ""                # checkpoint or run folder; default: the demo's
-    mix: str = ""                 # categories; default: those in the checkpoint's report, or gym
-    levels: int = 1               # tasks come from levels 0..levels-1, in turn
-    count: int = 200              # tasks a category
-    split: str = "test"           # test: held-out seeds and factors; train: as in training
-    seed: int = 1_000_000         # first task seed
-    slots: int = 64               # conversations generated side by side
-    out: str = "out/eval.json"    # where the figures go
-    device: str = "auto"          # auto, cpu, cuda or mps
-    dtype: str = "auto"           # auto, float32 or bfloat16
+    mix: str = ""                 # categories; default: those that it was trained on
+    levels: Annotated[int, Range(0, 5)] = 0  # tasks of levels 0..levels-1; 0: as it was trained
+    count: Positive = 200         # tasks a category
+    split: Literal["test", "train"] = "test"  # test: held-out seeds and factors; or train
+    seed: Seed = 1_000_000        # of the first task; the next one has the next seed
+    slots: Positive = 64          # conversations generated side by side
+    out: str = "out/eval.json"    # file for the figures
+    device: Device = "auto"       # auto, cpu, cuda or mps
+    dtype: Dtype = "auto"         # auto, float32 or bfloat16
 
 
-def play(model, tokens, tasks, slots: int = 64, context: int = 512, blank: bool = False,
-         bar=None) -> list[Episode]:
-    """Let the model do `tasks`, greedily, all of them side by side; in the order given.
+def trained_on(folder: Path) -> tuple[str, int, str]:
+    """Mix and levels that the checkpoint `folder` was trained on, and which file says so: its own
+    report.json (ckpt/demo), or the run folder's config.json. Otherwise the whole gym at level 0."""
+    report, options = folder / "report.json", folder.parent / "config.json"
+    if report.exists():
+        return ",".join(read_json(report)["table"]), 1, str(report)
+    if options.exists() and read_json(options).get("mix"):
+        found = read_json(options)
+        return found["mix"], found.get("levels", 1), str(options)
+    return "gym", 1, "no file"
 
-    blank: every picture is replaced by plain grey of the same size.
-    """
+
+def run_tasks(model, tokens, tasks, slots: int = 64, context: int = 512, blank: bool = False,
+              bar=None) -> list[Episode]:
+    """Let the model do `tasks`, greedily and `slots` of them side by side. Returns their Episodes
+    in the same order. blank: every picture is replaced by plain grey of the same size."""
     engine = Engine(model, slots, context)
-    engine.stops.add(tokens.image)          # there are no pixels for it
-    policy = Policy(tokens, model.config, context, 48, temperature=0.0, blank=blank)
+    engine.stops.add(tokens.image)          # a visual slot in a reply would have no pixels
+    policy = RolloutSettings(tokens, model.config, context, 48, temperature=0.0, blank=blank)
     orders = [Episode(task, i, 0) for i, task in enumerate(tasks)]
     return rollout(engine, orders, policy, gym.Rewards(), bar)
 
 
 def interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share seen in n trials."""
+    """Wilson's 95% interval of a share that was observed in n trials."""
     z = 1.96
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -130,9 +144,12 @@ def interval(share: float, n: int) -> tuple[float, float]:
 
 def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1_000_000,
              slots=64) -> dict:
-    """{category: accuracy, low, high (95%), blank, chance, reward, errors, n}.
+    """Evaluate a model on `count` tasks of each category in `mix`, from levels 0..levels-1 in turn.
 
-    Accuracy is the share of full rewards. `blank`: the same model and tasks, the picture grey.
+    Returns {category: {accuracy, low, high, blank, chance, reward, errors, n}}: accuracy is the
+    share of tasks with full reward, low and high its 95% interval, blank the share with grey
+    pictures, chance the share that a guess would get, reward the mean reward. Tasks that end in an
+    error are counted in `errors` only. Raises UserError if `mix` names what is no category.
     """
     names = [name for name, _ in parse_mix(mix, sight(model.config))]
     if not names:
@@ -145,22 +162,23 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
     for name in names:
         tasks = [Task(name, seed + i, i % levels, split) for i in range(count)]
         bar.set_postfix_str(name)
-        seen, unseen = (play(model, tokens, tasks, slots, blank=blank, bar=bar)
+        seen, unseen = (run_tasks(model, tokens, tasks, slots, blank=blank, bar=bar)
                         for blank in (False, True))
-        valid = [p for p in seen if p.score.error is None]
-        right = sum(p.score.reward > 0.999 for p in valid) / max(1, len(valid))
-        low, high = interval(right, max(1, len(valid)))
+        valid = [e for e in seen if e.score.error is None]
+        accuracy = sum(e.score.reward > 0.999 for e in valid) / max(1, len(valid))
+        low, high = interval(accuracy, max(1, len(valid)))
         chance = sum(type(gym.make(t)).chance(t.level) for t in tasks) / count
         table[name] = {
-            "accuracy": right, "low": low, "high": high,
-            "blank": sum(p.score.reward > 0.999 for p in unseen) / count, "chance": chance,
-            "reward": sum(p.score.reward for p in valid) / max(1, len(valid)),
+            "accuracy": accuracy, "low": low, "high": high,
+            "blank": sum(e.score.reward > 0.999 for e in unseen) / count, "chance": chance,
+            "reward": sum(e.score.reward for e in valid) / max(1, len(valid)),
             "errors": len(seen) - len(valid), "n": count}
     bar.close()
     return table
 
 
 def show(table: dict):
+    """Print the table of `evaluate`."""
     print(f"{'category':<17}{'accuracy':>9}  {'95% interval':<14}{'blank':>6}{'chance':>8}{'n':>6}")
     for name, row in table.items():
         print(f"{name:<17}{row['accuracy']:>9.1%}  {row['low']:>5.1%}-{row['high']:<7.1%}"
@@ -171,22 +189,29 @@ def show(table: dict):
 
 
 def evaluation(args: Eval):
-    if min(args.count, args.slots) < 1 or not 1 <= args.levels <= 5 or args.seed < 0:
-        raise UserError("--count and --slots take 1 or more, --levels 1 to 5, --seed 0 or more")
+    """Evaluate a checkpoint, print the table and write it to --out."""
     model, tokens, hw = load(args.ckpt, args.device, args.dtype)
     print(hw.description)
-    own = find_checkpoint(args.ckpt or DEMO) / "report.json"
-    trained = json.loads(own.read_text())["table"] if own.exists() else ["gym"]
+    mix, levels = args.mix, args.levels
+    if not mix or not levels:
+        trained_mix, trained_levels, source = trained_on(find_checkpoint(args.ckpt or DEMO))
+        names = [name for name, _ in parse_mix(trained_mix, sight(model.config))
+                 if name in gym.names()]        # without text and code, which have no tasks
+        mix, levels = mix or ",".join(names), levels or trained_levels
+        if not mix:
+            raise UserError(f"{source} names no category, only {trained_mix}: give --mix")
+        if not args.mix:
+            print(f"what it was trained on, by {source}: {mix}")
     began = time.time()
-    table = evaluate(model, tokens, args.mix or ",".join(trained), args.levels, args.count,
-                     args.split, args.seed, args.slots)
+    table = evaluate(model, tokens, mix, levels, args.count, args.split, args.seed, args.slots)
     show(table)
     write_json(args.out, {"ckpt": args.ckpt or "ckpt/demo", "split": args.split,
-                          "levels": args.levels, "seed": args.seed, "table": table})
-    print(f"{time.time() - began:.0f} s; figures in {args.out}")
+                          "levels": levels, "seed": args.seed, "table": table})
+    print(f"levels 0 to {levels - 1}, {time.time() - began:.0f} s; the figures are in {args.out}")
 
 
 def entry():
+    """The command line: a verb, then its options."""
     verbs = {"ask": (Ask, ask, "question"), "eval": (Eval, evaluation, None)}
     words = sys.argv[1:]
     if not words or words[0] not in verbs:

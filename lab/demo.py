@@ -1,19 +1,26 @@
-"""The whole pipeline on a laptop: train, examine, answer, learn from reward, report.
+"""The whole pipeline on a laptop in about ten minutes, with a report.
 
-    python -m lab.demo                    6 to 11 minutes on 2 cores, no network
+    python -m lab.demo                    on 2 cores without a GPU or a network
     python -m lab.demo --seed=1 --out=out/demo1
-    python -m lab.demo --tower_steps=0 --rows=2 --rl_steps=0 --out=out/longer     pretraining alone
+    python -m lab.demo --tower_steps=0 --rows=2 --rl_steps=0 --out=out/longer     pretraining only
     python -m lab.demo --keep=out/kept    also write the weights there, in bf16
 
-What it trains stands for the big run in small, every stage: a vision tower with its teachers,
-distilled and aligned (train_vit.py); pretraining from that tower on six categories of the gym at
-their easiest level; then joint RL, in two of lab.worlds' worlds, where demonstrations are what they
-are in life: in `fallible` the annotators err in 60% of what can be wrong, in `untold` nobody has
-ever shown how a form is filled in. The tower is here because it belongs there: at this scale the
-same minutes of pretraining teach more (lab.vit_pays). Interrupted, the demo goes on where it was.
-It writes report.json and report.html (curves, tables, pictures) into the run folder.
+Every stage of the paper, small:
+
+1. A vision tower: two teachers are trained, a student is distilled from both, and the student is
+   aligned with captions (train_vit.py).
+2. Pretraining from that tower on six categories of the gym (pretrain.py).
+3. Evaluation on held-out tasks, with pictures and with grey ones instead (sample.py).
+4. Questions and answers, for the report.
+5. Joint RL (rl.py), where it helps: demonstrations are wrong or missing. Two experiments of
+   lab/worlds.py run side by side. In `fallible` the annotators make mistakes in 60% of the answers
+   in which a mistake is possible; in `untold` no demonstration shows how a form is filled in.
+
+An interrupted demo goes on where it stopped when it is started again. The run folder gets
+report.json and report.html: each stage with the figure that it improves, tables, pictures, curves.
 """
-import json
+import lib  # first of all, before torch: see lib/__init__.py
+
 import os
 import platform
 import signal
@@ -25,63 +32,101 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-import gym
 import pretrain
 import train_vit
-from data import parse_mix
+from data import sight
 from lab import report
 from lib.checkpoint import load_model, save_model
-from lib.cli import cli, main, UserError
-from lib.common import (checkpoints, clock, find_checkpoint, read_log, ROOT, same_options, setup,
-                        write_json)
-from sample import evaluate, play, readable, show
-from tasks.base import Task
+from lib.cli import check_options, cli, Device, Levels, main, Natural, Positive, Seed, UserError
+from lib.common import (checkpoints, clock, cores, find_checkpoint, read_json, read_log, ROOT,
+                        same_options, setup, write_json)
+from lib.probes import RANDOM
+from sample import evaluate, show
+from tasks.draw import PAIRS
 from tokenizer import Tokenizer
 
-MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:1.5"
-ROW_TOKENS = 4096
+# ---- settings: change them here -----------------------------------------------------------------
 
-PROBES = {"linear": "linear probe", "dense": "dense probe", "zero_shot_en": "zero-shot naming",
-          "i2t_en": "R@1 image to text", "t2i_en": "R@1 text to image"}     # of train_vit.py
-NOTE = ("Tower: shares of right answers in percent, on pictures that training never saw. In so few "
-        "steps a stage shows how it goes, not what it can do: a young teacher's features may be "
-        "worse than those of random weights, which stand first. `make tower` takes 1,200 steps.")
-WORLDS = {"fallible": "annotators err", "untold": "forms never shown"}
+MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:1.5"
+ROW_TOKENS = 4096               # tokens of a packed row: about 90 pictures with their questions
+
+# The stages, as they are announced, with minutes on 2 idle cores.
+STAGES = {
+    "tower": ("a vision tower: two teachers, distillation, alignment", 2),
+    "pretraining": ("pretraining on pictures, questions and answers", 5),
+    "evaluation": ("evaluation on held-out seeds, words, colours and layouts", 0.5),
+    "answers": ("questions and answers for the report", 0.1),
+    "rl": ("joint RL, twice: from wrong demonstrations, and without demonstrations", 3)}
+
+TOWER = {"log_every": 50}       # options of train_vit.py besides steps, seed and device
+PRETRAIN = {"mtp_alone": True, "mtp_share": 0.12, "save_every": 200, "eval_every": 100,
+            "log_every": 50}    # options of pretrain.py besides those of Args
+RL = {"seeds": 1, "count": 60, "prompts": 12}       # options of lab.worlds for both experiments
+WORLDS = {          # experiment: its name in the report, its checkpoint ("": ours), SFT steps first
+    "fallible": ("wrong demonstrations", "", 120),
+    "untold": ("no demonstrations of forms", "ckpt/untold", 5)}
+
+# The figure of lib/probes.py that each stage of the tower improves; what it means; the stage whose
+# tower it starts from ("": random weights).
+IMPROVES = {
+    "semantic": ("i2t_en", "finds the caption of a picture, among 512", ""),
+    "texture": ("dense", "tells which shape a patch shows", ""),
+    "distill": ("linear", "colour and shape, by a linear probe", ""),
+    "align": ("zero_shot_en", f"names a shape, among {len(PAIRS)} names", "distill")}
+CHANCE = {"i2t_en": "chance_en", "zero_shot_en": 1 / len(PAIRS)}    # of figures that need captions
 
 
 @dataclass
 class Args:
-    tower_steps: int = 150        # of each stage of the vision tower; 0: take ckpt/semantic
-    steps: int = 2400             # of pretraining
-    rows: int = 1                 # of 2,048 tokens a step, some 45 pictures each
-    rl_steps: int = 12            # of RL in each of the two worlds; 0: without them
-    seed: int = 0                 # of weights and samples
-    count: int = 300              # held-out tasks a category in the examination
-    levels: int = 1               # levels trained and examined, from 0
+    tower_steps: Natural = 150    # of each stage of the vision tower; 0: start from ckpt/semantic
+    steps: Positive = 2400        # of pretraining
+    rows: Positive = 1            # packed rows a step
+    row_tokens: Positive = ROW_TOKENS   # tokens a row
+    rl_steps: Natural = 12        # of RL in each of the two experiments; 0: no RL
+    seed: Seed = 0                # of weights and samples
+    count: Positive = 300         # held-out tasks a category in the evaluation
+    levels: Levels = 1            # levels of difficulty, trained and evaluated, from 0
     out: str = "out/demo"         # run folder
     keep: str = ""                # also write the weights here, in bf16
-    device: str = "auto"          # auto, cpu, cuda or mps
+    device: Device = "auto"       # auto, cpu, cuda or mps
 
 
-def make_tower(args: Args) -> dict:
-    """All stages of train_vit.py, or what is left of them: {"figures": {stage: what its probes say,
-    in percent}, "pictures": of its features}."""
+# ---- the stages ---------------------------------------------------------------------------------
+
+def announce(stage: str):
+    """Print the number of a stage and the minutes that it takes on 2 idle cores."""
+    words, minutes = STAGES[stage]
+    about = f"about {minutes:g} minutes" if minutes >= 1 else "less than a minute"
+    print(f"\n{list(STAGES).index(stage) + 1}/{len(STAGES)} {words} ({about})")
+
+
+def train_tower(args: Args) -> dict:
+    """Run the stages of train_vit.py that are not done yet, and return its report.json: figures
+    {stage: {figure: share}} and pictures of the features."""
     out = Path(args.out) / "vit"
-    train_vit.run(train_vit.Args(steps=args.tower_steps, out=str(out), resume=True, log_every=50,
-                                 seed=args.seed, device=args.device,
-                                 ema=0.8))  # slower, in so few steps the mean stays where it began
-    facts = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    figures = {f"tower: {stage}": {told: 100 * row[name] for name, told in PROBES.items()
-                                   if name in row}
-               for stage, row in facts["figures"].items()}
-    return {"figures": figures,
-            "pictures": [(f"vit/{name}", told) for name, told in facts["pictures"]]}
+    train_vit.run(train_vit.Args(steps=args.tower_steps, out=str(out), resume=True, seed=args.seed,
+                                 device=args.device, **TOWER))
+    return read_json(out / "report.json")
 
 
-def train(args: Args) -> Path:
-    """Pretraining, or what is left of it; the folder of the newest checkpoint."""
+def improvements(figures: dict[str, dict]) -> dict[str, dict]:
+    """The figure that each stage of the tower improves, in percent: {stage: {figure, random (the
+    tower with random weights, or a blind guess), before, after}}."""
+    rows = {}
+    for stage, (key, meaning, start) in IMPROVES.items():
+        if stage not in figures:
+            continue
+        chance = CHANCE.get(key)        # a number, or the key of a figure of the stage
+        random = figures[stage].get(chance, chance) if chance else figures[RANDOM][key]
+        before = figures[start].get(key, random) if start in figures else random
+        rows[stage] = {"figure": f"{meaning}, %", "random": 100 * random, "before": 100 * before,
+                       "after": 100 * figures[stage][key]}
+    return rows
+
+
+def run_pretraining(args: Args) -> Path:
+    """Pretrain, from the newest checkpoint if there is one; returns the folder of the last."""
     run = Path(args.out) / "pretrain"
     done = [p for p in checkpoints(run) if p.name == f"step_{args.steps:06d}"]
     if done:
@@ -89,141 +134,146 @@ def train(args: Args) -> Path:
         return done[0]
     tower = run.with_name("vit") / "align" if args.tower_steps else ROOT / "ckpt/semantic"
     pretrain.run(pretrain.Args(
-        steps=args.steps, rows=args.rows, seed=args.seed, mix=MIX, levels=args.levels,
-        out=str(run), resume=True, vit=str(tower), mtp_alone=True, mtp_share=0.12, save_every=200,
-        eval_every=100, log_every=50, device=args.device))
+        steps=args.steps, rows=args.rows, row_tokens=args.row_tokens, seed=args.seed, mix=MIX,
+        levels=args.levels, out=str(run), resume=True, vit=str(tower), device=args.device,
+        **PRETRAIN))
     return find_checkpoint(run)
 
 
-def answer(model, tokens, folder: Path, levels: int) -> list[dict]:
-    """Two held-out tasks a category: pictures on disk, question, answer and truth."""
-    folder.mkdir(parents=True, exist_ok=True)
-    samples = []
-    for name, _ in parse_mix(MIX):
-        tasks = [Task(name, 2_000_000 + i, i % levels, "test") for i in range(2)]
-        for task, played in zip(tasks, play(model, tokens, tasks)):
-            replies = played.replies(tokens)
-            frames, goal, truth = frames_of(task, replies)
-            files = []
-            for i, frame in enumerate(frames):
-                files.append(f"{name}-{task.seed}-{i}.png")
-                frame.resize((192, 192), Image.Resampling.NEAREST).save(folder / files[-1])
-            samples.append({"category": name, "level": task.level, "pictures": files,
-                            "question": goal, "truth": truth, "reward": played.score.reward,
-                            "answer": " → ".join(readable(r) for r in replies)})
-    return samples
+def accuracy_row(table: dict) -> dict:
+    """The row of pretraining: mean accuracy before (a blind guess) and after."""
+    def mean(key):
+        return 100 * sum(row[key] for row in table.values()) / len(table)
+
+    return {"figure": "held-out tasks solved, %", "random": mean("chance"),
+            "before": mean("chance"), "after": mean("accuracy")}
 
 
-def frames_of(task: Task, replies: list[str]):
-    """The pictures that were seen while `replies` were given, the goal, the oracle's replies."""
-    episode = gym.drive(gym.make(task))
-    messages = next(episode)
-    goal = messages[-1].text.replace("<|image|>", "")
-    frames = [messages[-1].images[0]]
-    for reply in replies[:-1]:
-        frames.append(episode.send(reply)[-1].images[0])
-    return frames, goal, " → ".join(map(readable, gym.play_out(task)[1]))
+def start_world(name: str, args: Args, start: Path, out: Path) -> subprocess.Popen:
+    """Start one experiment of lab.worlds with one thread, its output in a pipe."""
+    _, checkpoint, before = WORLDS[name]
+    init = ROOT / checkpoint if checkpoint else start
+    options = {**RL, "world": name, "before": before, "steps": args.rl_steps,
+               "init": init.resolve(), "out": out}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lab.worlds", *(f"--{k}={v}" for k, v in options.items())],
+        cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def two_worlds(args: Args, start: Path) -> dict[str, dict]:
-    """Two worlds of lab.worlds in small, each in a process of its own, their lines printed as they
-    come: {what: {category: % right}} of the start, of RL and of as many minutes of the same SFT.
-    """
-    out, runs = Path(args.out).resolve() / f"rl_{args.rl_steps}", {}
-    for name, init, before in (("fallible", start, 120), ("untold", ROOT / "ckpt/untold", 5)):
-        runs[name] = subprocess.Popen(
-            [sys.executable, "-m", "lab.worlds", f"--world={name}", "--seeds=1", "--count=60",
-             "--prompts=12", f"--before={before}", f"--steps={args.rl_steps}",
-             f"--init={init.resolve()}", f"--out={out}"], cwd=ROOT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT)
+    """Run both experiments side by side, each in a process of its own, and print their lines as
+    they come. Returns {experiment and arm: {category: % right}} at the start, after RL, and after
+    as many minutes of SFT. Raises UserError if one of them fails."""
+    out = Path(args.out).resolve() / f"rl_{args.rl_steps}"
+    runs = {name: start_world(name, args, start, out) for name in WORLDS}
 
-    def pass_on(name):
+    def forward_lines(name):
         for line in runs[name].stdout:
             print(f"  {name}: {line}", end="", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    tellers = [threading.Thread(target=pass_on, args=(name,), daemon=True) for name in runs]
+    threads = [threading.Thread(target=forward_lines, args=(name,), daemon=True) for name in runs]
     try:
-        for teller in tellers:
-            teller.start()
-        for teller in tellers:
-            teller.join()
-    except SystemExit:          # Ctrl-C reaches them by itself
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except SystemExit:          # a Ctrl-C reaches the processes without our help
         for run in runs.values():
             run.terminate()
         raise
-    finally:                    # they save what they have done
+    finally:                    # wait until they have saved what they have done
         codes = {name: run.wait() for name, run in runs.items()}
     figures = {}
     for name, code in codes.items():
         if code:
-            raise UserError(f"the world `{name}` ended with code {code}: see above")
-        found = json.loads((out / name / "report.json").read_text(encoding="utf-8"))["figures"]
-        figures |= {f"{WORLDS[name]}: {told}": found[f"{row}, greedy"] for told, row in (
-            ("start", "start"), ("RL", "rl, seed 0"), ("SFT, as long", "sft, seed 0"))}
+            raise UserError(f"the experiment `{name}` ended with code {code}: see above")
+        found = read_json(out / name / "report.json")["figures"]
+        for arm, row in (("start", "start"), ("RL", "rl, seed 0"), ("SFT, as long", "sft, seed 0")):
+            figures[f"{WORLDS[name][0]}: {arm}"] = found[f"{row}, greedy"]
     return figures
 
 
-def tell(figures: dict[str, dict]):
-    for row, found in figures.items():
-        print(f"  {row:<31} " + "  ".join(f"{name} {value:.0f}" for name, value in found.items()))
+def rl_rows(figures: dict[str, dict]) -> dict[str, dict]:
+    """The rows of RL: mean accuracy before and after, for each experiment."""
+    rows = {}
+    for title, *_ in WORLDS.values():
+        before, after = figures[f"{title}: start"]["mean"], figures[f"{title}: RL"]["mean"]
+        rows[f"RL, {title}"] = {"figure": "held-out tasks solved, %", "before": before,
+                                "after": after}
+    return rows
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+def print_stages(rows: dict[str, dict]):
+    """The table of the report on the terminal."""
+    for stage, row in rows.items():
+        random = f"{row['random']:.1f}" if "random" in row else ""
+        print(f"  {stage:<31} {row['figure']:<46} {random:>6} {row['before']:>6.1f} -> "
+              f"{row['after']:.1f}")
 
 
 def demo(args: Args):
-    if min(args.steps, args.rows, args.count) < 1 or min(args.tower_steps, args.rl_steps) < 0:
-        raise UserError("--steps, --rows and --count take 1 or more, --tower_steps and --rl_steps "
-                        "0 or more")
-    if not 1 <= args.levels <= 5:       # pretraining would say so, after the tower's minutes
-        raise UserError(f"--levels takes 1 to 5, not {args.levels}")
+    """Run all stages, print their results and write the report."""
+    check_options(args)
     began, out = time.time(), Path(args.out)
     hw = setup(args.device)
     if hw.world > 1:
         raise UserError("the demo is one process; `torchrun pretrain.py` trains with several")
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > cores():
+        print(f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores()} cores): "
+              "everything will take longer than announced")
     asked = {name: getattr(args, name)
-             for name in ("tower_steps", "steps", "rows", "levels", "seed")}
-    tower = {"figures": {}, "pictures": []}
+             for name in ("tower_steps", "steps", "rows", "row_tokens", "levels", "seed")}
+    stages, pictures = {}, []
     with same_options(out / "config.json", asked):
         if args.tower_steps:
-            print("1/5 a vision tower: teachers, distillation, alignment")
-            tower = make_tower(args)
-            tell(tower["figures"])
-        print("2/5 pretraining: pictures, questions and answers")
-        folder = train(args)
+            announce("tower")
+            tower = train_tower(args)
+            pictures = [(f"vit/{name}", title) for name, title in tower["pictures"]]
+            stages = improvements(tower["figures"])
+            print_stages(stages)
+        announce("pretraining")
+        folder = run_pretraining(args)
     trained = sum(line["dt"] for line in read_log(folder.parent / "log.jsonl"))
     model = load_model(folder, hw.device, hw.dtype)
     tokens = Tokenizer(model.config.n_ranks)
-    print("3/5 examination: tasks of held-out seeds, words, shades and layouts")
+    announce("evaluation")
     table = evaluate(model, tokens, MIX, args.levels, args.count)
     show(table)
-    print("4/5 answers")
-    samples = answer(model, tokens, out / "pictures", args.levels)
+    stages["pretraining"] = accuracy_row(table)
+    announce("answers")
+    tasks = report.tasks_of(MIX, args.levels, sight(model.config))
+    samples = report.answer(model, tokens, tasks, out / "pictures")
     for s in samples:
         print(f"  {s['category']:<11} {s['question']}  {s['answer']}   (truth: {s['truth']})")
     facts = {
         "title": "nanoGLM-V demo", "hardware": hw.description, "machine": platform.platform(),
         "torch": torch.__version__, "seed": args.seed, "steps": args.steps,
         "parameters": model.counts(), "training_seconds": round(trained),
-        "table": table, "samples": samples, "pictures": tower["pictures"],
-        "note": NOTE if args.tower_steps else ""}
+        "table": table, "samples": samples, "pictures": pictures}
 
-    def write_down(figures):
+    def write_report(figures):
         write_json(out / "report.json", {**facts, "seconds": round(time.time() - began),
-                                         "figures": tower["figures"] | figures})
+                                         "stages": stages, "figures": figures})
         return report.write(out)
 
-    page = write_down({})
+    page = write_report({})
     if args.keep:
         save_model(model, args.keep, torch.bfloat16)
-        write_json(Path(args.keep) / "report.json", {"table": table, "steps": args.steps,
-                                                     "seed": args.seed, "hardware": hw.description})
+        write_json(Path(args.keep) / "report.json", {
+            "table": table, "steps": args.steps, "seed": args.seed, "hardware": hw.description})
         print(f"weights kept in {args.keep}")
     if args.rl_steps:
-        print("5/5 joint RL, two worlds side by side: annotators who err, forms nobody has shown")
+        announce("rl")
         figures = two_worlds(args, folder)
-        tell(figures)
-        page = write_down(figures)
-    print(f"{clock(time.time() - began)} in all; the report is {page}")
+        stages |= rl_rows(figures)
+        page = write_report(figures)
+    print("\nwhat each stage improves (random weights or a blind guess, before -> after)")
+    print_stages(stages)
+    print(f"\n{clock(time.time() - began)} in all; the report is {page}")
     print(f'next: python sample.py ask --ckpt={out}/pretrain --image={out}/pictures/'
           f'{samples[0]["pictures"][0]} "{samples[0]["question"]}"')
 

@@ -190,7 +190,7 @@ def run(args: Args):
             print("\n".join(trace(model, tokens, held_out_messages(i),
                                   model.config.mtp_depths or 1, args.max_new)) + "\n")
         return
-    print(f"{hw.why}; {args.prompts} prompts, {args.slots} slots, {args.rounds} rounds")
+    print(f"{hw.description}; {args.prompts} prompts, {args.slots} slots, {args.rounds} rounds")
     prompts = [document(held_out_messages(i), tokens, model.config, True)
                for i in range(args.prompts)]
     requests = [Request(p, args.max_new) for p in prompts]
@@ -232,7 +232,7 @@ def run(args: Args):
         print(f"plain decoding beside transformers: {statistics.median(ratios):.2f} "
               f"[{min(ratios):.2f}-{max(ratios):.2f}], equal replies {agree}/{args.prompts}")
         rows["peer"] = {"ratio": 1 / statistics.median(ratios), "equal": agree}
-    write_json(Path(args.out), {"hardware": hw.why, "useful": useful, "rows": rows})
+    write_json(Path(args.out), {"hardware": hw.description, "useful": useful, "rows": rows})
 
 
 if __name__ == "__main__":
