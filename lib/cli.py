@@ -85,14 +85,19 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
+def choices(kind) -> str:
+    """The values of a Literal as text: 'tiny, small or base'."""
+    *others, last = (str(value) for value in typing.get_args(kind))
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def check_options(args):
     """Raise UserError unless every field of the dataclass `args` has a value that its type allows.
     `cli` calls it; code that builds the arguments of a script by itself calls it as well."""
     for name, kind in typing.get_type_hints(type(args), include_extras=True).items():
         value, origin = getattr(args, name), typing.get_origin(kind)
         if origin is Literal and value not in typing.get_args(kind):
-            choices = ", ".join(str(choice) for choice in typing.get_args(kind))
-            raise UserError(f"--{name} takes {choices}, not '{value}'")
+            raise UserError(f"--{name} takes {choices(kind)}, not '{value}'")
         if origin is Annotated:
             limits = kind.__metadata__[0]
             if not limits.least <= value <= limits.most or math.isinf(value):   # false for nan
@@ -102,7 +107,7 @@ def check_options(args):
 # ---- the command line ---------------------------------------------------------------------------
 
 def field_comments(config) -> dict[str, str]:
-    """{field: the comment behind it in the source}; `--help` is made of these."""
+    """{field: the comment after it on its line in the source}, which `--help` prints."""
     source = inspect.getsource(config)
     lines = source.splitlines()
     comments = {}
@@ -114,13 +119,22 @@ def field_comments(config) -> dict[str, str]:
     return comments
 
 
+def help_text(kind, comment: str) -> str:
+    """A field's line of --help: its comment, and the values of a Literal unless it names them."""
+    values = [str(value) for value in typing.get_args(kind)]
+    if typing.get_origin(kind) is Literal and not all(value in comment for value in values):
+        return f"{comment} ({choices(kind)})" if comment else choices(kind)
+    return comment
+
+
 def print_help(config, about: str):
-    comments = field_comments(config)
+    """Print `about` and a line for each option, with its default."""
+    comments, kinds = field_comments(config), typing.get_type_hints(config)
     print(about.strip() + "\n" if about else "", end="")
     for field in dataclasses.fields(config):
         default = field.default if field.default is not dataclasses.MISSING else "none"
         option = f"{field.name}={default if default != '' else '...'}"
-        print(f"  --{option:<28} {comments.get(field.name, '')}")
+        print(f"  --{option:<28} {help_text(kinds[field.name], comments.get(field.name, ''))}")
 
 
 def convert(text: str, kind, name: str):
@@ -146,8 +160,8 @@ def convert(text: str, kind, name: str):
 def cli(config, argv=None, about: str = "", positional: str | None = None):
     """Fill a dataclass from the command line: --key=value, --key value, --flag, --flag=false.
 
-    config: the dataclass; about: text on top of --help; positional: the field that takes a bare
-    word. A list field may be given several times. Raises UserError on an unknown option, a value of
+    config: the dataclass; argv: the words, sys.argv's by default; about: text on top of --help;
+    positional: the field that takes a word without dashes. A list field may be given several times. Raises UserError on an unknown option, a value of
     the wrong type, or one that the field does not allow.
     """
     argv = list(sys.argv[1:] if argv is None else argv)

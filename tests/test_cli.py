@@ -1,9 +1,12 @@
 """The command line: every form of an option, --help, and bad input as one line and exit code 2."""
+import importlib
+import math
 import os
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 import pytest
 from PIL import Image
@@ -12,7 +15,7 @@ import pretrain
 import rl
 import sample
 from lib.checkpoint import save_model
-from lib.cli import cli, field_comments, main as run_main, UserError
+from lib.cli import check_options, cli, field_comments, main as run_main, Share, UserError
 from lib.common import cores, cpu_quotas, ROOT
 from model import GLMV, sized
 
@@ -101,6 +104,83 @@ def test_how_a_script_ends(capsys):
     with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
         run_main(lambda: 1 / 0)
     assert run_main(lambda: None) is None
+
+
+# ---- which values an option takes, in all scripts -----------------------------------------------
+
+SCRIPTS = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts)
+                 for path in [*ROOT.glob("*.py"), *(ROOT / "lab").glob("*.py")])
+
+
+def options_of(script: str) -> list:
+    """The dataclasses of a script that have a field whose type has limits."""
+    everything = vars(importlib.import_module(script)).values()
+    own = [x for x in everything if is_dataclass(x) and x.__module__ == script]
+    return [config for config in own if limited_fields(config)]
+
+
+def limited_fields(config) -> dict:
+    """{field: its type} of the fields that do not take every value."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    return {name: kind for name, kind in hints.items()
+            if typing.get_origin(kind) in (typing.Annotated, typing.Literal)}
+
+
+def allowed_and_refused(kind) -> tuple[list, list]:
+    """Values at the limits of a type, and values just outside."""
+    if typing.get_origin(kind) is typing.Literal:
+        return list(typing.get_args(kind)), ["", "nonsense"]
+    number, limits = typing.get_args(kind)
+    least, most = number(limits.least), limits.most
+    allowed = [least, number(10 ** 9) if most == math.inf else number(most)]
+    refused = [least - 1 if number is int else math.nextafter(least, -math.inf), math.inf]
+    if most < math.inf:
+        refused.append(most + 1 if number is int else math.nextafter(most, math.inf))
+    return allowed, refused
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_limited_option_refuses_the_values_just_outside(script):
+    """With one line that names the option and the values that it takes; also from a command line,
+    where a number is text. The defaults and the limits themselves are taken."""
+    for config in options_of(script):
+        args = config()
+        check_options(args)
+        for name, kind in limited_fields(config).items():
+            allowed, refused = allowed_and_refused(kind)
+            for value in allowed:
+                check_options(replace(args, **{name: value}))
+            for value in refused:
+                with pytest.raises(UserError) as error:
+                    check_options(replace(args, **{name: value}))
+                check_message(str(error.value), name, kind, value)
+                with pytest.raises(UserError, match=f"^--{name} takes "):
+                    cli(config, [f"--{name}={value}"])
+
+
+def check_message(text: str, name: str, kind, value):
+    assert text.startswith(f"--{name} takes ") and str(value) in text and "\n" not in text
+    if typing.get_origin(kind) is typing.Literal:
+        assert all(choice in text for choice in typing.get_args(kind))
+    else:
+        assert str(typing.get_args(kind)[1]) in text
+
+
+def test_the_training_scripts_have_limited_options():
+    assert all(options_of(script) for script in ("pretrain", "rl", "train_vit"))
+
+
+def test_help_names_the_values_unless_the_comment_does(capsys):
+    @dataclass
+    class Choices:
+        loss: typing.Literal["sum", "mean"] = "sum"         # over a row
+        size: typing.Literal["tiny", "small"] = "tiny"      # tiny (2 cores) or small (one GPU)
+        share: Share = 0.5                                  # of what
+
+    with pytest.raises(SystemExit):
+        cli(Choices, ["--help"])
+    lines = [line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["over a row (sum or mean)", "tiny (2 cores) or small (one GPU)", "of what"]
 
 
 # ---- how many cores a process may use -----------------------------------------------------------
