@@ -29,7 +29,7 @@ FIELDS = {
         Field("norm", "", "Norm of the whole gradient. A sudden peak means an unusual batch or a "
                           "learning rate that is too high."),
         Field("dt", "seconds", "Duration of this step."),
-        Field("drawing", "seconds", "Time in which the step waited for samples. It is written only "
+        Field("loading", "seconds", "Time in which the step waited for samples. It is written only "
                                     "where it is more than 5% of the step."),
         Field("skipped", "count", "Steps whose loss or gradient was not finite, plus samples that "
                                   "were too long, since the start; all of them were left out."),
@@ -57,12 +57,6 @@ FIELDS = {
     "train_vit.py": (
         Field("cos_semantic cos_texture", "-1 to 1", "Stage distill: cosine between the student's "
                                                      "prediction and the features of a teacher."),
-        Field("used", "share", "Stage texture: how evenly the prototypes are used over a batch, as "
-                               "entropy over its maximum. Near 0, self-distillation has collapsed."),
-        Field("sure", "share", "Stage texture: entropy of a single target over its maximum; near 1 "
-                               "the targets are undecided."),
-        Field("spread", "", "Stage texture: standard deviation of the normalised features over a "
-                            "batch. At 0 all images look the same to the tower."),
         Field("linear knn", "share", "Right answers of a linear probe, or of a vote of the 10 "
                                      "nearest neighbours, to: which colour and shape has this "
                                      "thing?"),
@@ -91,7 +85,7 @@ FIELDS = {
         Field("by", "", "The same figures for each category: reward, pass1, passN, errors."),
         Field("pg_loss", "", "The policy-gradient loss. It is near 0 by construction, since the "
                              "advantages of a group add up to 0, and does not measure progress."),
-        Field("silent", "share", "Groups without signal: all their rollouts earned the same "
+        Field("no_signal", "share", "Groups without signal: all their rollouts earned the same "
                                  "reward, so there is nothing to learn from."),
         Field("truncated", "share", "Rollouts that were cut off because a reply or the "
                                     "conversation grew too long."),
@@ -168,16 +162,14 @@ CHARTS = (
           same("pairs_i2t", "pairs_t2i", "moves_en", "moves_zh")),
     Chart("cosine to the features of a teacher",
           {"cos_semantic": "semantic teacher", "cos_texture": "texture teacher"}),
-    Chart("self-distillation: prototypes in use, targets undecided, spread of features",
-          same("used", "sure", "spread")),
     Chart("shares of rollouts, and of tokens outside the clip band",
           {"truncated": "truncated", "errors": "errors", "clipped": "outside the band"}),
-    Chart("share of groups without signal", {"silent": "without signal"}),
+    Chart("share of groups without signal", {"no_signal": "without signal"}),
     Chart("entropy of the policy, nats a token", {"entropy": "entropy"}),
     Chart("age of the sampled tokens, steps", {"stale": "mean", "stale_max": "largest"}),
     Chart("difference between training and sampling, nats", {"mismatch": "mismatch"}, minor=True),
     Chart("seconds a step", {"dt": "all", "learning": "learning", "waited": "waiting for rollouts",
-                             "idle": "engine idle", "drawing": "waiting for samples"}, minor=True),
+                             "idle": "engine idle", "loading": "waiting for samples"}, minor=True),
     Chart("tokens a second", {"tok/s": "tokens"}, minor=True),
     Chart("gradient norm", {"norm": "norm"}, minor=True),
     Chart("learning rate", {"lr": "learning rate"}, smooth=False, minor=True))

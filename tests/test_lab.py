@@ -23,24 +23,33 @@ from model import GLMV, sized
 from tasks.base import box, Task
 
 
-def test_the_demo_trains_examines_answers_and_reports(tmp_path, small_towers, monkeypatch):
-    full = pretrain.Args
-    small = {"workers": 0, "row_tokens": 512}
+@pytest.fixture
+def small_pretraining(monkeypatch):
+    full, small = pretrain.Args, {"workers": 0, "row_tokens": 512}
     monkeypatch.setattr(pretrain, "Args", lambda **kw: full(**kw | small))
+
+
+def test_the_demo_trains_evaluates_answers_and_reports(tmp_path, small_towers, small_pretraining,
+                                                       monkeypatch, capsys):
+    monkeypatch.setattr(demo.os, "getloadavg", lambda: (99.0, 0.0, 0.0), raising=False)
     args = demo.Args(tower_steps=1, steps=3, rl_steps=0, count=2, out=str(tmp_path / "run"),
                      keep=str(tmp_path / "kept"))
     demo.demo(args)
     facts = json.loads((tmp_path / "run/report.json").read_text())
     assert list(facts["table"]) == [name for name, _ in parse_mix(demo.MIX)]
     assert len(facts["samples"]) == 2 * len(facts["table"])
-    assert [row.split(": ")[1] for row in facts["figures"]] == [
-        "random weights", "semantic", "texture", "distill", "align"]
-    assert set(facts["figures"]["tower: align"]) == set(demo.PROBES.values())
+    assert list(facts["stages"]) == [*demo.IMPROVES, "pretraining"]
+    for row in facts["stages"].values():
+        assert all(0 <= row[key] <= 100 for key in ("random", "before", "after"))
     page = (tmp_path / "run/report.html").read_text()
     assert page.count("data:image/png;base64,") >= 12 and "polyline" in page
+    assert "names a shape, among 48 names" in page
     assert page.count("s features</small>") == 4
     assert "http" not in page.replace("http-equiv", "")
     assert (tmp_path / "kept/model.safetensors").exists()
+    said = capsys.readouterr().out
+    assert all(f"{i}/5 " in said for i in (1, 2, 3, 4)) and "5/5" not in said
+    assert "this machine is busy (load 99.0" in said
     logs = sorted((tmp_path / "run").glob("**/log.jsonl"))
     assert [path.parent.name for path in logs] == ["pretrain", "align", "distill", "semantic",
                                                    "texture"]
@@ -51,26 +60,40 @@ def test_the_demo_trains_examines_answers_and_reports(tmp_path, small_towers, mo
         demo.demo(replace(args, seed=1))
 
 
+def test_each_tower_stage_is_compared_with_its_start_and_with_random_weights():
+    rows = demo.improvements({
+        "random weights": {"dense": 0.3, "linear": 0.7},
+        "texture": {"dense": 0.6, "linear": 0.5}, "distill": {"dense": 0.5, "linear": 0.8},
+        "align": {"zero_shot_en": 0.9, "i2t_en": 0.2, "chance_en": 0.01}})
+    assert list(rows) == ["texture", "distill", "align"]        # a stage that did not run has no row
+    assert rows["texture"] == {"figure": f"{demo.IMPROVES['texture'][1]}, %", "random": 30.0,
+                               "before": 30.0, "after": 60.0}
+    assert rows["distill"]["after"] == 80.0 and rows["align"]["before"] == pytest.approx(100 / 48)
+
+
 @pytest.mark.parametrize("tower_steps", [0, 1])
-def test_the_demo_pretrains_from_its_own_tower_or_from_the_one_that_stands_there(
+def test_the_demo_pretrains_from_its_own_tower_or_from_the_shipped_one(
         tower_steps, tmp_path, small_towers, monkeypatch):
     seen = []
-    monkeypatch.setattr(pretrain, "run", lambda args: seen.append(find_checkpoint(args.vit)))
+    monkeypatch.setattr(pretrain, "run", seen.append)
     with pytest.raises(UserError, match="no checkpoint"):       # as nothing is pretrained here
-        demo.demo(demo.Args(tower_steps=tower_steps, rl_steps=0, out=str(tmp_path)))
-    assert seen == [tmp_path / "vit/align/step_000001" if tower_steps else ROOT / "ckpt/semantic"]
+        demo.demo(demo.Args(tower_steps=tower_steps, row_tokens=1024, rl_steps=0,
+                            out=str(tmp_path)))
+    tower = tmp_path / "vit/align/step_000001" if tower_steps else ROOT / "ckpt/semantic"
+    assert find_checkpoint(seen[0].vit) == tower and seen[0].row_tokens == 1024
 
 
 @pytest.mark.parametrize("wrong,said", [
-    ({"tower_steps": -1}, "--rl_steps 0 or "), ({"rl_steps": -1}, "--rl_steps 0 or "),
-    ({"rows": 0}, "--rl_steps 0 or "), ({"levels": 9}, "--levels takes 1 to 5")])
+    ({"tower_steps": -1}, "--tower_steps takes 0 or more"),
+    ({"rl_steps": -1}, "--rl_steps takes 0 or more"), ({"rows": 0}, "--rows takes 1 or more"),
+    ({"levels": 9}, "--levels takes 1 to 5")])
 def test_the_demo_refuses_at_once_and_leaves_nothing(tmp_path, wrong, said):
     with pytest.raises(UserError, match=said):
         demo.demo(demo.Args(**wrong, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
-def test_the_demos_worlds_run_side_by_side_and_are_told_of(tmp_path, monkeypatch, capfd):
+def test_the_demos_worlds_run_side_by_side_and_are_shown(tmp_path, monkeypatch, capfd):
     fake = tmp_path / "lab/worlds.py"
     fake.parent.mkdir()
     fake.write_text("""
@@ -87,62 +110,20 @@ rows = {f"{name}, greedy": {"mean": i} for i, name in enumerate(names)}
 """)
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     args = demo.Args(rl_steps=7, out=str(tmp_path / "out"))
-    assert demo.two_worlds(args, tmp_path) == {
-        f"{world}: {what}": {"mean": i} for world in demo.WORLDS.values()
-        for i, what in enumerate(("start", "RL", "SFT, as long"))}
-    told = capfd.readouterr().out
-    assert "fallible: steps 7" in told and "untold: steps 7" in told
+    figures = demo.two_worlds(args, tmp_path)
+    assert figures == {f"{title}: {arm}": {"mean": i} for title, *_ in demo.WORLDS.values()
+                       for i, arm in enumerate(("start", "RL", "SFT, as long"))}
+    assert [(row["before"], row["after"]) for row in demo.rl_rows(figures).values()] == [(0, 1)] * 2
+    said = capfd.readouterr().out
+    assert "fallible: steps 7" in said and "untold: steps 7" in said
     with pytest.raises(UserError, match="`fallible` ended with code 3"):
         demo.two_worlds(replace(args, rl_steps=13), tmp_path)
 
 
-def test_a_curve_stays_inside_its_axes():
-    svg = report.curve({"loss": [(0, 100.0), (1, 1.0), (2, 0.9), (3, 0.8)]}, "loss", 620, 220)
-    points = svg.split('points="')[1].split('"')[0].split()
-    assert all(0 <= float(p.split(",")[1]) <= 220 for p in points)
-
-
-def test_rows_that_share_no_column_with_those_above_get_a_table_of_their_own():
-    page = report.figures_html({"a": {"x": 1.0}, "b": {"x": 2.0, "y": 3.0}, "c": {"z": 4.0}})
-    assert page.count("<table>") == 2 and page.index("4") > page.index("<th>z</th>")
-
-
-def test_a_wide_table_lies_on_its_side():
-    """Nine columns and two rows become nine rows; what a row lacks stays empty."""
-    page = report.figures_html({"before": {f"c{i}": i for i in range(9)}, "after": {"c3": 1200}})
-    assert page.count("<tr>") == 10 and "<th>before</th><th>after</th>" in page
-    assert "<td>c3</td><td>3</td><td>1,200</td>" in page
-    assert "<td>c4</td><td>4</td><td></td>" in page
-
-
-def test_a_curve_of_one_point_is_none():
-    assert report.curve({"linear": [(9, 0.5)]}, "probes") == ""
-    page = report.curve({"training": [(1, 2.0), (2, 1.0)], "held out": [(2, 1.0)]}, "loss")
-    assert page.count("<polyline") == 1
-
-
-def test_damaged_files_of_a_run_folder_are_one_line(tmp_path):
-    (tmp_path / "report.json").write_text("{")
+def test_damaged_files_of_the_demo_are_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    for act in (lambda: report.write(tmp_path),
-                lambda: demo.demo(demo.Args(out=str(tmp_path), tower_steps=0))):
-        with pytest.raises(UserError, match="json is damaged: remove it to go on"):
-            act()
-
-
-def test_categories_early_and_late_without_steps_of_errors_alone():
-    def line(value):
-        return {"by": {"point": {"reward": value}}}
-    steps = [0.5, math.nan, *[0.0] * 16, 1.0, 0.5]
-    assert report.by_category([line(value) for value in steps] + [{}]) == {
-        "point": {"reward, first": 0.5, "reward, last": 0.5}}
-
-
-def test_an_empty_folder_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="nothing to show"):
-        report.write(tmp_path)
-    with pytest.raises(UserError, match="no run folder"):
-        report.write(tmp_path / "missing")
+    with pytest.raises(UserError, match="json is damaged: remove it to go on"):
+        demo.demo(demo.Args(out=str(tmp_path), tower_steps=0))
 
 
 @pytest.mark.slow

@@ -1,0 +1,164 @@
+"""lab.report: the page of a run of each script, and the explanation of every field of a log."""
+import json
+import math
+
+import pytest
+
+import gym
+import pretrain
+import rl
+import train_vit
+from lab import fields, report
+from lib.cli import UserError
+from tasks.base import Task
+
+
+def test_a_curve_stays_inside_its_axes():
+    svg = report.curve({"loss": [(0, 100.0), (1, 1.0), (2, -0.9), (3, 0.8)]}, "loss", clip=True)
+    points = [tuple(map(float, p.split(",")))
+              for p in svg.split('points="')[1].split('"')[0].split()]
+    assert all(report.LEFT <= x <= report.WIDE and 0 <= y <= 300 - report.BOTTOM for x, y in points)
+
+
+@pytest.mark.parametrize("most,expected", [(60, [0, 20, 40, 60]), (0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+                                           (7, [0, 2, 4, 6])])
+def test_axes_have_round_numbers(most, expected):
+    assert report.ticks(most, 5) == pytest.approx(expected)
+
+
+def test_rows_that_share_no_column_with_those_above_get_a_table_of_their_own():
+    page = report.figures_html({"a": {"x": 1.0}, "b": {"x": 2.0, "y": 3.0}, "c": {"z": 4.0}})
+    assert page.count("<table>") == 2 and page.index("4") > page.index("<th>z</th>")
+
+
+def test_a_wide_table_lies_on_its_side():
+    """Nine columns and two rows become nine rows; what a row lacks stays empty."""
+    page = report.figures_html({"before": {f"c{i}": i for i in range(9)}, "after": {"c3": 1200}})
+    assert page.count("<tr>") == 10 and "<th>before</th><th>after</th>" in page
+    assert "<td>c3</td><td>3</td><td>1,200</td>" in page
+    assert "<td>c4</td><td>4</td><td></td>" in page
+
+
+def test_a_curve_of_one_point_is_none():
+    assert report.curve({"linear": [(9, 0.5)]}, "probes") == ""
+    page = report.curve({"training": [(1, 2.0), (2, 1.0)], "held out": [(2, 1.0)]}, "loss")
+    assert page.count("<polyline") == 1
+
+
+def test_damaged_files_of_a_run_folder_are_one_line(tmp_path):
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(UserError, match="json is damaged: remove it to go on"):
+        report.write(tmp_path)
+
+
+def test_categories_early_and_late_without_steps_of_errors_alone():
+    def line(value):
+        return {"by": {"point": {"reward": value}}}
+    steps = [0.5, math.nan, *[0.0] * 16, 1.0, 0.5]
+    assert report.by_category([line(value) for value in steps] + [{}]) == {
+        "point": {"reward, first": 0.5, "reward, last": 0.5}}
+
+
+def test_an_empty_folder_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="nothing to show"):
+        report.write(tmp_path)
+    with pytest.raises(UserError, match="no run folder"):
+        report.write(tmp_path / "missing")
+
+
+# ---- pages of real runs -------------------------------------------------------------------------
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def explained(lines: list[dict]) -> set[str]:
+    """All keys of a log; each of them must have an explanation."""
+    keys = {key for line in lines for key in line}
+    assert {key for key in keys if fields.field_of(key) is None} == set()
+    return keys
+
+
+def test_a_pretraining_run_shows_questions_settings_and_all_its_curves(tmp_path, capsys):
+    pretrain.run(pretrain.Args(steps=4, rows=1, row_tokens=512, workers=0, mix="point,counting",
+                               eval_every=2, mtp_share=0.9, save_every=2, device="cpu",
+                               out=str(tmp_path)))
+    assert explained(log_of(tmp_path)) >= {"loss", "held_out", "mtp1", "mtp2", "mtp3"}
+    report.report(report.Args(str(tmp_path)))
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["answered_by"] == "step_000004" and len(facts["samples"]) == report.QUESTIONS
+    assert {(s["category"], s["level"]) for s in facts["samples"]} == {
+        (name, level) for name in ("point", "counting") for level in (0, 1)}
+    page = (tmp_path / "report.html").read_text()
+    for shown in ("held-out loss", "depth 3", "parameters", "Questions and answers", "truth: ",
+                  "python pretrain.py --steps=4 --rows=1", "packed rows", "by step_000004",
+                  "options at their defaults", "Norm of the whole gradient"):
+        assert shown in page, shown
+    for title in ("loss", "loss of the multi-token prediction head, nats a token"):
+        assert page.count(f"<figcaption>{title}</figcaption>") == 1
+    written = (tmp_path / "report.json").stat().st_mtime_ns
+    report.report(report.Args(str(tmp_path)))       # the same checkpoint: nothing is asked again
+    assert (tmp_path / "report.json").stat().st_mtime_ns == written
+    (tmp_path / "step_000004/model.safetensors").write_text("damaged")
+    (tmp_path / "report.json").unlink()
+    report.report(report.Args(str(tmp_path)))
+    assert "no questions are answered" in capsys.readouterr().out
+    assert "polyline" in (tmp_path / "report.html").read_text()
+
+
+def test_every_field_of_a_tower_run_is_explained(tmp_path):
+    train_vit.run(train_vit.Args(steps=2, batch=4, micro=4, workers=0, probes=64, clips=0.5,
+                                 eval_every=1, device="cpu", out=str(tmp_path)))
+    keys = set()
+    for stage in train_vit.STAGES:
+        keys |= explained(log_of(tmp_path / stage))
+    assert keys >= {"loss", "linear", "zero_shot_zh", "moves_en", "cos_texture"}
+    page = report.page(tmp_path)
+    assert page.index("<h2>semantic</h2>") < page.index("<h2>align</h2>")
+    assert "cosine to the features" in page and "python train_vit.py" in page
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_every_field_of_an_rl_run_is_explained(tmp_path, staleness):
+    rl.run(rl.Args(mix="counting,point", prompts=1, group=2, steps=2, slots=4, eval_every=1,
+                   eval_count=2, max_new=4, context=128, max_staleness=staleness, device="cpu",
+                   out=str(tmp_path)))
+    lines = log_of(tmp_path)
+    assert explained(lines) >= {"reward", "no_signal", "accuracy"}
+    assert explained([row for line in lines for row in line["by"].values()]) >= {"pass1", "pass2"}
+    page = report.page(tmp_path)
+    assert "Questions and answers" in page and "python rl.py" in page
+    assert "The policy-gradient loss" in page
+
+
+def test_fields_are_printed(capsys):
+    report.report(report.Args("fields"))
+    said = capsys.readouterr().out
+    assert "mtpN [nats a token]" in said and "rl.py" in said
+    everything = [field for group in fields.FIELDS.values() for field in group]
+    assert all(field.meaning.endswith((".", "?")) for field in everything)
+
+
+def test_every_curve_is_of_a_field_that_is_explained_and_drawn_once():
+    keys = [key for chart in fields.CHARTS for key in chart.lines]
+    assert len(keys) == len(set(keys)) and all(map(fields.field_of, keys))
+
+
+def test_questions_are_spread_over_categories_and_levels():
+    few = report.tasks_of("point:3,counting,text", 2, 64, 6)
+    assert [t.category for t in few] == ["point"] * 3 + ["counting"] * 3
+    assert [t.level for t in few] == [0, 1] * 3 and len(set(few)) == 6
+    many = report.tasks_of("gym", 1, 64, 12)
+    assert len({t.category for t in many}) == 12
+    assert report.tasks_of("text,code", 1, 64) == []
+
+
+def test_pictures_of_an_answer_are_those_that_the_model_saw():
+    task = Task("gui_form", 3, 0, "test")
+    replies = gym.play_out(task)[1]
+    frames, question = report.frames_of(task, replies)
+    assert len(frames) == len(replies) > 1 and question and "<|image|>" not in question
+
+
+def test_a_config_of_no_script_has_no_settings():
+    assert report.settings({"tower_steps": 1, "steps": 3}) == ""
