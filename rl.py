@@ -1,34 +1,41 @@
-"""Joint RL over the gym: the model plays, verifiers judge, and what did better than its like
-becomes more likely.
+"""Reinforcement learning on the gym: the model plays tasks, verifiers score it, and replies that
+beat the mean of their group become more likely (GRPO).
 
-    python rl.py --mix=counting,gui_click --steps=100     from the demo's checkpoint, any machine
-    python rl.py --init=out/sft --mix=gym --levels=3 --rehearse=0.1
+    python rl.py --steps=20                               from the included checkpoint, any machine
+    python rl.py --init=out/sft --mix=gym --levels=3      other weights, all categories
     python rl.py --max_staleness=2 --workers=4            asynchronous, in one process
     torchrun --nproc_per_node=2 rl.py --max_staleness=2   the last rank plays, the others train
 
-From `advantages` to `train` this is a whole synchronous trainer. Episodes, tasks that the model has
-played and verifiers judged, come in groups that share a task (play.py); `rewards_of`, `advantages`
-and `lessons` turn a group into Documents with a coefficient for each token, `row_loss` and `update`
-learn from them, and `train` goes round. The asynchronous trainer is the same: only its groups come
-in another way (collect.py, ranks.py). What is left out, and why:
-- A critic. The mean of the other replies to the same task is the baseline.
-- Dividing advantages by the group's deviation: it favours tasks that nearly all replies solve, or
-  nearly none; --std brings it back.
-- A reference model that holds the policy back; --kl brings it back. An entropy bonus: it ends in
-  garble [R: GLM-4.5V].
-- Several updates from one batch. So without staleness all ratios are 1 and nothing is clipped.
-- Forgetting the optimizer's state whenever new weights are sent out, as GLM-5 does [R].
-- Sharded weights (FSDP2): several trainers hold a copy each.
+One step of `train`, the synchronous loop at the end of this file:
 
-Letters: T tokens of a packed row, W width, V vocabulary.
+    1. draw tasks     mostly those that the model solves about half of the time (lib/curriculum.py)
+    2. rollout        the model plays each task --group times; these are a group (lib/rollout.py)
+    3. rewards        of the verifiers, in [0, 1]; a group of equal rewards has no signal: dropped
+    4. advantages     reward minus the group's mean, the same for all tokens of a rollout
+    5. update         one optimizer step on the tokens that the model sampled
+    6. evaluate       greedy replies to held-out tasks, every --eval_every steps
+    7. save           a checkpoint, every --save_every steps
+
+`run` hands the same functions to lib/async_rl.py where rollouts should overlap with updates.
+
+Left out, and why:
+- A critic. The mean reward of the other replies to the same task is the baseline.
+- Division by the group's std, which favours very easy and very hard tasks; --std brings it back.
+- A reference model that keeps the policy near its start (--kl brings it back), and an entropy
+  bonus, which ends in garbled text [R: GLM-4.5V].
+- Several updates from one batch. So in the synchronous loop all ratios are 1: nothing is clipped.
+- GLM-5's reset of the optimizer's state after each update [R]; sharded weights (FSDP2).
+
+Shapes: T tokens of a packed row, W width, N tokens that have a weight.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
-import contextlib
+import functools
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -38,75 +45,73 @@ import gym
 from data import collate, Document, pack_rows, parse_mix, sight, Stream
 from engine import Engine
 from kernels import linear_logp
-from lib.async_rl import Actor, Collector, Here, Remote, serve, shared, Transfer
-from lib.checkpoint import load_model, save_model
-from lib.cli import cli, main, UserError
-from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint,
-                        first_sentence, GROUP_TIMEOUT, Log, move_earlier_run, print_plan, ROOT,
-                        save_state, setup, write_json)
+from lib import async_rl
+from lib.checkpoint import load_model, restore, save_model, start_from
+from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
+                     Positive, Range, Schedule, Seed, Share, UserError)
+from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint, Log,
+                        move_earlier_run, print_plan, ROOT, save_state, setup, write_json)
 from lib.curriculum import Curriculum
-from lib.episodes import accuracy, ages_of, samples
-from lib.rollout import Episode, Play, Policy, rollout
-from lib.tensors import load_tensors
+from lib.episodes import accuracy, Episode, figures_of, report_evaluation, rewards_of
+from lib.rollout import rollout, RolloutSettings
 from mmtp import head_of, losses as mtp_losses, prefix
 from model import GLMV
 from optim import OptimConfig, Optimizer, schedule
 from tasks.base import Task
-from tasks.webdev import relative_rewards
 from tokenizer import Tokenizer
 
 
-BEGIN = ROOT / "ckpt" / "demo"    # the model that runs begin from, without --init
+DEMO = ROOT / "ckpt" / "demo"     # the model that runs start from, without --init
 
 
 @dataclass
 class Args:
-    steps: int = 200              # optimizer updates
-    prompts: int = 16             # tasks a step that have something to teach
-    group: int = 8                # rollouts of each
-    row_tokens: int = 2048        # tokens a packed row
+    steps: Positive = 200         # optimizer updates
+    prompts: Positive = 16        # groups a step that have a signal
+    group: Annotated[int, Range(2)] = 8  # rollouts of a task
+    row_tokens: Positive = 2048   # tokens a packed row
     mix: str = "shape_attr,counting,ocr_line,point,gui_click,gui_form"  # categories and weights
-    levels: int = 1               # levels of difficulty; each opens when the one below is learnt
-    max_new: int = 48             # tokens a reply may have
-    think: int = 0                # tokens of thought before it; then </think> is put in by force
-    context: int = 512            # tokens of a whole conversation
-    loss: str = "double"          # double (two-sided importance sampling), icepop or grpo
-    clip_low: float = 0.2         # ratios under 1 - this are clipped, or masked
-    clip_high: float = 0.28       # ratios over 1 + this: higher, so that rare tokens can rise
-    std: bool = False             # divide advantages by the group's deviation
-    kl: float = 0.0               # weight of the divergence from --init; 0: no reference model
-    rehearse: float = 0.0         # demonstrations beside the episodes, as a share of them
-    mtp: float = 0.1              # weight of the MTP head's own loss, if there is a head
-    lr: float = 8e-4              # peak learning rate; Muon and AdamW alike
-    weight_decay: float = 0.0     # on matrices
-    warmup: int = 10              # steps
-    schedule: str = "linear"      # constant, linear (over the last part) or cosine
-    decay: float = 0.4            # that last part, as a share of the steps
-    max_staleness: int = 0        # updates that a sample may lag behind; 0: synchronous
-    slots: int = 128              # conversations generated side by side
-    flight: int = 0               # rollouts under way at most; 0: as many as staleness allows
-    drafts: int = 0               # tokens that the MTP head drafts ahead in generation
-    workers: int = 1              # verifying processes, killed if they hang; 0, synchronous: none
-    patience: float = 60.0        # asynchronous: seconds until a group, or its rest, is given up
-    rollout_ranks: int = 1        # of torchrun's processes, how many play
+    levels: Levels = 1            # levels of difficulty; each opens when the one below is learned
+    max_new: Positive = 48        # tokens a reply may have
+    think: Natural = 0            # tokens of thought before it; then </think> is inserted
+    context: Positive = 512       # tokens of a whole conversation
+    loss: Literal["grpo", "double", "icepop"] = "double"  # double: two-sided importance sampling
+    clip_low: Share = 0.2         # ratios under 1 - this are clipped, or masked
+    clip_high: NonNegative = 0.28  # ratios over 1 + this
+    std: bool = False             # divide advantages by the group's std
+    kl: NonNegative = 0.0         # weight of the divergence from --init; 0: no reference model
+    rehearse: NonNegative = 0.0   # demonstrations in each update, as a share of the rollouts
+    mtp: NonNegative = 0.1        # weight of the MTP head's own loss, if there is a head
+    lr: NonNegative = 8e-4        # peak learning rate; Muon and AdamW alike
+    weight_decay: NonNegative = 0.0  # on matrices
+    warmup: Natural = 10          # steps
+    schedule: Schedule = "linear"  # constant, linear (over the last part) or cosine
+    decay: Share = 0.4            # that last part, as a share of the steps
+    max_staleness: Natural = 0    # optimizer steps that a sample may lag behind; 0: synchronous
+    slots: Positive = 128         # conversations generated side by side
+    flight: Natural = 0           # asynchronous: rollouts at once; 0: as staleness allows
+    drafts: Natural = 0           # tokens that the MTP head drafts ahead in generation
+    workers: Natural = 1          # verifying processes; 0: none; from 2 on: asynchronous
+    patience: NonNegative = 60.0  # asynchronous: seconds until a group, or its rest, is given up
+    rollout_ranks: Positive = 1   # of torchrun's processes, how many play
     init: str = ""                # folder whose weights to start from; default: the demo's
-    resume: bool = False          # go on with the newest checkpoint in --out
+    resume: bool = False          # continue from the newest checkpoint in --out
     out: str = "out/rl"           # run folder: log.jsonl, config.json, checkpoints, pictures
-    save_every: int = 50          # steps between checkpoints
-    eval_every: int = 50          # steps between examinations on held-out tasks; 0 = never
-    eval_count: int = 50          # held-out tasks a category
-    log_every: int = 5            # steps between printed lines
-    seed: int = 0                 # of tasks and sampling
-    device: str = "auto"          # auto, cpu, cuda or mps
-    dtype: str = "auto"           # auto, float32 or bfloat16; masters are fp32 in any case
+    save_every: Positive = 50     # steps between checkpoints
+    eval_every: Natural = 50      # steps between evaluations on held-out tasks; 0: never
+    eval_count: Positive = 50     # held-out tasks a category
+    log_every: Positive = 5       # steps between printed lines
+    seed: Seed = 0                # of tasks and sampling
+    device: Device = "auto"       # auto, cpu, cuda or mps
+    dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
 
 
-# ---- learning -----------------------------------------------------------------------------------
+# ---- advantages ---------------------------------------------------------------------------------
 
 def advantages(rewards: list[float], std: bool = False) -> list[float]:
-    """Reward minus the mean of the group. NaN, an error, is no part of the mean and gets 0, and so
-    does one who is alone. [1, NaN, 3] -> [-1, 0, 1]"""
+    """Reward minus the mean of the group. An error (NaN) is left out of the mean and gets 0, and so
+    does a reward that is the only one. [1, NaN, 3] -> [-1, 0, 1]"""
     r = np.array(rewards, float)
     valid = np.isfinite(r)
     if valid.sum() < 2:
@@ -115,51 +120,52 @@ def advantages(rewards: list[float], std: bool = False) -> list[float]:
     return (centred / (r[valid].std() + 1e-6) if std else centred).tolist()
 
 
-# In these categories a group's pages are compared with each other: RVPO [R: UI2Code^N]. A reward
-# of 0 is a page that shows nothing, or, where a draft is mended, one no better than the draft.
-PAGES = {"ui_to_code": None, "ui_polish": 1e-9}
-
-
-def rewards_of(group: list[Episode]) -> list[float]:
-    """The rewards that a group learns from; NaN for errors."""
-    valid = [e for e in group if not e.score.error]
-    values, name = [e.score.reward for e in valid], group[0].task.category
-    if name in PAGES:
-        shown = [value if value or PAGES[name] else None for value in values]
-        values = relative_rewards(shown, PAGES[name])
-    found = {e.index: value for e, value in zip(valid, values)}
-    return [found.get(e.index, math.nan) for e in group]
-
-
 def has_signal(group: list[Episode]) -> bool:
-    """Whether some did better than others."""
+    """Whether some rollouts of the group did better than others."""
     return max(map(abs, advantages(rewards_of(group)))) > 1e-6
 
 
-def lessons(group: list[Episode], std: bool = False) -> list[list[Document]]:
-    """One list of Documents an Episode, its advantage on each token; weights add up to 1, so that
-    every Episode counts the same, long or short [R: GLM-4.5V]."""
-    made = []
-    for episode, advantage in zip(group, advantages(rewards_of(group), std)):
-        learnt = sum(float(d.weights.sum()) for d in episode.documents)
-        if episode.score.error or not learnt:
-            continue
-        made.append([replace(d, weights=d.weights / learnt, extras={
-            **d.extras, "advantage": np.full(len(d.ids), advantage, np.float32),
-            "taught": np.zeros(len(d.ids), np.float32)}) for d in episode.documents])
-    return made
+def to_samples(groups: list[list[Episode]], std: bool = False) -> list[list[Document]]:
+    """Each episode of `groups` as Documents whose tokens carry its advantage and whose weights add
+    up to 1: long or short, each counts the same [R: GLM-4.5V]. Sorted by number: groups end in an
+    order that differs from run to run, and packed in another order all sums would differ a little.
+    """
+    samples = []
+    for group in sorted(groups, key=lambda group: group[0].group):
+        for episode, advantage in zip(group, advantages(rewards_of(group), std)):
+            if not episode.score.error and any(d.weights.any() for d in episode.documents):
+                samples.append(to_sample(episode.documents, advantage))
+    return samples
 
+
+def to_sample(documents: list[Document], advantage: float, demonstration: bool = False):
+    """Copies of the documents whose weights add up to 1, with what `row_loss` needs per token."""
+    total, sample = sum(float(d.weights.sum()) for d in documents), []
+    for d in documents:
+        ones = np.ones(len(d.ids), np.float32)
+        extras = {"logp": 0 * ones, **d.extras, "advantage": advantage * ones,
+                  "demonstration": demonstration * ones}
+        sample.append(replace(d, weights=d.weights / total, extras=extras))
+    return sample
+
+
+def demonstrations(stream: Stream, first: int, count: int) -> list[list[Document]]:
+    """`count` samples of the gym's own replies from number `first` on, to rehearse during RL."""
+    return [to_sample(stream(first + i), 1.0, demonstration=True) for i in range(count)]
+
+
+# ---- the loss and the update --------------------------------------------------------------------
 
 def clipped(logp, old, advantage, low: float, high: float):
-    """GRPO: -min(r A, clip(r) A) with r = exp(logp - old); all (T,). No gradient from a token that
-    has gone as far as low or high allow. `high` farther from 1 than `low` is clip-higher [R]."""
+    """GRPO: -min(r A, clip(r) A) with the ratio r = exp(logp - old); all (N,). A token whose ratio
+    has moved as far as low or high allow gets no further gradient."""
     ratio = (logp - old).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
 def masked(logp, old, advantage, low: float, high: float):
     """Two-sided importance sampling: -f(r) A logp, with f(r) = r inside (low, high), else 0, and
-    no gradient through f [R: GLM-5; IcePop with 1/2 and 2]."""
+    no gradient through f [R: GLM-5; IcePop with 1/2 and 2]. All (N,)."""
     ratio = (logp.detach() - old).exp()
     inside = (ratio > low) & (ratio < high)
     return -torch.where(inside, ratio, 0.0) * advantage * logp
@@ -169,13 +175,13 @@ LOSSES = {"grpo": clipped, "double": masked, "icepop": masked}
 
 
 def band(args: Args) -> tuple[float, float]:
-    """The ratios that count in full."""
+    """The ratios that are neither clipped nor masked."""
     return (0.5, 2.0) if args.loss == "icepop" else (1 - args.clip_low, 1 + args.clip_high)
 
 
 def logps_of(model: GLMV, batch):
-    """Hidden states of a row (T, W), the places that predict a token with weight, and of those
-    tokens log-probability and entropy."""
+    """Hidden states of a row (T, W); positions (N,) that predict a token which has a weight; of
+    these tokens, log-probability and entropy (N,)."""
     hidden = model(batch, model.encode_images(batch))
     at = batch.weights[1:].nonzero()[:, 0]  # token t is predicted from position t-1
     logp, entropy = linear_logp(hidden[at], model.lm_head.weight, batch.tokens[at + 1])
@@ -183,338 +189,252 @@ def logps_of(model: GLMV, batch):
 
 
 def row_loss(model: GLMV, batch, args: Args, reference=None):
-    """The loss of one row, summed over its Episodes; and what is seen on the way, as sums (6,):
-    loss, tokens, entropy, |log ratio|, outside the band; last, the largest |log ratio|."""
+    """The loss of one row, summed over its episodes, and its statistics (6,): sums of loss, tokens,
+    entropy, |log ratio| and tokens outside the band; last, the largest |log ratio|.
+
+    reference (N,): log-probabilities of the reference model, with --kl.
+    """
     hidden, at, logp, entropy = logps_of(model, batch)
-    old, advantage, taught = (batch.extras[k][at + 1] for k in ("logp", "advantage", "taught"))
-    weight, own, (low, high) = batch.weights[at + 1], taught == 0, band(args)
-    each = torch.where(own, LOSSES[args.loss](logp, old, advantage, low, high), -logp)
+    old, advantage = batch.extras["logp"][at + 1], batch.extras["advantage"][at + 1]
+    own = batch.extras["demonstration"][at + 1] == 0    # sampled by the model itself
+    weight, (low, high) = batch.weights[at + 1], band(args)
+    # A demonstration is learned by plain cross-entropy: there is nothing to compare it with.
+    losses = torch.where(own, LOSSES[args.loss](logp, old, advantage, low, high), -logp)
     if reference is not None:   # an estimate of KL(policy || reference) that is never negative
-        apart = torch.where(own, reference - logp, 0.0)
-        each = each + args.kl * (apart.exp() - apart - 1)
-    loss = (each * weight).sum()
+        gap = torch.where(own, reference - logp, 0.0)
+        losses = losses + args.kl * (gap.exp() - gap - 1)
+    loss = (losses * weight).sum()
     with torch.no_grad():
-        gap = (logp - old)[own]
-        ratio = gap.exp()
-        seen = torch.stack([loss.detach(), own.sum(), entropy[own].sum(), gap.abs().sum(),
-                            ((ratio <= low) | (ratio >= high)).sum(),
-                            gap.abs().max() if len(gap) else gap.sum()])
-    if args.mtp and head_of(model):         # it learns to guess this policy, and can't move it
+        log_ratio = (logp - old)[own]
+        ratio, size = log_ratio.exp(), log_ratio.abs()
+        statistics = torch.stack([
+            loss.detach(), own.sum(), entropy[own].sum(), size.sum(),
+            ((ratio <= low) | (ratio >= high)).sum(), size.max() if len(size) else size.sum()])
+    if args.mtp and head_of(model):         # it learns to predict this policy, and can't change it
         depths = model.config.mtp_depths or 1
         further = mtp_losses(model, hidden, batch, depths=depths, detach=True)
         loss = loss + args.mtp * sum(further) / depths
-    return loss, seen
+    return loss, statistics
 
+
+def update(model: GLMV, optimizer: Optimizer, samples: list[list[Document]], args: Args,
+           rate: float, reference: GLMV | None = None, rank: int = 0, world: int = 1,
+           process_group=None, after_row=None) -> dict:
+    """One optimizer step on `samples`, averaged over them; returns figures for the log.
+
+    rate: the schedule's factor on the learning rate. The asynchronous trainer shares the rows over
+    `world` ranks of `process_group`, and calls `after_row()` after each row.
+    """
+    if not samples:
+        return {"pg_loss": 0.0, "tokens": 0}
+    device = model.lm_head.weight.device
+    rows = pack_rows([d for sample in samples for d in sample], args.row_tokens)
+    batches = [collate(row, model.config).to(device) for row in rows[rank::world]]
+    reference_logps = [None] * len(batches)
+    if reference is not None:   # it lives in CPU memory, and on the device only for its forward [C]
+        with torch.no_grad():
+            reference_logps = [logps_of(reference.to(device), batch)[2] for batch in batches]
+        reference.to("cpu")
+    sums, largest = torch.zeros(5, device=device), torch.zeros((), device=device)
+    for batch, logps in zip(batches, reference_logps):
+        loss, statistics = row_loss(model, batch, args, logps)
+        # Divided by all samples, not by this row's: the update does not depend on the packing.
+        (loss / len(samples)).backward()
+        optimizer.accumulate()
+        sums, largest = sums + statistics[:5], torch.maximum(largest, statistics[5])
+        if after_row:
+            after_row()
+    if world > 1:
+        dist.all_reduce(sums, group=process_group)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
+    loss, tokens, entropy, log_ratio, outside = sums.tolist()
+    skip_prefix = "" if args.mtp else prefix(model)     # the head has no gradient then
+    norm = optimizer.step(rate, math.isfinite(loss), skip_prefix, process_group)
+    tokens = max(1, tokens)
+    return {"pg_loss": loss / len(samples), "norm": norm, "tokens": int(tokens),
+            "entropy": entropy / tokens, "clipped": outside / tokens,
+            "mismatch": log_ratio / tokens, "mismatch_max": largest.item()}
+
+
+# ---- the parts of a run -------------------------------------------------------------------------
 
 @dataclass
-class Share:
-    """This rank's part in an update: of the rows that `world` trainers deal out, those of `rank`.
-    between: called after each row."""
-    rank: int = 0
-    world: int = 1
-    group: object = None
-    between: object = None
+class Progress:
+    """Where a run is: what a checkpoint holds besides the weights and the optimizer's state."""
+    step: int = 0                                           # optimizer steps done
+    collector: dict = field(default_factory=dict)           # Curriculum.checkpoint
+    evaluations: list[dict] = field(default_factory=list)   # step, reward, accuracy
+    rewards: list[float] = field(default_factory=list)      # of each step since the last of these
 
 
-def update(model: GLMV, optimizer: Optimizer, groups: list, taught: list, args: Args, rate: float,
-           share: Share = Share(), reference: GLMV | None = None) -> dict:
-    """One optimizer step on the groups and on demonstrations `taught`, averaged over Episodes.
-
-    The order in which groups arrived changes nothing. The reference model lives in CPU memory, is
-    fetched for its forward and released again [C].
-    """
-    device = model.lm_head.weight.device
-    groups = sorted(groups, key=lambda group: group[0].group)
-    episodes = [lesson for group in groups for lesson in lessons(group, args.std)] + taught
-    if not episodes:
-        return {"pg_loss": 0.0, "tokens": 0}
-    rows = pack_rows([d for lesson in episodes for d in lesson], args.row_tokens)
-    batches = [collate(row, model.config).to(device) for row in rows[share.rank::share.world]]
-    told_by = [None] * len(batches)
-    if reference is not None:
-        with torch.no_grad():
-            told_by = [logps_of(reference.to(device), batch)[2] for batch in batches]
-        reference.to("cpu")
-    total, most = torch.zeros(5, device=device), torch.zeros((), device=device)
-    for batch, logp in zip(batches, told_by):
-        loss, seen = row_loss(model, batch, args, logp)
-        (loss / len(episodes)).backward()
-        optimizer.accumulate()
-        total, most = total + seen[:5], torch.maximum(most, seen[5])
-        if share.between:
-            share.between()
-    if share.world > 1:
-        dist.all_reduce(total, group=share.group)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=share.group)
-    loss, tokens, entropy, gap, outside = total.tolist()
-    skip_prefix = "" if args.mtp else prefix(model)
-    norm = optimizer.step(rate, math.isfinite(loss), skip_prefix, share.group)
-    tokens = max(1, tokens)
-    return {"pg_loss": loss / len(episodes), "norm": norm, "tokens": int(tokens),
-            "entropy": entropy / tokens, "clipped": outside / tokens, "mismatch": gap / tokens,
-            "mismatch_max": most.item()}
-
-
-def train(model: GLMV, optimizer: Optimizer, collect, args: Args, start: int = 0,
-          share: Share = Share(), reference: GLMV | None = None):
-    """The loop. collect(step) -> (groups, demonstrations): in the plain case tasks are drawn,
-    played to their end by `rollout`, and those kept that have a signal. Yields (steps done, groups,
-    figures)."""
-    for step in range(start, args.steps):
-        groups, taught = collect(step)
-        if groups is None:      # told to leave while it waited
-            return
-        began = time.perf_counter()
-        rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
-        figures = update(model, optimizer, groups, taught, args, rate, share, reference)
-        yield step + 1, groups, figures | {"lr": args.lr * rate,
-                                           "learning": time.perf_counter() - began}
+def prepare(args: Args, hw, trains: bool = True):
+    """Start or resume a run. trains: whether this rank learns. Returns model, optimizer, reference
+    model (None without --kl), settings, stream of demonstrations, Curriculum and Progress."""
+    resumed = args.resume and bool(checkpoints(args.out))
+    folder = find_checkpoint(args.out if resumed else args.init or DEMO)
+    model = load_model(folder, hw.device, hw.dtype)
+    if not model.config.n_ranks:
+        raise UserError(f"{folder} comes with another tokenizer, which RL can't use")
+    mix = parse_mix(args.mix, sight(model.config))
+    unknown = [name for name, _ in mix if name not in gym.names()]
+    if unknown or not sum(weight for _, weight in mix) > 0:
+        raise UserError(f"--mix takes categories of the gym, not '{(unknown or [args.mix])[0]}'")
+    optimizer = Optimizer(model.named_parameters(), OptimConfig(args.lr, args.weight_decay))
+    first, progress = args.init, Progress()
+    if resumed:
+        state = restore(folder, model, optimizer)
+        progress = Progress(state["step"], state["collector"], state["exams"], state["recent"])
+        first = state["args"]["init"]
+    else:
+        start_from(folder, optimizer)
+    check_same_start(progress.step, args.out)
+    reference = None
+    if args.kl and trains:      # the weights that the first step started from
+        reference = load_model(find_checkpoint(first or DEMO), "cpu", hw.dtype)
+    say = print if hw.rank == 0 else (lambda *_: None)
+    move_earlier_run(Path(args.out), args.resume, hw, say)
+    settings = RolloutSettings(Tokenizer(model.config.n_ranks), model.config, args.context,
+                               args.max_new, args.think, args.seed)
+    say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
+        f"step, steps {progress.step}..{args.steps}, staleness {args.max_staleness}, run folder "
+        f"{args.out}")
+    say("pg_loss stays near 0, since the advantages of a group add up to 0: it does not measure "
+        "progress; watch reward and held-out accuracy")
+    stream = Stream(model.config, mix, args.seed, "train", args.levels)
+    curriculum = Curriculum(mix, args.seed, args.levels, say)
+    return model, optimizer, reference, settings, stream, curriculum, progress
 
 
-# ---- what is seen -------------------------------------------------------------------------------
-
-
-class Exams:
-    """Greedy replies to held-out tasks, the same every time, and an alarm where their accuracy
-    falls while reward rises. recent: mean rewards of the steps since the last one."""
-
-    def __init__(self, args: Args, policy: Policy, rewards, say):
-        self.args, self.policy = args, replace(policy, temperature=0.0)
-        self.rewards, self.say, self.held, self.recent = rewards, say, [], []
-
-    def hold(self, model: GLMV, step: int) -> float:
-        """Examine, say, and write report.json; the mean accuracy."""
-        args, held, out = self.args, self.held, Path(self.args.out)
-        reward, self.recent = float(np.mean(self.recent or [0.0])), []
-        names = [name for name, _ in parse_mix(args.mix, sight(model.config))]
-        episodes = rollout(player(model, args), [
-            Episode(Task(name, 1_000_000 + i, i % args.levels, "test"), i, 0)
-            for name in names for i in range(args.eval_count)], self.policy, self.rewards)
-        held.append({"step": step, "reward": reward, "accuracy": accuracy(episodes)})
-        first, last = held[0]["accuracy"], held[-1]["accuracy"]
-        self.say(f"held out, greedy, step {step}: "
-                 + ", ".join(f"{name} {value:.1%}" for name, value in last.items()))
-        if len(held) > 2 and reward > held[1]["reward"] + 0.02 and (
-                last["mean"] < held[1]["accuracy"]["mean"] - 0.02):
-            self.say("ALARM: reward rises and held-out accuracy falls: what is it that pays? See "
-                     f"{out}/pictures")
-        write_json(out / "report.json", {
-            "title": f"RL, {out.name}",
-            "samples": samples(episodes, self.policy.tokens, out / "pictures"),
-            "figures": {name: {"before": first[name], f"after {step} steps": value}
-                        for name, value in last.items()}})
-        return last["mean"]
-
-
-# ---- the run ------------------------------------------------------------------------------------
-
-def player(model: GLMV, args: Args, say=print) -> Engine:
-    """The engine that plays. A picture's mark in a reply ends it: there are no pixels for it."""
-    engine = Engine(model, args.slots, args.context, args.drafts, args.max_staleness > 0, say)
-    engine.stops.add(model.config.image_token_id)
+def make_engine(model: GLMV, args: Args) -> Engine:
+    """An engine that generates with `model` itself. Drafts adapt to measured times only in the
+    asynchronous trainer: which tokens are sampled would differ from run to run."""
+    engine = Engine(model, args.slots, args.context, args.drafts, args.max_staleness > 0)
+    engine.stops.add(model.config.image_token_id)   # a sampled <|image|> has no pixels
     return engine
 
 
-def demonstrations(stream: Stream, first: int, count: int) -> list[list[Document]]:
-    """`count` samples of the gym's own replies, as lessons: rehearsal in the midst of RL."""
-    def lesson(sample):
-        learnt = sum(float(d.weights.sum()) for d in sample)
-        return [replace(d, weights=d.weights / learnt, extras={
-            name: np.full(len(d.ids), value, np.float32) for name, value in
-            (("logp", 0), ("advantage", 1), ("taught", 1))}) for d in sample]
-    return [lesson(stream(first + i)) for i in range(count)]
+def evaluate(model: GLMV, settings: RolloutSettings, rewards, args: Args,
+             progress: Progress) -> float:
+    """Play held-out tasks greedily, the same ones every time. Adds the accuracies to `progress`,
+    prints them, writes report.json and returns their mean."""
+    names = [name for name, _ in parse_mix(args.mix, sight(model.config))]
+    episodes = [Episode(Task(name, 1_000_000 + i, i % args.levels, "test"), i, 0)
+                for name in names for i in range(args.eval_count)]
+    rollout(make_engine(model, args), episodes, replace(settings, temperature=0.0), rewards)
+    shares, reward = accuracy(episodes), float(np.mean(progress.rewards or [0.0]))
+    progress.rewards = []
+    progress.evaluations.append({"step": progress.step, "reward": reward, "accuracy": shares})
+    report_evaluation(progress.evaluations, episodes, settings.tokens, Path(args.out))
+    return shares["mean"]
 
 
-def check(args: Args):
-    """Refuse at once what would fail, or do nothing, hours later."""
-    ones = "steps prompts row_tokens max_new context slots save_every eval_count log_every"
-    zeros = "flight seed max_staleness workers think drafts kl rehearse mtp eval_every"
-    least = {**dict.fromkeys(ones.split(), 1), **dict.fromkeys(zeros.split(), 0), "group": 2}
-    for name, value in least.items():   # a group of one has nobody to be better than
-        if getattr(args, name) < value:
-            raise UserError(f"--{name} takes {value} or more, not {getattr(args, name)}")
-    if not 1 <= args.levels <= 5:
-        raise UserError(f"--levels takes 1 to 5, not {args.levels}")
-    if args.loss not in LOSSES:
-        raise UserError(f"--loss takes {', '.join(LOSSES)}, not '{args.loss}'")
-    if args.schedule not in ("constant", "linear", "cosine"):
-        raise UserError(f"--schedule takes constant, linear or cosine, not '{args.schedule}'")
+def save_run(model: GLMV, optimizer: Optimizer, args: Args, progress: Progress, folder: Path):
+    """Fill the folder of a checkpoint. The fp32 masters are saved, not the model's bf16 copy."""
+    save_model(model, folder, weights=optimizer.masters)
+    save_state(folder / "train.pt", {
+        "step": progress.step, "optimizer": optimizer.state_dict(), "args": asdict(args),
+        "collector": progress.collector, "exams": progress.evaluations,
+        "recent": progress.rewards})
 
 
-def mix_of(args: Args, model: GLMV) -> tuple:
-    """--mix as ((category, weight), ...)"""
-    mix = parse_mix(args.mix, sight(model.config))
-    strange = [name for name, _ in mix if name not in gym.names()]
-    if strange or not sum(weight for _, weight in mix) > 0:
-        raise UserError(f"--mix takes categories of the gym, not '{(strange or [args.mix])[0]}'")
-    return mix
+# ---- training -----------------------------------------------------------------------------------
 
-
-def build(args: Args, hw):
-    """Model, optimizer, and the state to go on from, if any."""
-    resumed = args.resume and bool(checkpoints(args.out))
-    folder = find_checkpoint(args.out if resumed else args.init or BEGIN)
-    model = load_model(folder, hw.device, hw.dtype)
-    if not model.config.n_ranks:
-        raise UserError(f"{folder} comes with another tokenizer; RL can't speak it")
-    optimizer = Optimizer(model.named_parameters(), OptimConfig(args.lr, args.weight_decay))
-    stored = {k: v.to(hw.device, torch.float32) for k, v in load_tensors(folder).items()}
-    optimizer.load_masters(optimizer.masters | stored)
-    if not resumed:
-        return model, optimizer, None
-    try:
-        state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # torch.load answers damage with some ten kinds of them
-        raise UserError(f"{folder}/train.pt is damaged ({first_sentence(error)}); "
-                        f"--init={folder} starts from its weights alone") from None
-    return model, optimizer, state
-
-
-def forecast(args: Args, hw, model: GLMV):
-    """What the run would take (`--plan`): a rollout has about 64 tokens to read and half of what it
-    may say."""
-    counts = model.counts()
-    tokens = args.steps * args.prompts * args.group * (64 + args.max_new / 2)
-    memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
-    print_plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
-
-
-def seat(args: Args, hw, trainers: int, model: GLMV, policy: Policy, rewards, judges: int,
-         start: int, leave):
-    """(who plays for this rank, its part in the updates). A rank that does nothing but play does so
-    in here, until all is over, and has nobody then."""
-    share, store, route = Share(hw.rank, trainers), None, None
-    if hw.world > 1:
-        store = dist.PrefixStore("rl", hw.store)
-        share.group = dist.new_group(list(range(trainers)), timeout=GROUP_TIMEOUT)
-        route = dist.new_group([0, *range(trainers, hw.world)], timeout=GROUP_TIMEOUT)
-        if hw.rank == 0:
-            return Remote(store, list(range(trainers, hw.world)), Transfer(model, route), start,
-                          args.max_staleness, leave), share
-        if hw.rank < trainers:
-            return Here(None, None), share      # rank 0 collects for it
-    if hw.world > 1 or args.max_staleness or args.workers > 1:
-        actor = Actor(player(model, args), rewards, lambda e: Play(e, policy), judges)
-    else:
-        actor = Here(player(model, args), lambda *now: rollout(*now, policy, rewards))
-    actor.load({}, start)
-    if hw.world == 1:
-        return actor, share
-    serve(actor, Transfer(model, route), store, hw.rank, start)
-    return None, share
+def train(args: Args, hw):
+    """The synchronous trainer, one process: play, then learn, then play with the new weights."""
+    model, optimizer, reference, settings, stream, curriculum, progress = prepare(args, hw)
+    out, engine = Path(args.out), make_engine(model, args)
+    rewards = gym.Rewards(workers=args.workers)     # in processes, since a verifier may hang
+    if progress.collector:
+        curriculum.resume(progress.collector)
+    rehearsed = round(args.rehearse * args.prompts * args.group)
+    checkpointer = Checkpointer(out, hw, args.steps, args.save_every, progress.step,
+                                functools.partial(save_run, model, optimizer, args, progress))
+    write_json(out / "config.json", asdict(args))
+    if args.eval_every and not progress.evaluations:    # the figures "before" of report.json
+        evaluate(model, settings, rewards, args, progress)
+    log = Log(out, "rl", args.steps, progress.step)
+    for step in range(progress.step, args.steps):
+        began = time.perf_counter()
+        engine.load({}, step)   # it plays with this very model: only their version is new
+        progress.collector = curriculum.checkpoint()    # if the step fails, resume repeats it
+        # Play until enough groups have a signal, or four times as many have ended: a model that
+        # solves everything, or nothing, would never get them.
+        groups, seen = [], []
+        while len(groups) < args.prompts and len(seen) < 4 * args.prompts:
+            # 1. Draw tasks. `expansion`: more than needed, by the share of groups that had no
+            # signal lately [R: GLM-4.5V]. One large rollout is faster than several small ones.
+            wanted = round(args.prompts * curriculum.expansion) - len(groups)
+            wanted = min(wanted, 4 * args.prompts - len(seen))
+            try:
+                # 8 rollouts a group: at 25% to 75% of success, 90% of groups have a signal.
+                played = [curriculum.next_group(args.group) for _ in range(wanted)]
+                # 2. Rollout: all groups side by side. Temperature 1 and top-p 1, since the ratio
+                # compares with the model's own distribution, not with a sharpened one.
+                rollout(engine, [e for group in played for e in group], settings, rewards)
+                # 3. Rewards: every rollout is scored. The curriculum counts all groups, the model
+                # learns from those with a signal: in the others all advantages are 0, and they
+                # would only make the mean over episodes smaller.
+                for group in played:
+                    signal = has_signal(group)
+                    curriculum.record(group, signal)
+                    seen.append(group)
+                    if signal:
+                        groups.append(group)
+            except UserError:       # too many rollouts end in errors: what was learned is saved
+                checkpointer.save()
+                raise
+        # 4. Advantages, and demonstrations of the same gym: abilities that get no reward decline
+        # [C], which rehearsal can prevent. Their numbers continue from step to step.
+        waited = time.perf_counter() - began
+        samples = to_samples(groups, args.std)
+        samples += demonstrations(stream, step * rehearsed, rehearsed)
+        # 5. Update: once, so each ratio is 1 up to rounding (see `mismatch`), and the loss is near
+        # 0, as advantages add up to 0. --lr: in a prototype Muon at 8e-4, a fifth of pretraining's
+        # rate, did as well as AdamW at 7e-4 [O]. clip_high exceeds clip_low, so that rare tokens
+        # can rise: clip-higher, 0.28 from DAPO [R]. No KL, no entropy bonus [R: GLM-4.5V].
+        rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
+        values = update(model, optimizer, samples, args, rate, reference)
+        took = time.perf_counter() - began
+        progress.step = checkpointer.done = done = step + 1
+        # A loss that is not finite has changed nothing; the fifth in a row ends the run.
+        checkpointer.check_loss(values["pg_loss"], values.get("norm", 0.0))
+        values = figures_of(seen, has_signal) | values | {
+            "lr": args.lr * rate, "groups": len(groups), "waited": waited,
+            "learning": took - waited, "dt": took, "tok/s": values["tokens"] / took}
+        # 6. Evaluate. Sampled rewards are of tasks that the curriculum prefers, which change: only
+        # the same held-out tasks tell whether the model has become better.
+        if "reward" in values:      # at least one rollout ended without an error
+            progress.rewards.append(values["reward"])
+        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+            values["accuracy"] = evaluate(model, settings, rewards, args, progress)
+        log.step(done, done % args.log_every == 0 or done == args.steps, **values)
+        # 7. Save, when it is due or a signal asks to stop.
+        progress.collector = curriculum.checkpoint()
+        if checkpointer.after_step(done, log.reader_gone):
+            break
+    log.close()
+    rewards.close()
+    checkpointer.close()
 
 
 def run(args: Args):
-    check(args)
+    """Train in this process, or, where rollouts should overlap with updates or processes share the
+    work, by lib/async_rl.py."""
+    check_options(args)
     hw = setup(args.device, args.dtype)
-    out, lead = Path(args.out), hw.rank == 0
-    say = print if lead else (lambda *_: None)
-    trainers = hw.world - args.rollout_ranks if hw.world > 1 else 1
-    if not 1 <= trainers <= hw.world or hw.world > 1 and args.rollout_ranks < 1:
-        raise UserError(f"--rollout_ranks takes 1 to {hw.world - 1} of {hw.world} processes")
-    model, optimizer, state = build(args, hw)
-    if args.plan:
-        return forecast(args, hw, model)
-    say(hw.description)
-    start, mix = state["step"] if state else 0, mix_of(args, model)
-    check_same_start(start, out)
-    origin = (state["args"] if state else asdict(args))["init"] or BEGIN
-    reference = (load_model(find_checkpoint(origin), "cpu", hw.dtype)
-                 if args.kl and hw.rank < trainers else None)
-    move_earlier_run(out, args.resume, hw, say)
-    policy = Policy(Tokenizer(model.config.n_ranks), model.config, args.context, args.max_new,
-                    args.think, args.seed)
-    apart = args.max_staleness or hw.world > 1  # there a verifier that hangs would hold up others
-    judges = max(args.workers, 2) if apart else args.workers
-    rewards = gym.Rewards(workers=judges)
-
-    def leave():            # who plays for others just goes, on a signal or when they say so
-        return watch.stop_signal.received and not isinstance(actor, Here)
-
-    actor, share = seat(args, hw, trainers, model, policy, rewards, judges, start, leave)
-    if not actor:
-        return
-    stream = Stream(model.config, mix, args.seed, "train", args.levels)
-    collector = Collector(actor, Curriculum(mix, args.seed, args.levels, say), args.prompts,
-                          args.group, args.max_staleness, args.patience, has_signal, args.flight,
-                          leave)
-    exams = Exams(args, policy, rewards, say)
-    if state:
-        collector.restore(state["collector"])
-        exams.held, exams.recent = state["exams"], state["recent"]
-    trouble = []
-
-    def between():
-        try:
-            if not trouble:
-                collector.turn()
-        except UserError as error:      # raised in `collect`, where no step is open
-            trouble.append(error)
-
-    if lead and args.max_staleness:
-        share.between = between
-    taught = round(args.rehearse * args.prompts * args.group)
-
-    @contextlib.contextmanager
-    def kept():             # too many errors, or no player left: what was learnt is not lost
-        try:
-            yield
-        except UserError:
-            watch.save()
-            raise
-
-    def collect(step):
-        with kept():
-            if trouble:
-                raise trouble[0]
-            groups = collector.collect(step) if lead else []
-        groups = shared(groups, share.group) if trainers > 1 else groups
-        watch.stopping = groups is None
-        return groups, demonstrations(stream, step * taught, taught)
-
-    def write(folder):
-        save_model(model, folder, weights=optimizer.masters)
-        save_state(folder / "train.pt", {
-            "step": watch.done, "optimizer": optimizer.state_dict(), "args": asdict(args),
-            "collector": collector.state(), "exams": exams.held, "recent": exams.recent})
-
-    watch = Checkpointer(out, hw, args.steps, args.save_every, start, write, share.group)
-    say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
-        f"step, steps {start}..{args.steps}, staleness {args.max_staleness}, run folder {out}")
-    say("the loss stands near 0 by construction, since a group's advantages add up to 0, and is no "
-        "measure of anything: watch reward and held-out accuracy")
-    if lead:
-        write_json(out / "config.json", asdict(args))
-        if args.eval_every and not exams.held:
-            exams.hold(model, start)
-    clock = time.perf_counter()
-    log = Log(out, "rl", args.steps, start, hw.rank)
-    for done, groups, values in train(model, optimizer, collect, args, start, share, reference):
-        watch.done = done
-        if lead and done < args.steps:
-            with kept():
-                actor.load(optimizer.masters, done)
-        watch.check_loss(values["pg_loss"], values.get("norm", 0.0))
-        now = time.perf_counter()
-        values |= collector.figures() | ages_of(groups, done - 1)
-        values |= {"groups": len(groups), "dt": now - clock,
-                   "tok/s": values["tokens"] / (now - clock)}
-        if "reward" in values:      # some group has ended
-            exams.recent.append(values["reward"])
-        if lead and args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            values["accuracy"] = exams.hold(model, done)
-        log.step(done, done % args.log_every == 0 or done == args.steps, **values)
-        if watch.after_step(done, log.reader_gone):
-            break
-        clock = time.perf_counter()
-    log.close()
-    rewards.close()
-    try:
-        watch.close()
-    finally:
-        if lead and hw.world > 1:
-            actor.close()
+    if args.plan:       # a rollout reads about 64 tokens and says half of what it may
+        counts = load_model(find_checkpoint(args.init or DEMO)).counts()
+        tokens = args.steps * args.prompts * args.group * (64 + args.max_new / 2)
+        memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
+        return print_plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
+    if hw.rank == 0:
+        print(hw.description)
+    if hw.world > 1 or args.max_staleness or args.flight or args.workers > 1:
+        async_rl.run(args, hw, async_rl.Functions(
+            prepare, make_engine, has_signal, to_samples, demonstrations, update, evaluate,
+            save_run))
+    else:
+        train(args, hw)
 
 
 # Exercises. Write it, run the test.
@@ -522,8 +442,7 @@ def run(args: Args):
 # 2. cispo(logp, old, advantage, low, high), another entry of LOSSES: the clipped ratio, without
 #    gradient, times A logp. Then tis: the ratio cut off at `high`, likewise. And gspo, with one
 #    ratio for a whole reply. Their tests wait: pytest tests/test_rl.py -k exercise; 45 minutes.
-# 3. Give every group the reward 1, or a verifier that likes long replies, and train. After how many
-#    steps does the alarm ring?
+# 3. Write a verifier that likes long replies, and train. After how many steps comes the alarm?
 
 
 if __name__ == "__main__":

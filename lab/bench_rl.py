@@ -27,6 +27,7 @@ import numpy as np
 
 import gym
 import rl
+from lib import async_rl
 from lib.cli import cli, main
 from lib.common import read_log, ROOT, write_json
 
@@ -64,13 +65,13 @@ def rank(world: str, wait: float, args: rl.Args):
                 slow()
             return replace(score, reward=(score.reward + random.randrange(2)) / 2)
 
-    class Screens(rl.Play):
+    class Screens(async_rl.Rollout):
         def advance(self, result=None):
             if world == "screens":
                 slow()
             return super().advance(result)
 
-    gym.Rewards, rl.Play = Verdicts, Screens
+    gym.Rewards, async_rl.Rollout = Verdicts, Screens
     rl.run(args)
     if slow.count:
         write_json(Path(args.out) / "waits.json", {"count": slow.count, "seconds": slow.total})

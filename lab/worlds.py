@@ -137,14 +137,14 @@ def pace(work, settings, folder: Path, steps: int = 10) -> float:
 @functools.cache
 def examine(folder: Path, count: int) -> dict[str, dict[str, float]]:
     """{greedy, sampled: {category: accuracy}} of a checkpoint, on the same tasks for all."""
-    model, settings, marks = load_model(folder), rl.Args(max_new=16), {}
+    model, args, marks = load_model(folder), rl.Args(max_new=16), {}
     tasks = [Task(name, 3_000_000 + i, 0, "test") for name in NAMES for i in range(count)]
     for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        policy = rl.Policy(Tokenizer(model.config.n_ranks), model.config, settings.context,
-                           settings.max_new, temperature=temperature)
+        how_to_play = rl.RolloutSettings(Tokenizer(model.config.n_ranks), model.config,
+                                         args.context, args.max_new, temperature=temperature)
         marks[how] = accuracy(rl.rollout(
-            rl.player(model, settings), [Episode(task, i, 0) for i, task in enumerate(tasks)],
-            policy, gym.Rewards()))
+            rl.make_engine(model, args), [Episode(task, i, 0) for i, task in enumerate(tasks)],
+            how_to_play, gym.Rewards()))
     return marks
 
 

@@ -1,100 +1,104 @@
-"""What to play next, and how groups of rollouts come in while the trainer learns.
+"""Asynchronous RL: rollouts go on while the trainer learns, in one process or over several ranks.
 
-    Curriculum   draws tasks of middling difficulty, and keeps the books on every category
-    Here         plays what is ordered to the end, in step with the trainer
-    Actor        plays many rollouts in this process and waits for none of them
-    Collector    sorts what comes in: complete, stale, late, delivered twice
-    figures_of, ages_of, accuracy, samples   what is seen of it
+    Actor          plays many rollouts side by side and waits for none of them
+    Collector      orders groups, and sorts what comes back: complete, too old, late, sent twice
+    AsyncTrainer   the loop of rl.train with these two in place of its steps 1 to 3
+    run            what rl.run calls: every rank plays or trains (lib/ranks.py connects them)
 
-A rollout here is anything with `advance(result) -> Request or None`, `evidence`, `episode` and
-`judged(score)`: play.Play. Who plays may also be a ranks.Remote. Four things go on at once and wait
-for each other as little as may be [C]: generation, environments and verifiers, the making of
-batches, the journey of weights.
+Why: environments and verifiers can be slow, and a synchronous step lasts as long as its slowest
+rollout. Here generation, environments, verifiers, updates and the transfer of weights overlap [C]:
+
+    synchronous    play 0 .......... | update 0 | play 1 ....... | update 1 |
+    asynchronous   play 0 .......... | play 1 ....... | play 2 .... | play 3 ...
+                                     | update 0 |     | update 1 |  | update 2 |
+
+The price: samples come from weights up to --max_staleness optimizer steps old, so ratios differ
+from 1 and the loss has to mask them (rl.masked). With --max_staleness=0 nothing overlaps with an
+update, and the losses are those of the synchronous trainer.
 """
-import json
+import contextlib
 import math
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+import gym
 from gym import Score
 from lib.cli import UserError
+from lib.common import Checkpointer, GROUP_TIMEOUT, Log, write_json
 from lib.curriculum import Curriculum
-from lib.episodes import figures_of, from_bytes, to_bytes
-from lib.rollout import Episode
-from model import GLMV
+from lib.episodes import figures_of, from_bytes, staleness_of, to_bytes
+from lib.ranks import never, Remote, serve, share_groups, Transfer
+from lib.rollout import Episode, Rollout, RolloutSettings
+from optim import schedule
 from tasks.base import Task
 from tasks.rewards import one_line
 
 
-def aside(work, *args) -> Future:
-    """work(*args) in a thread of its own, which may hang without holding anything up at exit."""
+# ---- the actor ----------------------------------------------------------------------------------
+
+def in_thread(work, *args) -> Future:
+    """Call work(*args) in a thread of its own. Unlike the threads of a pool it does not keep the
+    process alive, so an environment that hangs does not hang the run."""
     future = Future()
-
-    def run():
-        try:
-            future.set_result(work(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=_complete, args=(future, work, args), daemon=True).start()
     return future
 
 
-class Here:
-    """The synchronous player: what was ordered is played to its end, all at once, by
-    play(engine, orders)."""
-    def __init__(self, engine, play):
-        self.engine, self.play, self.orders = engine, play, []
-
-    def delays(self) -> tuple[float, float]:
-        return 0.0, 0.0
-
-    def start(self, orders: list[Episode]):
-        self.orders += orders
-
-    def load(self, weights: dict, version: int):
-        self.engine.load(weights, version)
-
-    def step(self, wait_a_little: bool = True) -> list[Episode]:
-        orders, self.orders = self.orders, []
-        return self.play(self.engine, orders)
+def _complete(future: Future, work, args):
+    try:
+        future.set_result(work(*args))
+    except BaseException as error:
+        future.set_exception(error)
 
 
 class Actor:
-    """Rollouts side by side. Environments and verifiers run in threads; each rollout that ends
-    goes to its verifier at once, and those that wait hold no slot of the engine."""
+    """Plays rollouts side by side. At any time a rollout is in one of three places:
 
-    def __init__(self, engine, rewards, begin, judges: int = 1):
-        self.engine, self.rewards, self.begin = engine, rewards, begin
-        self.outside = {}       # rollout: what its environment will say, as a Future
-        self.asked = {}         # the engine's id: rollout
-        self.judging = {}       # rollout: Future of its Score
-        self.judges = ThreadPoolExecutor(judges)
+        environment    its `advance` runs in a thread    -> a Request, or the end of the episode
+        generating     in the engine                     -> a Result
+        scoring        its verifier runs in a thread     -> a Score
+
+    A rollout that has ended goes to its verifier at once, without waiting for its group [C], and
+    only those that generate hold a slot of the engine.
+    """
+
+    def __init__(self, engine, rewards, settings: RolloutSettings, verifiers: int = 1):
+        self.engine, self.rewards, self.settings = engine, rewards, settings
+        self.environment: dict[Rollout, Future] = {}
+        self.generating: dict[int, Rollout] = {}    # by the engine's request id
+        self.scoring: dict[Rollout, Future] = {}
+        self.verifiers = ThreadPoolExecutor(verifiers)
         self.idle = self.stalled = 0.0
 
     def delays(self) -> tuple[float, float]:
-        """Seconds in which there was nothing to generate, and in which weights were changed."""
+        """(idle, stalled): seconds without anything to generate, and seconds in which new weights
+        were loaded."""
         return self.idle, self.stalled
 
     def start(self, orders: list[Episode]):
         for order in orders:
-            play = self.begin(order)
-            self.outside[play] = aside(play.advance)
+            rollout = Rollout(order, self.settings)
+            self.environment[rollout] = in_thread(rollout.advance)
 
     def abort(self, group: int):
-        """Forget a group's rollouts, wherever they are."""
-        for id in [id for id, play in self.asked.items() if play.episode.group == group]:
-            self.engine.abort(id)
-            del self.asked[id]
-        for play in [play for play in self.outside if play.episode.group == group]:
-            del self.outside[play]
-        for play in [play for play in self.judging if play.episode.group == group]:
-            self.judging.pop(play).cancel()
+        """Drop the rollouts of a group, wherever they are."""
+        for id, rollout in list(self.generating.items()):
+            if rollout.episode.group == group:
+                self.engine.abort(id)
+                del self.generating[id]
+        for rollout in list(self.environment):      # its thread ends by itself, unnoticed
+            if rollout.episode.group == group:
+                del self.environment[rollout]
+        for rollout in list(self.scoring):
+            if rollout.episode.group == group:
+                self.scoring.pop(rollout).cancel()
 
     def load(self, weights: dict, version: int):
         began = time.perf_counter()
@@ -102,340 +106,405 @@ class Actor:
         self.stalled += time.perf_counter() - began
 
     def step(self, wait_a_little: bool = True) -> list[Episode]:
-        """Hand on what has come back, a token or more for all who can; the Episodes that ended."""
-        ended, futures = [], [*self.outside.values(), *self.judging.values()]
-        if wait_a_little and not self.engine.busy and not any(f.done() for f in futures):
-            began = time.perf_counter()
-            wait(futures, 0.02, FIRST_COMPLETED) if futures else time.sleep(0.002)
-            self.idle += time.perf_counter() - began
-        for play in [play for play, future in self.outside.items() if future.done()]:
-            request = self.outside.pop(play).result()
+        """Pass on what has become ready, generate a token or more for every running request, and
+        return the episodes that ended. wait_a_little: sleep briefly if there is nothing to do."""
+        if wait_a_little:
+            self._wait()
+        ended = self._after_environment()
+        self._generate()
+        return ended + self._after_scoring()
+
+    def _wait(self):
+        futures = [*self.environment.values(), *self.scoring.values()]
+        if self.engine.busy or any(future.done() for future in futures):
+            return
+        began = time.perf_counter()
+        if futures:
+            wait(futures, 0.02, FIRST_COMPLETED)
+        else:
+            time.sleep(0.002)
+        self.idle += time.perf_counter() - began
+
+    def _after_environment(self) -> list[Episode]:
+        """Send the rollouts that have a request to the engine, and those at their end to a
+        verifier; return those that ended in an error."""
+        failed = []
+        for rollout in [r for r, future in self.environment.items() if future.done()]:
+            request = self.environment.pop(rollout).result()
             if request:
-                self.asked[self.engine.submit(request)] = play
-            elif play.evidence is not None:
-                self.judging[play] = self.judges.submit(self.rewards.score, play.episode.task,
-                                                        play.evidence)
+                self.generating[self.engine.submit(request)] = rollout
+            elif rollout.evidence is not None:
+                self.scoring[rollout] = self.verifiers.submit(
+                    self.rewards.score, rollout.episode.task, rollout.evidence)
             else:
-                ended.append(play.episode)
+                failed.append(rollout.episode)
+        return failed
+
+    def _generate(self):
         for result in self.engine.step() if self.engine.busy else ():
-            play = self.asked.pop(result.id)
-            self.outside[play] = aside(play.advance, result)
-        for play in [play for play, future in self.judging.items() if future.done()]:
-            future = self.judging.pop(play)
-            fault = future.exception()
-            ended.append(play.judged(Score(math.nan, {}, one_line(fault)) if fault
-                                     else future.result()))
+            rollout = self.generating.pop(result.id)
+            self.environment[rollout] = in_thread(rollout.advance, result)
+
+    def _after_scoring(self) -> list[Episode]:
+        ended = []
+        for rollout in [r for r, future in self.scoring.items() if future.done()]:
+            future = self.scoring.pop(rollout)
+            error = future.exception()
+            score = Score(math.nan, {}, one_line(error)) if error else future.result()
+            ended.append(rollout.finish(score))
         return ended
 
 
+# ---- the collector ------------------------------------------------------------------------------
+
 @dataclass
 class Group:
+    """A GRPO group that is being played."""
     task: Task
-    began: float
-    got: dict = field(default_factory=dict)     # index: Episode
+    began: float                                # on the Collector's clock
+    ended: dict = field(default_factory=dict)   # index: Episode
 
 
 class Collector:
-    """Orders groups of `size` rollouts and hands out `prompts` of them a step, oldest first.
+    """Keeps an actor busy and hands out `prompts` groups of `size` rollouts a step, oldest first.
 
-    staleness: how many updates the oldest sampled token may lie behind; with 0 nothing is begun
-    while the trainer learns, all groups that are ready are used, and when enough are there the
-    rest is given up: abort by count [C]. patience: seconds until a group is given up: abort by
-    time [C]. What is given up is played again first, and waited for: if it outlasts patience, its
-    unfinished rollouts are errors. flight: rollouts under way at most, groups begun in part; 0: as
-    many as staleness allows. leave: asked while it waits for groups.
+    staleness: by how many optimizer steps the weights of the oldest sampled token may lag behind.
+    At 0 nothing is played during an update, all groups that are ready are used, and once there are
+    enough the others are given up: abort by count [C]. patience: seconds until a group is given up:
+    abort by time [C]. A group that was given up is played again, before new tasks, and is then
+    waited for: slow tasks must not drop out of training. If it exceeds patience once more, its
+    unfinished rollouts are errors.
+
+    flight: at most so many rollouts at once; a group may begin in part. 0: as many as staleness
+    allows. should_leave: called while waiting for groups.
     """
 
     def __init__(self, actor, curriculum: Curriculum, prompts: int, size: int, staleness: int,
-                 patience: float, live, flight: int = 0, leave=lambda: False):
-        self.actor, self.curriculum, self.live, self.flight = actor, curriculum, live, flight
+                 patience: float, has_signal, flight: int = 0, should_leave=never):
+        self.actor, self.curriculum, self.has_signal = actor, curriculum, has_signal
         self.prompts, self.size, self.staleness = prompts, size, staleness
-        self.patience, self.leave, self.count, self.finished, self.step = patience, leave, 0, 0, 0
-        self.open: dict[int, Group] = {}
-        self.orders: list[Episode] = []         # of open groups, not yet started
-        self.ready: list[list[Episode]] = []
-        self.seen: list[list[Episode]] = []     # every group that ended since the last step
-        self.tried: set[Task] = set()           # given up once
+        self.patience, self.flight, self.should_leave = patience, flight, should_leave
+        self.step = 0                           # optimizer steps done: version of the weights
+        self.open: dict[int, Group] = {}        # groups that are being played, by number
+        self.orders: list[Episode] = []         # their rollouts that have not been started
+        self.ready: list[list[Episode]] = []    # ended, with a signal, not yet used
+        self.seen: list[list[Episode]] = []     # all that ended since the last step
+        self.given_up: set[Task] = set()        # tasks to be played again and waited for
         self.clock, self.last = 0.0, time.monotonic()
-        self.stale = self.twice = self.given_up = 0
-        self.waited, self.before = 0.0, (0.0, 0.0)     # what `collect` took; delays when it began
+        self.finished = 0                       # groups that ended in this `collect`
+        self.too_old = self.aborted = 0         # groups dropped, since the start of the run
+        self.twice = 0                          # episodes that came twice, or after an abort
+        self.waited, self.delays_before = 0.0, (0.0, 0.0)
 
     def figures(self) -> dict:
-        """What is seen of a step, from the beginning of `collect`; `dropped` and `twice` (delivered
-        twice, or too late) since the start of the run."""
-        idle, stalled = (b - a for a, b in zip(self.before, self.actor.delays()))
-        return figures_of(self.seen, self.live) | {
-            "waited": self.waited, "idle": idle, "stalled": stalled,
-            "dropped": self.stale + self.given_up, "twice": self.twice}
+        """Figures of the step since `collect` was called; `dropped` and `twice` count from the
+        start of the run."""
+        idle, stalled = self.actor.delays()
+        return figures_of(self.seen, self.has_signal) | {
+            "waited": self.waited, "idle": idle - self.delays_before[0],
+            "stalled": stalled - self.delays_before[1],
+            "dropped": self.too_old + self.aborted, "twice": self.twice}
 
     def state(self) -> dict:
-        """What to go on from: finished groups as bytes; those under way are simply run again."""
+        """What a checkpoint holds: ready groups as bytes; of groups that are being played only the
+        task, which is played again."""
         ready = [torch.frombuffer(bytearray(to_bytes(group)), dtype=torch.uint8)
                  for group in self.ready]
-        books = self.curriculum.state()
-        under_way = [astuple(group.task) for group in self.open.values()]
-        return {"count": self.count, "ready": ready, "tried": sorted(map(astuple, self.tried)),
-                "books": {**books, "kept": under_way + list(books["kept"])}}
+        state = self.curriculum.checkpoint()
+        open_tasks = [astuple(group.task) for group in self.open.values()]
+        state["books"]["kept"] = open_tasks + state["books"]["kept"]
+        return state | {"ready": ready, "tried": sorted(map(astuple, self.given_up))}
 
     def restore(self, state: dict):
-        self.count, self.tried = state["count"], {Task(*task) for task in state["tried"]}
+        self.given_up = {Task(*task) for task in state["tried"]}
         ready = [from_bytes(data.cpu().numpy().tobytes()) for data in state["ready"]]
         self.ready = [group for group in ready if group[0].task.category in self.curriculum.mix]
-        self.curriculum.restore(state["books"])
+        self.curriculum.resume(state | {"ready": []})
+
+    def collect(self, step: int) -> list[list[Episode]] | None:
+        """Wait for the groups to learn from at `step`, when the weights are of that version too.
+        Returns None if `should_leave()` returned true; what has come by then is in `state`."""
+        began, self.finished, self.seen, self.step = time.perf_counter(), 0, [], step
+        self.delays_before = self.actor.delays()
+        self.ready = [group for group in self.ready if not self._is_stale(group, step)]
+        while not self._enough():
+            if self.should_leave():
+                return None
+            if self.finished >= 4 * self.prompts and not self.open:
+                break           # few groups have a signal: learn from those that there are
+            self.turn(collecting=True)
+        self.ready.sort(key=lambda group: group[0].group)
+        chosen = self.ready[:self.prompts] if self.staleness else self.ready
+        self.ready = self.ready[len(chosen):]
+        if not self.staleness:
+            for number in list(self.open):
+                self._give_up(number)
+        self.waited = time.perf_counter() - began
+        return chosen
+
+    def _enough(self) -> bool:
+        if len(self.ready) < self.prompts:
+            return False
+        return bool(self.staleness) or not any(group.task in self.given_up
+                                               for group in self.open.values())
 
     def turn(self, collecting: bool = False):
-        """Order what there is room for, let the actor take a step, sort what has come."""
-        # Of the time between two turns a second counts at most: examinations are nobody's delay.
+        """Order rollouts, let the actor take one step, and sort what has ended. `collect` calls it
+        in a loop; with staleness, an update calls it after each of its rows."""
+        # A gap between two turns counts as a second at most: an evaluation delays no rollout.
         now = time.monotonic()
         self.clock, self.last = self.clock + min(1.0, now - self.last), now
         self._order(collecting)
         for episode in self.actor.step(collecting):
             self._file(episode)
-        for id, group in list(self.open.items()):
+        for number, group in list(self.open.items()):
             if self.clock - group.began > self.patience:
-                self._too_long(id, group)
+                self._exceed_patience(number, group)
 
     def _order(self, collecting: bool):
-        """Draw groups, as many as staleness allows, and start what there is room for."""
-        enough = not self.staleness and len(self.ready) >= self.prompts
-        wanted = 0 if enough else round(self.prompts * self.curriculum.expansion)
-        rounds = self.staleness + collecting
-        most = 4 * self.prompts - self.finished if collecting else wanted * rounds
-        groups = min(wanted * rounds - len(self.ready), most) - len(self.open)
-        unfinished = sum(self.size - len(group.got) for group in self.open.values())
-        room = self.flight - unfinished + len(self.orders) if self.flight else self.size * groups
-        for _ in range(groups):
-            if len(self.orders) >= room:
+        """Begin new groups, as many as staleness allows, and start rollouts, as many as `flight`
+        allows."""
+        for _ in range(self._groups_to_begin(collecting)):
+            if len(self.orders) >= self._room():
                 break
-            task = self.curriculum.draw()
-            self.open[self.count] = Group(task, self.clock)
-            self.orders += [Episode(task, self.count, i) for i in range(self.size)]
-            self.count += 1
-        if room > 0:
+            orders = self.curriculum.next_group(self.size)
+            self.open[orders[0].group] = Group(orders[0].task, self.clock)
+            self.orders += orders
+        room = self._room()
+        if self.orders and room > 0:
             self.actor.start(self.orders[:room])
             del self.orders[:room]
 
-    def collect(self, step: int) -> list[list[Episode]] | None:
-        """The groups to learn from at `step`, which is also the version of the newest weights;
-        None where it is to leave: what has come by then is in `state`."""
-        began, self.finished, self.seen, self.step = time.perf_counter(), 0, [], step
-        self.before = self.actor.delays()
-        self.ready = [group for group in self.ready if not self._is_stale(group, step)]
-        while len(self.ready) < self.prompts or not self.staleness and self.tried & {
-                group.task for group in self.open.values()}:
-            if self.leave():
-                return None
-            if self.finished >= 4 * self.prompts and not self.open:
-                break           # too little to learn here: go on with what there is
-            self.turn(collecting=True)
-        self.ready.sort(key=lambda group: group[0].group)
-        chosen = self.ready[:None if not self.staleness else self.prompts]
-        self.ready = self.ready[len(chosen):]
-        for id in list(self.open) if not self.staleness else ():
-            self._give_up(id)
-        self.waited = time.perf_counter() - began
-        return chosen
+    def _groups_to_begin(self, collecting: bool) -> int:
+        if not self.staleness and len(self.ready) >= self.prompts:
+            wanted = 0          # only a group that was given up before is still waited for
+        else:                   # for this step if it waits, and for each that may lag behind
+            steps = self.staleness + collecting
+            wanted = round(self.prompts * self.curriculum.expansion) * steps
+        more = wanted - len(self.ready)
+        if collecting:          # where few groups have a signal, a step does not go on for ever
+            more = min(more, 4 * self.prompts - self.finished)
+        return more - len(self.open)
+
+    def _room(self) -> int:
+        """How many of `orders` may be started."""
+        if not self.flight:
+            return 10 ** 9
+        unfinished = sum(self.size - len(group.ended) for group in self.open.values())
+        return self.flight - (unfinished - len(self.orders))
 
     def _is_stale(self, group, step: int) -> bool:
-        oldest = min((d.extras["version"][d.weights > 0].min() for e in group if not e.score.error
-                      for d in e.documents if d.weights.any()), default=step)
-        if step - oldest > self.staleness:
-            self.stale += 1
-            self.curriculum.kept.append(astuple(group[0].task))
-            return True
-        return False
-
-    def _file(self, episode: Episode):
-        group = self.open.get(episode.group)
-        if group is None or episode.index in group.got:
-            self.twice += 1
-            return
-        group.got[episode.index] = episode
-        if len(group.got) == self.size:
-            self.tried.discard(self.open.pop(episode.group).task)
-            whole = [group.got[i] for i in range(self.size)]
-            live = self.live(whole)
-            self.curriculum.note(whole, live)
-            if live and not self._is_stale(whole, self.step):
-                self.ready.append(whole)
-            self.seen.append(whole)
-            self.finished += 1
-
-    def _abort(self, id: int):
-        self.actor.abort(id)
-        self.orders = [order for order in self.orders if order.group != id]
-
-    def _give_up(self, id: int):
-        self._abort(id)
-        task = self.open.pop(id).task
-        self.tried.add(task)
-        self.curriculum.kept.append(astuple(task))
-        self.given_up += 1
-
-    def _too_long(self, id: int, group: Group):
-        if group.task not in self.tried:
-            return self._give_up(id)
-        self._abort(id)
-        error = Score(math.nan, {},
-                      f"not finished within {self.patience:g} seconds when played again")
-        for index in set(range(self.size)) - set(group.got):
-            self._file(Episode(group.task, id, index, score=error, status="error"))
-
-
-class Transfer:
-    """A model's weights from rank 0 of `group` to its other ranks, while all of them work on.
-
-    They lie end to end in a second buffer and travel in buckets of at most `bucket` bytes. The
-    sender may change its own at once; the receiver swaps between two steps of its engine. [C]
-    """
-
-    def __init__(self, model: GLMV, group, bucket: int = 2 ** 28):
-        like, self.group, self.work = model.lm_head.weight, group, []
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.buffer = like.new_empty(sum(shape.numel() for shape in shapes.values()))
-        self.buckets = self.buffer.split(bucket // like.element_size())
-        parts = self.buffer.split([shape.numel() for shape in shapes.values()])
-        self.weights = {name: part.view(shape) for (name, shape), part
-                        in zip(shapes.items(), parts)}
-
-    @torch.no_grad()
-    def begin(self, weights: dict | None = None, leave=lambda: False):
-        """Start one journey, on every rank of the group; the sender gives its weights. leave: asked
-        while it waits for the last one, for who should take that may be dead."""
-        if not self.wait(leave):
-            return
-        for name, place in self.weights.items() if weights else ():
-            place.copy_(weights[name])
-        self.work = [dist.broadcast(part, 0, group=self.group, async_op=True)
-                     for part in self.buckets]
-
-    def arrived(self) -> bool:
-        return bool(self.work) and all(work.is_completed() for work in self.work)
-
-    def wait(self, leave=lambda: False) -> bool:
-        """Whether the journey ended, or `leave` did not let it."""
-        while self.work and not self.arrived():
-            if leave():
-                return False
-            time.sleep(0.001)
-        if self.work and leave():       # it may have ended because the other side did
+        """Whether a token of the group is too old. Then its task is played again."""
+        versions = [d.extras["version"][d.weights > 0].min() for e in group if not e.score.error
+                    for d in e.documents if d.weights.any()]
+        if step - min(versions, default=step) <= self.staleness:
             return False
-        for work in self.work:
-            work.wait()
-        self.work = []
+        self.too_old += 1
+        self.curriculum.replay.append(astuple(group[0].task))
         return True
 
+    def _file(self, episode: Episode):
+        """Add an episode to its group; a complete group is recorded, and kept if it has a signal.
+        An episode of no open group, or that is there already, is ignored."""
+        group = self.open.get(episode.group)
+        if group is None or episode.index in group.ended:
+            self.twice += 1
+            return
+        group.ended[episode.index] = episode
+        if len(group.ended) < self.size:
+            return
+        del self.open[episode.group]
+        self.given_up.discard(group.task)
+        complete = [group.ended[i] for i in range(self.size)]
+        signal = self.has_signal(complete)
+        self.curriculum.record(complete, signal)
+        if signal and not self._is_stale(complete, self.step):
+            self.ready.append(complete)
+        self.seen.append(complete)
+        self.finished += 1
 
-class Remote:
-    """The trainer's end. Orders and Episodes go through the launcher's key-value store, since
-    gloo's receive can't be polled; weights, the bulk, are broadcast. A rank that gives no sign of
-    life for `silence` seconds ends the run: its machine may be gone, and nobody else would say so.
-    An order may overtake the weights: it says how old they may be, `slack` updates, and waits.
-    """
+    def _abort(self, number: int):
+        self.actor.abort(number)
+        self.orders = [order for order in self.orders if order.group != number]
 
-    def __init__(self, store, ranks: list[int], transfer: Transfer, version: int, slack: int,
-                 leave=lambda: False, silence: float = 60.0):
-        self.store, self.ranks, self.transfer, self.silence = store, ranks, transfer, silence
-        self.version, self.slack, self.leave = version, slack, leave
-        self.sent, self.heard = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
-        self.alive = dict.fromkeys(ranks, (0, time.monotonic()))    # its count, when it changed
+    def _give_up(self, number: int):
+        """Abort a group; its task is played again before new ones."""
+        self._abort(number)
+        task = self.open.pop(number).task
+        self.given_up.add(task)
+        self.curriculum.replay.append(astuple(task))
+        self.aborted += 1
 
-    def delays(self) -> tuple[float, float]:
-        """Of the players, the worst."""
-        return tuple(map(max, zip(*(json.loads(self.store.get(f"delays/{rank}"))
-                                    for rank in self.ranks))))
+    def _exceed_patience(self, number: int, group: Group):
+        if group.task not in self.given_up:
+            return self._give_up(number)
+        self._abort(number)
+        error = Score(math.nan, {},
+                      f"not finished within {self.patience:g} seconds when played again")
+        for index in set(range(self.size)) - set(group.ended):
+            self._file(Episode(group.task, number, index, score=error, status="error"))
 
-    def _tell(self, rank: int, order):
-        self.store.set(f"order/{rank}/{self.sent[rank]}", json.dumps(order))
-        self.sent[rank] += 1
 
-    def start(self, orders: list[Episode]):
-        for e in orders:        # a group stays together
-            rank = self.ranks[e.group % len(self.ranks)]
-            self._tell(rank, [astuple(e.task), e.group, e.index, self.version - self.slack])
+# ---- the run ------------------------------------------------------------------------------------
 
-    def abort(self, group: int):
-        self._tell(self.ranks[group % len(self.ranks)], group)
+@dataclass(frozen=True)
+class Functions:
+    """The functions of rl.py that this file uses; rl.run hands them over, since a file imports
+    only what is below it. Their arguments are described there."""
+    prepare: Callable
+    make_engine: Callable
+    has_signal: Callable
+    to_samples: Callable
+    demonstrations: Callable
+    update: Callable
+    evaluate: Callable
+    save_run: Callable
 
-    def load(self, weights: dict, version: int):
-        self.version = version
-        self.store.set(f"weights/{version}", b"they come")
-        self.transfer.begin(weights, self._hopeless)
 
-    def step(self, wait_a_little: bool = True) -> list[Episode]:
-        ended = []
-        self._feel_pulses(time.monotonic())
-        for rank in self.ranks:
-            while self.store.check([key := f"episode/{rank}/{self.heard[rank]}"]):
-                ended += from_bytes(self.store.get(key))
-                self.store.delete_key(key)
-                self.heard[rank] += 1
-        if wait_a_little and not ended:
-            time.sleep(0.002)
-        return ended
+class AsyncTrainer:
+    """One rank that trains. Rank 0 also collects the groups, evaluates, logs and saves."""
 
-    def _feel_pulses(self, now: float):
-        for rank in self.ranks:
-            count = self.store.add(f"alive/{rank}", 0)
-            if count != self.alive[rank][0]:
-                self.alive[rank] = count, now
-            elif now - self.alive[rank][1] > self.silence:
-                raise UserError(f"rank {rank}, which plays, has not been heard of for "
-                                f"{self.silence:g} seconds")
+    def __init__(self, args, hw, rl: Functions, parts, rewards, world: int, process_group=None):
+        """parts: what rl.prepare returned. world: how many ranks train; process_group: they."""
+        self.args, self.hw, self.rl, self.rewards = args, hw, rl, rewards
+        (self.model, self.optimizer, self.reference, self.settings, self.stream, self.curriculum,
+         self.progress) = parts
+        self.world, self.process_group = world, process_group
+        self.actor = self.collector = None      # of rank 0, see `connect`
+        self.error: UserError | None = None     # raised by the actor in the middle of an update
+        self.checkpointer = Checkpointer(Path(args.out), hw, args.steps, args.save_every,
+                                         self.progress.step, self.save, process_group)
 
-    def _hopeless(self) -> bool:
-        """Whether not to wait for weights to arrive; raises UserError where a rank has gone."""
-        self._feel_pulses(time.monotonic())
-        return self.leave()
+    def connect(self, actor):
+        """Give rank 0 its actor: an Actor in this process, or a Remote."""
+        args, self.actor = self.args, actor
+        self.collector = Collector(actor, self.curriculum, args.prompts, args.group,
+                                   args.max_staleness, args.patience, self.rl.has_signal,
+                                   args.flight, self.should_leave)
+        if self.progress.collector:
+            self.collector.restore(self.progress.collector)
 
-    def close(self):
+    def should_leave(self) -> bool:
+        """Whether a signal asks this rank to stop."""
+        return bool(self.checkpointer.stop_signal.received)
+
+    def save(self, folder: Path):
+        self.progress.collector = self.collector.state()
+        self.rl.save_run(self.model, self.optimizer, self.args, self.progress, folder)
+
+    @contextlib.contextmanager
+    def saving_on_error(self):
+        """If too many rollouts fail or a player is gone, save what has been learned."""
         try:
-            self.transfer.wait(self._hopeless)
+            yield
+        except UserError:
+            self.checkpointer.save()
+            raise
+
+    def after_row(self):
+        """Let the actor take a step between two rows of an update. An error must not leave an
+        update half done: `next_groups` raises it."""
+        if self.error:
+            return
+        try:
+            self.collector.turn()
+        except UserError as error:
+            self.error = error
+
+    def next_groups(self, step: int) -> list[list[Episode]] | None:
+        """The groups of this step, the same on all ranks that train; None: stop."""
+        groups = []
+        with self.saving_on_error():
+            if self.error:
+                raise self.error
+            if self.collector:
+                groups = self.collector.collect(step)
+        return share_groups(groups, self.process_group) if self.world > 1 else groups
+
+    def learn(self, groups: list[list[Episode]], step: int) -> dict:
+        """Steps 4 and 5 of rl.train; returns figures for the log."""
+        args, rl, began = self.args, self.rl, time.perf_counter()
+        rehearsed = round(args.rehearse * args.prompts * args.group)
+        samples = rl.to_samples(groups, args.std)
+        samples += rl.demonstrations(self.stream, step * rehearsed, rehearsed)
+        rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
+        overlap = self.after_row if self.collector and args.max_staleness else None
+        figures = rl.update(self.model, self.optimizer, samples, args, rate, self.reference,
+                            self.hw.rank, self.world, self.process_group, overlap)
+        return figures | {"lr": args.lr * rate, "groups": len(groups),
+                          "learning": time.perf_counter() - began}
+
+    def evaluate(self) -> float:
+        """Step 6 of rl.train."""
+        return self.rl.evaluate(self.model, self.settings, self.rewards, self.args, self.progress)
+
+    def train(self):
+        args, progress, checkpointer = self.args, self.progress, self.checkpointer
+        if self.collector:
+            write_json(Path(args.out) / "config.json", asdict(args))
+            if args.eval_every and not progress.evaluations:
+                self.evaluate()
+        log = Log(Path(args.out), "rl", args.steps, progress.step, self.hw.rank)
+        began = time.perf_counter()
+        for step in range(progress.step, args.steps):
+            groups = self.next_groups(step)
+            if groups is None:
+                checkpointer.stopping = True
+                break
+            values = self.learn(groups, step)
+            progress.step = checkpointer.done = done = step + 1
+            if self.collector and done < args.steps:
+                with self.saving_on_error():
+                    self.actor.load(self.optimizer.masters, done)
+            checkpointer.check_loss(values["pg_loss"], values.get("norm", 0.0))
+            if self.collector:
+                took = time.perf_counter() - began
+                values = self.collector.figures() | values | staleness_of(groups, step)
+                values |= {"dt": took, "tok/s": values["tokens"] / took}
+                if "reward" in values:      # at least one rollout ended without an error
+                    progress.rewards.append(values["reward"])
+                if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+                    values["accuracy"] = self.evaluate()
+                log.step(done, done % args.log_every == 0 or done == args.steps, **values)
+            if checkpointer.after_step(done, log.reader_gone):
+                break
+            began = time.perf_counter()
+        log.close()
+        self.rewards.close()
+        try:
+            checkpointer.close()
         finally:
-            self.store.set("over", b"yes")
+            if isinstance(self.actor, Remote):
+                self.actor.close()
 
 
-def serve(actor, transfer: Transfer, store, rank: int, version: int):
-    """The life of a rank that plays with `actor`, until the trainer says that it is over."""
-    heard, sent, early = 0, 0, []
-    while not store.check(["over"]):
-        store.add(f"alive/{rank}", 1)
-        store.set(f"delays/{rank}", json.dumps(actor.delays()))
-        while store.check([key := f"order/{rank}/{heard}"]):
-            order = json.loads(store.get(key))
-            store.delete_key(key)
-            heard += 1
-            if isinstance(order, int):
-                actor.abort(order)
-                early = [other for other in early if other[1] != order]
-            else:
-                early.append(order)
-        if not transfer.work and store.check([f"weights/{version + 1}"]):
-            transfer.begin()
-        if transfer.arrived():
-            transfer.wait()
-            version += 1
-            actor.load(transfer.weights, version)
-        actor.start([Episode(Task(*task), group, index) for task, group, index, least in early
-                     if least <= version])
-        early = [order for order in early if order[3] > version]
-        for episode in actor.step():
-            store.set(f"episode/{rank}/{sent}", to_bytes([episode]))
-            sent += 1
-
-
-def shared(groups: list[list[Episode]] | None, ranks) -> list[list[Episode]] | None:
-    """What rank 0 of `ranks` has, on all of them: groups, or None, which is to leave."""
-    data = b"" if groups is None else to_bytes([e for group in groups for e in group])
-    size = torch.tensor(len(data))
-    dist.broadcast(size, 0, group=ranks)
-    if not size:
-        return None
-    buffer = torch.zeros(int(size), dtype=torch.uint8)
-    if dist.get_rank() == 0:
-        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    dist.broadcast(buffer, 0, group=ranks)
-    found: dict[int, list] = {}
-    for episode in from_bytes(buffer.numpy().tobytes()):
-        found.setdefault(episode.group, []).append(episode)
-    return list(found.values())
+def run(args, hw, rl: Functions):
+    """Enter a run on every rank: the last --rollout_ranks play, the others train. A single process
+    does both."""
+    players = list(range(hw.world - args.rollout_ranks, hw.world)) if hw.world > 1 else []
+    if len(players) >= hw.world:
+        raise UserError(f"--rollout_ranks takes 1 to {hw.world - 1} of {hw.world} processes")
+    trainers = list(range(hw.world - len(players)))
+    parts = rl.prepare(args, hw, hw.rank in trainers)
+    model, settings, start = parts[0], parts[3], parts[-1].step
+    # At least two verifying processes: one that hangs must not hold up the others' scores.
+    verifiers = max(args.workers, 2)
+    rewards = gym.Rewards(workers=verifiers)
+    process_group = transfer = store = actor = None
+    if players:
+        process_group = dist.new_group(trainers, timeout=GROUP_TIMEOUT)
+        with_players = dist.new_group([0, *players], timeout=GROUP_TIMEOUT)
+        store = dist.PrefixStore("rl", hw.store)
+        if hw.rank in [0, *players]:
+            transfer = Transfer(model, with_players)
+    if hw.rank in players or not players:
+        actor = Actor(rl.make_engine(model, args), rewards, settings, verifiers)
+        actor.load({}, start)
+    if hw.rank in players:
+        return serve(actor, transfer, store, hw.rank, start)
+    trainer = AsyncTrainer(args, hw, rl, parts, rewards, len(trainers), process_group)
+    if players and hw.rank == 0:
+        actor = Remote(store, players, transfer, start, args.max_staleness, trainer.should_leave)
+    if hw.rank == 0:
+        trainer.connect(actor)
+    trainer.train()

@@ -1,93 +1,141 @@
-"""Which tasks RL draws."""
+"""Which task comes next, from how well the model does: by category and by level."""
+import copy
+from dataclasses import astuple
 
 import numpy as np
 
 from lib.cli import UserError
-from lib.episodes import Episode
+from lib.episodes import Episode, from_bytes
 from tasks.base import Task
 
 
 class Curriculum:
-    """Tasks by category and level. A cell's odds are its category's share of the mix times
-    1/4 + 3 p (1 - p), p the mean reward there, smoothed: what is half solved teaches most [R], and
-    nothing leaves the mix, since what is not rewarded is forgotten [O]. A category begins at
-    level 0; the next opens when 80% of the reward of the last is earned.
+    """Chooses tasks by category and level.
 
-    faults above 10% of a category's rollouts pause it; above 50% of all, they end the run [O].
+    A cell is one level of one category, and p its mean reward, smoothed over groups. A cell is
+    chosen with a probability proportional to its category's weight in `mix` times
+
+        1/4 + 3 p (1 - p)       1 at p = 1/2; 1/4 at p = 0 and p = 1
+
+    since a group teaches most where about half of its rollouts succeed [R: GLM-4.5V], and no cell
+    drops to 0, since abilities that are not rewarded decline [C]. The numbers are ours [O]. Every
+    category begins at level 0; the next level opens once the mean reward of the highest exceeds
+    0.8 [O].
+
+    A category is paused when over 10% of its rollouts end in errors; the run ends when over 50%
+    of all do [O]: a broken verifier must not shape the model.
     """
+
+    # The names in a checkpoint, and the attributes that hold them.
+    STATE = {"drawn": "drawn", "kept": "replay", "cells": "cells", "top": "top",
+             "faults": "faults", "silent": "no_signal"}
 
     def __init__(self, mix: tuple, seed: int, levels: int, say=print):
         self.mix, self.seed, self.levels, self.say = dict(mix), seed, levels, say
-        self.drawn = 0                                  # tasks so far
-        self.kept: list[tuple] = []                     # tasks given up unplayed: they go first
-        self.cells: dict[str, list] = {}                # "name/level": mean reward, groups
-        self.top = dict.fromkeys(self.mix, 0)           # the highest level that is open
-        self.faults: dict[str, list] = {}       # name: errors, rollouts (both fade), last error
-        self.silent = 0.0                               # share of groups without signal
-
-    STATE = ("drawn", "kept", "cells", "top", "faults", "silent")
+        self.drawn = 0                              # tasks so far, without those of `replay`
+        self.replay: list[tuple] = []               # tasks of dropped rollouts: they go first
+        self.cells: dict[str, list] = {}            # "category/level": mean reward, groups
+        self.top = dict.fromkeys(self.mix, 0)       # {category: the highest open level}
+        self.faults: dict[str, list] = {}           # category: errors, rollouts, the last error
+        self.no_signal = 0.0                        # share of groups without a signal, smoothed
+        self.count = 0                              # groups so far: the number of the next one
 
     def state(self) -> dict:
-        return {name: getattr(self, name) for name in self.STATE}
+        """A copy of everything that the choice of tasks depends on."""
+        return copy.deepcopy({key: getattr(self, name) for key, name in self.STATE.items()})
 
     def restore(self, state: dict):
-        for name in self.STATE:
-            setattr(self, name, state[name])
-        # --mix and --levels may be others; what was paused may be mended.
+        """Continue from what `state` returned; mix and levels may have changed since."""
+        for key, name in self.STATE.items():
+            setattr(self, name, state[key])
         self.top = {name: min(self.top.get(name, 0), self.levels - 1) for name in self.mix}
-        self.kept = [task for task in self.kept if task[0] in self.mix]
-        for name in filter(self.paused, list(self.faults)):
+        self.replay = [task for task in self.replay if task[0] in self.mix]
+        for name in filter(self.paused, list(self.faults)):     # its verifier may be repaired now
             self.say(f"{name} was paused for its errors and is tried again")
             del self.faults[name]
 
+    def checkpoint(self) -> dict:
+        """The state and the count of groups, in the form of async_rl.Collector.state: both trainers
+        can resume each other's checkpoints."""
+        return {"count": self.count, "ready": [], "tried": [], "books": self.state()}
+
+    def resume(self, saved: dict):
+        """Continue from a checkpoint. Groups that an asynchronous run had ready in it are of older
+        weights: their tasks are played again."""
+        ready = [from_bytes(data.cpu().numpy().tobytes()) for data in saved["ready"]]
+        state = dict(saved["books"])
+        state["kept"] = state["kept"] + [astuple(group[0].task) for group in ready]
+        self.count = saved["count"]
+        self.restore(state)
+
     @property
     def expansion(self) -> float:
-        """How many times more groups to begin than are wanted: 1 / (1 - silent) [R]."""
-        return min(4.0, 1 / (1 - min(0.99, self.silent)))
+        """By what factor to begin more groups than are needed, so that enough of them have a
+        signal: 1 / (1 - share of groups without one), from 1 to 4 [R: GLM-4.5V's ratio-EMA]."""
+        return min(4.0, 1 / (1 - min(0.99, self.no_signal)))
 
     def paused(self, name: str) -> bool:
         errors, count, _ = self.faults.get(name, (0, 0, ""))
         return count >= 32 and errors > 0.1 * count
 
-    def draw(self) -> Task:
-        """The next task; the n-th is a function of seed, n and the books."""
-        if self.kept:
-            return Task(*self.kept.pop(0))
+    def next_task(self) -> Task:
+        """The next task. The n-th depends only on the seed, n and the state, so a resumed run
+        continues with the same tasks. Raises UserError if every category is paused."""
+        if self.replay:
+            return Task(*self.replay.pop(0))
         names = [name for name, weight in self.mix.items() if weight and not self.paused(name)]
         if not names:
             raise UserError("every category of --mix is paused for its errors: see above")
-        cells = [(name, level) for name in names for level in range(self.top[name] + 1)]
-        solved = [self.cells.get(f"{name}/{level}", (0.5, 0))[0] for name, level in cells]
-        odds = np.array([self.mix[name] / (self.top[name] + 1) * (0.25 + 3 * p * (1 - p))
-                         for (name, _), p in zip(cells, solved)])
+        cells, weights = [], []
+        for name in names:
+            for level in range(self.top[name] + 1):
+                p = self.cells.get(f"{name}/{level}", (0.5, 0))[0]
+                cells.append((name, level))
+                weights.append(self.mix[name] / (self.top[name] + 1) * (0.25 + 3 * p * (1 - p)))
+        weights = np.array(weights)
         rng = np.random.default_rng([self.seed, self.drawn])
         self.drawn += 1
-        name, level = cells[int(rng.choice(len(cells), p=odds / odds.sum()))]
+        name, level = cells[int(rng.choice(len(cells), p=weights / weights.sum()))]
         return Task(name, int(rng.integers(2 ** 31)), level)
 
-    def note(self, group: list[Episode], live: bool):
-        """Enter a finished group into the books; `live`: some of it did better than the rest."""
+    def next_group(self, size: int) -> list[Episode]:
+        """The next task as a GRPO group: `size` episodes that are to be played."""
+        task, number = self.next_task(), self.count
+        self.count += 1
+        return [Episode(task, number, i) for i in range(size)]
+
+    def record(self, group: list[Episode], has_signal: bool):
+        """Take a finished group into account. Raises UserError if the run must end for its
+        errors."""
         task = group[0].task
         errors = [e.score.error for e in group if e.score.error]
-        was = self.paused(task.category)
-        before = self.faults.get(task.category, (0.0, 0.0, ""))
-        book = self.faults[task.category] = [
-            0.98 * before[0] + len(errors), 0.98 * before[1] + len(group), [before[2], *errors][-1]]
-        if self.paused(task.category) and not was:
-            self.say(f"{task.category} is paused: {book[0] / book[1]:.0%} of its rollouts end in "
-                     f"errors, the last in: {book[2]}")
-        wrong, count = (sum(b[i] for b in self.faults.values()) for i in (0, 1))
-        if count >= 32 * len(self.mix) and wrong > 0.5 * count:     # errors are the first to end
-            raise UserError(f"{wrong / count:.0%} of all rollouts end in errors, the last in: "
-                            f"{max(self.faults.values())[2]}; the run stops")
+        self._record_errors(task.category, errors, len(group))
         if len(errors) == len(group):
             return
-        self.silent += 0.02 * ((not live) - self.silent)
+        # An average over about the last 50 groups: two or three steps at the defaults [O].
+        self.no_signal += 0.02 * ((not has_signal) - self.no_signal)
         cell = self.cells.setdefault(f"{task.category}/{task.level}", [0.5, 0])
         mean = float(np.mean([e.score.reward for e in group if not e.score.error]))
         cell[1] += 1
-        cell[0] += max(0.1, 1 / cell[1]) * (mean - cell[0])
+        cell[0] += max(0.1, 1 / cell[1]) * (mean - cell[0])     # the plain mean of the first ten
         if (task.level == self.top[task.category] < self.levels - 1 and cell[1] >= 16
                 and cell[0] > 0.8):
             self.top[task.category] += 1
             self.say(f"{task.category}: level {task.level + 1} opens")
+
+    def _record_errors(self, category: str, errors: list[str], rollouts: int):
+        was_paused = self.paused(category)
+        # Both counts fade by 2% a group, so that an old error is forgotten.
+        old_errors, old_rollouts, last = self.faults.get(category, (0.0, 0.0, ""))
+        fault = [0.98 * old_errors + len(errors), 0.98 * old_rollouts + rollouts,
+                 [last, *errors][-1]]
+        self.faults[category] = fault
+        if self.paused(category) and not was_paused:
+            self.say(f"{category} is paused: {fault[0] / fault[1]:.0%} of its rollouts end in "
+                     f"errors, the last in: {fault[2]}")
+        total_errors = sum(fault[0] for fault in self.faults.values())
+        total = sum(fault[1] for fault in self.faults.values())
+        # Rollouts with errors are the first to end: wait until others have had the time.
+        if total >= 32 * len(self.mix) and total_errors > 0.5 * total:
+            raise UserError(f"{total_errors / total:.0%} of all rollouts end in errors, the last "
+                            f"in: {max(self.faults.values())[2]}; the run stops")

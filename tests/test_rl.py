@@ -28,18 +28,19 @@ from faults import faulty
 from gym import Rewards, Score
 from kernels import linear_logp
 from lib import async_rl
-from lib.async_rl import Actor, Collector, from_bytes, Remote, serve, to_bytes, Transfer
+from lib.async_rl import Actor, Collector
 from lib.checkpoint import save_model
 from lib.cli import UserError
 from lib.common import checkpoints, ROOT, setup, store_of_this_attempt
 from lib.curriculum import Curriculum
-from lib.episodes import ages_of, figures_of
-from lib.rollout import Episode, Play, Policy
+from lib.episodes import figures_of, from_bytes, staleness_of, to_bytes
+from lib.ranks import Remote, serve, Transfer
+from lib.rollout import Episode, Rollout, RolloutSettings
 from mmtp import attach
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer
 from rl import Args
-from tasks import driver
+from tasks import Category, driver
 from tasks.base import Message, Obs, OneShot, Task
 from tokenizer import Tokenizer
 
@@ -71,8 +72,8 @@ def some_reward(monkeypatch):
     monkeypatch.setattr(Rewards, "score", score)
 
 
-def policy_of(model, **more) -> Policy:
-    return Policy(TOKENS, model.config, **{"context": 512, "max_new": 8, **more})
+def settings_of(model, **more) -> RolloutSettings:
+    return RolloutSettings(TOKENS, model.config, **{"context": 512, "max_new": 8, **more})
 
 
 def episode(reward, ids=6, index=0, group=0, advantage=None, version=0) -> Episode:
@@ -163,12 +164,12 @@ def test_every_episode_counts_the_same():
     """However long, in however many Documents; errors count nowhere."""
     group = [episode(1, 6), episode(0, 20, 1), episode(None, 6, 2), episode(0.5, 9, 3)]
     group[3].documents *= 3
-    made = rl.lessons(group)
-    assert [len(lesson) for lesson in made] == [1, 1, 3]
-    for lesson, advantage in zip(made, (0.5, -0.5, 0.0)):
-        assert sum(d.weights.sum() for d in lesson) == pytest.approx(1)
-        assert all((d.weights[:2] == 0).all() for d in lesson)
-        assert all((d.extras["advantage"] == advantage).all() for d in lesson)
+    made = rl.to_samples([group])
+    assert [len(sample) for sample in made] == [1, 1, 3]
+    for sample, advantage in zip(made, (0.5, -0.5, 0.0)):
+        assert sum(d.weights.sum() for d in sample) == pytest.approx(1)
+        assert all((d.weights[:2] == 0).all() for d in sample)
+        assert all((d.extras["advantage"] == advantage).all() for d in sample)
 
 
 def test_pages_are_compared_with_each_other():
@@ -203,8 +204,8 @@ def test_linear_logp(chunk):
 
 def test_the_reference_holds_the_policy_back(tiny):
     """Where the two agree the term is 0; elsewhere it is positive and pulls towards it."""
-    batch = collate([d for lesson in rl.lessons([episode(1), episode(0, index=1)])
-                     for d in lesson], tiny.config)
+    batch = collate([d for sample in rl.to_samples([[episode(1), episode(0, index=1)]])
+                     for d in sample], tiny.config)
     _, _, logp, _ = rl.logps_of(tiny, batch)
     args = Args(kl=1.0, mtp=0.0)
     plain, _ = rl.row_loss(tiny, batch, args)
@@ -221,11 +222,11 @@ def test_the_reference_holds_the_policy_back(tiny):
 def test_on_policy_all_ratios_are_one(tiny, drafts):
     """On every token: one turn, segments and growing streams, with pictures and speculation."""
     args = Args(slots=5, context=256, drafts=drafts)
-    policy = policy_of(tiny, max_new=12, think=6, context=256)
+    settings = settings_of(tiny, max_new=12, think=6, context=256)
     tasks = [Task(name, i) for i, name in enumerate(
         ["counting", "point", "gui_form", "text_tools", "visual_tools"])]
     orders = [Episode(task, i, j) for i, task in enumerate(tasks) for j in range(2)]
-    played = rl.rollout(rl.player(tiny, args), orders, policy, Rewards())
+    played = rl.rollout(rl.make_engine(tiny, args), orders, settings, Rewards())
     documents = [d for e in played for d in e.documents]
     batch = collate(documents, tiny.config)
     with torch.no_grad():
@@ -281,8 +282,8 @@ def test_what_is_learnt_is_what_was_shown(tiny, name):
     stops = ["<|observation|>"] * (len(script) - 1) if append else ["<|user|>"] * (len(script) - 1)
     lines = iter([TOKENS.encode_reply(reply) + [TOKENS.special[stop]]
                   for reply, stop in zip(script, stops + ["<|user|>"])])
-    policy = policy_of(tiny, context=4096)
-    [e] = rl.rollout(Parrot(lambda _: next(lines)), [Episode(task, 0, 0)], policy, Rewards())
+    settings = settings_of(tiny, context=4096)
+    [e] = rl.rollout(Parrot(lambda _: next(lines)), [Episode(task, 0, 0)], settings, Rewards())
     assert e.score.reward == pytest.approx(1) and e.status == "done"
     assert [TOKENS.encode_reply(reply) for reply in script] == list(map(
         TOKENS.encode_reply, e.replies(TOKENS)))
@@ -296,7 +297,7 @@ def test_what_is_learnt_is_what_was_shown(tiny, name):
 
 def test_a_blank_picture_is_grey(tiny):
     said = Parrot(lambda _: [65, TOKENS.special["<|user|>"]])
-    [e] = rl.rollout(said, [Episode(Task("counting", 5), 0, 0)], policy_of(tiny, blank=True),
+    [e] = rl.rollout(said, [Episode(Task("counting", 5), 0, 0)], settings_of(tiny, blank=True),
                      Rewards())
     [image] = e.documents[0].images
     assert image.shape == (64, 64, 3) and (image == 128).all()
@@ -308,8 +309,8 @@ def test_a_thought_without_end_is_ended(tiny):
     def say(request):
         said.append(request)
         return [65] * request.max_new if len(said) == 1 else [66, TOKENS.special["<|user|>"]]
-    policy = policy_of(tiny, think=5, max_new=7)
-    [e] = rl.rollout(Parrot(say), [Episode(Task("counting", 1), 0, 0)], policy, Rewards())
+    settings = settings_of(tiny, think=5, max_new=7)
+    [e] = rl.rollout(Parrot(say), [Episode(Task("counting", 1), 0, 0)], settings, Rewards())
     [d] = e.documents
     think, close = TOKENS.special["<think>"], TOKENS.special["</think>"]
     newline = TOKENS.encode("\n")
@@ -323,8 +324,8 @@ def test_a_thought_that_ends_late_is_not_cut_off(tiny):
     """The budget runs out in the midst of the answer: nothing is put in, and it goes on."""
     close, stop = TOKENS.special["</think>"], TOKENS.special["<|user|>"]
     parts = iter([[65, 65, close, 66], [67, stop]])
-    policy = policy_of(tiny, think=4)
-    [e] = rl.rollout(Parrot(lambda _: next(parts)), [Episode(Task("counting", 1), 0, 0)], policy,
+    settings = settings_of(tiny, think=4)
+    [e] = rl.rollout(Parrot(lambda _: next(parts)), [Episode(Task("counting", 1), 0, 0)], settings,
                      Rewards())
     assert e.documents[0].ids.tolist()[-6:] == [65, 65, close, 66, 67, stop]
     assert e.documents[0].weights[-6:].all() and e.status == "done"
@@ -340,18 +341,18 @@ def test_garbage_replies_are_zeros_and_train(tiny):
         return ids[:ids.index(TOKENS.image) + 1] if TOKENS.image in ids else ids
     names = ["counting", "gui_form", "text_tools", "visual_tools"]
     orders = [Episode(Task(name, j), i, j) for i, name in enumerate(names) for j in range(8)]
-    played = rl.rollout(Parrot(say), orders, policy_of(tiny, context=2048), Rewards())
+    played = rl.rollout(Parrot(say), orders, settings_of(tiny, context=2048), Rewards())
     assert all(e.score.error is None and e.score.reward < 1 for e in played)
     for e in played:
         e.score = Score(float(e.index % 2))     # as if some were better, so that they are learnt
     model = copy.deepcopy(tiny)
     optimizer = Optimizer(model.named_parameters(), OptimConfig(1e-4))
     groups = [played[i:i + 8] for i in range(0, len(played), 8)]
-    figures = rl.update(model, optimizer, groups, [], Args(loss="grpo"), 1.0)
+    figures = rl.update(model, optimizer, rl.to_samples(groups), Args(loss="grpo"), 1.0)
     assert figures["tokens"] > 200 and 0 < figures["norm"] < math.inf
     assert all(torch.isfinite(p).all() for p in model.parameters())
     order = [Episode(Task("point", 1), 0, 0)]
-    [e] = rl.rollout(Parrot(lambda _: [65, TOKENS.image]), order, policy_of(tiny), Rewards())
+    [e] = rl.rollout(Parrot(lambda _: [65, TOKENS.image]), order, settings_of(tiny), Rewards())
     assert e.documents[0].weights.sum() == 1    # the mark itself is not learnt
 
 
@@ -448,8 +449,8 @@ def test_the_alarm_rings_when_reward_and_accuracy_part(tmp_path, begin, monkeypa
                                                        rising):
     right, step = iter([0.5, 0.6, 0.5]), iter([0, 1])
     monkeypatch.setattr(rl, "accuracy", lambda episodes: {"mean": next(right)})
-    monkeypatch.setattr(async_rl, "figures_of",
-                        lambda groups, live: {"reward": rising * next(step)})
+    monkeypatch.setattr(rl, "figures_of",
+                        lambda groups, has_signal: {"reward": rising * next(step)})
     go(tmp_path, begin, steps=2, eval_every=1, eval_count=1)
     assert ("ALARM" in capsys.readouterr().out) == (rising > 0)
 
@@ -468,7 +469,8 @@ def test_bad_options_are_one_clear_line(tmp_path, begin, change, message):
 
 def test_a_group_is_shown_its_picture_once(tiny):
     orders = [Episode(Task("counting", 7), 0, i) for i in range(4)]
-    played = rl.rollout(rl.player(tiny, Args(context=128)), orders, policy_of(tiny), Rewards())
+    engine = rl.make_engine(tiny, Args(context=128))
+    played = rl.rollout(engine, orders, settings_of(tiny), Rewards())
     again = [e for one in played for e in from_bytes(to_bytes([one]))]
     for episodes in (played, again, played + again):
         batch = collate([d for e in episodes for d in e.documents], tiny.config)
@@ -517,9 +519,9 @@ class Given(Curriculum):
         super().__init__((("counting", 1.0),), 0, 1, lambda line: self.said.append(line))
         self.seeds, self.said = list(seeds), []
 
-    def draw(self):
-        if self.kept or not self.seeds:
-            return super().draw()
+    def next_task(self):
+        if self.replay or not self.seeds:
+            return super().next_task()
         return Task("counting", self.seeds.pop(0))
 
 
@@ -528,8 +530,8 @@ def troupe(tiny, monkeypatch, *seeds, actor=Actor, **more) -> Collector:
     monkeypatch.setattr(driver, "make", Stage)
     turns = iter(range(10 ** 6))
     parrot = Parrot(lambda _: [65] * (1 + next(turns) % 2) + [TOKENS.special["<|user|>"]])
-    player = actor(parrot, Even(), lambda e: Play(e, policy_of(tiny)))
-    return Collector(player, Given(*seeds), live=rl.has_signal,
+    player = actor(parrot, Even(), settings_of(tiny))
+    return Collector(player, Given(*seeds), has_signal=rl.has_signal,
                      **{"prompts": 2, "size": 4, "staleness": 0, "patience": 1e9, **more})
 
 
@@ -576,27 +578,27 @@ def test_a_screen_that_never_returns_is_given_up_and_played_again(tiny, monkeypa
     assert [group.task.seed for group in collector.open.values()] == [HANG]
     clock[0] += 60.0
     collector.turn()
-    assert collector.open and not collector.given_up
+    assert collector.open and not collector.aborted
     turns(10)
-    assert collector.given_up == 1
-    assert [task[1] for task in collector.curriculum.kept] == [HANG]
+    assert collector.aborted == 1
+    assert [task[1] for task in collector.curriculum.replay] == [HANG]
     collector.ready.clear()
     others_done()           # the kept task is drawn first
     assert [group.task.seed for group in collector.open.values()] == [HANG]
     turns(11)
     errors = [e for group in collector.seen for e in group if e.score.error]
     assert len(errors) == 4 and all("played again" in e.score.error for e in errors)
-    assert not collector.actor.outside and not collector.tried
+    assert not collector.actor.environment and not collector.given_up
 
 
 def test_enough_is_enough(tiny, monkeypatch, clock):
     """Abort by count: what is still under way is given up and kept, to be played first, and then
     waited for: slow tasks are not put off for ever, and a screen that hangs is an error."""
     collector = troupe(tiny, monkeypatch, HANG, patience=10.0)
-    collector.curriculum.silent = 0.34      # three groups are begun for two
+    collector.curriculum.no_signal = 0.34      # three groups are begun for two
     assert len(collector.collect(0)) == 2
-    assert not collector.open and collector.given_up == 1
-    assert collector.curriculum.kept == [("counting", HANG, 0, "train", 0)]
+    assert not collector.open and collector.aborted == 1
+    assert collector.curriculum.replay == [("counting", HANG, 0, "train", 0)]
     step = collector.actor.step
 
     def later(*rest):
@@ -604,7 +606,7 @@ def test_enough_is_enough(tiny, monkeypatch, clock):
         return step(*rest)
     collector.actor.step = later
     assert len(collector.collect(0)) >= 2 and clock[0] > 10
-    assert collector.given_up == 1 and not collector.open and not collector.curriculum.kept
+    assert collector.aborted == 1 and not collector.open and not collector.curriculum.replay
     errors = [e for group in collector.seen for e in group if e.score.error]
     assert len(errors) == 4 and all(e.task.seed == HANG for e in errors)
 
@@ -620,15 +622,15 @@ def test_a_verdict_that_nobody_wants_any_more_is_not_asked_for(tiny, monkeypatch
             go_on.wait(20)
             return Score(1.0)
     actor = Actor(Parrot(lambda _: [65, TOKENS.special["<|user|>"]]), Busy(),
-                  lambda e: Play(e, policy_of(tiny)))
+                  settings_of(tiny))
     actor.start([Episode(Task("counting", 9), group, 0) for group in (1, *[2] * 9)])
-    while len(actor.judging) < 10 or not asked:
+    while len(actor.scoring) < 10 or not asked:
         assert not actor.step()
-    first = next(play.episode.group for play, f in actor.judging.items() if f.running())
+    first = next(play.episode.group for play, f in actor.scoring.items() if f.running())
     actor.abort(3 - first)
-    left = len(actor.judging)
+    left = len(actor.scoring)
     go_on.set()
-    while actor.judging:
+    while actor.scoring:
         actor.step()
     assert len(asked) == left
 
@@ -637,9 +639,9 @@ def test_odd_rewards_and_dying_verifiers_are_errors(tiny, monkeypatch):
     golds = ["nan", "inf", "string", "none", "raise", "kill", "hang", "int", "float"]
     monkeypatch.setattr(driver, "make", Stage)
     monkeypatch.setattr(Stage, "evidence", lambda self: {"gold": golds[self.task.pixels]})
-    rewards = Rewards({"counting": ("mean", {"answer": (faulty, 1)})}, workers=2, deadline=1.0)
+    rewards = Rewards({"counting": Category(None, {"answer": faulty})}, workers=2, deadline=1.0)
     actor = Actor(Parrot(lambda _: [65, TOKENS.special["<|user|>"]]), rewards,
-                  lambda e: Play(e, policy_of(tiny)), judges=2)
+                  settings_of(tiny), verifiers=2)
     actor.start([Episode(Task("counting", 9, pixels=i), 0, i) for i in range(len(golds))])
     ended = []
     while len(ended) < len(golds):
@@ -674,7 +676,7 @@ def test_what_is_delivered_twice_counts_once(tiny, monkeypatch):
 
 
 def test_weights_that_arrive_in_mid_generation_mark_each_token(tiny):
-    actor = Actor(Engine(tiny, 4, 128), Even(), lambda e: Play(e, policy_of(tiny, max_new=6)))
+    actor = Actor(Engine(tiny, 4, 128), Even(), settings_of(tiny, max_new=6))
     actor.start([Episode(Task("counting", i), 0, i) for i in range(3)])
     while not any(len(r.ids) == 3 for r in actor.engine.running):
         assert not actor.step()
@@ -687,40 +689,40 @@ def test_weights_that_arrive_in_mid_generation_mark_each_token(tiny):
     assert any(set(v) == {0, 1} for v in versions)
     for staleness, late in ((0, True), (1, False)):
         collector = Collector(actor, Given(), 1, 3, staleness, 1e9, rl.has_signal)
-        assert collector._is_stale(ended, 1) == late and len(collector.curriculum.kept) == late
+        assert collector._is_stale(ended, 1) == late and len(collector.curriculum.replay) == late
 
 
 def test_a_category_that_fails_is_paused_and_a_run_that_fails_ends():
     said = []
-    books = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 1, said.append)
+    curriculum = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 1, said.append)
     for i in range(20):     # one in eight, of one category
-        books.note([episode(1), *[episode(0)] * 6, episode(None)], True)
+        curriculum.record([episode(1), *[episode(0)] * 6, episode(None)], True)
         point = [replace_task(episode(i % 2), "point") for i in range(8)]
-        books.note(point, True)
+        curriculum.record(point, True)
     assert len(said) == 1 and "counting is paused: 12% of its rollouts" in said[0]
-    assert {books.draw().category for _ in range(30)} == {"point"}
+    assert {curriculum.next_task().category for _ in range(30)} == {"point"}
     with pytest.raises(UserError, match="of all rollouts end in errors, the last in: gone"):
         for _ in range(60):
-            books.note([episode(None)] * 8, False)
+            curriculum.record([episode(None)] * 8, False)
 
 
 def test_an_error_long_ago_may_pause_a_category_in_a_fine_group():
     said = []
-    books = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 3, said.append)
-    books.note([episode(None)] * 8, False)
+    curriculum = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 3, said.append)
+    curriculum.record([episode(None)] * 8, False)
     for _ in range(4):
-        books.note([episode(1)] * 8, False)
+        curriculum.record([episode(1)] * 8, False)
     assert len(said) == 1 and said[0].startswith("counting is paused") and "gone" in said[0]
-    books.top = {"counting": 2, "point": 1}
+    curriculum.top = {"counting": 2, "point": 1}
     again = Curriculum((("counting", 1.0), ("text_code", 1.0)), 0, 2, said.append)
-    again.restore(books.state())        # by somebody who has mended it
+    again.restore(curriculum.state())        # by somebody who has mended it
     assert "counting was paused for its errors and is tried again" in said
     assert not again.paused("counting") and again.top == {"counting": 1, "text_code": 0}
 
 
 def test_errors_are_learnt_from_by_nobody_and_age_nothing():
     old = episode(None, version=0)
-    assert ages_of([[old, episode(1, index=1, version=3)]], 4) == {
+    assert staleness_of([[old, episode(1, index=1, version=3)]], 4) == {
         "stale": 1.0, "stale_max": 1.0}
 
 
@@ -739,25 +741,34 @@ def test_so_many_rollouts_are_under_way_and_groups_may_begin_in_part(tiny, monke
     assert not any(order.group == 0 for order in collector.orders)
 
 
-def test_a_run_that_ends_for_its_errors_is_saved(tmp_path, begin, monkeypatch):
+@pytest.mark.parametrize("more", [{}, dict(workers=2)])
+def test_a_run_that_ends_for_its_errors_is_saved(tmp_path, begin, monkeypatch, more):
+    """Step 3 fails, in either driver; once that is repaired, the run continues as if it had not."""
     some_reward(monkeypatch)
-    whole = Collector.collect
+    whole, broken = Curriculum.record, []
 
-    def stops(self, step):
-        if step == 2:
+    def record(self, group, has_signal):
+        if broken:
             raise UserError("60% of all rollouts end in errors")
-        return whole(self, step)
-    monkeypatch.setattr(Collector, "collect", stops)
-    with pytest.raises(UserError, match="60% of all"):
-        go(tmp_path, begin, steps=9)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
+        whole(self, group, has_signal)
+    with monkeypatch.context() as patch:
+        after_step(patch, lambda step: step == 2 and broken.append(step))
+        patch.setattr(Curriculum, "record", record)
+        with pytest.raises(UserError, match="60% of all"):
+            go(tmp_path / "parts", begin, steps=4, **more)
+    assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000002"]
+    parts = go(tmp_path / "parts", begin, steps=4, resume=True, **more)
+    assert [x["step"] for x in parts] == [1, 2, 3, 4]
+    if not more:
+        whole = go(tmp_path / "whole", begin, steps=4)
+        assert [x["pg_loss"] for x in parts] == [x["pg_loss"] for x in whole]
 
 
 def test_the_error_that_ends_a_run_is_named_whoever_comes_last():
-    books = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 1, lambda line: None)
-    books.faults = {"counting": [60.0, 60.0, "gone"], "point": [0.0, 8.0, ""]}
+    curriculum = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 1, lambda line: None)
+    curriculum.faults = {"counting": [60.0, 60.0, "gone"], "point": [0.0, 8.0, ""]}
     with pytest.raises(UserError, match="errors, the last in: gone; the run stops"):
-        books.note([replace_task(episode(1), "point")], True)
+        curriculum.record([replace_task(episode(1), "point")], True)
 
 
 def replace_task(e: Episode, name: str) -> Episode:
@@ -777,6 +788,7 @@ FATAL = f"""
 import functools, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import gym, rl
+from lib import async_rl
 from lib.async_rl import Actor
 from lib.cli import cli, main
 from lib.curriculum import Curriculum
@@ -807,9 +819,9 @@ def tells(where, name, event):      # what rank 0 does, life after life
 
 trace, who, how = (sys.argv.pop(1) for _ in range(3))
 if os.environ["RANK"] == "0":
-    tells(Curriculum, "draw", lambda task, *_: ("drawn", task.seed))
-    tells(Curriculum, "note", lambda _, books, group, live: ("ended", group[0].task.seed))
-    tells(rl, "update", lambda _, model, optimizer, groups, *rest: (
+    tells(Curriculum, "next_task", lambda task, *_: ("drawn", task.seed))
+    tells(Curriculum, "record", lambda _, self, group, signal: ("ended", group[0].task.seed))
+    tells(rl, "to_samples", lambda _, groups, *rest: (
         "learnt", *(group[0].task.seed for group in groups)))
     tells(rl, "save_state", lambda *_: ("saved",))
     with open(trace + "/events", "a") as file:
@@ -817,7 +829,7 @@ if os.environ["RANK"] == "0":
 if os.path.exists(trace + "/died"):
     open(trace + "/again", "a").close()
 gym.Rewards.score = score
-rl.Remote = functools.partial(rl.Remote, silence=10.0)
+async_rl.Remote = functools.partial(async_rl.Remote, silence=10.0)
 if who == "player":
     dies(Actor, "load", lambda self, weights, version: version == 2)
 else:
@@ -877,12 +889,12 @@ def two_agents(way: str, restarts: int, *words, **options) -> list[tuple[int, st
 def test_who_talks_until_the_context_is_full_is_judged_and_no_error(tiny):
     task = next(task for task in (Task("text_tools", i) for i in range(9))
                 if len(gym.play_out(task)[1]) > 1)
-    room = 200 + len(Play(Episode(task, 0, 0), policy_of(tiny)).advance().prompt.ids)
-    play = Play(Episode(task, 0, 0), policy_of(tiny, context=room))
+    room = 200 + len(Rollout(Episode(task, 0, 0), settings_of(tiny)).advance().prompt.ids)
+    play = Rollout(Episode(task, 0, 0), settings_of(tiny, context=room))
     play.advance()
     assert play.advance(Result(0, [65] * 199, "length", [0.0] * 199, [0] * 199)) is None
     score = Rewards().score(task, play.evidence)
-    assert score.error is None and play.judged(score).status == "truncated"
+    assert score.error is None and play.finish(score).status == "truncated"
 
 
 @pytest.mark.parametrize("slack", [0, 1])
@@ -893,7 +905,7 @@ def test_an_order_waits_for_its_weights(slack):
     class Slow:
         work, weights, asked = [], {}, 0
 
-        def begin(self, weights=None, leave=None):
+        def begin(self, weights=None, should_leave=None):
             self.work = ["under way"]
 
         def arrived(self):
@@ -989,8 +1001,8 @@ def test_a_slow_reader_finds_everything_once():
         def arrived(self):
             return False
 
-        def wait(self, leave):
-            return not leave()
+        def wait(self, should_leave):
+            return not should_leave()
 
     class Quick:
         def __init__(self):
@@ -1030,12 +1042,12 @@ def test_who_waits_for_the_dead_is_told():
     """A rank without a pulse ends the run; a trainer that does not listen for long does not."""
     store = dist.HashStore()
     remote = Remote(store, [1], None, 0, 0, silence=5.0)
-    remote._feel_pulses(remote.alive[1][1] + 5)
+    remote._check_alive(remote.alive[1][1] + 5)
     store.add("alive/1", 7)
-    remote._feel_pulses(now := remote.alive[1][1] + 100)
-    remote._feel_pulses(now + 5)
+    remote._check_alive(now := remote.alive[1][1] + 100)
+    remote._check_alive(now + 5)
     with pytest.raises(UserError, match="rank 1, which plays, has not been heard of for 5 seconds"):
-        remote._feel_pulses(now + 5.1)
+        remote._check_alive(now + 5.1)
 
 
 def test_weights_that_never_arrive_hold_nobody_up_for_ever():
@@ -1059,16 +1071,16 @@ def test_leaving_in_the_midst_loses_no_task_and_counts_none_twice(tiny, monkeypa
     """Groups that ended, that are under way and that wait for their turn, through the state."""
     def tasks_of(groups):
         return [group[0].task.seed for group in groups]
-    monkeypatch.setattr(Given, "draw", lambda self: Task("counting", self.kept.pop(0)[1])
-                        if self.kept else Task("counting", self.seeds.pop(0)))
+    monkeypatch.setattr(Given, "next_task", lambda self: Task("counting", self.replay.pop(0)[1])
+                        if self.replay else Task("counting", self.seeds.pop(0)))
     first = troupe(tiny, monkeypatch, *range(100, 200), prompts=9, flight=8,
-                   leave=lambda: first.ready and first.open)
+                   should_leave=lambda: first.ready and first.open)
     assert first.collect(0) is None and first.ready and first.open
     second = troupe(tiny, monkeypatch, *first.curriculum.seeds, prompts=9, flight=8)
     second.restore(first.state())
     learnt = tasks_of(second.collect(0))
     assert set(tasks_of(first.ready)) <= set(learnt) and len(learnt) == len(set(learnt)) >= 9
-    left = [task[1] for task in second.curriculum.kept] + second.curriculum.seeds
+    left = [task[1] for task in second.curriculum.replay] + second.curriculum.seeds
     silent = tasks_of(g for g in first.seen + second.seen if not rl.has_signal(g))
     assert sorted(learnt + left + silent) == list(range(100, 200))
 
@@ -1120,27 +1132,28 @@ def test_where_one_of_two_machines_restarts_the_other_follows(tmp_path, begin):
     assert [x["step"] for x in log_of(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-# ---- books and bytes ----------------------------------------------------------------------------
+# ---- the curriculum and bytes --------------------------------------------------------------------
 
 def test_the_curriculum_prefers_what_is_half_solved_and_rises():
     said = []
-    books = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 2, said.append)
+    curriculum = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 2, said.append)
     for _ in range(30):
-        books.note([episode(1), episode(1, index=1)], False)    # counting is solved
-        books.note([replace_task(episode(i), "point") for i in range(2)], True)
-    assert said == ["counting: level 1 opens"] and books.top == {"counting": 1, "point": 0}
-    names = [books.draw().category for _ in range(400)]
+        curriculum.record([episode(1), episode(1, index=1)], False)    # counting is solved
+        curriculum.record([replace_task(episode(i), "point") for i in range(2)], True)
+    assert said == ["counting: level 1 opens"] and curriculum.top == {"counting": 1, "point": 0}
+    names = [curriculum.next_task().category for _ in range(400)]
     assert 0.55 < names.count("point") / 400 < 0.75
-    assert books.expansion == pytest.approx(1 / (1 - books.silent)) and 1.2 < books.expansion < 2
+    assert curriculum.expansion == pytest.approx(1 / (1 - curriculum.no_signal))
+    assert 1.2 < curriculum.expansion < 2
     other = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 2)
-    other.restore(books.state())
-    assert [other.draw() for _ in range(5)] == [books.draw() for _ in range(5)]
+    other.restore(curriculum.state())
+    assert [other.next_task() for _ in range(5)] == [curriculum.next_task() for _ in range(5)]
 
 
 def test_episodes_travel_as_bytes(tiny):
     orders = [Episode(Task("gui_form", 1), 3, i) for i in range(2)]
     orders[1].task = Task("counting", 0, split="test")
-    played = rl.rollout(rl.player(tiny, Args()), orders, policy_of(tiny), Rewards())
+    played = rl.rollout(rl.make_engine(tiny, Args()), orders, settings_of(tiny), Rewards())
     back = from_bytes(to_bytes(played + [Episode(Task("point", 2), 1, 0)]))
     assert back[2] == Episode(Task("point", 2), 1, 0)
     for a, b in zip(played, back):
