@@ -80,44 +80,55 @@ def held_out_messages(i: int) -> list:
 
 # ---- one reply, step by step --------------------------------------------------------------------
 
-def step_lines(step: int, drafts: list[str], accepted: int, token: str) -> list[str]:
-    """A speculative step for the terminal: a line of drafts, one of those that were accepted, one of
-    the token that the trunk adds, each token in the column of its place."""
-    places = [*drafts, token]
-    widths = [max(len(text) for text in (places[i], token if i == accepted else "")) + 2
-              for i in range(len(places))]
+def step_lines(step: int, drafts: list[str], accepted: int, token: str, ended: bool) -> list[str]:
+    """A speculative step as three lines: the drafts, the accepted ones, the token that the trunk
+    adds. Each token is in the column of its place. ended: an accepted draft has ended the reply."""
+    columns = [*drafts, ""]
+    widths = [len(text) + 2 for text in columns]
+    widths[accepted] = max(widths[accepted], len(token) + 2)
 
-    def line(label, texts):
-        return label + "".join(text.ljust(width) for text, width in zip(texts, widths)).rstrip()
-    note = (f"replaces {drafts[accepted]}" if accepted < len(drafts)
-            else "follows, as all drafts were accepted")
-    return [line(f"step {step:<3} drafted   ", drafts),
-            line("         accepted  ", drafts[:accepted]) + f"   {accepted} of {len(drafts)}",
-            line("         trunk     ", [""] * accepted + [token]) + f"   {note}"]
+    def line(label: str, texts: list[str], note: str) -> str:
+        cells = "".join(text.ljust(width) for text, width in zip(texts, widths))
+        return f"{label:<19}{cells.rstrip()}   {note}".rstrip()
+
+    if ended:
+        note = "dropped, as the reply has ended"
+    elif accepted < len(drafts):
+        note = f"replaces {drafts[accepted]}"
+    else:
+        note = "follows, as all drafts were accepted"
+    return [line(f"step {step:<4}drafted", drafts, ""),
+            line("         accepted", drafts[:accepted], f"{accepted} of {len(drafts)}"),
+            line("         trunk", [""] * accepted + [token], note)]
 
 
 def trace(model: GLMV, tokens: Tokenizer, messages: list, drafts: int, max_new: int) -> list[str]:
     """A greedy reply to `messages` by speculative decoding, as lines for the terminal."""
     prompt = document(messages, tokens, model.config, True)
     engine = Engine(model, 1, len(prompt.ids) + max_new + 1, drafts, adapt=False)
-    shown = [messages[-1].text.replace("<|image|>", "").strip()]
+    lines = []
 
     def text(id) -> str:
-        return repr(tokens.decode([int(id)]))
+        """A token as it is printed: text in quotes, so that spaces show."""
+        word = tokens.decode([int(id)])
+        return word if word.startswith("<|") else repr(word)
 
     def note(drafted, accepted, chosen):
-        count = int(accepted[0])
-        shown.extend(step_lines(engine.steps, [text(id) for id in drafted[0]], count,
-                                text(chosen[0, count])))
+        row, count = drafted[0].tolist(), int(accepted[0])
+        ended = any(id in engine.stops for id in row[:count])
+        lines.extend(step_lines(engine.steps, [text(id) for id in row], count,
+                                text(chosen[0, count]), ended))
+
     engine.trace = note
     engine.submit(Request(prompt, max_new))
     results = []
     while engine.busy:
         results += engine.step()
     ids = results[0].ids
-    shown.insert(1, f"prompt   trunk     {text(ids[0])}   from the forward that reads the prompt")
-    return [*shown, f"reply    {sample.readable(tokens.decode(ids))!r}: {len(ids)} tokens in "
-                    f"{1 + engine.steps} forwards of the trunk"]
+    return [messages[-1].text.replace("<|image|>", "").strip(),
+            f"prompt   trunk      {text(ids[0])}   from the forward that reads the prompt", *lines,
+            f"reply    {sample.readable(tokens.decode(ids))}   {len(ids)} tokens in "
+            f"{1 + engine.steps} forwards of the trunk"]
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -186,9 +197,10 @@ def run(args: Args):
         raise UserError(f"--drafts takes numbers from 1 on, as 1,3,5: not '{args.drafts}'")
     model, tokens, hw = load(args)
     if args.trace:
+        k = model.config.mtp_depths or 1        # as many as the head was trained for
+        print(f"greedy, {k} drafts a step, {TRACED} held-out tasks\n")
         for i in range(TRACED):
-            print("\n".join(trace(model, tokens, held_out_messages(i),
-                                  model.config.mtp_depths or 1, args.max_new)) + "\n")
+            print("\n".join(trace(model, tokens, held_out_messages(i), k, args.max_new)) + "\n")
         return
     print(f"{hw.description}; {args.prompts} prompts, {args.slots} slots, {args.rounds} rounds")
     prompts = [document(held_out_messages(i), tokens, model.config, True)

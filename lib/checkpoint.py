@@ -1,4 +1,11 @@
-"""Checkpoint folders in GLM-OCR's form, both ways: whole models and vision towers."""
+"""Checkpoint folders in GLM-OCR's format, read and written: whole models and vision towers.
+
+    config.json                 sizes, special tokens; ours has a section `nanoglmv` [O]
+    preprocessor_config.json    limits of an image's size
+    model.safetensors           weights, or several files and an index [R]
+    train.pt                    in a run's step_ folders: what is needed to resume
+"""
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -9,7 +16,7 @@ from torch import nn, Tensor
 
 import mmtp
 from lib.cli import UserError
-from lib.common import first_sentence, write_json
+from lib.common import checkpoints, first_sentence, write_json
 from lib.tensors import check_shapes, load_tensors, save_tensors
 from model import Config, GLMV, TextConfig
 from tokenizer import SPECIAL
@@ -19,11 +26,11 @@ from vit import CogViT, MEAN, STD, VitConfig
 # ---- a whole model ------------------------------------------------------------------------------
 
 def load_model(folder, device="cpu", dtype=torch.float32) -> GLMV:
-    """Open a folder of config.json and model.safetensors, with the MTP head if it holds one.
+    """Load the model in a folder, with its MTP head if there is one.
 
-    The head is recognised by the names of its tensors, since some released config.json say
-    `num_nextn_predict_layers: 0` although the layer is there [R]. Raises UserError where the files
-    are missing or damaged, or do not describe the same model.
+    The head is recognised by the names of its tensors, since a released config.json may say
+    `num_nextn_predict_layers: 0` although the layer is there [R]. Raises UserError if a file is
+    missing or damaged, or if config.json describes another model than the weights.
     """
     config, tensors = load_config(folder), load_tensors(folder)
     with torch.device("meta"):
@@ -42,10 +49,11 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> GLMV:
 
 
 def load_head(model: GLMV, own: dict[str, Tensor], trunk: dict[str, Tensor], folder):
-    """Attach an MTP head to `model` and fill it with the tensors `own`.
+    """Attach an MTP head to `model` and load the tensors `own` into it. trunk: all other tensors.
 
-    Released checkpoints hold a copy of the embedding and of the output matrix for the head. A copy
-    that equals the trunk's matrix is dropped and the trunk's is used; another one is kept.
+    Released checkpoints store an embedding and an output matrix for the head as well [R]. If they
+    equal those of the trunk, the head uses the trunk's; otherwise it keeps its own. Raises
+    UserError if names or shapes are wrong.
     """
     head = mmtp.attach(model, model.config.mtp_depths or 1)
     for name, of_trunk in (("embed_tokens", "model.language_model.embed_tokens.weight"),
@@ -66,8 +74,8 @@ def load_head(model: GLMV, own: dict[str, Tensor], trunk: dict[str, Tensor], fol
 
 
 def save_model(model: GLMV, folder, dtype=torch.float32, weights: dict | None = None):
-    """Write config.json, preprocessor_config.json and model.safetensors. `weights` replaces the
-    model's own values, for example by an optimizer's fp32 masters."""
+    """Write config.json, preprocessor_config.json and model.safetensors to `folder`. weights:
+    values to save instead of the model's own, for example the optimizer's fp32 masters."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {**model.state_dict(), **(weights or {})}
@@ -77,20 +85,19 @@ def save_model(model: GLMV, folder, dtype=torch.float32, weights: dict | None = 
     save_config(config, folder, str(dtype).removeprefix("torch."))
 
 
-# ---- training goes on from a folder -------------------------------------------------------------
+# ---- starting and resuming a training -----------------------------------------------------------
 
 def start_from(folder, optimizer):
-    """Let the fp32 masters start from the weights in `folder`: the model itself may be bf16, and
-    would start them from rounded values. A tensor that the file lacks (a new head) stays."""
+    """Set the optimizer's fp32 masters to the weights in `folder`. The model itself may be in bf16,
+    which would give them rounded values. Parameters that the file lacks (a new head) stay."""
     device = optimizer.flat.device
     stored = {k: v.to(device, torch.float32) for k, v in load_tensors(folder).items()}
     optimizer.load_masters(optimizer.masters | stored)
 
 
 def restore(folder, module: nn.Module, optimizer) -> dict:
-    """Continue a run from the checkpoint `folder`: fills the module and the optimizer, and returns
-    what else the script has saved in train.pt (step, args, ...). Raises UserError where a file is
-    damaged."""
+    """Resume from the checkpoint `folder`: load the module and the optimizer, and return what else
+    the script has saved in train.pt (step, args, ...). Raises UserError if a file is damaged."""
     device = optimizer.flat.device
     try:
         state = torch.load(Path(folder) / "train.pt", map_location=device, weights_only=True)
@@ -99,18 +106,20 @@ def restore(folder, module: nn.Module, optimizer) -> dict:
         module.load_state_dict(weights)
         optimizer.load_masters({k: v.to(device, torch.float32) for k, v in weights.items()})
         return state
-    except Exception as error:  # torch.load reports damage by some ten kinds of exception
-        raise UserError(f"{folder} can't be resumed ({first_sentence(error)}); --init={folder} starts from "
-                        "its weights alone, and an earlier step_ folder may be whole") from None
+    except Exception as error:  # torch.load reports damage by some ten types of exception
+        earlier = [p for p in checkpoints(Path(folder).parent) if p.name < Path(folder).name]
+        advice = (f"remove it to go on from {earlier[-1]}" if earlier else
+                  "without --resume the run begins again")
+        raise UserError(f"{folder} can't be resumed ({first_sentence(error)}); {advice}") from None
 
 
 # ---- a vision tower -----------------------------------------------------------------------------
 
 def tower_weights(folder) -> dict[str, Tensor]:
-    """The weights of a tower, without its adapter, from a folder of train_vit.py or of a whole
-    model. Raises UserError where the folder holds none."""
+    """The weights of a vision tower, without its adapter, from a checkpoint of train_vit.py or of a
+    whole model. Raises UserError if the folder has none."""
     tensors = load_tensors(folder)
-    prefix = next((p for p in ("ema.visual.", "visual.", "model.visual.")
+    prefix = next((p for p in ("visual.", "model.visual.")
                    if p + "post_layernorm.weight" in tensors), None)
     if prefix is None:
         raise UserError(f"{folder} holds no vision tower")
@@ -119,7 +128,8 @@ def tower_weights(folder) -> dict[str, Tensor]:
 
 
 def load_tower(visual: CogViT, folder):
-    """Fill a tower, not its adapter. Raises UserError where the folder's is of other sizes."""
+    """Load the tower in `folder` into `visual`, whose adapter stays. Raises UserError if its sizes
+    are others."""
     have = tower_weights(folder)
     want = {k: v for k, v in visual.state_dict().items()
             if not k.startswith(("downsample.", "merger."))}
@@ -128,19 +138,21 @@ def load_tower(visual: CogViT, folder):
 
 
 def export_tower(folder: Path, to: Path):
-    """Write the tower of a checkpoint of train_vit.py, alone and in bf16, as its own folder."""
+    """Write the tower of a checkpoint of train_vit.py to the folder `to`, in bf16 and without the
+    rest of that checkpoint."""
     to.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "config.json", to)
     save_tensors(to / "model.safetensors", {
         f"visual.{name}": value.bfloat16() for name, value in tower_weights(folder).items()})
 
 
-# ---- config.json ---------------------------------------------------------------------------------
+# ---- config.json --------------------------------------------------------------------------------
 
 def save_config(config: Config, folder, dtype: str = "float32"):
-    """config.json and preprocessor_config.json as GLM-OCR's, ours marked `nanoglmv`."""
+    """Write config.json and preprocessor_config.json as GLM-OCR has them [R], and what only we need
+    in a section `nanoglmv`. dtype: the name of the weights' dtype."""
     c, v = config.text, config.vision
-    marks = {name: i for i, name in enumerate(SPECIAL, config.n_ranks)}
+    ids_of = {name: i for i, name in enumerate(SPECIAL, config.n_ranks)}
     text = dataclasses.asdict(c) | {
         "model_type": "glm_ocr_text", "hidden_act": "silu", "attention_bias": False,
         "tie_word_embeddings": False, "dtype": dtype, "pad_token_id": None,
@@ -150,21 +162,21 @@ def save_config(config: Config, folder, dtype: str = "float32"):
     if config.mtp_depths:
         text["num_nextn_predict_layers"] = 1        # one physical layer, whatever the depth
     if config.n_ranks:
-        text["eos_token_id"] = [marks[s] for s in ("<|endoftext|>", "<|user|>", "<|observation|>")]
+        text["eos_token_id"] = [ids_of[s] for s in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     ids = {"image_token_id": config.image_token_id}
     if config.n_ranks:
-        ids |= {"video_token_id": marks["<|video|>"],
-                "image_start_token_id": marks["<|begin_of_image|>"],
-                "image_end_token_id": marks["<|end_of_image|>"],
-                "video_start_token_id": marks["<|begin_of_video|>"],
-                "video_end_token_id": marks["<|end_of_video|>"]}
+        ids |= {"video_token_id": ids_of["<|video|>"],
+                "image_start_token_id": ids_of["<|begin_of_image|>"],
+                "image_end_token_id": ids_of["<|end_of_image|>"],
+                "video_start_token_id": ids_of["<|begin_of_video|>"],
+                "video_end_token_id": ids_of["<|end_of_video|>"]}
     vision = dataclasses.asdict(v) | {"model_type": "glm_ocr_vision", "hidden_act": "silu"}
     write_json(Path(folder) / "config.json", {
         "architectures": ["GlmOcrForConditionalGeneration"], "model_type": "glm_ocr", **ids,
         "tie_word_embeddings": False, "dtype": dtype, "text_config": text,
         "vision_config": vision,
         "nanoglmv": {"n_ranks": config.n_ranks, "mtp_depths": config.mtp_depths}})
-    pixels = v.temporal_patch_size * (v.patch_size * v.spatial_merge_size) ** 2
+    pixels = pixels_per_token(v)
     write_json(Path(folder) / "preprocessor_config.json", {
         "size": {"shortest_edge": config.min_tokens * pixels,
                  "longest_edge": config.max_tokens * pixels},
@@ -173,13 +185,33 @@ def save_config(config: Config, folder, dtype: str = "float32"):
         "image_mean": list(MEAN), "image_std": list(STD)})
 
 
+def pixels_per_token(v: VitConfig) -> int:
+    """Pixels that one visual token stands for, in both frames: the unit of the limits of an image's
+    size in preprocessor_config.json [R]."""
+    return v.temporal_patch_size * (v.patch_size * v.spatial_merge_size) ** 2
+
+
+@contextlib.contextmanager
+def one_line_errors(path: Path):
+    """Turn the errors of reading the JSON file `path` into a UserError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"no {path.name} in {path.parent}") from None
+    except KeyError as error:
+        raise UserError(f"{path} does not describe a model: {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not describe a model: {error}") from None
+
+
 def load_config(folder) -> Config:
-    """Read config.json (and preprocessor_config.json, if it is there)."""
+    """Read config.json and, if there is one, preprocessor_config.json. Fields that we do not know
+    are ignored. Raises UserError if a file is missing, damaged, or of another format."""
     def known(kind, values):
         names = {f.name for f in dataclasses.fields(kind)} & values.keys()
         return kind(**{name: values[name] for name in names})
     path = Path(folder) / "config.json"
-    try:
+    with one_line_errors(path):
         raw = json.loads(path.read_text(encoding="utf-8"))
         rope = raw["text_config"].get("rope_parameters") or {}
         text, ours = known(TextConfig, raw["text_config"]), raw.get("nanoglmv", {})
@@ -187,15 +219,11 @@ def load_config(folder) -> Config:
         config = Config(text, known(VitConfig, raw["vision_config"]), raw["image_token_id"],
                         n_ranks=ours.get("n_ranks", 0), mtp_depths=ours.get("mtp_depths", 0))
         config.mrope = tuple(rope["mrope_section"]) if "mrope_section" in rope else None
-        extra = path.with_name("preprocessor_config.json")
-        if extra.exists():
-            size = json.loads(extra.read_text(encoding="utf-8"))["size"]
-            v = config.vision
-            pixels = v.temporal_patch_size * (v.patch_size * v.spatial_merge_size) ** 2
+    path = path.with_name("preprocessor_config.json")
+    if path.exists():
+        with one_line_errors(path):
+            size = json.loads(path.read_text(encoding="utf-8"))["size"]
+            pixels = pixels_per_token(config.vision)
             config.min_tokens = max(1, size["shortest_edge"] // pixels)
             config.max_tokens = size["longest_edge"] // pixels
-        return config
-    except FileNotFoundError:
-        raise UserError(f"no config.json in {folder}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a GLM-OCR config.json ({error!r})") from None
+    return config

@@ -14,6 +14,7 @@ import mmtp
 from conftest import odd_config, random_document
 from data import collate, document
 from engine import Engine, Request
+from lab import drafts
 from lib.checkpoint import load_model, save_model
 from lib.cli import UserError
 from lib.common import find_checkpoint
@@ -272,14 +273,14 @@ def half_right(engine, replies: dict):
     every number of accepted drafts occurs."""
     rng, own = np.random.default_rng(0), engine._draft
 
-    def drafts(n, k):
+    def mostly_right(n, k):
         made, draft_probs = own(n, k)
         for slot, running in enumerate(engine.running):
             known = replies[running.id][len(running.ids):][:made.shape[1]]
             for j, token in enumerate(known):
                 made[slot, j] = token if rng.random() < 0.7 else 7
         return made, draft_probs
-    engine._draft = drafts
+    engine._draft = mostly_right
 
 
 @pytest.mark.parametrize("slots", [1, 16])
@@ -412,6 +413,36 @@ def test_drafts_stop_if_they_do_not_pay():
     assert engine.tuner.best == 0 and engine.tokens < 1.2 * engine.steps
     engine.load({}, 1)          # new weights may be accepted again
     assert engine.tuner.best == 3
+
+
+def test_a_traced_step_for_the_terminal():
+    got = drafts.step_lines(12, ["'a'", "'b'", "'c'"], 1, "'longer'", ended=False)
+    assert got == ["step 12  drafted   'a'  'b'       'c'",
+                   "         accepted  'a'   1 of 3",
+                   "         trunk          'longer'   replaces 'b'"]
+    assert drafts.step_lines(1, ["'a'"], 1, "'b'", False)[-1].endswith("all drafts were accepted")
+    assert drafts.step_lines(1, ["<|user|>"], 1, "'b'", True)[-1].endswith("reply has ended")
+
+
+def test_a_traced_reply_is_the_plain_one():
+    """Drafts that the trace calls accepted, and the trunk's tokens, make up the reply."""
+    model = load_model(find_checkpoint(DEMO)).eval()
+    tokens, seen = Tokenizer(model.config.n_ranks), 0
+    for i in range(drafts.TRACED):
+        messages = drafts.held_out_messages(i)
+        first, *steps, last = drafts.trace(model, tokens, messages, 3, 32)[1:]
+        said = first.split("trunk")[1].split()[0]
+        for drafted, accepted, trunk in zip(*[iter(steps)] * 3, strict=True):
+            count = int(re.search(r"(\d) of 3", accepted)[1])
+            words = re.findall(r"<\|\w+\|>|'[^']*'", drafted)
+            assert words[:count] == re.findall(r"<\|\w+\|>|'[^']*'", accepted)
+            said += "".join([*words[:count], re.findall(r"<\|\w+\|>|'[^']*'", trunk)[0]])
+            seen += count
+        [plain_reply] = serve(model, [Request(document(messages, tokens, model.config, True), 32)],
+                              context=512)
+        assert said.replace("'", "").startswith(tokens.decode(plain_reply.ids))
+        assert f"{len(plain_reply.ids)} tokens" in last
+    assert seen > drafts.TRACED
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])

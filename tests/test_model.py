@@ -1,6 +1,7 @@
 """The model: packing, caching, sizes, checkpoint folders, positions, kernels."""
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,8 +226,13 @@ def test_sharded_folders_open_too(model, tmp_path):
     load_model(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "header", "other", "config"])
-def test_damaged_folders_say_so_in_one_line(model, tmp_path, damage):
+@pytest.mark.parametrize("damage,words", [
+    ("missing", "model.safetensors"), ("truncated", "model.safetensors"),
+    ("header", "model.safetensors"), ("other", "not of the model"),
+    ("config", "config.json does not describe a model: Expecting"),
+    ("options", "config.json does not describe a model: 'text_config' is missing"),
+    ("preprocessor", "preprocessor_config.json does not describe a model: 'size' is missing")])
+def test_damaged_folders_say_so_in_one_line(model, tmp_path, damage, words):
     save_model(model, tmp_path)
     weights = tmp_path / "model.safetensors"
     if damage == "missing":
@@ -238,9 +244,12 @@ def test_damaged_folders_say_so_in_one_line(model, tmp_path, damage):
     elif damage == "other":
         save_model(GLMV(odd_config(1)), tmp_path / "other")
         (tmp_path / "config.json").write_bytes((tmp_path / "other/config.json").read_bytes())
+    elif damage == "preprocessor":
+        (tmp_path / "preprocessor_config.json").write_text("{}")
     else:
-        (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError) as error:
+        text = "{" if damage == "config" else '{"steps": 100}'
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)
 
