@@ -18,7 +18,7 @@ FLOORS = {
     "gym": 3, "model": 3, "lib.images": 3, "lib.teachers": 3,
     "data": 4, "mmtp": 4, "lib.captions": 4.5,
     "engine": 5, "lib.checkpoint": 5, "lib.episodes": 5, "lib.curriculum": 5.1, "lib.probes": 5.1,
-    "lib.rollout": 5.1, "lib.async_rl": 5.2,
+    "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.async_rl": 5.2,
     "pretrain": 6, "train_vit": 6, "rl": 6, "sample": 6, "serve": 6, "lab": 7, "recipes": 7}
 PACKAGES = {"torch", "numpy", "einops", "tiktoken", "PIL", "tqdm", "triton", "pytest"}
 NOT_OURS = {".git", ".venv", "out", "__pycache__", ".pytest_cache"}
