@@ -2,108 +2,173 @@
 
     python pretrain.py --steps=200                          a first look, any machine
     python pretrain.py --mix=gym:9,text,code --levels=3     all tasks, up to level 2, some text
-    python pretrain.py --init=out/pretrain --lr=1e-3 --out=out/sft   go on from other weights
-    torchrun --nproc_per_node=8 pretrain.py --size=small --rows=16     two rows a rank
-    python pretrain.py --size=base --plan                   what it would take, then stop
+    python pretrain.py --init=out/pretrain --lr=1e-3 --out=out/sft   start from other weights
+    torchrun --nproc_per_node=8 pretrain.py --size=small --rows=16   two rows a rank
+    python pretrain.py --size=base --plan                   what it would need, then stop
 
-One step is `rows` packed rows, dealt out over the ranks; the loss is divided by the summed weights
-of all of them, so one process and eight compute the same update. Each rank draws all the samples
-and keeps its rows: simple and exact, and wasteful once drawing costs more than training.
+`run` is the whole of it, from top to bottom. One optimizer step is:
+
+    1. pack    documents into `rows` rows of `row_tokens` tokens, the global batch; deal them out
+    2. forward the tower encodes each picture once, the decoder reads the row
+    3. loss    cross-entropy of the next token, divided by the summed weights of the global batch
+    4. backward
+    5. update  gradients are summed over ranks, then Muon and AdamW move the fp32 masters
+    6. held-out loss, now and then, on rows of the test split
+    7. log, and save when due
+
+Left out: sharded weights (FSDP2: every rank holds all of them, which fits up to --size=base), a
+sampler that gives a rank only its own samples (each rank loads all of them and keeps its rows: this
+is simple and exact, and wasteful once loading costs more than training), and gradient accumulation
+as a setting (a rank accumulates over its rows, so --rows is the setting).
+
+Letters: T tokens of a row.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 
 from data import collate, Packer, parse_mix, SampleLoader, sight, Stream
 from kernels import linear_cross_entropy
-from lib.checkpoint import load_model, load_tower, save_model
-from lib.cli import cli, main, UserError
-from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint,
-                        first_sentence, Log, move_earlier_run, print_plan, save_state, setup,
-                        write_json)
-from lib.tensors import load_tensors
-from mmtp import attach, head_of, losses as mtp_losses, OPTIONS, prefix
+from lib.checkpoint import load_model, load_tower, restore, save_model, start_from
+from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
+                     Positive, Range, Schedule, Seed, Share, UserError)
+from lib.common import (check_same_start, Checkpointer, checkpoints, cores, find_checkpoint, Log,
+                        move_earlier_run, print_plan, save_state, setup, sum_over_ranks, write_json)
+from mmtp import attach, head_of, losses as mtp_losses, prefix
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 
 
 @dataclass
 class Args:
-    size: str = "tiny"            # tiny (2 cores), small (one GPU) or base (GLM-OCR's own size)
-    steps: int = 1000             # optimizer updates
-    rows: int = 2                 # packed rows a step, over all ranks
-    row_tokens: int = 2048        # tokens a row
-    mix: str = "gym:8,text:1,code:1"  # sources and weights; gym = all that it can see
-    levels: int = 2               # tasks come from levels 0..levels-1
-    think: float = 0.0            # share of the gym's replies that state their reasons first
+    size: Literal["tiny", "small", "base"] = "tiny"     # for 2 cores, one GPU, or GLM-OCR's own
+    steps: Positive = 1000        # optimizer updates
+    rows: Positive = 2            # packed rows a step, over all ranks
+    row_tokens: Positive = 2048   # tokens a row
+    mix: str = "gym:8,text:1,code:1"  # sources and weights; gym = all that the model can see
+    levels: Levels = 2            # tasks come from levels 0..levels-1
+    think: Share = 0.0            # share of the gym's replies that state their reasons first
     parts: str = ""               # categories shown only in single questions about their screens
-    curriculum: float = 0.2       # share of the run that sees level 0 only
-    lr: float = 4e-3              # peak learning rate; Muon and AdamW alike
-    vision_scale: float = 1.0     # factor on it for the vision tower
-    weight_decay: float = 0.05    # on matrices
-    warmup: int = 20              # steps
-    schedule: str = "linear"      # constant, linear (over the last part) or cosine
-    decay: float = 0.4            # that last part, as a share of the steps
-    mtp: int = 3                  # tokens that the MTP head learns to look ahead; 0: no head
-    mtp_share: float = 0.2        # the last part of the run, in which it learns
-    mtp_alone: bool = False       # its loss moves the head only, the rest is as without it
-    image_option: str = "token"   # what it reads at visual slots: embed, mask or token (mmtp.py)
+    curriculum: Share = 0.2       # share of the run that sees level 0 only
+    lr: NonNegative = 4e-3        # peak learning rate, of Muon and AdamW alike
+    vision_scale: NonNegative = 1.0     # factor on it for the vision tower
+    weight_decay: NonNegative = 0.05    # on matrices
+    warmup: Natural = 20          # steps over which the learning rate rises
+    schedule: Schedule = "linear"       # constant, linear (falls in the last part) or cosine
+    decay: Share = 0.4            # that last part, as a share of the steps
+    mtp: Natural = 3              # tokens that the MTP head learns to look ahead; 0: no head
+    mtp_share: Share = 0.2        # the last part of the run, in which it learns
+    mtp_alone: bool = False       # its loss trains the head only; the rest is as without it
+    image_option: Literal["embed", "mask", "token"] = "token"   # its input at visual slots: mmtp.py
     init: str = ""                # folder whose weights to start from
-    vit: str = ""                 # folder of train_vit.py's whose tower to start from
-    resume: bool = False          # go on with the newest checkpoint in --out
+    vit: str = ""                 # folder of train_vit.py whose tower to start from
+    resume: bool = False          # continue from the newest checkpoint in --out
     out: str = "out/pretrain"     # run folder: log.jsonl, config.json, checkpoints
-    save_every: int = 500         # steps between checkpoints
-    eval_every: int = 100         # steps between losses on held-out tasks; 0 = never
-    log_every: int = 20           # steps between printed lines
-    seed: int = 0                 # of weights and samples
-    device: str = "auto"          # auto, cpu, cuda or mps
-    dtype: str = "auto"           # auto, float32 or bfloat16; masters are fp32 in any case
-    workers: int = -1             # drawing processes; -1: as many as cores, at most 8; 0: none
+    save_every: Positive = 500    # steps between checkpoints
+    eval_every: Natural = 100     # steps between losses on held-out tasks; 0: never
+    log_every: Positive = 20      # steps between printed lines
+    seed: Seed = 0                # of weights and samples
+    device: Device = "auto"       # auto, cpu, cuda or mps
+    dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
+    workers: Annotated[int, Range(-1)] = -1     # processes that load samples; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
 
 
-# ---- the loss ---------------------------------------------------------------------------------
+# ---- the loss -----------------------------------------------------------------------------------
 
 def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token", alone: bool = False):
-    """Weighted sum of the next-token losses of one row, and a list of the MTP head's at each
-    depth: fp32 scalars."""
-    merged = model.encode_images(batch)
-    hidden = model(batch, merged)
-    # Token t is predicted from position t-1; a document's first token has weight 0.
-    main = linear_cross_entropy(hidden[:-1], model.lm_head.weight,
+    """The weighted sum of the next-token losses of one row, and a list of the MTP head's sums, one
+    for each depth: fp32 scalars."""
+    merged = model.encode_images(batch)         # (slots, width)
+    hidden = model(batch, merged)               # (T, width)
+    # Position t-1 predicts token t. A document's first token has weight 0: the position before it
+    # belongs to another document.
+    loss = linear_cross_entropy(hidden[:-1], model.lm_head.weight,
                                 batch.tokens[1:], batch.weights[1:])
-    return main, (mtp_losses(model, hidden, batch, merged, depths, option, alone) if depths
-                  else [])
+    if not depths:
+        return loss, []
+    return loss, mtp_losses(model, hidden, batch, merged, depths, option, alone)
 
 
-def ahead_weight(step: int, args: Args) -> float:
-    """What the MTP loss counts at `step`: nothing at first, then 0.3, then 0.1 in the last third
-    of its part [R: GLM-4.5, DeepSeek-V3; that it starts late is ours]."""
-    left = (args.steps - step) / args.steps / args.mtp_share if args.mtp_share else 2.0
-    return 0.0 if not args.mtp or left > 1 else 0.3 if left > 1 / 3 else 0.1
+@torch.no_grad()
+def held_out_loss(model: GLMV, batches) -> float:
+    """The mean loss per unit of weight on rows that are never trained on."""
+    total = sum(loss_sum(model, batch)[0] for batch in batches)
+    return (total / sum(batch.weights.sum() for batch in batches)).item()
 
 
-def flops_per_step(model: GLMV, args: Args, patches_per_token: float) -> float:
-    """FLOPs of forward and backward over all ranks' rows: 6 for each parameter and token, see
-    GLMV.flops_per_token."""
-    return args.rows * args.row_tokens * model.flops_per_token(patches_per_token)
+def mtp_weight(step: int, args: Args) -> float:
+    """The factor on the MTP loss at `step`: 0 until the last `mtp_share` of the run, then 0.3, and
+    0.1 in the last third of that part [R: GLM-4.5, DeepSeek-V3; that it starts late is ours]."""
+    if not args.mtp or not args.mtp_share:
+        return 0.0
+    left = (args.steps - step) / args.steps / args.mtp_share    # falls from 1 to 0 in that part
+    if left > 1:
+        return 0.0
+    return 0.3 if left > 1 / 3 else 0.1
 
 
-# ---- the run ----------------------------------------------------------------------------------
+# ---- counting -----------------------------------------------------------------------------------
 
-def build(args: Args, hw):
-    """Model, optimizer and the step and data position to go on from."""
-    start, position = 0, None
+def count(rows, patch: int) -> tuple[int, int, int]:
+    """Tokens, images and patches in packed rows of Documents. An image that several documents of a
+    row ask about is encoded once, so its patches count once."""
+    tokens = images = patches = 0
+    for row in rows:
+        tokens += sum(len(d.ids) for d in row)
+        images += sum(len(d.images) for d in row)
+        encoded = {id(image): image for d in row for image in d.images}
+        patches += sum(x.shape[0] * x.shape[1] // patch ** 2 for x in encoded.values())
+    return tokens, images, patches
+
+
+def flops_of(model: GLMV, tokens: float, patches: float) -> float:
+    """FLOPs of forward and backward: 6 a parameter and token, of the tower and patch. Attention
+    between tokens is left out, and so is the embedding, which multiplies nothing."""
+    n = model.counts()
+    decoder = n["decoder"] - model.model.language_model.embed_tokens.weight.numel() + n["head"]
+    # The adapter works on groups of four patches.
+    return 6 * tokens * decoder + 6 * patches * (n["tower"] + n["adapter"] / 4)
+
+
+def plan(args: Args, hw):
+    """Print what the run would need (`--plan`), with a patch for each token."""
+    with torch.device("meta"):          # shapes without memory
+        model = GLMV(sized(args.size))
+    counts, config = model.counts(), model.config
+    tokens = args.rows * args.row_tokens
+    # Weights in the model's dtype; 16 bytes a parameter for master, gradient and two moments (Muon
+    # has one). About 34 values a token and layer are kept for the backward pass, in 2 bytes.
+    layers = config.text.num_hidden_layers + 4 * config.vision.depth
+    memory = (counts["total"] * (16 + hw.dtype.itemsize)
+              + args.row_tokens * config.text.hidden_size * 2 * 34 * layers)
+    flops = args.steps * flops_of(model, tokens, tokens)
+    print_plan(hw, counts, args.steps * tokens, flops, memory)
+
+
+# ---- start and save -----------------------------------------------------------------------------
+
+def check(args: Args):
+    """Refuse at once what would fail, or do nothing, hours later."""
+    check_options(args)
+    if args.init and args.vit:
+        raise UserError("--init and --vit both bring a tower: give one of them")
+
+
+def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
+    """Returns model, optimizer, the number of steps that are done, and the packer's state."""
     resumed = args.resume and bool(checkpoints(args.out))
-    folder = (find_checkpoint(args.out) if resumed
-              else find_checkpoint(args.init) if args.init else None)
+    folder = None
+    if resumed:         # before --init, so that a job that is restarted can keep its command line
+        folder = find_checkpoint(args.out)
+    elif args.init:
+        folder = find_checkpoint(args.init)
     model = load_model(folder) if folder else GLMV(sized(args.size), args.seed)
     if not model.config.n_ranks:
         raise UserError(f"{folder} comes with another tokenizer; only its weights can be used here")
@@ -113,138 +178,150 @@ def build(args: Args, hw):
     if args.vit and not resumed:
         load_tower(model.model.visual, find_checkpoint(args.vit))
     model = model.to(hw.device, hw.dtype)
+
+    # lr 4e-3: Muon's updates have the RMS of AdamW's, so one rate serves both [R: Moonlight]. With
+    # it a tiny model leaves the plateau before it uses the picture; with AdamW alone at 2e-3 it was
+    # still behind after 150 steps (loss 0.42 against 0.30, LOG.md) [O].
+    # weight_decay 0.05: half of GLM-4.5's 0.1 [R], for runs that are far shorter; not tuned [O].
+    # momentum 0.95 and betas (0.9, 0.95) are OptimConfig's defaults, as Moonlight has them [R].
     config = OptimConfig(args.lr, args.weight_decay, scales=(("model.visual", args.vision_scale),))
     optimizer = Optimizer(model.named_parameters(), config)
-    if folder:  # the model may be bf16, the masters start from what the file holds
-        stored = {k: v.to(hw.device, torch.float32) for k, v in load_tensors(folder).items()}
-        optimizer.load_masters(optimizer.masters | stored)  # a new head is not in the file
-    if resumed:
-        try:
-            state = torch.load(folder / "train.pt", map_location=hw.device, weights_only=True)
-            start, position = state["step"], state["position"]
-            optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # torch.load answers damage with some ten kinds of them
-            raise UserError(f"{folder}/train.pt is damaged ({first_sentence(error)}); "
-                            f"--init={folder} starts from its weights alone") from None
-    return model, optimizer, start, position
+    if not resumed:
+        if folder:
+            start_from(folder, optimizer)
+        return model, optimizer, 0, None
+    state = restore(folder, model, optimizer)
+    if "position" not in state:
+        raise UserError(f"{folder} was not saved by pretrain.py; --init={folder} starts from its "
+                        "weights")
+    return model, optimizer, state["step"], state["position"]
 
 
-def check(args: Args):
-    """Refuse at once what would fail, or do nothing, hours later."""
-    for name in ("steps", "rows", "row_tokens", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} takes 1 or more, not {getattr(args, name)}")
-    if args.seed < 0:
-        raise UserError(f"--seed takes 0 or more, not {args.seed}")
-    if not 1 <= args.levels <= 5:
-        raise UserError(f"--levels takes 1 to 5, not {args.levels}")
-    if args.mtp < 0 or not 0 <= args.mtp_share <= 1:
-        raise UserError("--mtp takes 0 or more, --mtp_share 0 to 1")
-    if args.image_option not in OPTIONS:
-        raise UserError(f"--image_option takes {', '.join(OPTIONS)}, not '{args.image_option}'")
-    if args.init and args.vit:
-        raise UserError("--init and --vit both bring a tower: give one of them")
-    if args.schedule not in ("constant", "linear", "cosine"):
-        raise UserError(f"--schedule takes constant, linear or cosine, not '{args.schedule}'")
+def save(folder: Path, step: int, model: GLMV, optimizer: Optimizer, packer: Packer, args: Args):
+    """Write all that `build` needs to continue as if the run had not been interrupted."""
+    save_model(model, folder, weights=optimizer.masters)    # fp32; the model may be bf16
+    save_state(folder / "train.pt", {
+        "step": step, "position": packer.state(), "seed": args.seed,
+        "optimizer": optimizer.state_dict(), "args": asdict(args), "rng": torch.get_rng_state()})
 
+
+# ---- the run ------------------------------------------------------------------------------------
 
 def run(args: Args):
+    """Train, from the start or from the newest checkpoint, to the last step."""
     check(args)
     hw = setup(args.device, args.dtype)
-    out, lead = Path(args.out), hw.rank == 0
-    say = print if lead else (lambda *_: None)
     if args.plan:
-        with torch.device("meta"):
-            model = GLMV(sized(args.size))
-        counts = model.counts()
-        flops = args.steps * flops_per_step(model, args, 1.0)
-        tokens = args.rows * args.row_tokens
-        memory = counts["total"] * (16 + hw.dtype.itemsize) + (
-            args.row_tokens * model.config.text.hidden_size * 2 * 34
-            * (model.config.text.num_hidden_layers + 4 * model.config.vision.depth))
-        return print_plan(hw, counts, args.steps * tokens, flops, memory)
+        return plan(args, hw)
+    out = Path(args.out)
+    say = print if hw.rank == 0 else (lambda *_: None)
     say(hw.description)
     model, optimizer, start, position = build(args, hw)
     check_same_start(start, out)
-    mix = parse_mix(args.mix, sight(model.config))
-    # About 110 tokens a sample at tiny: close enough to place the curriculum's end.
-    easy = int(args.curriculum * args.steps * args.rows * args.row_tokens / 110)
-    stream = Stream(model.config, mix, args.seed, "train", args.levels, easy, args.think,
+    config, counts = model.config, model.counts()
+
+    # Level 0 alone for the first fifth of the run. At first a model only learns how answers read:
+    # its loss stays on a plateau until it finds out that the picture tells which answer is right.
+    # It does so sooner on pictures with few objects [O].
+    samples = args.steps * args.rows * args.row_tokens / 110    # about 110 tokens a sample at tiny
+    stream = Stream(config, parse_mix(args.mix, sight(config)), args.seed, "train", args.levels,
+                    easy_samples=int(args.curriculum * samples), think=args.think,
                     parts=tuple(filter(None, args.parts.split(","))))
-    cores = os.cpu_count() or 1
-    workers = args.workers if args.workers >= 0 else min(8, max(1, cores // hw.world))
+    workers = args.workers if args.workers >= 0 else min(8, max(1, cores() // hw.world))
+    # On a CPU, workers that load during a step would take its cores: no overlap there.
     loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")
     packer = Packer(loader, args.row_tokens, state=position, say=say)
-    held_out = Packer(replace(stream, split="test", easy_samples=0), args.row_tokens, say=lambda _: None)
-    exam = [collate(held_out.row(), model.config).to(hw.device) for _ in range(2)]
+    # Two rows of the test split, whose tasks are never trained on, from all levels: they do not
+    # depend on the step, so that the held-out losses of a run can be compared.
+    held_out = Packer(replace(stream, split="test", easy_samples=0), args.row_tokens,
+                      say=lambda _: None)
+    held_out = [collate(held_out.row(), config).to(hw.device) for _ in range(2)]
+
+    # Only now, as --init may be in the folder of the earlier run.
     move_earlier_run(out, args.resume, hw, say)
-    counts = model.counts()
     say(f"{counts['total'] / 1e6:.2f}M parameters, {args.rows}x{args.row_tokens} tokens a step, "
-        f"steps {start}..{args.steps}, {workers} drawing processes, run folder {out}")
-    if lead:
-        write_json(out / "config.json", asdict(args))
-
-    def write(folder):
-        save_model(model, folder, weights=optimizer.masters)
-        save_state(folder / "train.pt", {
-            "step": watch.done, "position": packer.state(), "seed": args.seed,
-            "optimizer": optimizer.state_dict(), "args": asdict(args),
-            "rng": torch.get_rng_state()})
-
-    watch = Checkpointer(out, hw, args.steps, args.save_every, start, write)
+        f"steps {start}..{args.steps}, {workers} processes load samples, run folder {out}")
+    if hw.rank == 0:        # the page of a run shows its options from here; eval reads the mixture
+        write_json(out / "config.json", asdict(args) | {
+            "parameters": counts, "hardware": hw.description})
+    # From here on a signal no longer ends the process: the loop finishes its step and saves.
+    checkpointer = Checkpointer(
+        out, hw, args.steps, args.save_every, start,
+        lambda folder: save(folder, checkpointer.done, model, optimizer, packer, args))
     log = Log(out, "pretrain", args.steps, start, hw.rank)
-    for step in range(start, args.steps):
-        began, drawing = time.perf_counter(), loader.seconds
-        rows = [packer.row() for _ in range(args.rows)]
-        weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)
-        tokens = sum(len(d.ids) for row in rows for d in row)
-        images = sum(len(d.images) for row in rows for d in row)
-        ahead = ahead_weight(step, args)
-        total = torch.zeros(1 + args.mtp * (ahead > 0), device=hw.device)
-        for row in rows[hw.rank::hw.world]:
-            batch = collate(row, model.config, args.row_tokens).to(hw.device)
-            loss, further = loss_sum(model, batch, args.mtp if ahead else 0,
-                                     args.image_option, args.mtp_alone)
-            (loss + ahead * sum(further) / max(1, args.mtp)).div(weight).backward()
-            optimizer.accumulate()
-            total += torch.stack([loss.detach(), *(x.detach() for x in further)]) / weight
-        if hw.world > 1:
-            dist.all_reduce(total)
-        rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
-        value, *further = total.tolist()
-        norm = optimizer.step(rate, math.isfinite(value), skip_prefix="" if ahead else prefix(model))
-        watch.check_loss(value, norm)
 
-        done, took = step + 1, time.perf_counter() - began
-        drew = loader.seconds - drawing
-        values = {"loss": value, "lr": args.lr * rate, "norm": norm, "dt": took,
-                  "tok/s": tokens / took, "img/s": images / took}
-        if hw.device.type == "cuda":
-            per_token = sum(len(d.images) * 4 for row in rows for d in row) / max(1, tokens)
-            values["mfu"] = flops_per_step(model, args, per_token) / took / hw.peak / hw.world
-        if further:
-            values |= {f"mtp{k}": x for k, x in enumerate(further, 1)}
-        if drew > 0.05 * took:
-            values["loading"] = drew
-        if watch.skipped or packer.skipped:
-            values["skipped"] = watch.skipped + packer.skipped
-        if args.eval_every and done % args.eval_every == 0:
-            with torch.no_grad():
-                sums = sum(loss_sum(model, b)[0] for b in exam)
-            values["held_out"] = (sums / sum(b.weights.sum() for b in exam)).item()
+    for step in range(start, args.steps):
+        began, loading = time.perf_counter(), loader.seconds
+
+        # 1. Pack the global batch. Every rank makes the same rows, and takes row r where r mod
+        #    world is its rank: what a step sees does not depend on the number of ranks.
+        rows = [packer.row() for _ in range(args.rows)]
+        tokens, images, patches = count(rows, config.vision.patch_size)
+        # The weight of all rows of all ranks, not of this one. Rows hold different numbers of
+        # learnt tokens; with a mean per row, a token in a row with few of them would count more,
+        # and two processes would compute another update than one.
+        weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)
+
+        # The MTP head joins late: until the hidden states are good there is little to look ahead
+        # from, and each depth costs a decoder layer and an output matrix more [O].
+        ahead = mtp_weight(step, args)
+        depths = args.mtp if ahead else 0
+        losses = torch.zeros(1 + depths, device=hw.device)  # of the next token, of each depth
+
+        for row in rows[hw.rank::hw.world]:
+            # 2. Forward. A row is always T tokens long, filled up by a tail without weight.
+            batch = collate(row, config, args.row_tokens).to(hw.device)
+            loss, further = loss_sum(model, batch, depths, args.image_option, args.mtp_alone)
+            # 3. The loss of this row as a part of the global batch. The parts add up to the mean
+            #    over all learnt tokens. The MTP loss is the mean over its depths.
+            part = (loss + ahead * sum(further) / max(1, args.mtp)) / weight
+            # 4. Backward, and the gradients into the fp32 buffer: in bf16, the sum over several
+            #    rows would lose the small ones.
+            part.backward()
+            optimizer.accumulate()
+            # Sums stay on the device: .item() here would make the host wait for every row.
+            losses += torch.stack([loss.detach(), *(x.detach() for x in further)]) / weight
+
+        # 5. Update. All ranks decide from the same summed loss whether it is finite, so that all
+        #    skip the step or none does. The rate stays at its peak for most of the run, since large
+        #    steps leave the plateau; its fall over the last 40% removes their noise [O].
+        value, *further = sum_over_ranks(losses).tolist()
+        rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
+        norm = optimizer.step(rate, apply=math.isfinite(value),
+                              skip_prefix="" if ahead else prefix(model))
+        checkpointer.check_loss(value, norm)    # the fifth bad step in a row ends the run
+
+        done, seconds = step + 1, time.perf_counter() - began
+        values = {"loss": value, "lr": args.lr * rate, "norm": norm, "dt": seconds,
+                  "tok/s": tokens / seconds, "img/s": images / seconds}
+        if hw.device.type == "cuda":            # a CPU's peak is not known well enough
+            values["mfu"] = flops_of(model, tokens, patches) / seconds / hw.peak / hw.world
+        values |= {f"mtp{depth}": x for depth, x in enumerate(further, 1)}
+        if loader.seconds - loading > 0.05 * seconds:       # worth a look: more --workers?
+            values["loading"] = loader.seconds - loading
+        if checkpointer.skipped or packer.skipped:          # steps, and samples longer than a row
+            values["skipped"] = checkpointer.skipped + packer.skipped
+
+        # 6. Held-out loss, without the MTP part; also at the last step, so that two runs can be
+        #    compared by their last line.
+        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+            values["held_out"] = held_out_loss(model, held_out)
+
+        # 7. Log every step, print some. Save when due, and also if a signal has come: then all
+        #    ranks leave the loop together.
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
-        if watch.after_step(done, log.reader_gone):
+        if checkpointer.after_step(done, log.reader_gone):
             break
     log.close()
     loader.close()
-    watch.close()
+    checkpointer.close()
 
 
 # Exercises. Write it again, run the test.
-# 1. loss_sum: which hidden state predicts which token, and with whose weight?
+# 1. loss_sum: which hidden state predicts which token, and with which token's weight?
 #    pytest tests/test_pretrain.py; 20 minutes.
-# 2. Divide each row's loss by its own weight instead of the global sum, and run the test that two
-#    processes equal one. Why does it go red?
+# 2. Divide each row's loss by its own weight instead of the global sum, and run
+#    pytest tests/test_pretrain.py -k two_processes. Why does it fail? 10 minutes.
 
 
 if __name__ == "__main__":

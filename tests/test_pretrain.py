@@ -14,6 +14,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import pretrain
 import rl
 import train_vit
-from data import SampleLoader
+from data import Document, SampleLoader
 from lib import common
 from lib.checkpoint import load_model
 from lib.cli import main, UserError
@@ -411,9 +412,18 @@ def test_a_damaged_train_pt_says_so(tmp_path, damage):
     whole = state.read_bytes()
     cuts = {"cut": whole[:1_000_000], "short": whole[:-30]}
     state.write_bytes(damage if isinstance(damage, bytes) else cuts[damage])
-    with pytest.raises(UserError, match="train.pt is damaged") as error:
+    with pytest.raises(UserError, match="can't be resumed") as error:
         train(tmp_path, resume=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_script_is_refused(tmp_path):
+    train(tmp_path, steps=1)
+    state = state_of(tmp_path / "step_000001")
+    torch.save({k: v for k, v in state.items() if k != "position"},
+               tmp_path / "step_000001/train.pt")
+    with pytest.raises(UserError, match="not saved by pretrain.py"):
+        train(tmp_path, steps=2, resume=True)
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -442,6 +452,33 @@ def test_a_plan_prints_and_stops(tmp_path, capsys, size, millions):
     assert millions / 1.3 < total < millions * 1.3
     assert rows.keys() >= {"memory", "tokens", "compute", "time", "price"}
     assert not (tmp_path / "run").exists()
+
+
+def test_the_run_folder_says_what_ran_and_the_last_step_is_evaluated(tmp_path):
+    log = train(tmp_path, steps=3, eval_every=2, mix="point,text", levels=3)
+    assert ["held_out" in line for line in log] == [False, True, True]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["mix"], config["levels"], config["steps"]) == ("point,text", 3, 3)
+    assert config["parameters"]["total"] > 500_000 and "cpu in float32" in config["hardware"]
+
+
+def test_a_shared_picture_is_counted_once_as_it_is_encoded_once():
+    picture, other = np.zeros((16, 24, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)
+    ids, weights = np.zeros(5, np.int32), np.ones(5, np.float32)
+    row = [Document(ids, weights, [picture]), Document(ids, weights, [picture, other])]
+    assert pretrain.count([row, row[:1]], 8) == (15, 4, 6 + 1 + 6)
+    model = GLMV(sized("tiny"))
+    n = model.counts()
+    assert pretrain.flops_of(model, 0, 4) == 6 * (4 * n["tower"] + n["adapter"])
+
+
+@pytest.mark.parametrize("left,want", [
+    (100, 0.0), (21, 0.0), (20, 0.3), (7, 0.3), (6, 0.1), (1, 0.1)])
+def test_the_mtp_loss_joins_in_the_last_fifth(left, want):
+    args = Args(steps=100, mtp_share=0.2)
+    assert pretrain.mtp_weight(100 - left, args) == want
+    assert pretrain.mtp_weight(100 - left, replace(args, mtp=0)) == 0
+    assert pretrain.mtp_weight(100 - left, replace(args, mtp_share=0.0)) == 0
 
 
 def test_it_learns(tmp_path):
