@@ -11,6 +11,8 @@ from . import (agent, atlas, charts, documents, geometry, grounding, interpreter
                scenes, screens, text, tools, verify, webdev)
 from .base import Env, Message, Obs, OneShot, Step, Task
 
+__all__ = ["CATEGORIES", "Category", "Env", "Message", "Obs", "OneShot", "Step", "Task"]
+
 
 @dataclass(frozen=True)
 class Category:
@@ -76,5 +78,5 @@ CATEGORIES = {
     "visual_tools": Category(tools.VisualTools, {"answer": verify.answered}),
     "text_tools": Category(tools.TextTools, {"answer": verify.answered}),
     "image_mining": Category(tools.ImageMining, {
-        "seen": verify.witnessed, "answer": verify.answered}, combine="gate"),
+        "seen": verify.saw_everything, "answer": verify.answered}, combine="gate"),
 }

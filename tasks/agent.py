@@ -10,20 +10,19 @@ from copy import deepcopy
 
 from .base import box, click, Env, IMAGE, Obs, OneShot, pick, recap, Step
 from .draw import Canvas, UNITS
-from .phone import control, Device, FORMS, furnish, plain_text, ROW, TEXT
+from .phone import control, Device, FORMS, plain_text, random_device, ROW, TEXT
 from .verify import inside, parse_action, plain
 from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
 
-class Pilot(Device):
-    """A device with the oracle's knowledge of it. A step of the oracle is (equally good next
-    actions, the reason in words)."""
+class GuidedDevice(Device):
+    """A device, and the oracle's next step on it: (equally good actions, the reason in words)."""
 
     def tap(self, label: str, choice=None) -> str:
         """The click on the element with this label and choice."""
         return click(next(s[0] for s in self.spots() if s[1:3] == (label, choice)))
 
-    def poke(self, rng) -> str:
+    def random_click(self, rng) -> str:
         """A click on a random element."""
         spots = self.spots()
         return click(pick(rng, spots)[0]) if spots else "back()"
@@ -46,14 +45,12 @@ class Pilot(Device):
         return None
 
     def hit(self, app: str, path: list, spots: list, why: str, text="") -> tuple[list[str], str]:
-        """The next step to a page or, on that page, the clicks on these (label, choice); with a
-        `text`, typing it."""
+        """The next step to a page, or, on it, to click on these (label, choice) or type text."""
         return self.toward(app, path, spots[0][0]) or (
             [f'type("{text}")'] if text else [self.tap(*spot) for spot in spots], why)
 
-    def mend(self, gold: dict, first=()) -> tuple[list[str], str] | None:
-        """The next step that makes the data more like `gold`, or None if they are equal. The
-        settings in `first` come first."""
+    def step_to(self, gold: dict, first=()) -> tuple[list[str], str] | None:
+        """The next step that makes the data more like `gold`, those of `first` first; or None."""
         words, data, controls = self.world["words"], self.data, self.world["controls"]
         for key in [*first, *gold["Settings"]]:
             want, (*path, name) = gold["Settings"][key], key.split("/")
@@ -83,9 +80,9 @@ class Pilot(Device):
 
 
 class Errand(Env):
-    """A goal on the device. First the things in `legs` are to be looked up, each (app, path, label,
-    value), with the value None for something that does not exist; then the data must become equal
-    to `due`. A subclass sets both in `plan`, which returns the goal in words."""
+    """A goal on the device. First the things in `lookups` are to be looked up, each (app, path,
+    label, value), with the value None for something that does not exist; then the data must become
+    equal to `due`. A subclass sets both in `plan`, which returns the goal in words."""
     family, tier, verifier, layout, max_turns = "agent", 3, "STATE", "segment", 40
     min_pixels = 128
 
@@ -93,9 +90,10 @@ class Errand(Env):
         """Set up everything but the picture. From level 2 on the errand starts on a random page and
         dialogs may open, whose Yes changes a setting that should stay."""
         self.actions, self.kept, self.seen, self.answer, self.end = [], [], set(), None, None
-        self.legs, self.first, self.start, self.asked, self.aim = [], [], ("Home", []), None, "done"
+        self.lookups, self.first, self.start = [], [], ("Home", [])
+        self.asked, self.aim = None, "done"
         rng = self.rng
-        world, data = furnish(rng, self.heldout, self.level)
+        world, data = random_device(rng, self.heldout, self.level)
         self.due, self.before = deepcopy(data), deepcopy(data["Settings"])
         self.goal = self.plan(world, data)
         page = pick(rng, list(world["tree"])[1:]).split("/")
@@ -105,7 +103,7 @@ class Errand(Env):
                if value is self.due["Settings"][key] is False]
         turns = some_of(rng, range(1, 5), (0, 0, 1, 1, 2)[self.level])
         world["popups"] = dict(zip(turns, some_of(rng, off, 2)))
-        self.device = Pilot(world, data, *start)
+        self.device = GuidedDevice(world, data, *start)
         self.wanted = {**Device(world, self.due).outcome(), "answer": self.asked, "end": self.aim}
 
     def reset(self):
@@ -145,15 +143,16 @@ class Errand(Env):
         state = {**self.device.outcome(), "answer": self.answer, "end": self.end}
         return {"state": deepcopy(state), "gold": self.wanted, "log": list(self.actions)}
 
-    def ways(self) -> tuple[list[str], str]:
+    def next_actions(self) -> tuple[list[str], str]:
         """(the equally good next actions, the oracle's own first; the reason in words)."""
         device = self.device
         if device.popup:
             away = next(word for _, word, agrees in device.dialog() if not agrees)
             return [device.tap(away)], "A dialog is in the way."
-        if self.aim != "done" and (mending := device.mend(self.due)):
-            return mending                  # undo a change: this errand must not change anything
-        for app, path, label, value in (leg for leg in self.legs if leg[-1] not in self.kept):
+        if self.aim != "done" and (repair := device.step_to(self.due)):
+            return repair                   # undo a change: this errand must not change anything
+        missing = [lookup for lookup in self.lookups if lookup[-1] not in self.kept]
+        for app, path, label, value in missing:
             if way := device.toward(app, path, label):
                 return way
             if value is None:
@@ -167,11 +166,11 @@ class Errand(Env):
             self.seen.add(key)
             if device.data["Settings"][key] != self.due["Settings"][key]:
                 break
-        return device.mend(self.due, self.first) or (["done()"], "All is as it should be.")
+        return device.step_to(self.due, self.first) or (["done()"], "All is as it should be.")
 
     def oracle(self):
         while not self.over():
-            ways, self.why = self.ways()
+            ways, self.why = self.next_actions()
             yield ways[0]
 
     def glance(self, rng):
@@ -182,7 +181,7 @@ class Errand(Env):
         seen = [row.value for _, row in device.in_sight() if row.kind in ("link", "fact")]
         if seen and device.app in ("Shop", "Calendar", "Notes" if device.path else ""):
             return f'answer("{pick(rng, seen)}")'
-        return device.poke(rng)
+        return device.random_click(rng)
 
 
 class GuiNavigate(Errand):
@@ -206,8 +205,7 @@ class GuiNavigate(Errand):
 
 class GuiMultiApp(Errand):
     """Read something in one app and use it in another. One errand in five is infeasible, because
-    something does not exist: mostly what is to be read, else what a note names. Then nothing may
-    change."""
+    something does not exist; then nothing may change."""
     kinds = ("ask", "ask set", "set cart", "cart write date", "cart write date")
     blind = (0.2,) * 5          # done("infeasible"), unseen
 
@@ -242,9 +240,9 @@ class GuiMultiApp(Errand):
             into, entry = {"cart": ("Shop", ware), "date": ("Calendar", [event, day]),
                            "write": ("Notes", [note, str(value)])}[kind]
             due[into].append(entry)
-        self.legs = [(app, [label], "Text", value) if app == "Notes" and value else
-                     (app, [], label, value and str(value))]
-        self.legs += [("Shop", [], ware, None)] if unmet else []
+        self.lookups = [(app, [label], "Text", value) if app == "Notes" and value else
+                        (app, [], label, value and str(value))]
+        self.lookups += [("Shop", [], ware, None)] if unmet else []
         self.start = ("Home", []) if self.level else (app, [])
         self.aim = "infeasible" if lacking else "answer" if kind == "ask" else "done"
         *page, name = ["Settings", *key.split("/")]
@@ -260,8 +258,7 @@ class GuiMultiApp(Errand):
 
 
 class WidgetState(OneShot):
-    """Read the state of a switch, check box, slider, tab or choice; at level 4 also count the
-    switches that are on."""
+    """Read a switch, check box, slider, tab or choice; at level 4 also count what is on."""
     family, tier, verifier, min_pixels = "perception", 0, "EX", 128
     blind = (0.5, 0.5, 0.4, 0.3, 0.27)
     kinds = (("switch",), ("switch", "check"), ("switch", "check", "slider"),
@@ -270,7 +267,7 @@ class WidgetState(OneShot):
 
     def make(self):
         rng, rows = self.rng, (2, 4, 5, 6, 7)[self.level]
-        world, data = furnish(rng, self.heldout, 0)
+        world, data = random_device(rng, self.heldout, 0)
         names = some(rng, CONTROLS, rows, self.heldout)
         settings = {name: control(rng, self.kinds[self.level]) for name in names}
         if self.level >= 3:
@@ -298,7 +295,7 @@ class UiGround(OneShot):
 
     def make(self):
         rng, level = self.rng, self.level
-        world, data = furnish(rng, self.heldout, level)
+        world, data = random_device(rng, self.heldout, level)
         app = pick(rng, ("Home", "Shop", "Notes", "Calendar", *3 * ("Settings",))[level >= 2:])
         path = pick(rng, list(world["tree"])[1:]).split("/") if app == "Settings" else []
         if app in FORMS and rng.integers(4) == 0:
@@ -326,7 +323,7 @@ class GuiNextAction(OneShot):
         errand.begin()
         total = 0
         while not errand.over():
-            ways, why = errand.ways()
+            ways, why = errand.next_actions()
             # turns whose action follows from the goal and the history alone are chosen rarely
             told = errand.device.popup or ways[0].startswith(("type", "open", "done()"))
             total += (weight := 0.1 if told else 1)
@@ -351,26 +348,26 @@ class GuiCritic(OneShot, Errand):
     """Find the wrong action in a recorded errand. Each screen has the next action in its margin (as
     text in the prompt, it would give the answer away). One of them is wrong: "misread" remembers
     another value than the screen shows, "mis-target" clicks on the wrong thing, "wrong-next" is of
-    the wrong kind. The recording goes on with the right action, so no later screen gives it away.
-    [O]"""
+    the wrong kind. The recording goes on with the right action. [O]"""
     tier, verifier, layout, max_turns = 2, "EX", "append", 1
     longest, blind = (4, 6, 6, 8, 8), (0.2, 0.12, 0.12, 0.1, 0.1)
 
     def plan(self, world, data):
-        legs = [("Shop", [item], "Price", str(price)) for item, price in world["items"].items()]
-        legs += [(app, [title], FORMS[app][1], text) for app in FORMS for title, text in data[app]]
+        lookups = [("Shop", [item], "Price", str(price)) for item, price in world["items"].items()]
+        lookups += [(app, [title], FORMS[app][1], text)
+                    for app in FORMS for title, text in data[app]]
         # all values differ, because a value that is already remembered is not read again
-        unlike = {leg[3]: leg for leg in some_of(self.rng, legs)}
-        self.legs = [*unlike.values()][:(1, 2, 2, 3, 3)[self.level]]
+        unlike = {lookup[3]: lookup for lookup in some_of(self.rng, lookups)}
+        self.lookups = [*unlike.values()][:(1, 2, 2, 3, 3)[self.level]]
         world["margin"] = 1
         return "Remember " + ", then ".join(
-            f"the {what.lower()} of {path[0]} in {app}" for app, path, what, _ in self.legs)
+            f"the {what.lower()} of {path[0]} in {app}" for app, path, what, _ in self.lookups)
 
     def make(self):
         self.begin()
         screens, actions, self.slips = [], [], []
         while self.end is None and len(screens) < self.longest[self.level]:
-            ways, why = self.ways()
+            ways, why = self.next_actions()
             screens.append(self.device.draw(self.pixels))
             actions.append(ways[0])
             self.slips += [(kind, len(screens), wrong, f"{why} So {ways[0]}, not {wrong}.")

@@ -23,7 +23,7 @@ from .draw import Canvas, COLORS, ink_on, plain, plate_mask, shades, SHAPES, UNI
 from .words import invent, some_of
 
 MARKS = {"country": "flag", "yard": "emblem"}
-BREADTH = {"country": 1.4, "yard": 1}       # over height: flags are oblong, emblems round
+ASPECT = {"country": 1.4, "yard": 1}       # over height: flags are oblong, emblems round
 KINDS = {"country": 48, "yard": 48, "city": 56, "ship": 32, "person": 24}
 # kind: {fact: (kind of its value, sentence)}; "word" is a name without a page
 FACTS = {
@@ -82,7 +82,7 @@ class Page:
         """The names of the facts that are numbers."""
         return [fact for fact, value in self.facts.items() if type(value) is int]
 
-    def portrait(self) -> str:
+    def describe_emblem(self) -> str:
         """The flag or emblem in words."""
         pattern, first, second, shape, charge = self.emblem
         field = PATTERNS[pattern][1].format(first, second)
@@ -145,7 +145,7 @@ class World:
         best = sorted(scores, key=lambda name: (-scores[name], name))[:n]
         return [self.pages[name] for name in best]
 
-    def alike(self, emblem: tuple, n: int = 4) -> list[Page]:
+    def similar(self, emblem: tuple, n: int = 4) -> list[Page]:
         """The n pages whose emblems have most attributes in common with this one, in the order of
         their names, so that the model has to see which of them is the same."""
         drawn = [page for page in self.pages.values() if page.emblem]
@@ -158,11 +158,10 @@ world = lru_cache(maxsize=64)(World)    # to make one takes milliseconds
 
 def atlas_text(i: int) -> str:
     """The i-th text of the atlas for pretraining. The pages repeat, each time with their sentences
-    in another order, since a model can hardly answer in another order what it has read in only one.
-    [O]"""
+    in another order, since a model hardly learns a fact that it reads in one order only. [O]"""
     pages = list(world().pages.values())
     page, rng = pages[i % len(pages)], np.random.default_rng([crc32(b"atlas"), i])
-    told = [page.portrait()] if page.emblem else []
+    told = [page.describe_emblem()] if page.emblem else []
     told += [page.text.partition(". ")[0] + ".", *map(page.tell, page.facts)]
     return " ".join(some_of(rng, told))
 
@@ -180,7 +179,7 @@ def draw_emblem(canvas: Canvas, page: Page, x, y, height, colors) -> tuple:
     """Draw a flag or emblem with its top left corner at (x, y), in units -> its box in 0-999. The
     shape in the middle is on a black or white disc, for contrast with any colours."""
     pattern, first, second, shape, charge = page.emblem
-    width = height * BREADTH[page.kind]
+    width = height * ASPECT[page.kind]
     w, h = canvas.px(width), canvas.px(height)
     field = Image.new("RGB", (w, h), colors[first])
     field.paste(colors[second], (0, 0), part_mask(pattern, w, h))
@@ -249,7 +248,7 @@ class WorldKnowledge(OneShot):
         while not moves or held(f"{moves}") != self.heldout:
             moves = self.rng.integers(-3, 4, (n, 2)).tolist()
         for i, (page, (dx, dy)) in enumerate(zip(self.pages, moves)):
-            x = (UNITS - height * BREADTH[page.kind]) / 2 + dx
+            x = (UNITS - height * ASPECT[page.kind]) / 2 + dx
             y = 12 + dy if n == 1 else 3 + 30 * i + dy / 3
             draw_emblem(canvas, page, x, y, height, colors)
         return canvas.image

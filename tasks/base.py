@@ -18,8 +18,7 @@ IMAGE = "<|image|>"
 
 @dataclass(frozen=True)
 class Task:
-    """The identity of one instance. pixels: the side of the picture; 0 means the smallest size at
-    which the category can be read. [O]"""
+    """The identity of one instance. pixels: side of the picture; 0 = the smallest allowed. [O]"""
     category: str
     seed: int
     level: int = 0              # 0 (easy) to 4
@@ -89,8 +88,7 @@ def middle(area) -> tuple[int, int]:
 
 
 def recap(goal: str, actions: list[str]) -> str:
-    """The prompt of one turn in the segment layout: the current picture, the goal, and the earlier
-    actions as text. [C]"""
+    """The prompt of one turn in the segment layout: picture, goal, earlier actions as text. [C]"""
     return "\n".join([IMAGE + goal, *actions])
 
 
@@ -125,18 +123,15 @@ class Env:
         raise NotImplementedError
 
     def evidence(self) -> dict:
-        """Everything that a verifier needs, picklable: the reply or the final state, and the right
-        answer under the key "gold"."""
+        """What a verifier needs, picklable: the reply or the final state, and "gold"."""
         raise NotImplementedError
 
     def oracle(self) -> Iterator[str]:
-        """Yield replies that solve the task. Each is computed from the state at the moment when it
-        is requested."""
+        """Yield replies that solve the task, each computed from the state when it is requested."""
         raise NotImplementedError
 
     def glance(self, rng) -> str:
-        """The reply of a baseline that sees the picture but ignores the question. Its score must
-        fall as the level rises (contract.py)."""
+        """The reply of a baseline that sees the picture but ignores the question (contract.py)."""
         raise NotImplementedError
 
     def close(self):

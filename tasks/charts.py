@@ -46,7 +46,7 @@ class Chart:
         return self.series[name], name and f" of {name}"
 
 
-def draw_up(rng, level: int, heldout: bool) -> Chart:
+def random_chart(rng, level: int, heldout: bool) -> Chart:
     """A chart with random values: 3 to 7 names, up to three series."""
     kind, n, k = pick(rng, ("bar", "line", "pie", "scatter")), 3 + level, (1, 1, 2, 2, 3)[level]
     towns, measure = [invent(rng, heldout)], pick(rng, MEASURES)
@@ -102,8 +102,7 @@ class Plot(Canvas):
         self.word(str(text), x, y, color or self.ink, size, anchor)
 
     def legend(self, labels, x, y, right, down):
-        """Draw labels with their colours. The first is at (x, y), each next one `right` and `down`
-        of the last."""
+        """Draw labels with their colours, from (x, y) on, each `right` and `down` of the last."""
         for i, (label, hue) in enumerate(zip(labels, self.hues)):
             self.plate(x + i * right, y + i * down - 1.2, 2.4, 2.4, hue, 0.5)
             self.put(label, x + i * right + 3.6, y + i * down, "l")
@@ -153,8 +152,7 @@ class Plot(Canvas):
                 self.shape("circle", x - 1.1, y - 1.1, 2.2, hue)
 
     def pie(self, values):
-        """Draw the slices clockwise from the top, with their names around them or, from level 2 on,
-        in a legend."""
+        """Draw the slices clockwise from the top; their names around them or in a legend."""
         x, y, r = (24, 35, 20) if self.level >= 2 else (32, 35.5, 18)
         side, start = ROUND * round(2 * r * self.unit), 0
         big = Image.new("RGB", (side, side), self.ground)
@@ -178,7 +176,7 @@ class ChartRead(OneShot):
     blind = (0.05,) * 5         # measured: a round number in the middle of the axis
 
     def make(self):
-        rng, self.chart = self.rng, draw_up(self.rng, self.level, self.heldout)
+        rng, self.chart = self.rng, random_chart(self.rng, self.level, self.heldout)
         self.shown = [value for _, _, value in self.chart.facts]
         plot = Plot(self.chart, rng, self.level, self.heldout, self.pixels)
         question, gold = self.ask(rng, self.chart)

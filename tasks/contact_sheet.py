@@ -71,20 +71,6 @@ def instance(category: str) -> tuple[Image.Image, str]:
     return tile, text
 
 
-def shorten(text: str, size: int, most_lines: int = 2) -> str:
-    """The first lines of a text, as wide as a tile, with dots at the end where more follows."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font(size).getlength(longer) <= SIDE - 16:
-            lines[-1] = longer
-        elif len(lines) < most_lines:
-            lines.append(word)
-        else:
-            return "\n".join(lines) + " ..."
-    return "\n".join(lines)
-
-
 def contact_sheet() -> Image.Image:
     """All categories in table order, each with its name, family, tier and question."""
     rows = ceil(len(CATEGORIES) / COLUMNS)
@@ -99,5 +85,6 @@ def contact_sheet() -> Image.Image:
         family, tier, y = category.env.family, category.env.tier, y + SIDE + 5
         pen.text((x, y), name, INK, font(21), stroke_width=0.35)
         pen.text((x, y + 25), f"{family}, tier {tier}", FAMILIES[family], font(16))
-        pen.multiline_text((x, y + 46), shorten(question, 15), PALE, font(15))
+        lines = textwrap.wrap(question, 33, max_lines=2, placeholder=" ...")
+        pen.multiline_text((x, y + 46), "\n".join(lines), PALE, font(15))
     return sheet.quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)

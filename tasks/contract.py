@@ -85,8 +85,7 @@ def scramble(reply: str, rng) -> str:
 
 @lru_cache(maxsize=None)
 def glance_score(category, level, split, pixels, count) -> float:
-    """Score of a baseline that sees the picture but ignores the question (`Env.glance`), averaged
-    over `count` tasks."""
+    """Mean score of a baseline that sees the picture but ignores the question (`Env.glance`)."""
     rng, rewards = np.random.default_rng(level), Rewards()
     tasks = [Task(category, seed, level, split, pixels) for seed in range(count)]
 
@@ -133,8 +132,7 @@ class CategoryCheck:
         return score.reward
 
     def reward(self, task, script) -> float:
-        """The reward of a script. In a one-shot task only the reply changes in the evidence, so
-        the task is not drawn again."""
+        """The reward of a script. A one-shot task is not drawn again: only the reply changes."""
         key = task, tuple(script)
         if key not in self.cache:
             if self.one_shot:
@@ -186,8 +184,7 @@ class CategoryCheck:
         return self.mean([constant[1]] * self.count), self.mean(informed)
 
     def best_hack(self) -> float:
-        """The highest reward of a known hack on four tasks; where an episode has many turns, each
-        turn is another hack."""
+        """The highest reward of a known hack; where there are many turns, each is another hack."""
         earned = []
         for task, (prompt, replies, _) in list(zip(self.tasks, self.solved))[:4]:
             hacks = verify.hacks(replies[0], prompt)
@@ -236,12 +233,11 @@ class CategoryCheck:
 
     def misbehaviour(self, task, prompt, replies, evidence) -> list[str]:
         """What is wrong with the evidence of one solved task, or with steps after its end."""
-        wrong = []
+        wrong, env = [], make(task)
         if pickle.loads(pickle.dumps(evidence)) != evidence:
             wrong.append("the evidence does not survive pickling")
         if self.one_shot and play_out(task, ["?"])[2] != {**evidence, "reply": "?"}:
             wrong.append("more of the evidence than the reply depends on the reply")
-        env = make(task)
         env.reset()
         steps = [env.step(reply) for reply in [*replies, replies[-1], "?", ""]]
         if not all(step.done for step in steps[-4:]) or env.evidence() != evidence:

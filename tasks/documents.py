@@ -15,7 +15,7 @@ MARGIN, WIDTH = 4, 56                           # of a page and of its text, in 
 
 
 @lru_cache(maxsize=4096)
-def wide(word: str) -> float:
+def word_width(word: str) -> float:
     """The width of a word at font size 1, plus 8% for rounding."""
     return font(64).getlength(word) / 64 * 1.08
 
@@ -27,11 +27,11 @@ def prose(rng, words):
         yield from [rest[0].capitalize(), *rest[1:], last + "."]
 
 
-def wrapped(words, room: float):
+def wrap_words(words, room: float):
     """Yield lines of words, each at most `room` wide (in font sizes)."""
     line = []
     for word in words:
-        if line and sum(map(wide, line)) + wide(word) + 0.3 * len(line) > room:
+        if line and sum(map(word_width, line)) + word_width(word) + 0.3 * len(line) > room:
             yield " ".join(line)
             line = []
         line.append(word)
@@ -53,7 +53,7 @@ class Paged(OneShot):
         colors = shades(self.rng, self.heldout)
         return canvas, *(colors.get(choice, choice) for choice in design)
 
-    def print(self, canvas, line, x, y, size):
+    def print_line(self, canvas, line, x, y, size):
         """Print a line word by word, so that every word comes from the cache."""
         for word in line.split():
             canvas.word(word, x, y, self.ink, size)
@@ -82,10 +82,10 @@ class OcrDocument(Paged):
                 y += 1.5 * lead
             room, columns = (WIDTH + 3) / k - 3, []
             for x in (MARGIN + j * (room + 3) for j in range(k)):
-                *lines, last = islice(wrapped(prose(rng, words), room / size), n)
+                *lines, last = islice(wrap_words(prose(rng, words), room / size), n)
                 columns.append([*lines, last.rstrip(".") + "."])
                 for i, line in enumerate(columns[-1]):
-                    self.print(canvas, line, x, y + i * lead, size)
+                    self.print_line(canvas, line, x, y + i * lead, size)
                 if ruled and x > MARGIN:
                     ends = canvas.at(x - 1.5, y - lead / 2, x - 1.5, y + (n - 0.5) * lead)
                     canvas.pen.line(ends, blend(self.ink, LIGHT[0], 0.6))
@@ -97,8 +97,7 @@ class OcrDocument(Paged):
 
 
 class TableRead(Paged):
-    """Read a cell; from level 1 on also find the row that has a cell, from level 3 on also a cell
-    in the row that has another cell."""
+    """Read a cell; from level 1 on also find its row, from 3 on also by another cell of it."""
     tier, verifier = 0, "EX"
     blind = (0.02,) * 5         # one of about fifty names, ninety numbers or as many things
     numbers, owners = ("Price", "Mass", "Age", "Stock", "Size"), ("Owner", "Maker", "Buyer")
@@ -175,10 +174,10 @@ class DocQa(Paged):
         canvas, color, look, top = self.page((*COLORS,), ("list", "prose"), (7, 9, 11))
         canvas.plate(MARGIN, top - 3.5, WIDTH, 7, color, 1.5)
         canvas.word(f"Prices in {town}", 32, top, ink_on(color), 3.6, "m")
-        self.print(canvas, f"Mayor: {mayor}", MARGIN, top + 8, 3)
+        self.print_line(canvas, f"Mayor: {mayor}", MARGIN, top + 8, 3)
         text, y = " ".join(f"The {thing} costs {prices[thing]}." for thing in prices), top + 15
-        for i, line in enumerate(wrapped(text.split(), WIDTH / 3) if look == "prose" else ()):
-            self.print(canvas, line, MARGIN, y + 4.5 * i, 3)
+        for i, line in enumerate(wrap_words(text.split(), WIDTH / 3) if look == "prose" else ()):
+            self.print_line(canvas, line, MARGIN, y + 4.5 * i, 3)
         for thing, price in prices.items() if look == "list" else ():
             canvas.word(thing, MARGIN, y, self.ink, 3)
             canvas.word(str(price), 46, y, self.ink, 3, "r")

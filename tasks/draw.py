@@ -115,8 +115,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=8192)
 def text_mask(text: str, size: int) -> Image.Image:
-    """A line of text as a mask. The mask has the full height of the font, so that the baselines of
-    different words align."""
+    """A line of text as a mask with the full height of the font, so that baselines align."""
     face = font(size)
     mask = Image.new("L", (round(face.getlength(text)) + 2, sum(face.getmetrics())))
     ImageDraw.Draw(mask).text((0, 0), text, 255, face)
@@ -178,8 +177,7 @@ class Canvas:
         return (font(self.px(size)).getlength(text) + bold) / self.unit
 
     def text(self, text: str, x, y, color, size: float, anchor="la", bold=False):
-        """Draw a line of text and return its box. anchor: as in Pillow ("la": x, y is the top left
-        corner)."""
+        """Draw a line of text and return its box. anchor: as in Pillow ("la": top left at x, y)."""
         if not text.isascii():
             raise ValueError(f"the font has no glyph for {ascii(text)}")
         face, at = font(self.px(size)), self.at(x, y)
@@ -232,8 +230,7 @@ class Canvas:
 
 
 def tile(picture: Image.Image, caption: str, side: int = 192) -> Image.Image:
-    """A picture with its caption below. It is enlarged by a whole factor, so that its pixels stay
-    visible, to about `side` pixels."""
+    """A picture, enlarged by a whole factor to about `side` pixels, with its caption below."""
     scale = max(1, side // picture.width)
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     lines, face, width = [], font(12), max(192, picture.width)

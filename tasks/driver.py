@@ -56,9 +56,8 @@ def drive(env: Env):
     """Run one episode. A generator: it yields the list of Messages to answer, receives the reply's
     text through `send`, and returns the evidence (StopIteration.value).
 
-    append layout: the list grows with every reply. segment layout: every list is a fresh
-    conversation with one user message, since each observation repeats the goal and the earlier
-    actions. [C]
+    append layout: the list grows with every reply. segment layout: every list is one user message,
+    since each observation repeats the goal and the earlier actions. [C]
     """
     obs, messages, role = env.reset(), [], "user"
     while obs is not None:
@@ -75,11 +74,10 @@ def drive(env: Env):
 def demonstrate(task: Task, think: bool = False, parts: bool = False) -> list[list[Message]]:
     """Conversations in which the oracle answers; pretraining learns from them.
 
-    A one-shot task gives one conversation with all its questions about the picture. An episode in
-    the append layout gives one conversation. In the segment layout each turn is a conversation,
-    and so is each further question about its screen.
-    think: put the thought behind a reply before it, where the category has one. parts: only the
-    further questions about screens; an empty list where the category has none.
+    A one-shot task or an episode in the append layout gives one conversation. In the segment layout
+    each turn is a conversation, and so is each further question about its screen.
+    think: put the thought before a reply, where there is one. parts: only the further questions
+    about screens; an empty list where the category has none.
     """
     env = make(task)
 

@@ -98,9 +98,8 @@ class Figure:
             text = self.x if text == "x" else f"{text}°" if c else str(text)
             self.labels.append((text, at, way, steps))
 
-    def settle(self):
-        """[(label, position)] where no label touches a stroke, another label or the edge; None if
-        one of them finds no room."""
+    def place_labels(self):
+        """[(label, position)] where labels touch nothing; None if one of them finds no room."""
         ink = np.concatenate([np.linspace(a, b, 2 + int(abs(b - a))) for s in self.strokes
                               for a, b in zip(s, s[1:])])
         done, taken, high = [], [(ink, 0, 0)], 0.36 * SIZE + 1      # taken: half widths, heights
@@ -124,8 +123,7 @@ class Figure:
         return ANGLE, answer, f"{how} = {answer}."
 
     def whole(self, area, perimeter, before=""):
-        """Ask for the area or the perimeter, each given as (calculation, answer). before: steps
-        that come first."""
+        """Ask for one of the two, each (calculation, answer). before: steps that come first."""
         question, (how, answer) = pick(self.rng, ((AREA, area), (PERIMETER, perimeter)))
         return question, answer, f"{before}{how} = {answer}."
 
@@ -192,8 +190,7 @@ class Figure:
         return AREA, area, f"{u} + {v} = {w}. {w} x {h} / 2 = {area}."
 
     def ring(self, half, lines):
-        """Draw a circle with the centre A and the points B, C, D on it, where the angle BDC is
-        `half` degrees."""
+        """Draw a circle around A with B, C and D on it; the angle BDC has `half` degrees."""
         points = [rect(1, radians(t)) for t in (90 - half, 90 + half, 270 + self.some(-20, 20))]
         self.draw(0, *points, *(rect(1, k * pi / 12) for k in range(24)), lines=lines)
         o, a = self.paths("AB")[0]
@@ -261,7 +258,7 @@ class Geometry(OneShot):
         while labels is None:   # until every label finds room
             figure = Figure(self.rng, self.heldout, maker.__name__)
             question, gold, self.why = maker(figure)
-            labels = figure.settle()
+            labels = figure.place_labels()
         self.shown = re.findall(r"\d+", self.why)       # the numbers in the calculation
         ground, ink = plain(self.rng, self.heldout, self.level)
         color = pick(self.rng, list(shades(self.rng, self.heldout).values()))

@@ -19,8 +19,7 @@ RANKS = ("first", "second", "third", "fourth")
 
 
 def ranked(item, items):
-    """Expressions for an item such as "second star from the left", if no two stars share a
-    column."""
+    """Expressions such as "second star from the left", if no two stars share a column."""
     calls = []
     for name, fits in kinds(item):
         for end, (axis, sign) in ENDS.items():
@@ -32,8 +31,7 @@ def ranked(item, items):
 
 
 def ahead(item, anchor, way) -> tuple[int, int]:
-    """(distance, offset) in cells: how far an item lies from the anchor in a direction, and how far
-    to the side of that direction."""
+    """(distance, offset): how many cells an item lies from the anchor that way, and to its side."""
     (axis, sign), away = WAYS[way], [a - b for a, b in zip(cell(item.area), cell(anchor.area))]
     return sign * away[axis], abs(away[1 - axis])
 
@@ -151,8 +149,7 @@ class SpotDiff(Grounding):
 class VideoEvents(Grounding):
     """Four to twelve frames in which shapes appear, vanish or jump: name the frame in which one of
     them does, or the order in which all of them do. From level 1 on there are other shapes that
-    stay, from 2 on they may do something else. Each frame is followed by its number, as in GLM by
-    its time. [R]"""
+    stay, from 2 on they may do something else. Frames are numbered, as in GLM by time. [R]"""
     tier, verifier, sizes = 0, "LIS/NUM", (12,)
     blind = (0.17, 0.11, 0.08, 0.06, 0.05)      # half ask for a frame; an order can't be guessed
     frames = ((4, 4), (5, 6), (6, 8), (8, 10), (10, 12))
@@ -204,8 +201,7 @@ TURNS = {"turn right": 2, "turn around": 4, "turn left": 6}                     
 class SpatialRelation(Grounding):
     """Take the place of an arrow seen from above and say what is at which side. Up to level 1 the
     arrow looks up, so its sides are those of the picture; from level 2 on it looks another way, and
-    at level 4 it turns first. There are four sides at levels 0 and 2, else eight. Held-out splits
-    have other layouts."""
+    at level 4 it turns first. There are four sides at levels 0 and 2, else eight."""
     family, tier, verifier = "reasoning", 2, "EX"
     blind = (0.14, 0.08, 0.14, 0.08, 0.08)      # half ask for a side
     objects = ((2, 3), (4, 5), (3, 4), (5, 6), (6, 8))
@@ -231,8 +227,7 @@ class SpatialRelation(Grounding):
         return Obs(IMAGE + question, [canvas.image]), gold
 
     def beside(self, arrow, way):
-        """A cell in this direction from the arrow's cell; in a straight direction there may be
-        two, of which one is drawn at random."""
+        """A random cell in this direction from the arrow's cell."""
         (x, y), (dx, dy) = arrow, STEPS[way]
         room = max(dx * (3 - x), -dx * x, dy * (3 - y), -dy * y)
         far = 1 if dx and dy else 1 + int(self.rng.integers(room))

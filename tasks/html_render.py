@@ -6,8 +6,8 @@ includes its border and padding, and the elements of a line are centred vertical
 measured first and placed afterwards. Since the renderer reports the blocks of text, two pages are
 compared exactly, without reading pixels. [O]
 
-OWN_LOOK and `declare` define which tags and properties exist; others are counted and ignored. There
-are no scripts and no addresses.
+DEFAULT_STYLES and `declare` define which tags and properties exist; others are counted and ignored.
+There are no scripts and no addresses.
 """
 import re
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ PLAIN = {**dict.fromkeys(LENGTHS, 0), "font-size": 12, "color": (0, 0, 0), "bord
          **dict.fromkeys(("width", "height", "share", "background")),
          **{name: options[0] for name, options in CHOICES.items()}}
 # The default styles of the tags.
-OWN_LOOK = """
+DEFAULT_STYLES = """
 html,body,div,table,tr,details{} style{display:none} button,input,img{display:inline-block}
 h1,h2,h3,b,th,summary{font-weight:bold} h1{font-size:20px} h2{font-size:16px} h3{font-size:13px}
 h1,h2,p,ul{margin:4px 0} h3{margin:3px 0} li{margin:2px 0} ul{padding-left:14px}
@@ -58,8 +58,7 @@ input{border-radius:4px} img{width:40px; height:40px; background:#c3cad5}"""
 
 
 class Broken(ValueError):
-    """Raised for text that is not a page: too long, too many elements, nested too deep, or with
-    text outside of any element."""
+    """Raised for a page that is too long, has too many elements or is nested too deep."""
 
 
 @dataclass(eq=False)
@@ -96,8 +95,7 @@ class Node:
         return self.tag == "input" and self.attrs.get("type") == "checkbox"
 
     def frame(self):
-        """Border and padding: at the left, at the top, left and right together, top and bottom
-        together."""
+        """Border and padding: left, top, left and right together, top and bottom together."""
         s = self.style
         left, top = s["padding-left"] + s["border"], s["padding-top"] + s["border"]
         return (left, top, left + s["padding-right"] + s["border"],
@@ -149,7 +147,7 @@ def declarations(text: str) -> tuple[dict, int]:
     return {k: v for one in found for k, v in one.items()}, found.count({})
 
 
-def heir(style: dict) -> dict:
+def inherited_style(style: dict) -> dict:
     """The style that children inherit from a node with this style."""
     return {**PLAIN, **{name: style[name] for name in INHERITED}}
 
@@ -163,18 +161,18 @@ def rules(sheet: str) -> dict:
     return found
 
 
-LOOKS = rules(OWN_LOOK)
+DEFAULTS = rules(DEFAULT_STYLES)
 
 
 # ---- measuring and placing ----------------------------------------------------------------------
 
-extent = lru_cache(maxsize=16384)(lambda word, size: font(size).getlength(word))
+text_width = lru_cache(maxsize=16384)(lambda word, size: font(size).getlength(word))
 
 
-def gather(node: Node, line: Node, space: bool) -> bool:
+def add_inline(node: Node, line: Node, space: bool) -> bool:
     """Add the words and boxes of a node to a line of text. space: whether there is white space
     before; returns whether there is white space at the end."""
-    style, size = heir(node.style), node.style["font-size"]
+    style, size = inherited_style(node.style), node.style["font-size"]
     for child in node.children:
         if isinstance(child, str):
             space |= child[:1].isspace()
@@ -182,20 +180,20 @@ def gather(node: Node, line: Node, space: bool) -> bool:
                 # the font has ASCII only, and characters that are not drawn must not count
                 word = re.sub("[^!-~]", "?", word)
                 line.kids.append(Node(above=line, style=style, link=node.link, text=word,
-                                      space=SPACE * size * space, w=extent(word, size),
+                                      space=SPACE * size * space, w=text_width(word, size),
                                       h=LINE * size))
                 space = True
             space = child[-1:].isspace() or space and not child.strip()
         elif child.style["display"] == "inline" and not child.style["background"]:
-            space = gather(child, line, space)
+            space = add_inline(child, line, space)
         elif child.style["display"] != "none":
-            flow(child, wide(child, SIDE, False))
+            lay_out(child, width_within(child, SIDE, False))
             child.space, space = SPACE * child.style["font-size"] * space, False
             line.kids.append(child)
     return space
 
 
-def divide(node: Node) -> list:
+def kids_of(node: Node) -> list:
     """Set node.kids, once, and return them: the rows of a table, whose kids are the cells; for
     other elements the block elements, and lines with the inline content between them."""
     def loose(child):
@@ -216,19 +214,19 @@ def divide(node: Node) -> list:
                 node.kids += [child for child in group if child.style["display"] != "none"]
             elif any(isinstance(child, Node) or child.strip() for child in group):
                 line = Node(children=group, above=node, link=node.link, kids=[],
-                            style=heir(node.style) | {"display": "line"})
-                gather(line, line, False)
+                            style=inherited_style(node.style) | {"display": "line"})
+                add_inline(line, line, False)
                 node.kids.append(line)
     return node.kids
 
 
 def columns(table: Node) -> list[float]:
     """The widths that the columns of a table need."""
-    columns = zip_longest(*(row.kids for row in divide(table)))
-    return [max(fit(cell) for cell in column if cell) for column in columns]
+    columns = zip_longest(*(row.kids for row in kids_of(table)))
+    return [max(natural_width(cell) for cell in column if cell) for column in columns]
 
 
-def fit(node: Node) -> float:
+def natural_width(node: Node) -> float:
     """The width that a node needs so that no line wraps."""
     style = node.style
     if style["width"] is not None:
@@ -237,22 +235,22 @@ def fit(node: Node) -> float:
         return sum(k.w + k.margins()[0] + k.space * (i > 0) for i, k in enumerate(node.kids))
     if node.tag == "table":
         return node.frame()[2] + sum(columns(node))
-    sizes = [fit(kid) + kid.margins()[0] for kid in divide(node)]
+    sizes = [natural_width(kid) + kid.margins()[0] for kid in kids_of(node)]
     if style["display"] == "flex" and style["flex-direction"] == "row":
         sizes = [sum(sizes) + style["gap"] * (len(sizes) - 1)]
     return node.frame()[2] + max(sizes, default=0)
 
 
-def wide(node: Node, room: float, fill: bool) -> float:
+def width_within(node: Node, room: float, fill: bool) -> float:
     """The width of a node in a space of width `room`. fill: blocks take all of it."""
     if node.style["width"] is not None:
         return node.style["width"]
     if node.style["share"] is not None:
         return node.style["share"] * room
-    return room if fill and node.tag != "table" else min(fit(node), room)
+    return room if fill and node.tag != "table" else min(natural_width(node), room)
 
 
-def flow(node: Node, width: float):
+def lay_out(node: Node, width: float):
     """Lay out a node with this width: set its size and the positions of everything inside."""
     style, (_, _, sides, ends) = node.style, node.frame()
     lay = (wrap if style["display"] == "line" else grid if node.tag == "table" else
@@ -262,9 +260,8 @@ def flow(node: Node, width: float):
     node.w, node.h = width, filled + ends if height is None else style["height"]
 
 
-# Each of the following functions lays out one kind of node. It sets the positions of the kids in a
-# content area `inner` wide and, if its height is fixed, `height` high, and returns the height that
-# they take.
+# The following functions each lay out one kind of node: they set the positions of the kids in a
+# content area `inner` wide (and `height` high, if that is fixed) and return the height they take.
 
 def spread(kids: list, axis: str, spare: float, how: str):
     """Distribute the spare room along an axis: justify-content."""
@@ -296,11 +293,11 @@ def wrap(line: Node, inner: float, height: float | None) -> float:
 
 def column(node: Node, inner: float, height: float | None) -> float:
     """Lay out blocks below one another. Outside of a flex box margins of neighbours collapse."""
-    style, kids, y, last = node.style, divide(node), 0, 0
+    style, kids, y, last = node.style, kids_of(node), 0, 0
     flex = style["display"] == "flex"
     for i, kid in enumerate(kids):
         room, top = inner - kid.margins()[0], kid.style["margin-top"]
-        flow(kid, wide(kid, room, not flex or style["align-items"] == "stretch"))
+        lay_out(kid, width_within(kid, room, not flex or style["align-items"] == "stretch"))
         y += last + top + style["gap"] * (i > 0) if flex else max(last, top)
         slack = (room - kid.w) * SHIFT.get(style["align-items"], 0) * flex
         kid.x, kid.y, last = kid.style["margin-left"] + slack, y, kid.style["margin-bottom"]
@@ -312,15 +309,15 @@ def column(node: Node, inner: float, height: float | None) -> float:
 
 def row(node: Node, inner: float, height: float | None) -> float:
     """Lay out blocks side by side. Those with a `flex` share the room that the others leave."""
-    style, kids, x = node.style, divide(node), 0
+    style, kids, x = node.style, kids_of(node), 0
     room = inner - style["gap"] * (len(kids) - 1) - sum(kid.margins()[0] for kid in kids)
     grow = [kid.style["flex"] for kid in kids]
-    widths = [0 if share else wide(kid, inner, False) for kid, share in zip(kids, grow)]
+    widths = [0 if share else width_within(kid, inner, False) for kid, share in zip(kids, grow)]
     if sum(widths) > max(0, room):              # too wide: all shrink by the same factor
         widths = [width * max(0, room) / sum(widths) for width in widths]
     spare = room - sum(widths)
     for kid, width, share in zip(kids, widths, grow):
-        flow(kid, width + spare * share / sum(grow) if share else width)
+        lay_out(kid, width + spare * share / sum(grow) if share else width)
         kid.x = x + kid.style["margin-left"]
         x += kid.w + kid.margins()[0] + style["gap"]
     tall = max((kid.h + kid.margins()[1] for kid in kids), default=0) if height is None else height
@@ -339,7 +336,7 @@ def grid(table: Node, inner: float, height: float | None) -> float:
     for line in table.kids:
         line.x, line.y, line.w, x = 0, y, inner, 0
         for cell, need in zip(line.kids, needs):
-            flow(cell, need * inner / max(1, sum(needs)))
+            lay_out(cell, need * inner / max(1, sum(needs)))
             cell.x, cell.y, x = x, 0, x + cell.w
         line.h = max((cell.h for cell in line.kids), default=0)
         for cell in line.kids:
@@ -374,7 +371,7 @@ class View:
 
     def __init__(self, root: Node, color: tuple):
         self.color, self.forms, self.words = color, [], []
-        flow(root, SIDE)
+        lay_out(root, SIDE)
         self.place(root, 0, 0)
         small = self.image(SIDE // 2, text=False)
         self.texture = np.asarray(small.reduce(4), np.float32)      # the page without its text
@@ -408,8 +405,7 @@ class View:
             self.place(kid, x + left, y + top)
 
     def image(self, pixels: int, text: bool = True) -> Image.Image:
-        """Draw the page -> PIL image, `pixels` wide and high; without its text if `text` is
-        false."""
+        """Draw the page -> PIL image, `pixels` wide and high; text=False leaves its text out."""
         image, unit = Image.new("RGB", (pixels, pixels), self.color), pixels / SIDE
         pen = ImageDraw.Draw(image)
         for kind, x, y, w, h, color, radius in self.forms:
@@ -453,13 +449,10 @@ class View:
 
 
 class Site(HTMLParser):
-    """One or several pages as in a browser, with a state that clicks change.
-
-    Children of the body that have an id are separate pages, one of which is shown, at first the
-    first. Everything else in the body, such as a bar with links, is shown with each of them.
-    `unknown` counts what was not understood. A stray or missing end tag is tolerated as in a
-    browser. Raises Broken.
-    """
+    """One or several pages as in a browser, with a state that clicks change. Children of the body
+    that have an id are separate pages, one of which is shown, at first the first; everything else
+    in the body is shown with each of them. `unknown` counts what was not understood. A stray or
+    missing end tag is tolerated as in a browser. Raises Broken."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -485,7 +478,7 @@ class Site(HTMLParser):
         while self.open[-1].tag in ENDS.get(tag, ()):
             self.open.pop()
         self.nodes += 1
-        self.unknown += tag not in LOOKS
+        self.unknown += tag not in DEFAULTS
         if self.nodes > MOST_NODES or len(self.open) > MOST_DEPTH:
             raise Broken(f"more than {MOST_NODES} elements, or deeper than {MOST_DEPTH}")
         node = Node(tag, {name: value or "" for name, value in attrs}, above=self.open[-1])
@@ -510,10 +503,10 @@ class Site(HTMLParser):
         elif data.strip():
             raise Broken("text outside any element")
 
-    def dress(self, node: Node):
+    def compute_styles(self, node: Node):
         """Compute the styles of everything below a node, from the weakest rule to the strongest."""
         for child in node.elements():
-            child.style = heir(node.style) | LOOKS.get(child.tag, {})
+            child.style = inherited_style(node.style) | DEFAULTS.get(child.tag, {})
             for name in (child.tag, *("." + n for n in child.attrs.get("class", "").split())):
                 child.style |= self.rules.get(name, {})
             child.style |= declarations(child.attrs.get("style", ""))[0]
@@ -522,13 +515,13 @@ class Site(HTMLParser):
             if child in self.pages.values() and child is not self.pages[self.page]:
                 child.style["display"] = "none"
             child.link, child.kids = child if child.tag in CLICKS else node.link, None
-            self.dress(child)
+            self.compute_styles(child)
 
     def view(self) -> View:
         """The current view."""
         if self.seen is None:
             self.root.kids = None
-            self.dress(self.root)
+            self.compute_styles(self.root)
             self.seen = View(self.root, self.body.style["background"] or WHITE)
         return self.seen
 
@@ -552,6 +545,6 @@ class Site(HTMLParser):
 
 
 @lru_cache(maxsize=400)
-def look(html: str) -> View:
+def first_view(html: str) -> View:
     """The first view of a page; raises Broken."""
     return Site(html).view()

@@ -63,8 +63,7 @@ def bound(value):
 
 class Machine:
     """Runs a program; then `invoke` calls its functions. One budget of steps covers everything. A
-    function sees only its own names. trace: a list to which each assignment is added, as (name,
-    value). Raises one of FAULTS."""
+    function sees only its own names. trace: a list of all (name, value) assigned. Raises FAULTS."""
 
     def __init__(self, code: str, trace: list | None = None):
         self.steps = self.depth = 0
@@ -103,8 +102,7 @@ class Machine:
                 owner[at] = bound([value])[0]
 
     def run(self, body):
-        """Run statements. Returns why they were left: "break", "continue", (the returned value,),
-        or None at their end."""
+        """Run statements -> why they were left: "break", "continue", (the result,), None."""
         self.tick(deeper=1)
         way = next(filter(None, map(self.do, body)), None)
         self.depth -= 1
@@ -171,8 +169,7 @@ class Machine:
         return result
 
     def operate(self, op, left, right):
-        """left op right. Long operands cost more steps; what could become too large is refused
-        before it is computed."""
+        """left op right. Long operands cost more; what would become too large is refused."""
         kind = type(op)
         if long := size(left) + size(right):
             self.tick(long >> 4)

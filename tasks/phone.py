@@ -15,7 +15,8 @@ from .draw import blend, Canvas, DARK, ink_on, LIGHT, shades, UNITS
 from .verify import inside, is_point
 from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
-ROW, VISIBLE, LEAP, TEXT = 8, 7, 5, 5       # row height, visible rows, rows per scroll, font size
+ROW, TEXT = 8, 5                            # heights of a row and of its font
+VISIBLE, SCROLL_ROWS = 7, 5                 # rows on the screen, rows that a scroll moves
 TRACK, TRACK_WIDTH = 36, 17                 # left end of a slider's track, and its length
 # The box of a control inside its row.
 MARKS = {"switch": (50, 1.5, 59.5, 6.5), "check": (53, 1, 59, 7), "field": (20, 0.5, 60, 7.5),
@@ -37,8 +38,7 @@ USES = dict(click="two integers from 0 to 999", back="nothing", scroll='"up" or 
 
 
 def plain_text(args) -> bool:
-    """Whether the arguments are one short string without special characters, which can be put into
-    a prompt."""
+    """Whether the arguments are one short string without special characters."""
     return (len(args) == 1 and type(args[0]) is str
             and re.fullmatch(r"[A-Za-z0-9 .,:'-]{1,20}", args[0]) is not None)
 
@@ -62,10 +62,9 @@ def control(rng, kinds) -> tuple[str, tuple, Any]:
     return kind, choices, pick(rng, choices or (False, True))
 
 
-def furnish(rng, heldout: bool, level: int) -> tuple[dict, dict]:
+def random_device(rng, heldout: bool, level: int) -> tuple[dict, dict]:
     """(world, data) of a random device. Lists grow with the level until they have to be scrolled;
-    from level 2 on pages are nested; from level 3 on settings of the same name are on several
-    pages. [O]"""
+    from level 2 on pages are nested; from 3 on several pages have settings of the same name. [O]"""
     n, rows, records = AMOUNTS[level]
     pool = some(rng, CONTROLS, 40, heldout)
     pages, names = pool[:n], pool[n:]
@@ -115,17 +114,15 @@ class Device:
         self.paths = {name: [*path] if name == app else [] for name in ("Home", *world["apps"])}
         self.path = self.paths[app]         # the pages opened in this app; the last one is shown
         self.turn, self.popup, self.visible = 0, None, VISIBLE - world["margin"]
-        self.leave()
+        self.reset_page()
 
-    def leave(self, up=False):
-        """Reset what belongs to the page only (scroll position, focus, draft); `up`: and go to the
-        page above."""
+    def reset_page(self, up=False):
+        """Reset scroll position, focus and draft; `up`: and go to the page above."""
         self.path[:] = self.path[:-1] if up else self.path
         self.scroll, self.focus, self.draft = 0, None, {"Title": "", "Text": "", "Day": ""}
 
     def outcome(self) -> dict:
-        """The data in a fixed order, so that a note that was erased and written again counts as
-        unchanged."""
+        """The data in a fixed order: a note erased and written again counts as unchanged."""
         return {app: kept if app == "Settings" else sorted(kept) for app, kept in self.data.items()}
 
     def rows(self) -> list[Row]:
@@ -195,22 +192,23 @@ class Device:
                     for box, word, agrees in self.dialog()]
         rows = self.in_sight()
         found = [(box, row.label, choice, (*row.effect, choice))
-                 for y, row in rows for choice, box in stops(row, y)]
+                 for y, row in rows for choice, box in choice_boxes(row, y)]
         # a click anywhere in a row counts, but for a button it must be on the button
-        found += [(mark("button" if row.kind == "button" else "row", y), row.label, None,
+        found += [(control_box("button" if row.kind == "button" else "row", y), row.label, None,
                    row.effect) for y, row in rows if row.effect and not row.choices]
         return [(Canvas.area(*box), *rest) for box, *rest in found]
 
     def named(self) -> list[tuple[str, tuple]]:
-        """[(name, box in 0-999)] of everything that a question can ask for: controls, and rows
-        without a control."""
+        """[(name, box in 0-999)] of all controls, and of the rows without a control."""
         if self.popup:
             return [(f"{word} button", Canvas.area(*box)) for box, word, _ in self.dialog()]
         rows = self.in_sight()
         found = [(f"{choice} tab", box) for y, row in rows if row.kind == "tabs"
-                 for choice, box in stops(row, y)]
-        found += [(f"{row.label} {row.kind if row.kind in MARKS else 'row'}", mark(row.kind, y))
-                  for y, row in rows if row.kind != "tabs"]
+                 for choice, box in choice_boxes(row, y)]
+        for y, row in rows:
+            if row.kind != "tabs":
+                kind = row.kind if row.kind in MARKS else "row"
+                found.append((f"{row.label} {kind}", control_box(row.kind, y)))
         return [(name, Canvas.area(*box)) for name, box in found]
 
     def act(self, name: str, args: list) -> str | None:
@@ -231,12 +229,12 @@ class Device:
         elif name == "type":
             self.draft[self.focus] = args[0]
         elif name == "scroll":
-            way = LEAP if args == ["down"] else -LEAP
+            way = SCROLL_ROWS if args == ["down"] else -SCROLL_ROWS
             self.scroll = min(max(0, self.scroll + way), self.lowest())
         elif name == "open" or not self.path:
             self.press(("open", args[0] if args else "Home"))
         else:
-            self.leave(up=True)
+            self.reset_page(up=True)
         self.turn += 1
         self.popup = self.popup or self.world["popups"].get(self.turn)
         return complaint
@@ -259,26 +257,26 @@ class Device:
                 self.popup = None
             case "go", page:
                 self.path.append(page)
-                self.leave()
+                self.reset_page()
             case "open", app if app != self.app:
                 self.app, self.path = app, self.paths[app]
-                self.leave()
+                self.reset_page()
             case "delete", record:
                 self.data[self.app].remove(record)
-                self.leave(up=True)
+                self.reset_page(up=True)
             case "save",:
                 known, record = self.data[self.app], [self.draft[n] for n in FORMS[self.app]]
                 taken = [self.world["words"]["new"], *(title for title, _ in known)]
                 if all(record) and record[0] not in taken:
                     known.append(record)
-                    self.leave(up=True)
+                    self.reset_page(up=True)
 
     def draw(self, pixels: int):
         """Draw the screen -> PIL image, `pixels` wide and high."""
         look, rows = self.world["theme"], self.in_sight()
         canvas, ink = Canvas(pixels, look["ground"]), ink_on(look["accent"])
         for y, row in rows:
-            paint(canvas, look, row, y, self.world["cards"], row.label == self.focus)
+            draw_row(canvas, look, row, y, self.world["cards"], row.label == self.focus)
         y = 0 if self.world["bar"] == "top" else UNITS - ROW
         canvas.plate(0, y, UNITS, ROW, look["accent"], 0)
         canvas.shape(ICONS[self.app], 2.5, y + 1.5, 5, ink)
@@ -300,7 +298,7 @@ class Device:
         return canvas.image
 
 
-def stops(row: Row, y: float) -> list[tuple[Any, tuple]]:
+def choice_boxes(row: Row, y: float) -> list[tuple[Any, tuple]]:
     """[(choice, box in units)] of the positions of a slider or of tabs."""
     left, step = 0, (UNITS - 2) / max(1, len(row.choices))
     if row.kind == "slider":
@@ -310,16 +308,16 @@ def stops(row: Row, y: float) -> list[tuple[Any, tuple]]:
             for i, choice in enumerate(row.choices)]
 
 
-def mark(kind: str, y: float) -> tuple:
+def control_box(kind: str, y: float) -> tuple:
     """The box, in units, of the control of a row of this kind, or of the row if it has none."""
     x0, y0, x1, y1 = MARKS.get(kind, (0, 0, UNITS - 2, ROW))
     return x0, y + y0, x1, y + y1
 
 
-def paint(canvas, look, row, y, cards, focused):
+def draw_row(canvas, look, row, y, cards, focused):
     """Draw a row: its background and label, then its value or control."""
     ink, soft, accent, off = (look[name] for name in ("ink", "soft", "accent", "off"))
-    kind, value, middle, left = row.kind, row.value, y + ROW / 2, mark(row.kind, y)[0]
+    kind, value, middle, left = row.kind, row.value, y + ROW / 2, control_box(row.kind, y)[0]
     on = accent if value else off
     if kind == "button":
         canvas.plate(left, y + 0.5, 44, 7, accent, 2)
@@ -347,7 +345,7 @@ def paint(canvas, look, row, y, cards, focused):
         canvas.plate(left, y + 1, 6, 6, on, 1)
         canvas.plate(left + 0.5, y + 1.5, 5, 5, accent if value else look["panel"], 0.5)
     elif kind == "tabs":
-        for choice, (x0, _, x1, _) in stops(row, y):
+        for choice, (x0, _, x1, _) in choice_boxes(row, y):
             if choice == value:
                 canvas.plate(x0 + 0.5, y + 0.5, x1 - x0 - 1, ROW - 1, accent, 1.5)
             color = ink_on(accent) if choice == value else ink
@@ -356,7 +354,7 @@ def paint(canvas, look, row, y, cards, focused):
         canvas.word(str(row.choices[0]), TRACK - 4, middle, soft, TEXT, "r")
         canvas.word(str(row.choices[-1]), TRACK + TRACK_WIDTH + 4, middle, soft, TEXT)
         canvas.plate(TRACK, middle - 0.5, TRACK_WIDTH, 1, off, 0)
-        ends = [x0 + x1 for _, (x0, _, x1, _) in stops(row, y)]
+        ends = [x0 + x1 for _, (x0, _, x1, _) in choice_boxes(row, y)]
         for both in ends:
             canvas.plate((both - 1) / 2, middle - 1.5, 1, 3, off, 0)
         canvas.shape("circle", (ends[value] - 5) / 2, middle - 2.5, 5, accent)

@@ -51,8 +51,7 @@ THEMES = (((30, 32, 40), (40, 43, 54), "#e6e8ee", "#ff7ac0", "#6cc7ff", "#ffb86b
 
 
 def editor(pixels: int, theme, lines: list[str]):
-    """Draw code as an editor shows it, as large as fits -> picture. Spaces are wider than the
-    font's, which is proportional."""
+    """Draw code as an editor shows it, as large as fits -> picture."""
     widest = max(font(100).getlength(line) / 100 + 0.27 * line.count(" ") for line in lines)
     canvas, pitch = Canvas(pixels, theme[0]), 1.34
     canvas.plate(0, 0, 6.5, 64, theme[1], 0)
@@ -172,8 +171,7 @@ class TextCode(OneShot):
     family, tier, verifier, blind = "reasoning", 2, "EXEC", (0.0,) * 5
 
     def draw(self, rng) -> tuple[str, str, str]:
-        """Draw the numbers of a description -> (the description, the code, the text by which it is
-        held out or not)."""
+        """Draw the numbers of a description -> (description, code, text that `held` decides on)."""
         (a, b, c), e = rng.permutation(8)[:3] + 2, rng.integers(11, 41)
         w = "".join(sorted("abcdefgh"[i] for i in rng.permutation(8)[:3]))
         what, body = (text.format(a=a, b=b, c=c, e=e, w=w, **{self.kind: self.argument})

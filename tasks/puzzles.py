@@ -204,8 +204,7 @@ def patterns(n: int) -> dict:
 
 class GridLogic(OneShot):
     """Solve a sudoku of 4 x 4, in digits or in shapes, or a nonogram of 3 x 3, from level 2 on of
-    4 x 4. Each has exactly one solution, and a place to start: a cell or a line that can be filled
-    at once."""
+    4 x 4. Each has one solution, and a cell or a line that can be filled at once to start with."""
     family, tier, verifier, blind = "reasoning", 2, "EXEC", (0.01,) * 5
     holes, sizes = (4, 6, 8, 9, 10), (3, 3, 4, 4, 4)
     fillings = ((2, 4), (4, 18), (4, 12), (12, 36), (36, 256))     # that satisfy the rows alone

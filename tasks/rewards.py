@@ -28,7 +28,7 @@ import numpy as np
 
 from . import CATEGORIES
 from .base import Task
-from .verify import spoken
+from .verify import without_thought
 
 STARTING = 60                   # seconds that a new process may take to start
 
@@ -131,8 +131,7 @@ class Rewards:
                 for (task, _), asked, result in zip(pairs, opinions, results)]
 
     def score_of(self, task, opinions, parts, error) -> Score:
-        """The Score from the results of the verifiers (as of `attempt`) and the judge's opinions,
-        {name: Future}."""
+        """The Score from the verifiers' results and the judge's opinions, {name: Future}."""
         try:
             if not error:
                 for name, opinion in opinions.items():
@@ -156,8 +155,7 @@ class Rewards:
 # ---- verifiers in processes that can be killed --------------------------------------------------
 
 def serve(number: int, deadline: float):
-    """The main loop of a worker process: run the jobs that arrive through the pipe with this file
-    descriptor, until it is closed."""
+    """Run the jobs that arrive through the pipe with this file descriptor, until it is closed."""
     pipe = Connection(number)
     with suppress(EOFError, OSError, KeyboardInterrupt):
         pipe.send("I am here")
@@ -202,16 +200,14 @@ class Worker:
 
 
 class Pool:
-    """Worker processes, started when there is work and replaced when they are killed. During a
-    batch each worker has a thread, which waits for the result of one job before it sends the next;
-    so an interrupted batch leaves no unread result in a pipe."""
+    """Worker processes, started when there is work and replaced when they are killed. A thread for
+    each waits for one result before it sends the next job, so none is left unread in a pipe."""
 
     def __init__(self, size: int, deadline: float):
         self.size, self.deadline, self.workers = size, deadline, []     # workers: the idle ones
 
     def run(self, jobs: list[tuple]) -> list[tuple[dict, str | None]]:
-        """Run `attempt(*job)` for each job. Results are in order and take at most about
-        deadline * (jobs / workers + 1) seconds."""
+        """`attempt` each job, in order, within about deadline * (jobs / workers + 1) seconds."""
         with ThreadPoolExecutor(self.size) as threads:
             return list(threads.map(self.run_one, jobs))
 
@@ -268,21 +264,21 @@ class Judge:
         self.room = threading.Semaphore(threads)
 
     def points(self, question: str, reply: str) -> float:
-        """Ask the judge and return a score from 0 to 1; a reply that addresses the judge gets 0.
-        The mark around the reply is a digest of it, so no reply can contain its own mark. Special
-        tokens are broken up, and long replies are cut, so that length earns nothing."""
-        reply = spoken(reply).replace("<|", " ").replace("|>", " ")[:2000]
+        """Ask for a score from 0 to 1; a reply that addresses the judge gets 0. The mark around the
+        reply is a digest of it, so no reply can contain its own. Special tokens are broken up, and
+        long replies are cut."""
+        reply = without_thought(reply).replace("<|", " ").replace("|>", " ")[:2000]
         if re.search(r"score\W*[:=]|\bjudge\b", reply, re.IGNORECASE):
             return 0.0
         mark = f"--- {hashlib.sha256(reply.encode(errors='replace')).hexdigest()[:16]} ---"
         with self.room:
-            answer = spoken(self.ask(PROMPT.format(question=question, mark=mark, reply=reply)))
-        found = re.fullmatch(r"SCORE: (10|[0-9])", answer)
+            answer = self.ask(PROMPT.format(question=question, mark=mark, reply=reply))
+        found = re.fullmatch(r"SCORE: (10|[0-9])", without_thought(answer))
         return int(found[1]) / 10 if found else 0.0
 
     def opinion(self, question: str, evidence: dict) -> Future:
-        """Start to ask for the points of a reply; pass the Future to `wait`. The thread is a
-        daemon, so that one which hangs does not delay the end of the process."""
+        """Start to ask for the points of a reply; pass the Future to `wait`. A daemon thread, so
+        that one which hangs does not delay the end of the process."""
         future = Future()
         future.until = time.monotonic() + self.deadline
 

@@ -52,8 +52,7 @@ def spot(area) -> list[int]:
 
 
 def ask_attribute(rng, item, items):
-    """(question, answer) about the colour or the shape of an item, or None if neither its shape nor
-    its colour identifies it."""
+    """(question, answer) about an item's colour or shape; None if neither identifies it."""
     by_shape = sum(other.shape == item.shape for other in items) == 1
     by_color = sum(other.color == item.color for other in items) == 1
     if by_shape and (not by_color or rng.integers(2)):
@@ -91,8 +90,7 @@ def caption(items, spans=((0, GRID), (0, GRID)), language="en", parts=PARTS) -> 
 
 
 def kinds(item):
-    """[(name, test)]: the names of an item, each with a function that tells whether another item
-    has the same name."""
+    """[(name, test)]: an item's names, each with a test whether another item has it, too."""
     return [(item.shape, lambda other: other.shape == item.shape),
             (f"{item.color} one", lambda other: other.color == item.color),
             (item.name, lambda other: other.name == item.name)]
@@ -115,8 +113,7 @@ MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def moving(item: Item, move: str, language: str = "en", parts=PARTS) -> str:
-    """"red star moves left", or the same in Chinese (zh). parts: which of colour and shape it
-    mentions."""
+    """"red star moves left", or the same in Chinese (zh). parts: what it mentions."""
     words = [getattr(item, part) for part in ("color", "shape") if part in parts]
     if language == "en":
         return " ".join([*words, "moves", move])
@@ -152,8 +149,7 @@ class Scene(OneShot):
         return spots
 
     def draw(self, palette, pairs, spots):
-        """Draw a (color, shape) at each spot -> (canvas, items in that order). None leaves a spot
-        empty."""
+        """Draw a (color, shape), or nothing for None, at each spot -> (canvas, items in order)."""
         colors, ground, _ = palette
         canvas = Canvas(self.pixels, ground)
         items = [pair and Item(*pair, canvas.shape(pair[1], x, y, size, colors[pair[0]]))

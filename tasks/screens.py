@@ -16,8 +16,7 @@ GOALS = ("Click {}.", "Press {}.")
 
 
 def button(canvas, column, row, color, label):
-    """Draw a rounded button with a word, an icon or nothing, and return its box in 0-999. It is one
-    cell wide with an icon, else two."""
+    """Draw a button, one cell wide with an icon, else two, and return its box in 0-999."""
     wide = label not in SHAPES
     x, y = column * CELL, row * CELL
     area = canvas.plate(x + 1, y + 1, CELL * (1 + wide) - 2, CELL - 2, color)

@@ -13,7 +13,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .atlas import BREADTH, draw_emblem, world, YEAR
+from .atlas import ASPECT, draw_emblem, world, YEAR
 from .base import Env, held, IMAGE, middle, Obs, pick, Step
 from .draw import Canvas, CELL, GRID, PAIRS, plain, shades, TRAIN_PAIRS, UNITS
 from .verify import inside, iou, parse_action, plain as normal
@@ -45,8 +45,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def calc(text: str) -> str | None:
-    """The result of a sum of numbers with + - * / and brackets, as text; None for anything else or
-    beyond 1e12."""
+    """The result of numbers with + - * / and brackets, as text; None if it is anything else."""
     def value(node):
         result = getattr(node, "value", None)
         if type(result) not in (int, float):
@@ -118,8 +117,7 @@ class Toolbox(Env):
             yield call(*step)
 
     def answer(self, text):
-        """The first of the tools. Each is a method that takes valid arguments and returns an
-        observation; this one returns none, as it ends the episode."""
+        """The first tool: a method that takes valid arguments. The others return an observation."""
         self.said = str(text)
 
     def calc(self, text):
@@ -177,7 +175,7 @@ class Board(Toolbox):
     """Episodes that start from a board of cards, each with a coloured shape above fine print."""
     cards = ((2, 3), (4, 5), (6, 8), (8, 10), (10, 12))     # least and most, for each level
 
-    def pin(self, texts) -> Photo:
+    def draw_board(self, texts) -> Photo:
         """Draw cards with these texts in random cells -> Photo. Sets `self.names` ("the red star"),
         `self.cells` and `self.spots` (the middles of the cards), in the order of the texts."""
         rng, n, labels, self.spots = self.rng, len(texts), {}, []
@@ -208,7 +206,7 @@ class VisualTools(Board):
     def reset(self):
         rng, n = self.rng, int(self.rng.integers(*self.cards[self.level], endpoint=True))
         self.values = some_of(rng, range(10, 100), n)
-        photo = self.pin([*map(str, self.values)])
+        photo = self.draw_board([*map(str, self.values)])
         self.picked, self.mark = [0] if self.level < 2 else [0, 1], None
         if self.level == 3:
             self.mark = [c + int(rng.integers(-80, 81)) for c in self.spots[1]]
@@ -243,10 +241,9 @@ class VisualTools(Board):
 
 
 class Library(Toolbox):
-    """Episodes with a world (atlas.py) to look things up in. World 0 is not among them, since
-    world_knowledge asks about it."""
+    """Episodes with a world (atlas.py) to look things up in, but never world 0."""
 
-    def settle(self):
+    def choose_world(self):
         """Choose the world."""
         self.world = world(1 + int(self.rng.integers(WORLDS)), self.heldout)
         self.pages = self.world.pages
@@ -264,9 +261,8 @@ class Library(Toolbox):
         self.log[-1].append(page.name)
         return Obs(page.text)
 
-    def wander(self, links):
-        """(names, facts): a random page and `links` more, each of which is a fact of the one
-        before; `facts` names these facts."""
+    def random_path(self, links):
+        """(names, facts): a random page and `links` more, each a fact of the one before."""
         while True:
             names, facts = [pick(self.rng, list(self.pages))], []
             for _ in range(links):
@@ -276,14 +272,14 @@ class Library(Toolbox):
             if len(set(names)) == len(names):
                 return names, facts
 
-    def dated(self, name, form="the {} of the {} {}"):
+    def by_year(self, name, form="the {} of the {} {}"):
         """Words that identify a page by its year: "the ship of the launch year 1312"."""
         page = self.pages[name]
         return form.format(page.kind, YEAR[page.kind], page.facts[YEAR[page.kind]])
 
-    def seek(self, name):
+    def search_step(self, name):
         """The oracle's step that searches for a page by its year."""
-        return f"I look for {self.dated(name)}.", "search_text", self.dated(name, "{} {} {}")
+        return f"I look for {self.by_year(name)}.", "search_text", self.by_year(name, "{} {} {}")
 
 
 class TextTools(Library):
@@ -296,14 +292,14 @@ class TextTools(Library):
     def reset(self):
         """Set `self.route`: [(page to open, fact to read there, whether to search for it)]."""
         asked, which, self.route = [], int(self.rng.integers(2)), []    # a year or another number
-        self.settle()
+        self.choose_world()
         for links in self.links[self.level]:
-            names, facts = self.wander(links)
+            names, facts = self.random_path(links)
             while names[-1] in [name for name, _, _ in self.route]:
-                names, facts = self.wander(links)
+                names, facts = self.random_path(links)
             facts.append(self.pages[names[-1]].numbers[which])
             self.route += zip(names, facts, [bool(links), False, False])
-            called = self.dated(names[0]) if links else names[0]
+            called = self.by_year(names[0]) if links else names[0]
             asked.append(f"the {' of the '.join(reversed(facts))} of {called}")
         question = (f"By how much do {' and '.join(asked)} differ?" if self.level else
                     f"What is {asked[0]}?")
@@ -313,7 +309,7 @@ class TextTools(Library):
             self.route = [(ship, "yard", True), (yard.name, "ships", False)]
             self.route += [(name, "number of sailors", False) for name in yard.ships]
             question = (f"How many sailors have all ships together that the yard of "
-                        f"{self.dated(ship)} has built?")
+                        f"{self.by_year(ship)} has built?")
         terms = [self.pages[name].facts[fact] for name, fact, _ in self.route
                  if fact in self.pages[name].numbers]
         self.sum = (f"{max(terms)} - {min(terms)}" if len(asked) == 2 else
@@ -324,7 +320,7 @@ class TextTools(Library):
         why = ""
         for name, fact, sought in self.route:
             if sought:
-                yield self.seek(name)
+                yield self.search_step(name)
                 why = f"That is {name}."
             yield why, "open", name
             why = self.pages[name].tell(fact)
@@ -349,12 +345,12 @@ class ImageMining(Library, Board):
 
     def reset(self):
         rng, level, names = self.rng, self.level, [""] * 2
-        self.settle()
+        self.choose_world()
         self.salt = int(rng.integers(2 ** 31))
         while len(set(names)) < len(names):
-            names, links = self.wander(level in (1, 2, 4))
+            names, links = self.random_path(level in (1, 2, 4))
             while level >= 3 and self.pages[names[-1]].emblem:      # it must show another's emblem
-                names, links = self.wander(level == 4)
+                names, links = self.random_path(level == 4)
             if level >= 3:
                 names.append(self.scene(names[-1])[1])
                 links.append("emblem")
@@ -366,7 +362,7 @@ class ImageMining(Library, Board):
         others = some_of(rng, self.world.named[first.kind], n)
         self.others = [name for name in others if name != first.name][:n - 1]
         clue = "name" if level < 2 else YEAR[first.kind]
-        photo = self.pin([str(self.pages[name].facts.get(clue, name))
+        photo = self.draw_board([str(self.pages[name].facts.get(clue, name))
                           for name in (first.name, *self.others)])
         steps = [f"the {first.kind} whose {clue} stands under {self.names[0]}"]
         steps += ["the yard whose emblem hangs in its picture" if link == "emblem" else
@@ -385,8 +381,7 @@ class ImageMining(Library, Board):
         return number, name if self.pages[name].emblem else yard
 
     def open(self, name):
-        """The text of a page and its picture: scenery, a flag or an emblem, and a sign. "board"
-        shows the first picture again."""
+        """The text of a page, and its picture; or, for "board", the first picture again."""
         obs, page = super().open(name), self.pages.get(normal(name).capitalize())
         if normal(name) == "board":
             self.photo = self.first
@@ -398,7 +393,7 @@ class ImageMining(Library, Board):
         ground = (0, 44, 64, 44, 64, 64, 0, 64)
         for color, corners in ((SEA if page.kind == "ship" else LAND, ground), *SCENES[page.kind]):
             canvas.pen.polygon(canvas.at(*corners), fill=color)
-        x = 61 - 22 * BREADTH[flag.kind]
+        x = 61 - 22 * ASPECT[flag.kind]
         canvas.plate(x - 1.5, 2, 1.5, 40, DARK, 0.5)
         area = draw_emblem(canvas, flag, x, 3, 22, self.colors)
         height = FINE if self.level >= 3 else 8
@@ -411,10 +406,10 @@ class ImageMining(Library, Board):
         """Four emblems that are similar to the one in the window."""
         if not self.photo.emblem or iou(window, self.photo.emblem[1]) < 0.25:
             return Obs("No flag or emblem fills that part of the picture.")
-        found = self.world.alike(self.pages[self.photo.emblem[0]].emblem)
+        found = self.world.similar(self.pages[self.photo.emblem[0]].emblem)
         canvas = Canvas(self.pixels, INK)
         for i, page in enumerate(found):
-            x = (0.5 + i % 2) * UNITS / 2 - 21 * BREADTH[page.kind] / 2
+            x = (0.5 + i % 2) * UNITS / 2 - 21 * ASPECT[page.kind] / 2
             draw_emblem(canvas, page, x, (5, 38)[i // 2], 21, self.colors)
         names = ", ".join(page.name for page in found)
         return Obs(f"{IMAGE}Row by row: {names}.", [canvas.image])
@@ -422,7 +417,7 @@ class ImageMining(Library, Board):
     def steps(self):
         yield f"What stands under {self.names[0]} is too small to read.", "zoom", *self.spots[0]
         if self.level >= 2:
-            yield self.seek(self.route[0][0])
+            yield self.search_step(self.route[0][0])
         why = f"That is {self.route[0][0]}."
         for name, link in self.route:
             yield why, "open", name

@@ -21,7 +21,9 @@ KEYS = ("color", "shape", "size", "at")         # the keys of one thing in scene
 MOVES = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}
 
 
-def spoken(text: str) -> str:
+# ---- parsing a reply ----------------------------------------------------------------------------
+
+def without_thought(text: str) -> str:
     """The text after the last </think>; "" if a thought is not closed, or if it is too long."""
     rest = text.rpartition("</think>")[2].strip()
     return "" if "<think>" in rest or len(rest) > LONGEST_REPLY else rest
@@ -29,7 +31,7 @@ def spoken(text: str) -> str:
 
 def boxed(text: str) -> str | None:
     """The answer between the marks; None unless there is exactly one of each, in order."""
-    parts = re.split(r"(<\|(?:begin|end)_of_box\|>)", spoken(text))
+    parts = re.split(r"(<\|(?:begin|end)_of_box\|>)", without_thought(text))
     return parts[2].strip() if parts[1::2] == [BEGIN, END] else None
 
 
@@ -41,7 +43,7 @@ def answer_and_gold(evidence: dict) -> tuple:
 def parse_action(text: str) -> tuple[str, list] | None:
     """Parse a Python-style call with literal arguments: `click(412, 377)` -> ("click", [412, 377]).
     Returns None for anything else, calls with keywords included."""
-    text = spoken(text)
+    text = without_thought(text)
     if len(text) > LONGEST_ACTION:
         return None
     try:
@@ -58,6 +60,8 @@ def plain(text: str) -> str:
     """Normalise a text: lower case, single spaces, no punctuation at the ends."""
     return " ".join(text.lower().split()).strip(" .!\"'")
 
+
+# ---- texts and numbers --------------------------------------------------------------------------
 
 def exact(evidence: dict) -> float:
     """EX: 1 if the boxed answer equals gold after normalisation (`plain`)."""
@@ -84,8 +88,7 @@ def value(evidence: dict) -> float:
 
 
 def cited(evidence: dict) -> float:
-    """EX + page: the answer is "value, page 2". 1 if both are right, 0.5 if only the value is.
-    [O]"""
+    """EX + page: "value, page 2". 1 if both are right, 0.5 if only the value is. [O]"""
     answer, gold = answer_and_gold(evidence)
     found = re.fullmatch(r"([^,]*), *page ([0-9]{1,3})", plain(answer))
     if not found or plain(found[1]) != plain(str(gold["value"])):
@@ -119,7 +122,7 @@ def edit(evidence: dict) -> float:
     return score if score >= 0.4 else 0.0
 
 
-def common(a: list, b: list) -> int:
+def common_length(a: list, b: list) -> int:
     """The length of the longest common subsequence of two lists."""
     row = [0] * (len(b) + 1)
     for one in a:
@@ -133,7 +136,7 @@ def reading(evidence: dict) -> float:
     """LIS: the number of words in the same order as in gold, divided by the number of words in the
     longer text, or 0 if that is below 0.4."""
     found, gold = (text.split() for text in answer_and_gold(evidence))
-    score = common(found, gold) / max(len(found), len(gold))
+    score = common_length(found, gold) / max(len(found), len(gold))
     return score if score >= 0.4 else 0.0
 
 
@@ -144,8 +147,12 @@ def moment(evidence: dict) -> float:
     if not isinstance(gold, list):
         return number(evidence)
     found, gold = [plain(part) for part in answer.split(",")], [plain(entry) for entry in gold]
-    return (common(found, gold) - 1) / (len(gold) - 1) if sorted(found) == sorted(gold) else 0.0
+    if sorted(found) != sorted(gold):
+        return 0.0
+    return (common_length(found, gold) - 1) / (len(gold) - 1)
 
+
+# ---- points, boxes and things -------------------------------------------------------------------
 
 def is_point(args) -> bool:
     """Whether the arguments are two integers in 0-999 (True and 1.0 are no integers here)."""
@@ -164,7 +171,7 @@ def hit_point(evidence: dict) -> float:
     return float(bool(found) and inside([int(digits) for digits in found.groups()], gold))
 
 
-def boxes(text: str) -> list[list[int]] | None:
+def parse_boxes(text: str) -> list[list[int]] | None:
     """Parse a list of at most 40 boxes [x0, y0, x1, y1] of integers in 0-999, each with an area. A
     single box counts as a list of one. Returns None for any other form."""
     try:
@@ -189,7 +196,7 @@ def iou(a, b) -> float:
 def hit_box(evidence: dict) -> float:
     """IOU: 1 if the answer is one box and its IoU with the gold box is at least 0.5."""
     answer, gold = answer_and_gold(evidence)
-    found = boxes(answer) or []
+    found = parse_boxes(answer) or []
     return float(len(found) == 1 and iou(found[0], gold) >= 0.5)
 
 
@@ -200,8 +207,7 @@ def set_f1(found: int, gold: int, matched: int) -> float:
 
 def paired_f1(found: list | None, gold: list, worth, most: int) -> float:
     """F1 where each truth is paired with the best answer that is left, or 0 if it is below 0.5.
-    worth(answer, truth) is at most `most`. Truths do not overlap, so the greedy pairing is
-    exact."""
+    worth(answer, truth) is at most `most`. Truths do not overlap, so greedy pairing is exact."""
     free, total = list(found or ()), 0
     for truth in gold:
         best = max(free, key=lambda one: worth(one, truth), default=None)
@@ -215,10 +221,10 @@ def paired_f1(found: list | None, gold: list, worth, most: int) -> float:
 def match_boxes(evidence: dict) -> float:
     """F1 over boxes; a box is right if its IoU with a gold box is at least 0.5."""
     answer, gold = answer_and_gold(evidence)
-    return paired_f1(boxes(answer), gold, lambda one, truth: iou(one, truth) >= 0.5, most=1)
+    return paired_f1(parse_boxes(answer), gold, lambda one, truth: iou(one, truth) >= 0.5, most=1)
 
 
-def things(text: str) -> list[dict] | None:
+def parse_things(text: str) -> list[dict] | None:
     """Parse a JSON list of at most 40 objects with exactly the KEYS, "at" being a point, the others
     strings. Returns None for any other form."""
     try:
@@ -234,15 +240,16 @@ def things(text: str) -> list[dict] | None:
 
 
 def match_things(evidence: dict) -> float:
-    """F1 over the attributes of things. If "at" lies outside of the true box, none of a thing's
-    attributes counts as right."""
+    """F1 over the attributes of things; none counts if "at" lies outside of the true box."""
     def worth(one, truth):
         right = 1 + sum(plain(one[key]) == truth[key] for key in KEYS[:-1])
         return right if inside(one["at"], truth["box"]) else 0
 
     answer, gold = answer_and_gold(evidence)
-    return paired_f1(things(answer), gold, worth, most=len(KEYS))
+    return paired_f1(parse_things(answer), gold, worth, most=len(KEYS))
 
+
+# ---- routes and grids ---------------------------------------------------------------------------
 
 def ahead(place, move):
     """(the crossing to which a move leads, the road to it). A road is named by the sum of its two
@@ -281,39 +288,41 @@ def grid(evidence: dict) -> float:
                  and all(runs(cells[i] for i in group) == want for group, want in gold["runs"]))
 
 
-def acted(evidence: dict) -> tuple:
+# ---- actions and trajectories -------------------------------------------------------------------
+
+def action_and_gold(evidence: dict) -> tuple:
     """(verb, arguments, gold) of a reply that is an action. The verb is "" if it is none."""
     return *(parse_action(evidence["reply"]) or ("", [])), evidence["gold"]
 
 
 def verb(evidence: dict) -> float:
     """1 if the reply is an action of the right kind."""
-    name, _, gold = acted(evidence)
+    name, _, gold = action_and_gold(evidence)
     return float(name == gold["action"])
 
 
 def hit_click(evidence: dict) -> float:
     """HIT: 1 if the action's arguments are a point in the gold box."""
-    _, args, gold = acted(evidence)
+    _, args, gold = action_and_gold(evidence)
     return float(is_point(args) and inside(args, gold["box"]))
 
 
 def key_verb(evidence: dict) -> float:
     """1 if the action has the same verb as one of the right actions. gold: {verb: its targets}."""
-    name, _, gold = acted(evidence)
+    name, _, gold = action_and_gold(evidence)
     return float(name in gold)
 
 
 def key_place(evidence: dict) -> float:
     """1 if a click is in the box of a right click. Actions without a place always get 1."""
-    name, args, gold = acted(evidence)
+    name, args, gold = action_and_gold(evidence)
     areas = gold.get("click", [])
     return float(name != "click" or is_point(args) and any(inside(args, area) for area in areas))
 
 
 def key_text(evidence: dict) -> float:
     """1 if an action has the same text as a right action, or neither has one."""
-    name, args, gold = acted(evidence)
+    name, args, gold = action_and_gold(evidence)
     if name == "click":
         return float(len(args) <= 2)
     said = plain(str(args[0])) if args else ""
@@ -332,11 +341,13 @@ def answered(evidence: dict) -> float:
                   "gold": evidence["gold"]["answer"]})
 
 
-def witnessed(evidence: dict) -> float:
+def saw_everything(evidence: dict) -> float:
     """1 if the log shows that everything was seen which the answer depends on."""
     seen = {name for turn in evidence["log"] for name in turn[1:]}
     return float(seen.issuperset(evidence["gold"]["needs"]))
 
+
+# ---- replies that must earn nothing -------------------------------------------------------------
 
 def hacks(reply: str, question: str) -> list[str]:
     """Replies that must earn nothing: broken forms and known hacks, made from a right reply. [O]"""

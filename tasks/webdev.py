@@ -17,7 +17,7 @@ import numpy as np
 
 from .base import box, Env, held, IMAGE, Obs, OneShot, pick, Step
 from .draw import blend, ink_on, shades
-from .html_render import Broken, look, SIDE, Site, View
+from .html_render import Broken, first_view, SIDE, Site, View
 from .verify import boxed, distance, parse_action, set_f1
 from .words import invent, some, some_of, THINGS
 
@@ -85,9 +85,8 @@ def assign(cost: np.ndarray) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=16384)
-def alike(a: str, b: str) -> float:
-    """1 - edits / length of the longer text, or 0 without computing it if the letters alone show
-    that it is below SAME_TEXT."""
+def text_likeness(a: str, b: str) -> float:
+    """1 - edits / longer length; 0, without computing it, if the letters show it is too small."""
     most = max(len(a), len(b))
     enough = sum((Counter(a) & Counter(b)).values()) >= SAME_TEXT * most
     return 1 - distance(a, b) / most if enough else 0.0
@@ -96,8 +95,7 @@ def alike(a: str, b: str) -> float:
 def likeness(page: View, gold: View) -> float:
     """How similar two pages look, from 0 to 1. F1 of the visible words (0 below LEAST_SHARED) times
     the mean of five scores: the share of the text that is matched, by size; wording; position (0 at
-    a quarter of the canvas or more); colour; and the page without its text, relative to an empty
-    canvas. [O]"""
+    a quarter of the canvas or more); colour; and the page without its text. [O]"""
     mine, theirs = page.blocks, gold.blocks
     words = [Counter(" ".join(b.text for b in blocks).split()) for blocks in (mine, theirs)]
     shared = set_f1(words[0].total(), words[1].total(), (words[0] & words[1]).total())
@@ -105,7 +103,7 @@ def likeness(page: View, gold: View) -> float:
         return 0.0
     exact = {b.text for b in mine} & {b.text for b in theirs}
     same = np.array([[float(a.text == b.text) if a.text in exact or b.text in exact else
-                      alike(a.text, b.text) for b in theirs] for a in mine])
+                      text_likeness(a.text, b.text) for b in theirs] for a in mine])
     a, b = (np.array([block.box for block in blocks]) for blocks in (mine, theirs))
     size_a, size_b = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (a, b))
     # distance of the middles along x or y, whichever is longer, in canvas sizes
@@ -126,7 +124,7 @@ def likeness(page: View, gold: View) -> float:
     return min(1.0, shared * float(np.mean(parts)))
 
 
-def opened(html: str) -> Site | None:
+def open_site(html: str) -> Site | None:
     """The Site of a page, or None for a broken one."""
     try:
         return Site(html)
@@ -135,23 +133,23 @@ def opened(html: str) -> Site | None:
 
 
 def visit(html: str, path: list) -> View | None:
-    """The view of a page after clicks on these texts; None if it is broken or a click does
-    nothing."""
-    site = opened(html)
+    """The view of a page after clicks on these texts; None if it is broken or a click fails."""
+    site = open_site(html)
     return site.view() if site and all([site.click(text) for text in path]) else None
 
 
 @lru_cache(maxsize=8192)
 def page_score(html: str, gold: str) -> float:
     """The likeness of the first views of two pages; 0 for a broken one."""
-    view, wanted = visit(html, []), look(gold)      # raises if gold is broken: an error, not a zero
+    view = visit(html, [])
+    wanted = first_view(gold)           # raises if gold is broken: an error, not a zero
     return likeness(view, wanted) if view else 0.0
 
 
 def relative_rewards(scores: list, reference: float | None = None) -> list[float]:
-    """RVPO: rewards within a group of replies from their scores, None for a failed render. A failed
+    """RVPO: rewards of a group of replies from their scores, None for a failed render. A failed
     render gets -1; when polishing, a score below the reference gets 0; any other gets 1, plus 1 for
-    each other reply with a lower score and 1/2 for each with an equal score. [C]"""
+    each reply with a lower score and 1/2 for each other with an equal one. [C]"""
     rank = [-1.0 if score is None else score for score in scores]
     return [-1.0 if score is None else 0.0 if reference is not None and score < reference else
             0.5 + sum((score > other) + 0.5 * (score == other) for other in rank)   # 1/2: itself
@@ -161,9 +159,8 @@ def relative_rewards(scores: list, reference: float | None = None) -> list[float
 # ---- workflow -----------------------------------------------------------------------------------
 
 def attempt(site: Site, act: str, text: str) -> bool:
-    """Carry out one step of a workflow and return whether it succeeds. act: "click" a text; "see"
-    or "gone": assert that it is visible or not; "ticked": assert that its check box is ticked;
-    "page": assert that this page is shown."""
+    """Carry out one step and return whether it succeeds: "click" a text; or assert that it can be
+    seen ("see") or not ("gone"), that its box is "ticked", or that this "page" is shown."""
     if act == "click":
         return site.click(text)
     if act == "page":
@@ -179,7 +176,7 @@ def run_workflow(html: str, chains: list) -> list[str]:
     after a failed step of the chain, "blocked" for every step. [R] Vision2Web"""
     found = []
     for chain in chains:
-        site, verdict = opened(html), "passed"
+        site, verdict = open_site(html), "passed"
         for act, text in chain:
             fine = site and verdict == "passed" and attempt(site, act, text)
             verdict = "passed" if fine else "failed" if verdict == "passed" else "blocked"
@@ -371,8 +368,7 @@ class Page:
 # ---- categories ---------------------------------------------------------------------------------
 
 class UiToCode(OneShot):
-    """Write the HTML of a picture. Levels differ in the number of parts; level 4 is a site of two
-    pages."""
+    """Write the HTML of a picture; at level 4 of a site of two pages."""
     family, tier, verifier, min_pixels = "agent", 2, "REND", 256
     blind = (0.0,) * 5          # no page can be guessed
     questions = ("Write this page in HTML, 256 px wide.", "What HTML looks like this? 256 px wide.")
@@ -409,15 +405,14 @@ def edited(html: str, reply: str) -> tuple[str, str]:
         if page.count(old) == 1:
             page, made = page.replace(old, new), made + 1
     try:
-        look(page)
+        first_view(page)
     except Broken as error:
         return html, f"Not a page: {error}."
     return page, f"{made} of {1 if whole else len(edits)} edits made."
 
 
 def edit_between(old: str, new: str) -> str:
-    """The shortest edit of whole words that turns one page into the other and whose old text occurs
-    only once."""
+    """The shortest edit of whole words from one page to the other whose old text occurs once."""
     start = len(commonprefix([old, new]))
     end = len(commonprefix([old[start:][::-1], new[start:][::-1]]))
     while start and old[start - 1] not in " ;{}<>\n":
@@ -438,7 +433,7 @@ FAULTS = (                      # (pattern of the place, function that returns t
     (r"\n<(?!/|div|body|style|table|ul|details).*>(?=\n)", lambda rng, old, heldout: ""))
 
 
-def spoil(rng, html: str, heldout: bool) -> str:
+def add_fault(rng, html: str, heldout: bool) -> str:
     """Put one random fault into a page: another text, colour or size, or a missing line. Returns
     the page unchanged if there is no place for that fault."""
     form, instead = pick(rng, FAULTS)
@@ -459,8 +454,8 @@ def kept(evidence: dict) -> float:
     """The share of the draft's right blocks that are still right. A block is right if text and
     colour are equal and its position is off by at most 3 pixels."""
     def right(html):
-        blocks = look(html).blocks
-        return {i for i, b in enumerate(look(evidence["gold"]).blocks)
+        blocks = first_view(html).blocks
+        return {i for i, b in enumerate(first_view(evidence["gold"]).blocks)
                 if any(a.text == b.text and a.color == b.color
                        and all(abs(x - y) <= 3 for x, y in zip(a.box, b.box)) for a in blocks)}
 
@@ -469,8 +464,7 @@ def kept(evidence: dict) -> float:
 
 
 class UiPolish(Env):
-    """Correct a draft with faults until it looks like a given picture. After each round of edits
-    the new draft is shown."""
+    """Correct a draft until it looks like a picture; each round shows the new draft."""
     family, tier, verifier, max_turns, min_pixels = "agent", 3, "REND", 4, 256
     blind = (0.0,) * 5          # the draft alone does not show what is wrong
     goal = ("Picture 1 is the page as wanted, picture 2 the draft below. Mend the draft: lines of "
@@ -483,11 +477,11 @@ class UiPolish(Env):
         while len(self.chain) <= faults:
             # sometimes start again: after some faults, any other may make it a different page
             self.chain = self.chain if self.chain and self.rng.integers(40) else [page.html]
-            worse, last = spoil(self.rng, self.chain[-1], self.heldout), self.chain[-1]
+            worse, last = add_fault(self.rng, self.chain[-1], self.heldout), self.chain[-1]
             if LEAST_SHARED < page_score(worse, page.html) < page_score(last, page.html) - 0.01:
                 self.chain.append(worse)
         self.page, self.turns, self.over = self.chain[-1], 0, False
-        images = [look(html).image(self.pixels) for html in (page.html, self.page)]
+        images = [first_view(html).image(self.pixels) for html in (page.html, self.page)]
         return Obs(f"{IMAGE}{IMAGE}{self.goal}\n{self.page}", images)
 
     def step(self, text):
@@ -499,7 +493,7 @@ class UiPolish(Env):
         self.page, note = edited(self.page, str(text))
         if self.over:
             return Step(None, True, truncated=not finished)
-        return Step(Obs(f"{IMAGE}{note}", [look(self.page).image(self.pixels)]), False)
+        return Step(Obs(f"{IMAGE}{note}", [first_view(self.page).image(self.pixels)]), False)
 
     def evidence(self):
         return {"draft": self.chain[-1], "page": self.page, "gold": self.chain[0]}

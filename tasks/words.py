@@ -1,5 +1,4 @@
-"""Word lists for labels, texts and invented worlds. Training and held-out splits use different
-words: see `some` and `invent`."""
+"""Word lists. Training and held-out splits use different words: see `some` and `invent`."""
 from .base import held, pick
 
 THINGS = """\

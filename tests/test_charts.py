@@ -1,14 +1,14 @@
-"""Charts: each figure stands where a person can read it, and each question has one answer."""
+"""Charts: every value can be read exactly, and every question has one answer."""
 import pytest
 
 from tasks import CATEGORIES, Task, verify
 from tasks.base import box, stream
-from tasks.charts import draw_up, Plot
+from tasks.charts import random_chart, Plot
 
 
 def charts(level, count=60):
     for seed in range(count):
-        yield draw_up(stream(Task("chart_read", seed, level)), level, False)
+        yield random_chart(stream(Task("chart_read", seed, level)), level, False)
 
 
 @pytest.mark.parametrize("level", range(5))
@@ -31,11 +31,11 @@ def test_figures_lie_on_gridlines_or_are_printed(level):
     assert kinds == {"bar", "line", "pie", "scatter"}
 
 
-def test_bars_and_dots_reach_their_values():
+def test_bars_and_dots_are_drawn_at_their_values():
     """At the place that the scale gives a figure, the picture has the colour of its series."""
     for seed in range(40):
         rng = stream(Task("chart_read", seed, 4))
-        chart = draw_up(rng, 4, False)
+        chart = random_chart(rng, 4, False)
         plot = Plot(chart, rng, 4, False, 512)
         if chart.kind not in ("scatter", "line"):
             continue
@@ -58,7 +58,7 @@ def test_sums_follow_from_the_facts():
             assert str(env.gold) in env.why
 
 
-def test_words_are_exact_and_numbers_near():
+def test_words_must_be_exact_and_numbers_close():
     assert verify.value({"reply": box("apr"), "gold": "Apr"}) == 1
     assert verify.value({"reply": box("Apr, May"), "gold": "Apr"}) == 0
     assert verify.value({"reply": box("101"), "gold": 100}) == 1

@@ -1,4 +1,4 @@
-"""Documents: nothing is cut off at any size, and who reads in another order or place earns less."""
+"""Documents: nothing is cut off at any size, and reading in the wrong order or place earns less."""
 import numpy as np
 import pytest
 
@@ -27,7 +27,7 @@ def test_columns_come_one_after_another():
             assert (env.shown[0] == env.gold) is whole
 
 
-def test_reading_is_the_longest_run_in_order():
+def test_reading_is_scored_by_the_longest_common_subsequence():
     def score(text):
         return verify.reading({"reply": box(text), "gold": "a b c d e"})
     assert score("a b c d e") == 1 and score("a b c d") == 0.8
@@ -35,7 +35,7 @@ def test_reading_is_the_longest_run_in_order():
     assert score("e d c b a") == score("") == score("a b c d e " * 5) == score("a, b, c, d, e") == 0
 
 
-def test_edit_distance_by_bits_is_that_of_the_table():
+def test_the_bit_parallel_edit_distance_equals_the_table():
     def table(a, b):
         row = list(range(len(b) + 1))
         for i, x in enumerate(a, 1):
@@ -57,7 +57,7 @@ def test_a_value_needs_its_page():
         assert verify.cited({"reply": box(text), "gold": gold}) == score, text
 
 
-def test_each_price_stands_once_among_the_pages():
+def test_each_price_occurs_once_in_all_pages():
     for seed in range(30):
         env = make(Task("doc_qa", seed, seed % 5))
         obs = env.reset()
@@ -68,7 +68,7 @@ def test_each_price_stands_once_among_the_pages():
 
 
 @pytest.mark.parametrize("level", range(5))
-def test_the_story_told_again_gives_the_same_end(level):
+def test_replaying_the_story_gives_the_same_answer(level):
     for seed in range(30):
         task = Task("interleaved_qa", seed, level)
         env = make(task)
@@ -87,7 +87,7 @@ def test_the_story_told_again_gives_the_same_end(level):
         assert Rewards().score(task, play_out(task)[2]).reward == 1
 
 
-def test_every_cell_of_a_column_is_another():
+def test_all_cells_of_a_column_differ():
     for seed in range(30):
         env = CATEGORIES["table_read"].env(Task("table_read", seed, seed % 5))
         env.reset()

@@ -1,4 +1,4 @@
-"""Where things are: expressions that fit one thing only, films, views, and their verifiers."""
+"""Grounding: expressions that fit exactly one thing, films, viewpoints, and their verifiers."""
 import json
 import re
 
@@ -17,7 +17,7 @@ def stand(*things):
             for name, x, y in things]
 
 
-def test_expressions_fit_one_thing_only():
+def test_expressions_fit_exactly_one_thing():
     left, right, _ = items = stand(("red star", 0, 1), ("blue star", 3, 1), ("red square", 2, 1))
     assert "first star from the left" in ranked(left, items)
     assert "second star from the left" in ranked(right, items)
@@ -39,7 +39,7 @@ def test_a_box_on_every_cell_earns_nothing(level):
             assert Rewards().score(task, evidence).reward == 0
 
 
-def test_crowded_scenes_come_to_an_end_and_things_never_touch():
+def test_crowded_scenes_terminate_and_things_never_touch():
     for seed in range(300):                 # in a few of these nothing at first tells it apart
         make(Task("ground_box", seed, 4)).reset()
     for seed in range(20):
@@ -79,7 +79,7 @@ def test_orders_and_frames_have_their_own_verifier():
     assert [verify.moment({"reply": box(text), "gold": 7}) for text in ("7", "6-8")] == [1, 0]
 
 
-def test_the_arrow_has_its_own_left():
+def test_sides_are_those_of_the_arrow():
     for level, ways in ((1, {"up"}), (3, {"left", "right", "down"})):
         looks = set()
         for seed in range(40):
@@ -118,4 +118,4 @@ def test_json_is_judged_by_attribute():
         assert score(broken) == 0
     twice = '[{"color":"red","color":"blue","shape":"star","size":"big","at":[1,1]}]'
     for text in ("[" * 3000, "[NaN]", "1e999", twice, "", "9" * 3999):
-        assert verify.things(text) is None
+        assert verify.parse_things(text) is None

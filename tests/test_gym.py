@@ -46,10 +46,12 @@ def test_same_bytes_in_a_fresh_process():
 # What was drawn when these digests were recorded, a digest for each file of tasks/.
 RECORDED_WITH = {"pillow": "13.0.0", "numpy": "2.4.6"}
 DIGESTS = {
-    "agent": "4e2241c8e1593574", "atlas": "963af100a6f40fa2", "charts": "559e4e78c0ee3fe4",
-    "documents": "95087642ef409a3c", "geometry": "a4422284f1448a1b", "grounding": "a497d0369ed08785",
-    "programs": "81bb2c111e6340ad", "puzzles": "9843e8cab0e663d3", "scenes": "98d2c6de51145565",
-    "screens": "946a551f21df753a", "text": "2e4e56d9b91089da", "tools": "5d1e496c61c0e634",
+    "agent": "4e2241c8e1593574", "atlas": "963af100a6f40fa2",
+    "charts": "559e4e78c0ee3fe4", "documents": "95087642ef409a3c",
+    "geometry": "a4422284f1448a1b", "grounding": "a497d0369ed08785",
+    "programs": "81bb2c111e6340ad", "puzzles": "9843e8cab0e663d3",
+    "scenes": "98d2c6de51145565", "screens": "946a551f21df753a",
+    "text": "2e4e56d9b91089da", "tools": "5d1e496c61c0e634",
     "webdev": "3412ef72e3dae891"}
 same_wheels = pytest.mark.skipif(
     any(version(package) != number for package, number in RECORDED_WITH.items()),
@@ -114,9 +116,9 @@ def test_splits_and_sizes_share_no_picture_but_sizes_share_the_question():
     assert make(Task("point", 3, 1, "train", 128)).reset().text == train.text
 
 
-def test_a_group_shares_what_is_only_looked_at():
-    """A one-shot task is drawn once, the same as alone; what is said stays apart, and so does
-    whatever an agent can change."""
+def test_a_group_shares_the_picture():
+    """A one-shot task is drawn once for a group, exactly as it is drawn alone. Replies are kept
+    separately, and so are environments that actions can change."""
     task, form = Task("counting", 5), Task("gui_form", 5)
     envs = [gym.begin(task) for _ in range(2)]
     shown, other = [env.reset() for env in envs]
@@ -172,7 +174,7 @@ def test_verifiers(verifier, right, wrong, gold):
     assert [verifier({"reply": box(text), "gold": gold}) for text in wrong] == [0] * len(wrong)
 
 
-def test_edit_is_graded_and_minds_case():
+def test_edit_is_graded_and_case_sensitive():
     assert verify.edit({"reply": box("AB34"), "gold": "aB34"}) == 0.75
     assert verify.distance("kitten", "sitting") == 3 and verify.distance("", "ab") == 2
 
@@ -210,13 +212,13 @@ def test_demonstrations_are_whole_conversations(name):
 
 
 @pytest.mark.parametrize("name", gym.names())
-def test_thoughts_stand_before_replies_and_change_nothing(name):
+def test_thoughts_come_before_replies_and_change_nothing(name):
     stated = 0
     for seed in range(5):
         task = Task(name, seed, seed)
         plain, aloud = turns(task), turns(task, think=True)
         for reply, thought in zip((c[-1].text for c in plain), (c[-1].text for c in aloud)):
-            assert verify.spoken(thought) == verify.spoken(reply)
+            assert verify.without_thought(thought) == verify.without_thought(reply)
         stated += "<think>" in aloud[0][1].text
         replies = [m.text for c in aloud for m in c if m.role == "assistant"]
         assert Rewards().score(task, play_out(task, replies)[2]).reward == pytest.approx(1)
@@ -234,7 +236,7 @@ def test_segments_show_the_goal_the_actions_and_the_current_screen_only():
     assert len(set(screens)) == 4
 
 
-def test_some_forms_start_wrong_and_are_mended():
+def test_some_forms_start_with_wrong_ticks():
     starts = [make(Task("gui_form", seed, 2)) for seed in range(60)]
     for env in starts:
         env.reset()
@@ -374,7 +376,7 @@ def careless(monkeypatch):
     monkeypatch.setitem(CATEGORIES, "counting", Category(Careless, {"answer": verify.number}))
 
 
-def test_a_broken_category_is_found_out(careless):
+def test_a_category_that_breaks_the_contract_is_detected(careless):
     row, wrong = contract.check_category("counting", 1, count=60)
     assert row["no image"] == 1 and "no image 1.00 is too far above chance" in wrong[0]
 

@@ -1,4 +1,4 @@
-"""The simulated device: its state, its manners, and an oracle that survives a rude user."""
+"""The simulated phone: its state, its messages, and an oracle that recovers from stray actions."""
 import os
 import sys
 from pathlib import Path
@@ -9,15 +9,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import pytest
 
-from gym import Rewards, Task, make, play_out
+from gym import make, play_out, Rewards, Task
 from tasks import verify
-from tasks.agent import GuiMultiApp, GuiNavigate, Pilot
-from tasks.base import IMAGE, box
-from tasks.phone import VISIBLE, furnish
+from tasks.agent import GuidedDevice, GuiMultiApp, GuiNavigate
+from tasks.base import box, IMAGE
+from tasks.phone import random_device, VISIBLE
 
 
 def phone(seed=0, level=3, **where):
-    return Pilot(*furnish(np.random.default_rng(seed), False, level), **where)
+    return GuidedDevice(*random_device(np.random.default_rng(seed), False, level), **where)
 
 
 def do(device, *actions):
@@ -25,10 +25,10 @@ def do(device, *actions):
 
 
 def test_a_switch_changes_itself_and_nothing_else():
-    world, data = furnish(np.random.default_rng(1), False, 2)
+    world, data = random_device(np.random.default_rng(1), False, 2)
     key = next(key for key, (kind, _) in world["controls"].items() if kind == "switch")
     *path, name = key.split("/")
-    device, before = Pilot(world, data, "Settings", path), dict(data["Settings"])
+    device, before = GuidedDevice(world, data, "Settings", path), dict(data["Settings"])
     while way := device.toward("Settings", path, name):
         do(device, way[0][0])
     do(device, device.tap(name))
@@ -49,7 +49,7 @@ def test_a_form_is_filled_in_and_a_record_erased():
         assert do(device, device.tap(field), f'type("{text}")') == [None, None]
     do(device, device.tap(words["save"]))
     assert device.data["Notes"] == [*notes, ["Zed", "12"]] and device.path == []
-    while step := device.mend({**device.data, "Notes": notes}):
+    while step := device.step_to({**device.data, "Notes": notes}):
         do(device, step[0][0])
     assert device.data["Notes"] == notes
 
@@ -64,7 +64,7 @@ def test_lists_scroll_and_stop_at_both_ends():
     assert [row.label for _, row in device.in_sight()] == rows[:VISIBLE]
 
 
-def test_a_dialog_stands_in_the_way():
+def test_an_open_dialog_blocks_everything_else():
     device = phone(app="Shop")
     key = next(key for key, value in device.data["Settings"].items() if value is False)
     device.popup = key
@@ -82,7 +82,7 @@ def test_a_dialog_stands_in_the_way():
     ('open("Mail")', "open"), ("back(1)", "back"), (f'type("{IMAGE}")', "type"),
     ("fly()", "no such"), (f'remember("{IMAGE}")', "remember"), ("done(1)", "done"),
     ("answer({1, 2})", "answer"), ("click({1}, b'2')", "two integers"), ("nonsense", "no such")])
-def test_a_wrong_call_is_told_so_in_one_line_and_takes_a_turn(wrong, told):
+def test_a_wrong_call_gets_a_one_line_message_and_takes_a_turn(wrong, told):
     env = make(Task("gui_multi_app", 1, 1))
     env.reset()
     before = env.evidence()["state"]
@@ -111,10 +111,10 @@ def test_the_oracle_finds_its_way_after_stray_actions(kind):
 def pick_stray(rng, device):
     if rng.integers(6) == 0:
         return ['scroll("down")', "back()", 'open("Notes")', 'open("Shop")'][rng.integers(4)]
-    return 'type("Bob")' if device.focus else device.poke(rng)
+    return 'type("Bob")' if device.focus else device.random_click(rng)
 
 
-def test_an_errand_that_cannot_be_done_changes_nothing():
+def test_an_infeasible_errand_changes_nothing():
     lost = 0
     for seed in range(60):
         task = Task("gui_multi_app", seed, 3)
@@ -147,7 +147,7 @@ def test_a_next_action_is_judged_by_verb_place_and_text():
             for reply in ("done()", 'done("infeasible")')] == [0, 1]
 
 
-def test_every_proposal_of_the_critic_is_right_but_one():
+def test_exactly_one_action_for_the_critic_is_wrong():
     for seed in range(20):
         env = make(Task("gui_critic", seed, seed % 5))
         obs = env.reset()

@@ -1,4 +1,4 @@
-"""The interpreter against Python itself, the bombs, and what the two categories promise."""
+"""The interpreter compared with Python, programs that try to exhaust it, and the two categories."""
 import contextlib
 import io
 import time
@@ -83,7 +83,7 @@ def test_it_does_what_python_does():
     assert both > 1000
 
 
-def test_what_we_generate_runs_in_python_with_the_same_result():
+def test_generated_programs_give_the_same_result_in_python():
     for seed in range(100):
         env = make(Task("code_output", seed, seed % 5))
         code = "\n".join(env.write())

@@ -1,4 +1,4 @@
-"""What is special to puzzles and geometry: one answer, rules that are carried out, no leaks."""
+"""Puzzles and geometry: exactly one answer, rules that are executed, no leaks."""
 import sys
 from collections import Counter
 from itertools import product
@@ -13,7 +13,7 @@ from gym import make
 from tasks import Task, verify
 from tasks.base import box
 from tasks.geometry import Figure, pythagoras
-from tasks.puzzles import VALUES, patterns, pack_rows, shortest, sudokus
+from tasks.puzzles import pack_rows, patterns, shortest, sudokus, VALUES
 
 
 def instances(name, level, count=40):
@@ -33,11 +33,11 @@ TOWN = {"start": (0, 0), "goal": (1, 1), "moves": ["right", "down"],
     ("down, down, right, up", 0), ("right, left", 0),
     ("right, down, left, right", 0), ("right, right, down", 0), ("up", 0), ("right down", 0),
     ("right, down or not", 0), ("", 0), ("right, " * 50 + "down", 0)])
-def test_ways_are_walked(moves, score):
+def test_routes_are_executed(moves, score):
     assert verify.route({"reply": box(moves), "gold": TOWN}) == score
 
 
-def test_a_longer_way_is_worth_less():
+def test_a_longer_route_earns_less():
     far = {**TOWN, "goal": (1, 2), "moves": ["down", "down", "right"]}
     assert verify.route({"reply": box("right, down, down"), "gold": far}) == 1
     loop = box("right, left, down, down, right")
@@ -46,7 +46,7 @@ def test_a_longer_way_is_worth_less():
         verify.route({"reply": loop, "gold": {}})
 
 
-def test_from_level_2_on_the_straight_way_is_barred():
+def test_from_level_2_on_the_direct_route_is_barred():
     for env in instances("map_route", 2):
         (x, y), (u, v) = env.gold["start"], env.gold["goal"]
         assert len(env.gold["moves"]) > abs(x - u) + abs(y - v)
@@ -82,7 +82,7 @@ def test_a_matrix_has_one_completion(rule, name):
 
 
 @pytest.mark.parametrize("level", [0, 4])
-def test_the_choices_alone_tell_nothing(level):
+def test_the_choices_alone_give_nothing_away(level):
     """The majority of each respect, or what is most common among right answers, is no help."""
     right, letters, n = 0, Counter(), 200
     learned = Counter((name, env.right[name]) for env in instances("matrix_puzzle", level, n)
@@ -127,14 +127,14 @@ def test_any_grid_that_keeps_the_rules_is_right():
         assert score(text) == 0
 
 
-def test_every_figure_settles_and_hides_its_answer():
+def test_every_kind_of_figure_finds_room_for_its_labels():
     for kind in {kind for level in Figure.kinds for kind in level}:
         rng, settled = np.random.default_rng(1), 0
         for _ in range(60):
             figure = Figure(rng, False, kind.__name__)
             question, answer, why = kind(figure)
             assert type(answer) is int and 0 < answer < 2000 and str(answer) in why
-            for label, spot in figure.settle() or ():
+            for label, spot in figure.place_labels() or ():
                 settled += 1
                 assert 1 < spot.real < 63 and 1 < spot.imag < 63
         assert settled > 5, kind.__name__

@@ -50,7 +50,7 @@ def test_nonsense_is_an_error_and_never_a_zero(workers):
     rewards.close()
 
 
-def test_what_hangs_is_killed_and_the_rest_is_judged(pool):
+def test_a_hanging_verifier_is_killed_and_the_others_are_scored(pool):
     score_golds(pool, ["int"] * 2)                  # both workers have come up
     start = time.monotonic()
     scores = score_golds(pool, ["hang", "float", "spin", "int", "hang", "float"])
@@ -62,7 +62,7 @@ def test_what_hangs_is_killed_and_the_rest_is_judged(pool):
     assert score_golds(pool, ["float"])[0].reward == 0.5
 
 
-def test_what_dies_is_tried_twice(pool, tmp_path):
+def test_a_job_whose_worker_dies_is_tried_twice(pool, tmp_path):
     mark = str(tmp_path / "mark")
     scores = score_golds(pool, ["exit", "float", "kill", "once", "int"], mark=mark)
     assert [score.reward for score in scores if not score.error] == [0.5, 1, 1]
@@ -80,7 +80,7 @@ def test_no_worker_is_left_behind(pool):
     assert processes and all(process.poll() is not None for process in processes)
 
 
-def test_workers_judge_as_this_process_does():
+def test_workers_score_as_this_process_does():
     tasks = [Task(name, seed, 2) for name in gym.names() for seed in range(2)]
     pairs = [(task, gym.play_out(task, policy)[2]) for task in tasks for policy in (None, ["?"])]
     pairs += [(TASK, {}), (Task("nothing", 0), {}), (TASK, {"gold": 1, "reply": lambda: 0})]
@@ -131,7 +131,7 @@ def test_the_judge_gives_one_part():
     "", "9", "SCORE: 11", "SCORE: -1", "SCORE: 7.5", "SCORE: 7/10", "score: 7", "SCORE: ten",
     "I think SCORE: 9", "SCORE: 9 because it is good", "SCORE: 3\nSCORE: 9", "SCORE:9",
     "<think>SCORE: 9", "SCORE: \u0669", "x" * 1_000_000])
-def test_an_answer_in_another_form_is_worth_nothing(answer):
+def test_an_answer_of_the_judge_in_another_form_counts_as_zero(answer):
     score = judged(lambda prompt: answer)
     assert score.parts == {"answer": 1, "style": 0} and not score.error
 
@@ -146,7 +146,7 @@ def test_an_absent_judge_is_an_error():
     assert time.monotonic() - start < 5
 
 
-def test_the_judge_is_asked_side_by_side():
+def test_the_judge_is_asked_concurrently():
     rewards = Rewards(JUDGED, judge=Judge(lambda prompt: time.sleep(0.3) or "SCORE: 5", threads=8))
     start = time.monotonic()
     scores = rewards.score_all([(TASK, RIGHT)] * 8)
@@ -212,7 +212,7 @@ def test_pass_at_k_is_unbiased():
         assert tally(groups, k)["counting"]["pass"] == pytest.approx(expected)
 
 
-def test_errors_stand_apart():
+def test_errors_are_counted_separately():
     bad = Score(math.nan, {}, "KeyError: gone")
     groups = {Task("counting", 0): [Score(1.0), bad, Score(0.0)], Task("counting", 1): [bad] * 3,
               Task("point", 0): [Score(1.0)] * 3}

@@ -1,4 +1,4 @@
-"""The invented world, the tools, and what can't be solved without them."""
+"""The invented worlds, the tools, and that the tasks can't be solved without them."""
 import re
 
 import pytest
@@ -32,25 +32,25 @@ def test_a_world_is_closed_and_its_emblems_differ():
     assert len(set(drawn)) == len(drawn) == 96
 
 
-def test_searches_find_the_page_and_its_doubles():
+def test_searches_find_the_page_and_its_twin():
     there = world(5)
     for page in there.pages.values():
         year = page.facts[next(fact for fact in page.numbers)]
         assert there.search(f"{page.kind} {year}")[0] is page
         if page.emblem:
-            found = there.alike(page.emblem)
+            found = there.similar(page.emblem)
             assert page in found and len(found) == 4 == len({other.name for other in found})
             shared = [sum(map(str.__eq__, page.emblem, other.emblem)) for other in found]
             assert sorted(shared)[-2] == 4         # its twin: all but one thing the same
     assert there.search("zzz ???") == [] and there.search("") == []
 
 
-def test_the_atlas_can_be_read_and_only_it_tells_flags_in_words():
+def test_only_the_atlas_text_describes_flags_in_words():
     n = len(world().pages)
     for i, page in enumerate(world().pages.values()):
         for text in (atlas_text(i), atlas_text(i + n)):
             assert all(page.tell(fact) in text for fact in page.facts)
-            assert page.emblem is None or page.portrait() in text
+            assert page.emblem is None or page.describe_emblem() in text
         assert not re.search(r"\b(flag|emblem|red|blue|star)\b", page.text)
     assert atlas_text(0) != atlas_text(n) and atlas_text(3) == atlas_text(3)
 
@@ -110,7 +110,7 @@ def test_fine_print_is_seen_in_crops_only(pixels):
         assert env.log[1] == ["zoom", "card 0"]
 
 
-def test_who_reads_only_what_can_be_read_needs_the_crop():
+def test_a_reader_of_legible_text_needs_the_crop():
     """A solver that answers with a number it has seen, and with 50 where it has seen none."""
     def solver(cropping):
         def policy(env, messages):
@@ -165,7 +165,7 @@ def test_mining_fails_by_text_search_alone():
         assert not any(re.search(r"\b\d{3}\b", page.text) for page in env.pages.values())
 
 
-def test_the_way_of_the_oracle_follows_from_what_it_is_shown():
+def test_the_oracle_opens_only_pages_that_it_was_shown():
     for name in ("image_mining", "text_tools"):
         for seed in range(10):
             env, obs = fresh(name, seed, seed % 5)

@@ -1,4 +1,4 @@
-"""The HTML renderer, the measure of likeness, and what a page does when it is clicked."""
+"""The HTML renderer, the measure of likeness, and workflows on pages."""
 import itertools
 import re
 
@@ -8,7 +8,7 @@ import pytest
 from gym import make, play_out, Rewards
 from tasks import Task
 from tasks.base import box
-from tasks.html_render import Broken, look, SIDE, Site
+from tasks.html_render import Broken, first_view, SIDE, Site
 from tasks.webdev import (assign, ciede2000, edit_between, Page, page_score, relative_rewards,
                           run_workflow)
 from tasks.words import invent
@@ -21,7 +21,7 @@ SITE = ('<body><a href="#a">A</a> <a href="#b">B</a><div id="a"><p>first</p></di
 
 
 def texts(html):
-    return [block.text for block in look(html).blocks]
+    return [block.text for block in first_view(html).blocks]
 
 
 def spearman(a, b):
@@ -33,8 +33,8 @@ def spearman(a, b):
 
 # ---- renderer -----------------------------------------------------------------------------------
 
-def test_boxes_stand_where_the_style_puts_them():
-    view = look(CARD)
+def test_boxes_are_placed_by_their_style():
+    view = first_view(CARD)
     big, small = view.blocks
     assert big.box[0] == small.box[0] == 15 and big.box[3] < small.box[1]
     assert big.color == (255, 255, 255) and big.ground == (0x22, 0x44, 0x88)
@@ -46,15 +46,17 @@ def test_boxes_stand_where_the_style_puts_them():
 
 def test_rows_share_the_width_and_words_wrap():
     row = '<div style="display:flex;gap:6px">{}</div>'
-    left, right = look(row.format('<p style="flex:1">l</p><p style="flex:1">r</p>')).blocks
+    left, right = first_view(row.format('<p style="flex:1">l</p><p style="flex:1">r</p>')).blocks
     assert right.box[0] - left.box[0] == (SIDE - 6) / 2 + 6
     apart = row.replace("gap:6px", "justify-content:space-between")
-    left, right = look(apart.format("<p>l</p><p>r</p>")).blocks
+    left, right = first_view(apart.format("<p>l</p><p>r</p>")).blocks
     assert left.box[0] == 0 and right.box[2] == SIDE
-    one, two = (look(f'<p style="width:{w}px">one two three</p>').blocks[0].box for w in (200, 40))
+    one, two = (first_view(f'<p style="width:{w}px">one two three</p>').blocks[0].box
+                for w in (200, 40))
     assert two[3] - two[1] > 2 * (one[3] - one[1])
     assert texts("<table><tr><th>a<td>b<tr><td>c<td>d</table>") == ["a", "b", "c", "d"]
-    cell = [block.box for block in look("<table><tr><td>aaaa<td>b<tr><td>c<td>d</table>").blocks]
+    table = "<table><tr><td>aaaa<td>b<tr><td>c<td>d</table>"
+    cell = [block.box for block in first_view(table).blocks]
     assert cell[0][0] == cell[2][0] and cell[1][0] == cell[3][0]
 
 
@@ -66,7 +68,7 @@ def test_only_text_that_can_be_seen_counts():
     assert texts("<p>zero\u200bwidth \u0416</p>") == ["zero?width ?"]
 
 
-def test_what_is_unknown_is_counted_and_what_is_too_much_is_broken():
+def test_unknown_markup_is_counted_and_too_much_is_broken():
     assert Site('<p style="float:left;color:#000">x</p><marquee>y</marquee></i>').unknown == 3
     for html in ("<p>x</p> or not", "text", "<div>" * 17, "<p></p>" * 201, "<p>" + "x" * 4000):
         with pytest.raises(Broken):
@@ -77,7 +79,7 @@ def test_what_is_unknown_is_counted_and_what_is_too_much_is_broken():
     for _ in range(600):
         html = "<p>" + "".join(rng.choice(alphabet, int(rng.integers(1, 40))))
         try:
-            look(html).image(64)
+            first_view(html).image(64)
         except Broken:
             pass
 
@@ -158,7 +160,7 @@ def test_a_step_after_a_failed_one_is_blocked():
     assert run_workflow("no page", chains)[:2] == ["failed", "blocked"]
 
 
-def test_look_and_workings_stay_apart():
+def test_look_and_function_are_scored_separately():
     task = Task("ui_to_code", 0, 4)
     prompt, (reply,), evidence = play_out(task)
     deaf = {**evidence, "reply": re.sub('href="#', 'href="', reply)}
@@ -174,7 +176,7 @@ def test_an_edit_fits_one_place_only():
         assert old.count(found[1]) == 1 and old.replace(*found.groups()) == new
 
 
-def test_polishing_pays_for_what_is_gained_and_not_for_what_is_lost():
+def test_polishing_rewards_gains_and_not_losses():
     task = Task("ui_polish", 3, 2)
     env = make(task)
     env.reset()
@@ -186,7 +188,7 @@ def test_polishing_pays_for_what_is_gained_and_not_for_what_is_lost():
     assert 0 < one < 1
 
 
-def test_polishing_shows_what_came_of_a_round():
+def test_polishing_shows_the_result_of_each_round():
     env = make(Task("ui_polish", 1, 4))
     first = env.reset()
     replies, seen = env.oracle(), [first.images[1].tobytes()]
