@@ -129,9 +129,9 @@ def run_tasks(model, tokens, tasks, slots: int = 64, context: int = 512, blank: 
     in the same order. blank: every picture is replaced by plain grey of the same size."""
     engine = Engine(model, slots, context)
     engine.stops.add(tokens.image)          # a visual slot in a reply would have no pixels
-    policy = RolloutSettings(tokens, model.config, context, 48, temperature=0.0, blank=blank)
-    orders = [Episode(task, i, 0) for i, task in enumerate(tasks)]
-    return rollout(engine, orders, policy, gym.Rewards(), bar)
+    settings = RolloutSettings(tokens, model.config, context, 48, temperature=0.0, blank=blank)
+    episodes = [Episode(task, i, 0) for i, task in enumerate(tasks)]
+    return rollout(engine, episodes, settings, gym.Rewards(), bar)
 
 
 def interval(share: float, n: int) -> tuple[float, float]:

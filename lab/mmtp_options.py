@@ -1,16 +1,17 @@
-"""What should the MTP head see at visual slots? The paper's ablation, and what each option sends.
+"""What should the MTP head read at visual slots? The paper's ablation, and what each option sends.
 
     python -m lab.mmtp_options                       3 options, 3 seeds, 400 steps: half an hour
     python -m lab.mmtp_options --steps=60 --seeds=1  a first look
     python -m lab.mmtp_options --bytes               only the table of bytes, seconds
 
-Every option trains the same model on the same samples in the same order, the head from the first
-step on. The paper finds `token` slightly below `embed` from step 300 on at 0.5B, and steadier; the
-page says what we find, with the least difference that this many seeds could have shown.
+Every option trains the same model on the same samples in the same order, with the head from the
+first step on. The paper finds the loss of `token` slightly below that of `embed` from step 300 on
+at 0.5B, and steadier [C]. The page says what we find, and the least difference that this many seeds
+could have shown.
 
 The second part cuts the model in two halves on two processes (plain send and receive, forward and
-backward) and counts the bytes that cross: only `embed` has to send visual embeddings to where the
-head lives, and their gradients back.
+backward) and counts the bytes that cross the cut: only `embed` has to send visual embeddings to the
+half with the head, and their gradients back.
 """
 import html
 import json
@@ -31,7 +32,7 @@ from data import collate, Packer, parse_mix, Stream
 from kernels import angles, linear_cross_entropy, Segments
 from lab.report import curve, smooth, STYLE
 from lib.checkpoint import load_model
-from lib.cli import cli, main, UserError
+from lib.cli import check_options, cli, main, Positive, UserError
 from lib.common import read_log, ROOT, write_json
 from model import GLMV, sized
 
@@ -40,18 +41,18 @@ KINDS = {"image-heavy": "point,gui_click,shape_attr,ocr_line", "text only": "tex
 
 @dataclass
 class Args:
-    steps: int = 400              # of each run
-    seeds: int = 3                # runs an option
-    depths: int = 3               # how far the head looks ahead
+    steps: Positive = 400         # of each run
+    seeds: Positive = 3           # runs of each option
+    depths: Positive = 3          # how many tokens ahead the head predicts
     mix: str = "shape_attr,ocr_line,point,gui_click,text:0.5"  # samples, as in pretrain.py
     out: str = "out/mmtp_options"  # run folder
-    bytes: bool = False           # only count what crosses a pipeline cut
+    bytes: bool = False           # only count the bytes that cross a pipeline cut
 
 
 # ---- the ablation -------------------------------------------------------------------------------
 
 def train(option: str, seed: int, args: Args) -> Path:
-    """One run, or what an earlier call left of it."""
+    """Train one run, or go on where an earlier call has stopped. Returns its run folder."""
     out = Path(args.out) / f"{option}-{seed}"
     if not (out / f"step_{args.steps:06d}").exists():
         pretrain.run(pretrain.Args(
@@ -63,34 +64,37 @@ def train(option: str, seed: int, args: Args) -> Path:
 
 @torch.no_grad()
 def acceptance(folder: Path, option: str, mix: str, depths: int, seed: int = 7) -> list[float]:
-    """At each depth, the share of learnt tokens on which the head agrees with the trunk's own
-    choice, counting only those whose earlier depths agreed: what drafting would see."""
+    """At each depth, how often the head predicts the trunk's own choice of a token that the loss
+    counts, where it did so at all smaller depths: the rates at which drafts would be accepted."""
     model = load_model(folder)
     packer = Packer(Stream(model.config, parse_mix(mix), seed, "test"), 2048)
-    tried, stood = [0] * depths, [0] * depths
+    tested, accepted = [0] * depths, [0] * depths
     for _ in range(4):
         batch = collate(packer.row(), model.config)
         merged = model.encode_images(batch)
         hidden = model(batch, merged)
-        choice = model.lm_head(hidden).argmax(-1)   # of token i+1, at slot i
+        choice = model.lm_head(hidden).argmax(-1)   # of token i+1, at position i
         alive = torch.ones(len(hidden), dtype=torch.bool)
         for k, state in enumerate(mmtp.states(model, hidden, batch, merged, depths, option), 1):
             at = state.kept
             right = mmtp.logits(model, state.hidden).argmax(-1) == choice.roll(-k)[at]
             counts = alive[at] & state.counts & (batch.weights[state.target] > 0)
-            tried[k - 1] += int(counts.sum())
-            stood[k - 1] += int((counts & right).sum())
+            tested[k - 1] += int(counts.sum())
+            accepted[k - 1] += int((counts & right).sum())
             alive = torch.zeros_like(alive).index_put((at,), counts & right)
-    return [s / max(1, t) for s, t in zip(stood, tried)]
+    return [a / max(1, t) for a, t in zip(accepted, tested)]
 
 
 def spread(values: list[float]) -> str:
+    """Mean and standard deviation as text."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def ablation(args: Args) -> dict:
+    """Train all runs. Returns the table {option: {figure: one value a run}} and the curves of the
+    loss at depth 1."""
     table, curves = {}, {}
     for option in mmtp.OPTIONS:
         runs = [train(option, seed, args) for seed in range(args.seeds)]
@@ -112,21 +116,21 @@ def ablation(args: Args) -> dict:
 
 
 def least_difference(table: dict, key: str) -> float:
-    """The difference of two options' means that so many seeds would show at 95%, by the pooled
-    deviation of all options (t of the pooled degrees of freedom, normal beyond 30)."""
+    """The least difference between the means of two options that is significant at 95% with so
+    many seeds: a t test with the std pooled over all options."""
     groups = [row[key] for row in table.values()]
     n, free = len(groups[0]), sum(len(g) - 1 for g in groups)
     if not free:
         return math.nan
     pooled = math.sqrt(sum(statistics.variance(g) * (len(g) - 1) for g in groups) / free)
-    t = {3: 3.18, 6: 2.45, 9: 2.26, 12: 2.18}.get(free, 2.0)
+    t = {3: 3.18, 6: 2.45, 9: 2.26, 12: 2.18}.get(free, 2.0)    # two-sided, by degrees of freedom
     return t * pooled * math.sqrt(2 / n)
 
 
 # ---- what crosses a pipeline cut ----------------------------------------------------------------
 
 class Wire:
-    """Send and receive with the bytes counted: hidden states and gradients, no ids."""
+    """Sends and receives tensors and counts the bytes sent: hidden states and gradients, no ids."""
     sent = 0
 
     @classmethod
@@ -142,8 +146,9 @@ class Wire:
 
 
 def two_stages(option: str, model: GLMV, batch, depths: int) -> float:
-    """Forward and backward with the encoder and the first layers on rank 0, the rest of the
-    trunk and the head on rank 1. Ids and positions are on both. Returns rank 1's loss."""
+    """Forward and backward of a model cut in two: the encoder and the first layers on rank 0, the
+    other layers and the head on rank 1. Ids and positions are on both. Returns the loss on rank 1,
+    and 0 on rank 0."""
     c, decoder, rank = model.config, model.model.language_model, dist.get_rank()
     freqs = angles(batch.positions, c.sections, c.text.rope_theta)
     rope, segments = (freqs.cos(), freqs.sin()), Segments(batch.cu_seqlens, causal=True)
@@ -180,7 +185,7 @@ def two_stages(option: str, model: GLMV, batch, depths: int) -> float:
 
 
 def example(args: Args):
-    """A model with a head, and a row of tasks with pictures."""
+    """A model with a head, and a batch of tasks with pictures."""
     model = GLMV(sized("tiny"), 0)
     mmtp.attach(model, args.depths)
     row = Packer(Stream(model.config, parse_mix(KINDS["image-heavy"])), 2048).row()
@@ -188,7 +193,8 @@ def example(args: Args):
 
 
 def stage(args: Args):
-    """One of the two processes, under torchrun."""
+    """What each of the two processes that torchrun has started does: run all options. Rank 0 writes
+    bytes.json."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model, batch = example(args)
@@ -208,13 +214,16 @@ def stage(args: Args):
 
 
 def count_bytes(args: Args) -> dict:
+    """Start the two processes, print and return what they counted: {option: bytes, formula, loss}.
+    Raises UserError if they fail."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "-m", "lab.mmtp_options", "--bytes", f"--out={Path(args.out).resolve()}",
                f"--depths={args.depths}"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
                           text=True, capture_output=True)
     if done.returncode:
-        raise UserError("the two stages failed: " + done.stderr.strip().splitlines()[-1])
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"the two processes failed: {lines[-1]}")
     rows = json.loads((Path(args.out) / "bytes.json").read_text(encoding="utf-8"))
     row = rows.pop("row")
     print(f"a row of {row['tokens']} tokens, {row['visual']} of them visual, width {row['width']}, "
@@ -228,12 +237,13 @@ def count_bytes(args: Args) -> dict:
 # ---- the page -----------------------------------------------------------------------------------
 
 def page(found: dict, sent: dict, args: Args) -> str:
+    """The results of `ablation` and `count_bytes` as an HTML page."""
     table = found["table"]
     keys = ["loss", *(f"mtp{k}" for k in range(1, args.depths + 1)), "spikes"]
     rows = [f"<tr><th>{'</th><th>'.join(['option', *keys])}</th></tr>"]
     rows += [f"<tr><td>{option}</td>" + "".join(f"<td>{spread(row[k])}</td>" for k in keys)
              + "</tr>" for option, row in table.items()]
-    rows.append("<tr><td>could be seen</td>" + "".join(
+    rows.append("<tr><td>least difference</td>" + "".join(
         f"<td>{least_difference(table, k):.3f}</td>" for k in keys) + "</tr>")
     kinds = [f"<tr><td>{option}</td><td>{html.escape(kind)}</td>" + "".join(
         f"<td>{spread([run[k] for run in runs])}</td>" for k in range(args.depths)) + "</tr>"
@@ -242,10 +252,11 @@ def page(found: dict, sent: dict, args: Args) -> str:
              for option, r in sent.items()]
     heads = "".join(f"<th>depth {k}</th>" for k in range(1, args.depths + 1))
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>MMTP options</title>'
-            f"<style>{STYLE}</style><body><h1>What the MTP head sees at visual slots</h1>"
+            f"<style>{STYLE}</style><body><h1>What the MTP head reads at visual slots</h1>"
             f'<p class="quiet">{args.seeds} seeds, {args.steps} steps each, same samples in the '
-            "same order; means of the last fifth ± deviation over seeds. Spikes: share of steps "
-            "whose gradient norm is over three times the median.</p>"
+            "same order; means over the last fifth of the steps ± std over seeds. Spikes: share "
+            "of steps whose gradient norm is over three times the median. Least difference "
+            "between two options: what so many seeds would show at 95%.</p>"
             + curve(found["curves"], "MTP loss at depth 1, mean over seeds")
             + f"<table>{''.join(rows)}</table><h2>Agreement with the trunk, held-out tasks</h2>"
             f"<table><tr><th>option</th><th>prompts</th>{heads}</tr>{''.join(kinds)}</table>"
@@ -255,8 +266,7 @@ def page(found: dict, sent: dict, args: Args) -> str:
 
 
 def run(args: Args):
-    if min(args.steps, args.seeds, args.depths) < 1:
-        raise UserError("--steps, --seeds and --depths take 1 or more")
+    check_options(args)
     if "RANK" in os.environ:
         return stage(args)
     sent = count_bytes(args)
@@ -267,7 +277,7 @@ def run(args: Args):
     for option, row in found["table"].items():
         print(f"{option:<6} loss {spread(row['loss'])}  " + "  ".join(
             f"depth {k} {spread(row[f'mtp{k}'])}" for k in range(1, args.depths + 1)))
-    print("could be seen: " + ", ".join(
+    print("least difference that could be seen: " + ", ".join(
         f"depth {k} {least_difference(found['table'], f'mtp{k}'):.3f}"
         for k in range(1, args.depths + 1)))
     path = Path(args.out) / "report.html"

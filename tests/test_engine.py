@@ -40,7 +40,7 @@ def plain(model, prompt: Document, max_new: int, stops) -> tuple[list, list]:
 
 
 def same(got, want, leads) -> bool:
-    """Whether the replies are equal, or differ first where the two best logits were a tie in fp32."""
+    """Whether the replies are equal up to a tie of the two best logits in fp32."""
     first = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), None)
     return got == want if first is None else leads[first] < 1e-4
 
@@ -168,8 +168,8 @@ def readings(monkeypatch) -> list:
 
 
 def test_a_prompt_that_several_requests_share_is_read_once(model, prompts, readings):
-    """And each request gets the reply that it gets alone. The same words about another picture, or about
-    a copy of it, are another prompt."""
+    """And each request gets the reply that it gets alone. The same words about another picture,
+    or about a copy of it, are another prompt."""
     other = dataclasses.replace(prompts[2], images=[255 - image for image in prompts[2].images])
     copy = dataclasses.replace(prompts[2], images=[image.copy() for image in prompts[2].images])
     requests = [Request(prompt, 9, temperature=1.0, seed=seed) for seed in range(3)
