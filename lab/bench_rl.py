@@ -1,17 +1,17 @@
-"""What asynchrony is worth where the world is slow: `python -m lab.bench rl`.
+"""What asynchrony gains where environments or verifiers are slow: `python -m lab.bench rl`.
 
 Whole runs of rl.py on two ranks of torchrun, one that plays and one that learns, from the demo's
-model. Verifiers, or screens, take their time: log-normal, sigma 1, with a mean of WAIT seconds a
-verdict or a screen; or neither does. At most FLIGHT rollouts are under way, in groups of SIZE,
-PROMPTS groups an update. `ours` may lag two updates behind. `theirs` is staleness 0: all groups
-must be back before the trainer learns, and none is begun before it is done.
+model. In two of the three worlds each verdict, or each screen, takes a random time, log-normal with
+sigma 1 and a mean of WAIT seconds; in the third nothing waits. At most FLIGHT rollouts are played
+at once, in groups of SIZE, PROMPTS groups an update. `ours` may lag two updates behind. `theirs`
+has staleness 0: all groups must be back before an update begins, and none is begun before it ends.
 
-Half of a reward is the verdict and half is drawn by lot, so that every group has something to
-teach and both sides learn from as many.
+A reward is the mean of the verdict and of a random 0 or 1, so that nearly every group has a signal
+and both sides learn from as many.
 
-The bound is the least of three: FLIGHT rollouts that wait W seconds each can't give more than
-FLIGHT / W a second; nor can more be played, or learnt, than the seconds allow that this takes,
-whichever side it took less.
+The bound is the least of three rates: FLIGHT rollouts that wait W seconds each give at most
+FLIGHT / W a second; no more can be played, or learned from, than the seconds allow that playing or
+learning takes, on the side where it takes less.
 """
 import json
 import random
@@ -31,14 +31,14 @@ from lib import async_rl
 from lib.cli import cli, main
 from lib.common import read_log, ROOT, write_json
 
-WAIT = 1.0                    # seconds, the mean
+WAIT = 1.0                    # mean seconds
 FLIGHT, SIZE, PROMPTS, STEPS = 32, 8, 4, 24
-EXAM = 200                    # held-out tasks, before and after
+HELD_OUT = 200                # tasks of the evaluations before and after
 WORLDS = {"verifiers": "counting", "screens": "gui_form", "nothing": "counting"}
 
 
 class Slow:
-    """Waits, drawn by lot; and how long they were in all."""
+    """Sleeps for a random time when called; counts the calls and their seconds."""
 
     def __init__(self, mean: float):
         self.mean, self.total, self.count = mean, 0.0, 0
@@ -50,16 +50,16 @@ class Slow:
 
 
 def rank(world: str, wait: float, args: rl.Args):
-    """One of the two processes: rl.py in this world."""
+    """One of the two processes: rl.py with slow verifiers or slow screens."""
     slow = Slow(0.0 if world == "nothing" else wait)
 
     class Verdicts(gym.Rewards):
-        def __init__(self, workers):        # here in this process: it is waiting that takes long
+        def __init__(self, workers):        # in this process: it only sleeps, in Actor's threads
             super().__init__()
 
         def score(self, task, evidence):
             score = super().score(task, evidence)
-            if task.split == "test":        # examinations are none of it
+            if task.split == "test":        # evaluations are not slowed down
                 return score
             if world == "verifiers":
                 slow()
@@ -78,11 +78,11 @@ def rank(world: str, wait: float, args: rl.Args):
 
 
 def one_run(world: str, staleness: int, seed: int, dtype: str) -> dict:
-    """A run; samples learnt a second, and what each stage did with its time."""
+    """One run: samples a second that were learned from, and how each stage spent its time."""
     with tempfile.TemporaryDirectory() as out:
         options = dict(mix=WORLDS[world], steps=STEPS + 1, prompts=PROMPTS, group=SIZE,
                        flight=FLIGHT, slots=FLIGHT, workers=FLIGHT, max_staleness=staleness,
-                       seed=seed, mtp=0, eval_every=STEPS + 1, eval_count=EXAM, device="cpu",
+                       seed=seed, mtp=0, eval_every=STEPS + 1, eval_count=HELD_OUT, device="cpu",
                        dtype=dtype, out=out)
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -90,23 +90,24 @@ def one_run(world: str, staleness: int, seed: int, dtype: str) -> dict:
             cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         lines, waits = read_log(Path(out) / "log.jsonl")[1:], Path(out) / "waits.json"
         wait = json.loads(waits.read_text()) if waits.exists() else {"count": 1, "seconds": 0.0}
-        exam = json.loads((Path(out) / "report.json").read_text())["figures"]["mean"]
-    took, learnt = (sum(x[key] for x in lines) for key in ("dt", "groups"))
-    learnt *= SIZE
+        held_out = json.loads((Path(out) / "report.json").read_text())["figures"]["mean"]
+    took, learned = (sum(x[key] for x in lines) for key in ("dt", "groups"))
+    learned *= SIZE
     share = {key: sum(x[key] for x in lines) / took
              for key in ("waited", "learning", "idle", "stalled")}
     samples = max(1, sum(x.get("samples", 0) for x in lines))
     turns = wait["count"] * STEPS / (STEPS + 1) / samples if wait["seconds"] else 0.0
-    return {"rate": learnt / took, "learnt": learnt, **share,
+    return {"rate": learned / took, "learnt": learned, **share,
             "wait": turns * wait["seconds"] / wait["count"], "turns": turns,
             "stale_max": max(x.get("stale_max", 0) for x in lines),
-            "playing": (1 - share["idle"]) * took / learnt,
-            "training": share["learning"] * took / learnt,
-            "right": list(exam.values())[-1]}
+            "playing": (1 - share["idle"]) * took / learned,
+            "training": share["learning"] * took / learned,
+            "right": list(held_out.values())[-1]}
 
 
 def measure(args, hw) -> dict:
-    """All worlds, both ways, in turn; the cases that lab.bench prints."""
+    """Run all worlds with both kinds of training, in turn; returns the cases that lab.bench
+    prints."""
     cases = {}
     for world in WORLDS:
         runs = {0: [], 2: []}
@@ -121,11 +122,12 @@ def measure(args, hw) -> dict:
         bound = min(FLIGHT / waiting if waiting else np.inf,
                     *(1 / min(run[stage] for found in runs.values() for run in found)
                       for stage in ("playing", "training")))
-        spread = {s: 1.96 * (m["right"] * (1 - m["right"]) / EXAM) ** 0.5 for s, m in mean.items()}
+        spread = {s: 1.96 * (m["right"] * (1 - m["right"]) / HELD_OUT) ** 0.5
+                  for s, m in mean.items()}
         cases[f"waiting for {world}"] = {
             side: {"median": statistics.median(rates[s]), "least": min(rates[s]),
                    "most": max(rates[s]), **mean[s], "setting":
-                       f"staleness {s}; players idle {mean[s]['idle']:.0%}, stalled by weights "
+                       f"staleness {s}; engine idle {mean[s]['idle']:.0%}, loading weights "
                        f"{mean[s]['stalled']:.1%}; trainer waits {mean[s]['waited']:.0%}, learns "
                        f"{mean[s]['learning']:.0%}; held out {mean[s]['right']:.1%} "
                        f"± {100 * spread[s]:.1f}"}

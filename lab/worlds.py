@@ -1,15 +1,16 @@
-"""Does RL learn, against a fair control? Three worlds, declared as such, as a report with curves.
+"""Does RL learn, compared fairly with SFT? Three worlds, as a report with curves.
 
-    python -m lab.worlds --world=fallible        annotators err, verifiers don't
-    python -m lab.worlds --world=untold          nobody has ever shown how a form is filled in
-    python -m lab.worlds --world=clean           demonstrations are right and endless
+    python -m lab.worlds --world=fallible        60% of the answers that can be wrong are wrong
+    python -m lab.worlds --world=untold          no demonstration shows how a form is filled in
+    python -m lab.worlds --world=clean           demonstrations are correct and unlimited
     python -m lab.worlds --seeds=1 --steps=40 --before=120       a quick look
 
-In the gym every category has an oracle, so SFT on its demonstrations is nearly a ceiling. RL's case
-is where demonstrations are what they are in life. Each world begins with one model, trained by SFT
-in that world; from there RL and its controls go on, each for about the same CPU minutes of one
-thread, examined on the way on held-out tasks: a control gets as many steps as RL's minutes hold at
-its own pace, measured before. What is done is not done again; what was interrupted goes on.
+In the gym every category has an oracle, so SFT on its demonstrations is nearly a ceiling. RL helps
+where demonstrations are wrong or missing, and that is what the first two worlds imitate. Each world
+begins with one model, trained by SFT in that world. From it RL and its controls continue, each for
+about the same CPU minutes of one thread: a control gets as many steps as RL's minutes hold at its
+own pace, which is measured before. On the way all are evaluated on the same held-out tasks. If it
+is started again, finished runs are not repeated and an interrupted one continues.
 """
 import functools
 import json
@@ -20,6 +21,7 @@ from collections import defaultdict
 from contextlib import nullcontext as honest
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import numpy as np
@@ -31,7 +33,7 @@ import rl
 from data import parse_mix
 from lab import report
 from lib.checkpoint import load_model, save_model
-from lib.cli import cli, main, UserError
+from lib.cli import check_options, cli, main, Natural, NonNegative, Positive, UserError
 from lib.common import find_checkpoint, ROOT, same_options, setup, write_json
 from lib.episodes import accuracy
 from lib.rollout import Episode
@@ -41,22 +43,22 @@ from tokenizer import Tokenizer
 
 MIX = "shape_attr:1.3,counting:0.8,ocr_line:0.8,point:1.6,gui_click:1.6,gui_form:1.6"
 NAMES = [name for name, _ in parse_mix(MIX)]
-ERR = 0.6                                       # share of an annotator's answers that can be wrong
-PARTS = 3                                       # examinations in the course of a run
-FEW = 5                                         # steps, of which setting up is most
+ERR = 0.6                                       # share of wrong answers, where one can be wrong
+PARTS = 3                                       # a run is stopped so often to be evaluated
+FEW = 5                                         # steps that take little longer than starting a run
 
 
 @dataclass
 class Args:
-    world: str = "fallible"       # fallible, untold or clean
-    seeds: int = 3                # runs of each kind
-    minutes: float = 6.0          # CPU minutes of RL, then of each control; fixed for an --out
-    steps: int = 0                # of RL instead, and beside it the first control alone
-    prompts: int = 32             # tasks a step of RL, eight rollouts each
-    lr: float = 8e-4              # peak learning rate of RL; SFT has half of pretraining's
-    before: int = 0               # SFT steps that make the start; 0: as many as the world says
-    init: str = ""                # folder to begin from; default: the demo's, or ckpt/untold
-    count: int = 150              # held-out tasks a category in each examination
+    world: Literal["fallible", "untold", "clean"] = "fallible"  # what is wrong with demonstrations
+    seeds: Positive = 3           # runs of each kind
+    minutes: NonNegative = 6.0    # CPU minutes of RL, then of each control; fixed for an --out
+    steps: Natural = 0            # of RL, instead of --minutes; then only the first control runs
+    prompts: Positive = 32        # tasks a step of RL, eight rollouts each
+    lr: NonNegative = 8e-4        # peak learning rate of RL; SFT has half of pretraining's
+    before: Natural = 0           # SFT steps that make the start; 0: as many as the world says
+    init: str = ""                # folder to begin from; default: ckpt/demo, or ckpt/untold
+    count: Positive = 150         # held-out tasks a category in each evaluation
     out: str = "out/worlds"       # a folder a world: report.json, report.html, a folder a run
     keep: str = ""                # write the start's weights here, in bf16, and stop
 
@@ -64,8 +66,8 @@ class Args:
 # ---- the worlds ---------------------------------------------------------------------------------
 
 def slip(question: str, reply: str) -> str:
-    """What an annotator says who errs: a count of three or more comes one short; a point or a
-    click lands one row of the grid too low, or too high where there is no lower one."""
+    """The reply of an annotator who is wrong: a count of three or more is one too low; a point or a
+    click is one row of the grid too low, or too high where there is no lower row."""
     row = 1000 // GRID
     if re.search("How many|Count the", question):
         return re.sub(r"\d+", lambda n: str(int(n[0]) - (int(n[0]) > 2)), reply)
@@ -76,31 +78,37 @@ def slip(question: str, reply: str) -> str:
 
 
 def fallible():
-    """A context in which ERR of the answers that can be are wrong, in systematic ways; which, is a
-    function of the task. Forms are shown by others, who make no mistakes. In this process only."""
+    """A context in which gym.demonstrate gives a wrong answer with probability ERR, always wrong in
+    the same way; the task decides which ones. Forms are excepted: their demonstrations stay
+    correct. It works in this process only, so nothing may be drawn by workers."""
     true = gym.demonstrate
 
-    def demonstrate(task: Task, *how):
-        talks = true(task, *how)
+    def demonstrate(task: Task, *args, **options):
+        talks = true(task, *args, **options)
         if task.category == "gui_form":
             return talks
         rng = stream(replace(task, split="annotator"))
-        return [[replace(m, text=slip(talk[i - 1].text, m.text))
-                 if m.role == "assistant" and rng.random() < ERR else m
-                 for i, m in enumerate(talk)] for talk in talks]
+        for talk in talks:
+            for i, message in enumerate(talk):
+                if message.role == "assistant" and rng.random() < ERR:
+                    talk[i] = replace(message, text=slip(talk[i - 1].text, message.text))
+        return talks
 
     return mock.patch.object(gym, "demonstrate", demonstrate)
 
 
 @dataclass(frozen=True)
 class World:
-    shown: str                  # the demonstrations,
-    annotators: object          # and by whom
-    played: str                 # the categories of RL
-    controls: dict              # for each, the annotators
-    parts: str = ""             # categories of which only single questions are shown
-    before: int = 400           # SFT steps that make the start
-    init: str = f"{ROOT}/ckpt/demo"     # from this model
+    """shown, played: mixes of categories in demonstrations and in RL. annotators: a context that
+    decides what demonstrations are like; controls: {SFT run: its annotators}. parts: categories of
+    which only single questions are shown, no episode."""
+    shown: str
+    annotators: object
+    played: str
+    controls: dict
+    parts: str = ""
+    before: int = 400                   # SFT steps that make the start,
+    init: str = f"{ROOT}/ckpt/demo"     # and the model that they begin from
 
 
 WORLDS = {
@@ -113,8 +121,9 @@ WORLDS = {
 # ---- runs ---------------------------------------------------------------------------------------
 
 def timed(work, settings, name: str = "") -> float:
-    """Do a run, or what is left of it; CPU seconds that it has taken in all. What is known by its
-    `name` (default: its steps) is not done again."""
+    """Do a run, or the rest of an interrupted one, and return the CPU seconds that all of it took.
+    seconds.json in the run folder holds them by `name` (default: the steps): a name that is there
+    already is not run again."""
     path, began = Path(settings.out) / "seconds.json", time.process_time()
     spent = json.loads(path.read_text()) if path.exists() else {"so far": 0.0}
     if (name := name or f"step {settings.steps}") not in spent:
@@ -128,112 +137,126 @@ def timed(work, settings, name: str = "") -> float:
 
 
 def pace(work, settings, folder: Path, steps: int = 10) -> float:
-    """CPU seconds a step: of so many behind the first FEW, so that setting up counts little."""
+    """CPU seconds a step, measured over the steps after the first FEW: starting a run does not
+    count."""
     few, more = (timed(work, replace(settings, out=str(folder), steps=n))
                  for n in (FEW, FEW + steps))
     return (more - few) / steps
 
 
 @functools.cache
-def examine(folder: Path, count: int) -> dict[str, dict[str, float]]:
+def evaluate(folder: Path, count: int) -> dict[str, dict[str, float]]:
     """{greedy, sampled: {category: accuracy}} of a checkpoint, on the same tasks for all."""
-    model, args, marks = load_model(folder), rl.Args(max_new=16), {}
+    model, args, table = load_model(folder), rl.Args(max_new=16), {}
     tasks = [Task(name, 3_000_000 + i, 0, "test") for name in NAMES for i in range(count)]
     for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        how_to_play = rl.RolloutSettings(Tokenizer(model.config.n_ranks), model.config,
-                                         args.context, args.max_new, temperature=temperature)
-        marks[how] = accuracy(rl.rollout(
-            rl.make_engine(model, args), [Episode(task, i, 0) for i, task in enumerate(tasks)],
-            how_to_play, gym.Rewards()))
-    return marks
+        settings = rl.RolloutSettings(Tokenizer(model.config.n_ranks), model.config, args.context,
+                                      args.max_new, temperature=temperature)
+        episodes = [Episode(task, i, 0) for i, task in enumerate(tasks)]
+        table[how] = accuracy(rl.rollout(rl.make_engine(model, args), episodes, settings,
+                                         gym.Rewards()))
+    return table
 
 
 def course(work, settings, count: int) -> list:
-    """A whole run, stopped PARTS times for an examination: [(minutes, marks), ...]. The rate
-    stands until the last part and falls in it, as in a run that is not stopped."""
+    """A whole run, stopped PARTS times to be evaluated: [(minutes, table of `evaluate`), ...]. The
+    learning rate is constant until the last part and falls in it, as in a run without stops."""
     path = Path(settings.out) / "course.json"
     points = (json.loads(path.read_text()) if path.exists()
-              else [(0.0, examine(Path(settings.init), count))])
+              else [(0.0, evaluate(Path(settings.init), count))])
     for part in range(len(points), PARTS + 1):
         seconds = timed(work, replace(
             settings, steps=settings.steps * part // PARTS, decay=1 / PARTS,
             schedule="linear" if part == PARTS else "constant"))
-        points.append((seconds / 60, examine(find_checkpoint(settings.out), count)))
+        points.append((seconds / 60, evaluate(find_checkpoint(settings.out), count)))
         write_json(path, points)
     return points
 
 
 # ---- the report ---------------------------------------------------------------------------------
 
-def curves(runs: dict[str, dict]) -> dict:
-    """{title: {arm: [(minutes, percent), ...]}}, means over the seeds."""
-    def line(arm, how, name):
-        return [tuple(np.mean([(minutes, 100 * marks[how][name]) for minutes, marks in at], 0))
-                for at in zip(*runs[arm].values())]
+def curve(runs: dict[str, list], how: str, name: str) -> list:
+    """[(minutes, percent), ...] of one arm, {seed: points of `course`}: means over the seeds."""
+    points = []
+    for of_all_seeds in zip(*runs.values()):
+        pairs = [(minutes, 100 * table[how][name]) for minutes, table in of_all_seeds]
+        points.append(tuple(np.mean(pairs, 0)))
+    return points
 
-    return {f"{name}, {how}: % right over minutes": {arm: line(arm, how, name) for arm in runs}
-            for name in ("mean", *NAMES) for how in ("greedy", "sampled")}
+
+def curves(runs: dict[str, dict]) -> dict:
+    """{title: {arm: [(minutes, percent), ...]}}. runs: {arm: {seed: points of `course`}}."""
+    return {f"{name}, {how}: % right over minutes": {
+        arm: curve(runs[arm], how, name) for arm in runs}
+        for name in ("mean", *NAMES) for how in ("greedy", "sampled")}
+
+
+def gains(runs: dict[str, dict]) -> dict[str, list[float]]:
+    """What RL gained, in points of greedy accuracy: a list over the seeds for each figure."""
+    first, found = runs["rl"][0][0][1]["greedy"], defaultdict(list)
+    for seed, points in runs["rl"].items():
+        last = points[-1][1]["greedy"]
+        moved = {name: 100 * (last[name] - value) for name, value in first.items()}
+        found["RL over its start"].append(moved["mean"])
+        found["RL's worst category over its start"].append(min(moved.values()))
+        for arm in list(runs)[1:]:
+            minutes, table = runs[arm][seed][-1]
+            mean = table["greedy"]["mean"]
+            found[f"RL over {arm}"].append(100 * (last["mean"] - mean))
+            found[f"{arm}, a minute"].append(100 * (mean - first["mean"]) / minutes)
+            found[f"{arm}, minutes over RL's"].append(minutes / points[-1][0])
+    return found
 
 
 def figures(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """What RL gained in greedy points: mean, least and most over the seeds. Then percent right by
-    category, at the start and at each run's end."""
-    first, gains = runs["rl"][0][0][1], defaultdict(list)
-    for seed, points in runs["rl"].items():
-        last = points[-1][1]["greedy"]
-        moved = {name: 100 * (last[name] - value) for name, value in first["greedy"].items()}
-        gains["RL over its start"].append(moved["mean"])
-        gains["RL's worst category over its start"].append(min(moved.values()))
-        for arm in list(runs)[1:]:
-            minutes, marks = runs[arm][seed][-1]
-            mean = marks["greedy"]["mean"]
-            gains[f"RL over {arm}"].append(100 * (last["mean"] - mean))
-            gains[f"{arm}, a minute"].append(100 * (mean - first["greedy"]["mean"]) / minutes)
-            gains[f"{arm}, minutes over RL's"].append(minutes / points[-1][0])
-    ends = {"start": first} | {f"{arm}, seed {seed}": points[-1][1] for arm in runs
-                               for seed, points in runs[arm].items()}
-    return {name: {"mean": float(np.mean(found)), "least": min(found), "most": max(found)}
-            for name, found in gains.items()} | {
-        f"{row}, {how}": {name: 100 * value for name, value in marks[how].items()}
-        for how in ("greedy", "sampled") for row, marks in ends.items()}
+    """The gains, {mean, least, most} over the seeds; then the percentage of right answers by
+    category, at the start and at the end of each run."""
+    table = {name: {"mean": float(np.mean(found)), "least": min(found), "most": max(found)}
+             for name, found in gains(runs).items()}
+    ends = {"start": runs["rl"][0][0][1]}
+    for arm in runs:
+        ends |= {f"{arm}, seed {seed}": points[-1][1] for seed, points in runs[arm].items()}
+    for how in ("greedy", "sampled"):
+        for row, accuracies in ends.items():
+            table[f"{row}, {how}"] = {name: 100 * value
+                                      for name, value in accuracies[how].items()}
+    return table
 
 
 def worlds(args: Args):
-    if args.world not in WORLDS:
-        raise UserError(f"--world takes {', '.join(WORLDS)}, not '{args.world}'")
-    if min(args.seeds, args.count, args.prompts) < 1 or args.minutes <= 0 or min(
-            args.before, args.steps) < 0:
-        raise UserError("--seeds, --prompts and --count take 1 or more, --minutes more than 0, "
-                        "--before and --steps 0 or more")
-    os.environ["OMP_NUM_THREADS"] = "1"         # as minutes are those of one thread
+    check_options(args)
+    if not args.minutes:
+        raise UserError("--minutes takes more than 0")
+    os.environ["OMP_NUM_THREADS"] = "1"         # minutes are those of one thread
     hw, world, out = setup("cpu"), WORLDS[args.world], Path(args.out) / args.world
-    plan, asked = out / "config.json", {
-        name: value for name, value in asdict(args).items() if name not in ("seeds", "out", "keep")}
-    common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu",
-                  workers=0)    # so that all the work is this process's, which is timed
-    played = rl.Args(**common, mix=world.played, prompts=args.prompts, lr=args.lr,
-                     dtype="float32", max_new=16)   # no answer is longer, idle talk would be
-    taught = pretrain.Args(**common, mix=world.shown, parts=world.parts, lr=2e-3, levels=1,
-                           curriculum=0)
-    with same_options(plan, asked), world.annotators():
-        timed(pretrain.run, replace(taught, steps=args.before or world.before, seed=100,
+    asked = {name: value for name, value in asdict(args).items()
+             if name not in ("seeds", "out", "keep")}
+    # No workers: all the work is done by this process, whose CPU time is measured.
+    common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu", workers=0)
+    # No right answer is longer than 16 tokens, but noise can be.
+    rl_args = rl.Args(**common, mix=world.played, prompts=args.prompts, lr=args.lr,
+                      dtype="float32", max_new=16)
+    sft_args = pretrain.Args(**common, mix=world.shown, parts=world.parts, lr=2e-3, levels=1,
+                             curriculum=0)
+    with same_options(out / "config.json", asked), world.annotators():
+        timed(pretrain.run, replace(sft_args, steps=args.before or world.before, seed=100,
                                     init=args.init or world.init, out=f"{out}/start"))
-    played.init = taught.init = str(find_checkpoint(out / "start"))
+    rl_args.init = sft_args.init = str(find_checkpoint(out / "start"))
     if args.keep:
-        return save_model(load_model(played.init), args.keep, torch.bfloat16)
-    steps = max(PARTS, args.steps or round(
-        60 * args.minutes / pace(rl.run, played, out / "pace_rl")))
-    each = pace(pretrain.run, taught, out / "pace_sft", 30)
+        return save_model(load_model(rl_args.init), args.keep, torch.bfloat16)
+    steps = args.steps or round(60 * args.minutes / pace(rl.run, rl_args, out / "pace_rl"))
+    steps = max(PARTS, steps)
+    seconds_a_step = pace(pretrain.run, sft_args, out / "pace_sft", 30)
     controls = dict(list(world.controls.items())[:1 if args.steps else None])
     runs: dict[str, dict] = {"rl": {}, **{arm: {} for arm in controls}}
     for seed in range(args.seeds):
-        plan = replace(played, steps=steps, seed=seed, out=f"{out}/rl{seed}")
-        runs["rl"][seed] = course(rl.run, plan, args.count)
-        as_long = max(PARTS, round(60 * runs["rl"][seed][-1][0] / each))
+        settings = replace(rl_args, steps=steps, seed=seed, out=f"{out}/rl{seed}")
+        runs["rl"][seed] = course(rl.run, settings, args.count)
+        as_long = max(PARTS, round(60 * runs["rl"][seed][-1][0] / seconds_a_step))
         for arm, annotators in controls.items():
-            plan = replace(taught, steps=as_long, seed=seed, out=f"{out}/{arm}{seed}")
+            settings = replace(sft_args, steps=as_long, seed=seed, out=f"{out}/{arm}{seed}")
             with annotators():
-                runs[arm][seed] = course(pretrain.run, plan, args.count)
+                runs[arm][seed] = course(pretrain.run, settings, args.count)
         write_json(out / "report.json", {
             "title": f"RL beside SFT, world: {args.world}", "where": hw.description,
             "unit": "minute",

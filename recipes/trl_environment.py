@@ -10,7 +10,7 @@ import gym
 
 
 class GymTask:
-    """reset takes a row of the dataset, `act` is the one tool, the reward is by our rules."""
+    """`reset` takes a row of the dataset; `act` is the only tool; our verifier gives the reward."""
 
     def reset(self, category: str, seed: int, level: int = 0, **_) -> list[dict]:
         self._task = gym.Task(category, seed, level)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# A night on 2-4 cores, every stage in turn: tower, pretraining on all that 64 pixels can show, joint
-# RL, examination. Interrupted, start it again: each stage goes on where it was.
+# One night on 2-4 cores, all stages in turn: vision tower, pretraining on every category that 64
+# pixels can show, joint RL, evaluation. If it is interrupted, start it again: each stage resumes.
 #
-#   bash runs/night.sh                  some six hours by the steps' measured times; never run whole
-#   PART=500 OUT=out/try bash runs/night.sh    a five-hundredth of it, to see that all of it runs
+#   bash runs/night.sh          about six hours, computed from measured times of a step; the whole
+#                               script has not been run yet
+#   PART=500 OUT=out/try bash runs/night.sh     1/500 of the steps, to check that everything runs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python} OUT=${OUT:-out/night} PART=${PART:-1}
