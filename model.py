@@ -273,8 +273,8 @@ class GLMV(nn.Module):
             segments = Segments(batch.cu_seqlens, causal=True)
         return decoder(x, (freqs.cos(), freqs.sin()), segments, cache)
 
-    def flops_per_token(self, patches_per_token: float) -> float:
-        """FLOPs of a forward and a backward, for each token of the row.
+    def flops(self, tokens: float, patches: float) -> float:
+        """FLOPs of a forward and a backward over a row with so many tokens and patches.
 
         A matrix of n parameters takes n multiplications and n additions for each row that it is
         applied to, and twice as many backward, for the gradients of its input and of itself: 6 n in
@@ -285,7 +285,7 @@ class GLMV(nn.Module):
         """
         n = self.counts()
         decoder = n["decoder"] - self.model.language_model.embed_tokens.weight.numel() + n["head"]
-        return 6 * (decoder + patches_per_token * (n["tower"] + n["adapter"] / 4))
+        return 6 * tokens * decoder + 6 * patches * (n["tower"] + n["adapter"] / 4)
 
     def counts(self) -> dict[str, int]:
         """Parameters of each part: tower, adapter, decoder (with embedding), mtp, head, total."""

@@ -128,15 +128,6 @@ def count(rows, patch: int) -> tuple[int, int, int]:
     return tokens, images, patches
 
 
-def flops_of(model: GLMV, tokens: float, patches: float) -> float:
-    """FLOPs of forward and backward: 6 a parameter and token, of the tower and patch. Attention
-    between tokens is left out, and so is the embedding, which multiplies nothing."""
-    n = model.counts()
-    decoder = n["decoder"] - model.model.language_model.embed_tokens.weight.numel() + n["head"]
-    # The adapter works on groups of four patches.
-    return 6 * tokens * decoder + 6 * patches * (n["tower"] + n["adapter"] / 4)
-
-
 def plan(args: Args, hw):
     """Print what the run would need (`--plan`), with a patch for each token."""
     with torch.device("meta"):          # shapes without memory
@@ -148,7 +139,7 @@ def plan(args: Args, hw):
     layers = config.text.num_hidden_layers + 4 * config.vision.depth
     memory = (counts["total"] * (16 + hw.dtype.itemsize)
               + args.row_tokens * config.text.hidden_size * 2 * 34 * layers)
-    flops = args.steps * flops_of(model, tokens, tokens)
+    flops = args.steps * model.flops(tokens, tokens)
     print_plan(hw, counts, args.steps * tokens, flops, memory)
 
 
@@ -295,7 +286,7 @@ def run(args: Args):
         values = {"loss": value, "lr": args.lr * rate, "norm": norm, "dt": seconds,
                   "tok/s": tokens / seconds, "img/s": images / seconds}
         if hw.device.type == "cuda":            # a CPU's peak is not known well enough
-            values["mfu"] = flops_of(model, tokens, patches) / seconds / hw.peak / hw.world
+            values["mfu"] = model.flops(tokens, patches) / seconds / hw.peak / hw.world
         values |= {f"mtp{depth}": x for depth, x in enumerate(further, 1)}
         if loader.seconds - loading > 0.05 * seconds:       # worth a look: more --workers?
             values["loading"] = loader.seconds - loading

@@ -207,7 +207,8 @@ def evaluation(args: Eval):
     show(table)
     write_json(args.out, {"ckpt": args.ckpt or "ckpt/demo", "split": args.split,
                           "levels": levels, "seed": args.seed, "table": table})
-    print(f"levels 0 to {levels - 1}, {time.time() - began:.0f} s; the figures are in {args.out}")
+    print(f"{levels} level{'s' * (levels > 1)} in {time.time() - began:.0f} s; the figures are in "
+          f"{args.out}")
 
 
 def entry():

@@ -1,7 +1,7 @@
 """How many tokens the MTP head should draft in a step, found while the engine runs."""
 from itertools import pairwise
 
-PROBES = 3      # steps that are timed before a number of drafts is judged [O]
+PROBES = 2      # steps that are timed before a number of drafts is judged [O]
 
 
 def drafts_that_pay(rates: list[float], cost: list[float]) -> int:
