@@ -1,12 +1,12 @@
-"""Does a trained vision tower pay? Pretraining from three starts, all of the same CPU minutes.
+"""Does a trained vision tower pay? Pretraining from three towers, each within the same CPU minutes.
 
     python -m lab.vit_pays --seeds=3         about twenty minutes a run on one quiet core
-    python -m lab.vit_pays --steps=300 --alone=100 --tower=100,20,50,50 --out=out/look
+    python -m lab.vit_pays --steps=300 --alone=100 --tower=100,50,50,50 --out=out/look
 
-`random`: nothing but pretraining. `contrastive`: first a tower is made by alignment alone, as
-`ckpt/semantic` was. `aligned`: first stand-ins, distillation and alignment. `--steps` of
-pretraining are what `contrastive` has left; its minutes in all, tower included, are everybody's.
-Towers are made once and charged to each seed. What was interrupted goes on.
+`random`: no tower is trained, all minutes go into pretraining. `contrastive`: a tower is made by
+alignment alone, like `ckpt/semantic`. `aligned`: a tower is made by all four stages. `--steps` of
+pretraining follow the contrastive tower; the minutes of both together are the budget of each arm.
+Each tower is trained once and its time is charged to every seed. An interrupted run goes on.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from lab import report
 from lab.demo import MIX
 from lab.worlds import pace, timed
 from lib.checkpoint import load_model
-from lib.cli import cli, main, UserError
+from lib.cli import check_options, cli, main, Positive, UserError
 from lib.common import find_checkpoint, read_log, same_options, setup, write_json
 from sample import evaluate
 from tokenizer import Tokenizer
@@ -27,16 +27,16 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Args:
-    seeds: int = 1                # of pretraining, from 0
-    steps: int = 2600             # of pretraining, from the contrastive tower
-    alone: int = 1200             # steps that make the contrastive tower
-    tower: str = "500,100,300,400"  # steps of the four stages that make the aligned tower
-    count: int = 300              # held-out tasks a category
+    seeds: Positive = 1           # of pretraining, from 0
+    steps: Positive = 2600        # of pretraining, from the contrastive tower
+    alone: Positive = 1200        # steps of the contrastive tower
+    tower: str = "500,100,300,400"  # steps of the four stages of the aligned tower
+    count: Positive = 300         # held-out tasks a category
     out: str = "out/vit_pays"     # run folder: report.json, report.html, a folder a run
 
 
 def make_tower(out: Path, steps: list[int], hw) -> float:
-    """CPU seconds of the first stages, as many as `steps` are given for."""
+    """Train the first len(steps) stages of a tower; returns the CPU seconds of all of them."""
     settings = train_vit.Args(resume=True, save_every=10 ** 6, eval_every=0, workers=0,
                               dtype="float32", out=str(out))
     for stage, n in zip(train_vit.STAGES, steps):
@@ -46,7 +46,7 @@ def make_tower(out: Path, steps: list[int], hw) -> float:
 
 
 def figures(tables: dict[str, dict]) -> dict[str, dict]:
-    """{run: {category: percent right}}, and by how much the means differ from random's."""
+    """{run: {category: accuracy in percent}}, and each arm's gain over `random` in the mean."""
     rows = {run: {name: 100 * row["accuracy"] for name, row in table.items()}
             for run, table in tables.items()}
     rows = {run: {"mean": float(np.mean(list(row.values()))), **row} for run, row in rows.items()}
@@ -59,9 +59,8 @@ def figures(tables: dict[str, dict]) -> dict[str, dict]:
 
 
 def pays(args: Args):
+    check_options(args)
     steps = args.tower.split(",")
-    if min(args.seeds, args.steps, args.alone, args.count) < 1:
-        raise UserError("--seeds, --steps, --alone and --count take 1 or more")
     if len(steps) != len(train_vit.STAGES) or not all(n.isdigit() and int(n) for n in steps):
         raise UserError("--tower takes the steps of semantic, texture, distill and align, as "
                         "500,100,300,400")

@@ -1,4 +1,7 @@
-"""Pictures: opened, resized, packed into patches."""
+"""Open pictures, resize them, pack them into patches.
+
+Letters: P patches of all images, N images, F frames a patch, p patch side; h, w sides in pixels.
+"""
 import warnings
 from pathlib import Path
 
@@ -12,16 +15,17 @@ from vit import fit, naflex, patchify, VitConfig
 
 
 def open_image(path) -> Image.Image:
-    """Any picture file as RGB, upright, transparency on white. Raises UserError with the reason."""
+    """Any picture file as an upright RGB image, transparent parts white. Raises UserError with the
+    reason if it can't be read."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no picture at {path}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata Pillow has much to say
+            warnings.simplefilter("ignore")     # Pillow warns of any odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = ImageOps.exif_transpose(Image.open(path))
-            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips them at 255
+            if image.mode.startswith("I"):     # 16 bits: Pillow's conversion clips them at 255
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -36,7 +40,8 @@ def open_image(path) -> Image.Image:
 
 
 def resize(image: Image.Image, config) -> np.ndarray:
-    """An image at the size the model sees it, (h, w, 3) uint8. Raises UserError on a ribbon."""
+    """An image at the size the model sees it, (h, w, 3) uint8. Raises UserError if one side is more
+    than 200 times the other."""
     v = config.vision
     try:
         h, w = fit(image.height, image.width, v.patch_size * v.spatial_merge_size,
@@ -49,18 +54,19 @@ def resize(image: Image.Image, config) -> np.ndarray:
 
 
 def pack(images: list, c: VitConfig) -> tuple[Tensor, Tensor]:
-    """Images (h, w, 3), or frames (2, h, w, 3) -> patches (P, F, 3*p*p), grids (N, 3), one behind
-    the other without padding. F is 2 where any is a video; stills then show the same twice."""
+    """Images (h, w, 3), or two frames (2, h, w, 3) -> patches (P, F, 3*p*p) uint8, grids (N, 3), an
+    image after the other without padding. F is 2 if any is a video; stills then repeat theirs."""
     cut = [patchify(image, c.patch_size, c.spatial_merge_size) for image in images]
     frames = max((patches.shape[1] for patches, _ in cut), default=1)
-    rows = [patches if patches.shape[1] == frames else patches.repeat(frames, 1)
-            for patches, _ in cut] or [np.zeros((0, 1, 3 * c.patch_size ** 2), np.uint8)]
+    rows = [np.zeros((0, frames, 3 * c.patch_size ** 2), np.uint8)]     # a batch may be empty
+    for patches, _ in cut:
+        rows.append(patches if patches.shape[1] == frames else patches.repeat(frames, 1))
     grids = torch.tensor([grid for _, grid in cut], dtype=torch.long).view(-1, 3)
     return torch.from_numpy(np.concatenate(rows)), grids
 
 
 def budgeted(image: Image.Image, c: VitConfig, budget: int) -> np.ndarray:
-    """An image at NaFlex's size for so many patches, (h, w, 3) uint8."""
+    """An image at NaFlex's size for `budget` patches, (h, w, 3) uint8."""
     unit = c.patch_size * c.spatial_merge_size
     h, w = naflex(image.height, image.width, unit, budget // c.spatial_merge_size ** 2)
     return np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))

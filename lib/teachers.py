@@ -410,6 +410,20 @@ def load_teacher(folder, device="cpu", dtype=torch.float32) -> Teacher:
     return teacher.eval().requires_grad_(False)
 
 
+class TowerTeacher:
+    """A small tower that train_vit.py has trained itself, called like a Teacher: the stand-in where
+    no folder is given. Its patches are the student's, so nothing is resampled."""
+
+    def __init__(self, visual):
+        self.visual, self.width = visual.requires_grad_(False), visual.config.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, images: list[np.ndarray], grids: Tensor) -> Tensor:
+        c = self.visual.config
+        patches = [patchify(image, c.patch_size, c.spatial_merge_size)[0] for image in images]
+        return self.visual(torch.from_numpy(np.concatenate(patches)).to(grids.device), grids)
+
+
 # Exercises. Delete the body, write it again, run the test.
 # 1. DinoV3.place: angles from places between -1 and 1.
 #    pytest tests/test_teachers.py -k dinov3 (needs requirements-peers.txt); 30 minutes.
