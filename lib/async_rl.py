@@ -474,7 +474,7 @@ class AsyncTrainer:
         try:
             checkpointer.close()
         finally:
-            if isinstance(self.actor, Remote):
+            if self.collector and self.hw.world > 1:    # tell the players that it is over
                 self.actor.close()
 
 
