@@ -5,7 +5,7 @@ default a waiting OpenMP thread spins at full speed until there is work again. T
 compete for a core with every other busy process: a step of the demo then took 19 seconds instead of
 0.7. With the settings below a thread spins for a moment and then sleeps. Sleeping at once (a spin
 count of 0) would be as robust, but costs half the speed on a quiet machine, where the next piece of
-work arrives within microseconds. `python -m lab.bench_busy` measures this.
+work arrives within microseconds. `python -m lab.bench busy` measures this.
 """
 import os
 

@@ -134,7 +134,8 @@ def print_help(config, about: str):
     for field in dataclasses.fields(config):
         default = field.default if field.default is not dataclasses.MISSING else "none"
         option = f"{field.name}={default if default != '' else '...'}"
-        print(f"  --{option:<28} {help_text(kinds[field.name], comments.get(field.name, ''))}")
+        text = help_text(kinds[field.name], comments.get(field.name, ""))
+        print(f"  --{option:<28} {text}")
 
 
 def convert(text: str, kind, name: str):
@@ -161,8 +162,9 @@ def cli(config, argv=None, about: str = "", positional: str | None = None):
     """Fill a dataclass from the command line: --key=value, --key value, --flag, --flag=false.
 
     config: the dataclass; argv: the words, sys.argv's by default; about: text on top of --help;
-    positional: the field that takes a word without dashes. A list field may be given several times. Raises UserError on an unknown option, a value of
-    the wrong type, or one that the field does not allow.
+    positional: the field that takes a word without dashes. A list field may be given several times.
+    Raises UserError on an unknown option, a value of the wrong type, or one that the field does not
+    allow.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f for f in dataclasses.fields(config)}

@@ -80,7 +80,7 @@ class Bulky:
 
 
 def test_a_request_while_the_burst_before_is_on_its_way():
-    """Two threads that read one pipe at once would share a burst's bytes between them."""
+    """Two threads that read one pipe at once would each get a part of a burst's bytes."""
     loader = SampleLoader(Bulky(), workers=2, burst=4, overlap=True)
     try:
         for i in range(0, 3000, 50):
@@ -129,13 +129,13 @@ def test_mixture_shares_follow_the_weights():
     assert np.abs(shares - [0.6, 0.3, 0.1, 0]).max() < 0.06 and shares[3] == 0
 
 
-def test_gym_stands_for_every_category():
+def test_gym_means_every_category():
     mix = dict(parse_mix("gym:8,text"))
     assert list(mix) == [*gym.names(), "text"] and mix["text"] == 1
     assert sum(mix.values()) == pytest.approx(9) and len({mix[n] for n in gym.names()}) == 1
 
 
-def test_what_is_named_twice_has_both_weights():
+def test_the_weights_of_a_name_given_twice_are_added():
     mix = parse_mix("point:2,gym,point", sight(TINY))
     own = 1 / len(gym.names(sight(TINY)))
     assert dict(mix)["point"] == pytest.approx(3 + own) and len(mix) == len(dict(mix))
@@ -165,7 +165,7 @@ def test_parts_show_screens_but_never_an_episode():
         stream(parse_mix("point"), parts=("gui_form",))
 
 
-def test_the_test_split_is_another():
+def test_the_test_split_differs_from_the_training_split():
     mix = parse_mix("gym", sight(TINY))
     train, test = stream(mix), stream(mix, split="test")
     assert not any(same(train(i), test(i)) for i in range(12))
@@ -331,7 +331,7 @@ def test_plain_pictures(tmp_path, name):
     assert image.size == (9, 5) and near(colour(image), (200, 30, 60))
 
 
-def test_transparency_lies_on_white(tmp_path):
+def test_transparency_becomes_white(tmp_path):
     picture = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
     picture.paste((0, 0, 0, 0), (0, 0, 4, 8))
     picture.paste((0, 0, 0, 128), (4, 4, 8, 8))
@@ -368,7 +368,7 @@ def test_sixteen_bits_become_eight(tmp_path, name):
         assert near(colour(image, x, y), (int(values[y, x]) >> 8,) * 3, 1)
 
 
-def test_a_turned_photo_stands_upright(tmp_path):
+def test_a_turned_photo_is_turned_upright(tmp_path):
     picture = Image.new("RGB", (16, 8), "white")
     picture.paste("red", (0, 0, 8, 8))
     exif = Image.Exif()
@@ -386,7 +386,7 @@ def refused(path) -> str:
     return str(error.value)
 
 
-def test_what_is_no_picture_is_refused(tmp_path):
+def test_files_that_are_no_pictures_are_refused(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("I am a picture\n")
     assert "it is empty" in refused(tmp_path / "empty.png")

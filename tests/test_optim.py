@@ -19,7 +19,7 @@ def random_gradients(optimizer, seed=0, size=1.0):
 
 
 def moved(optimizer, rate=1.0) -> dict[str, torch.Tensor]:
-    """What one step does to each master."""
+    """How far one step moves each master."""
     before = {name: master.clone() for name, master in optimizer.masters.items()}
     optimizer.step(rate)
     return {name: master - before[name] for name, master in optimizer.masters.items()}
@@ -43,13 +43,13 @@ def test_newton_schulz_keeps_the_singular_vectors():
     assert (middle - middle.diag().diag()).abs().max() < 1e-3
 
 
-def test_newton_schulz_knows_no_size():
+def test_newton_schulz_ignores_the_scale():
     x = torch.randn(10, 20, generator=torch.Generator().manual_seed(2))
     assert torch.allclose(newton_schulz(x), newton_schulz(1000 * x), atol=1e-4)
     assert torch.isfinite(newton_schulz(0 * x)).all()
 
 
-# ---- who moves how ------------------------------------------------------------------------------
+# ---- which optimizer moves which parameter, and how far ------------------------------------------
 
 def test_muon_takes_the_hidden_matrices_only(model):
     optimizer = Optimizer(model.named_parameters(), PLAIN)
@@ -119,7 +119,7 @@ def test_scales_by_module(model):
 
 
 def test_a_large_gradient_is_clipped(model):
-    """AdamW's second step tells: after a first one at the limit, both give the same."""
+    """Both gradients are longer than the limit, so both leave the same momenta."""
     config = OptimConfig(LR, 0.0, clip=1.0)
     states = []
     for size in (1.0, 1000.0):
@@ -208,7 +208,7 @@ def test_a_saved_state_goes_on_the_same(model):
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
-def test_who_resumes_may_change_the_decay(model):
+def test_a_resumed_run_may_change_the_decay(model):
     """The options are those of the command line, not of the file."""
     saved = Optimizer(model.named_parameters(), OptimConfig(weight_decay=0.05)).state_dict()
     optimizer = Optimizer(model.named_parameters(), OptimConfig(weight_decay=0.5))

@@ -1,6 +1,7 @@
-"""Pretraining's promises: resume, ranks, kills, full disks, odd losses; and that it learns.
+"""What pretraining promises: resume, ranks, kills, full disks, bad losses; and that it learns.
 
-Runs are in process, a few steps of a few hundred tokens; faults are set at fixed points by hooks.
+The runs happen in this process, a few steps of a few hundred tokens; hooks cause faults at fixed
+points.
 """
 import errno
 import functools
@@ -37,7 +38,7 @@ SMALL = dict(steps=10, rows=2, row_tokens=256, warmup=3, eval_every=0, workers=0
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """A run takes SIGTERM and SIGINT for itself; give them back."""
+    """A run sets its own handlers of SIGTERM and SIGINT; put the earlier ones back."""
     held = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
     yield
     for which, handler in held.items():
@@ -55,7 +56,7 @@ def log_of(out) -> list[dict]:
 
 
 def after_step(monkeypatch, act):
-    """Call act(step) once each step is logged: the hook by which faults come at fixed points."""
+    """Call act(step) after each step is logged: the hook that causes faults at fixed points."""
     log = common.Log.step
 
     def step(self, step, show, **values):
@@ -80,7 +81,8 @@ def alike(a, b) -> bool:
 # ---- resume and ranks ---------------------------------------------------------------------------
 
 def test_ten_steps_are_five_and_resume_and_five(tmp_path, monkeypatch):
-    """Bit for bit; the first five stopped by SIGTERM, the last five drawn by another process."""
+    """Bit for bit. SIGTERM stops the first five, and a worker process loads the samples of the last
+    five."""
     whole = train(tmp_path / "whole", eval_every=5)
     with monkeypatch.context() as patch:
         after_step(patch, lambda step: step == 5 and signal.raise_signal(signal.SIGTERM))
@@ -114,7 +116,8 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path):
 
 
 def test_init_gives_weights_and_no_steps_even_with_resume(tmp_path):
-    """`--init --resume` is what one line of a restarted job says: at first there is no own run."""
+    """The command of a job that may be restarted has `--init --resume`; at first there is no run to
+    resume."""
     train(tmp_path / "first", steps=2)
     log = train(tmp_path / "second", steps=2, init=str(tmp_path / "first"), resume=True, lr=0.0)
     assert [x["step"] for x in log] == [1, 2]
@@ -123,7 +126,7 @@ def test_init_gives_weights_and_no_steps_even_with_resume(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    """The same losses and weights on gloo; what two saved, one resumes."""
+    """The same losses and weights on gloo; and one process resumes what two have saved."""
     options = [f"--{key}={value}" for key, value in SMALL.items()]
     alone = train(tmp_path / "one")
     done = subprocess.run(
@@ -147,8 +150,8 @@ def test_two_processes_are_one(tmp_path):
 
 
 @pytest.mark.parametrize("signalled", [False, True], ids=["head", "tee"])
-def test_where_nobody_reads_any_more_a_run_saves_and_ends(tmp_path, monkeypatch, signalled):
-    """The reader left by itself, or by the same Ctrl-C, and took what stderr goes to along."""
+def test_a_run_saves_and_ends_when_nobody_reads_its_output(tmp_path, monkeypatch, signalled):
+    """The reader of the pipe has ended by itself, or by the same Ctrl-C; stderr goes there too."""
     held = [os.dup(1), os.dup(2)]
     reader, writer = os.pipe()
     monkeypatch.setattr(sys, "stdout", os.fdopen(os.dup(1), "w"))
@@ -173,8 +176,8 @@ def test_where_nobody_reads_any_more_a_run_saves_and_ends(tmp_path, monkeypatch,
 
 
 class Ranks:
-    """What torch.distributed says of ranks of which the others have set out from `steps`, and of
-    which one has been told to leave."""
+    """A torch.distributed in which the other ranks start from `steps`, and one of them has received
+    a signal to stop."""
 
     def __init__(self, monkeypatch, steps):
         for name in ("is_initialized", "get_world_size", "all_gather_object", "all_reduce"):
@@ -195,16 +198,16 @@ class Ranks:
 
 
 @pytest.mark.parametrize("script", [pretrain, train_vit, rl], ids=lambda script: script.__name__)
-def test_ranks_that_resume_from_different_steps_are_told(tmp_path, monkeypatch, script):
-    """As where two machines don't share --out: they would add up gradients of different weights."""
+def test_ranks_that_resume_from_different_steps_are_refused(tmp_path, monkeypatch, script):
+    """As on two machines that do not share --out: they would add up gradients of different
+    weights."""
     Ranks(monkeypatch, [40, 40])
     common.check_same_start(40, "out")
     with pytest.raises(UserError, match=r"ranks find steps \[0, 40, 40\] in .*run"):
         script.run(script.Args(steps=1, out=str(tmp_path / "run"), device="cpu", resume=True))
 
 
-def test_who_leaves_because_another_was_told_to_does_not_end_as_if_it_were_done(
-        tmp_path, monkeypatch):
+def test_a_rank_that_stops_for_another_ends_as_interrupted(tmp_path, monkeypatch):
     Ranks(monkeypatch, [0])
     hw = replace(common.setup("cpu"), world=2)
     watch = common.Checkpointer(tmp_path, hw, 9, 9, 0,
@@ -218,7 +221,7 @@ def test_who_leaves_because_another_was_told_to_does_not_end_as_if_it_were_done(
 # ---- kills and full disks -----------------------------------------------------------------------
 
 def child_dies(act) -> bool:
-    """Call act() in a fork of this process; whether it was ended before act() was through."""
+    """Call act() in a fork of this process; return whether that was killed before it was done."""
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -227,20 +230,21 @@ def child_dies(act) -> bool:
             os._exit(0)
         except BaseException:
             traceback.print_exc()
-            os._exit(77)        # an error is no death
+            os._exit(77)        # an error is not a kill
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert ended != 77
     return ended != 0
 
 
 def killed_at(offset: int):
-    """From now on the kernel kills this process as a file of its grows beyond `offset` bytes."""
+    """From now on the kernel kills this process when a file of its grows beyond `offset` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
 
 
-def test_who_is_killed_as_it_resumes_leaves_the_log_as_it_was(tmp_path):
-    """Before its first step; a line cut short, even behind an inner brace, is left out."""
+def test_a_run_killed_as_it_resumes_leaves_the_log_as_it_was(tmp_path):
+    """Killed before its first step. A line that was cut short, even after an inner brace, is left
+    out."""
     path = tmp_path / "log.jsonl"
     lines = [json.dumps({"step": i, "by": {"point": {"reward": 1}}}) for i in range(1, 60)]
     path.write_text("\n".join(lines)[:-1] + "\n")
@@ -249,14 +253,14 @@ def test_who_is_killed_as_it_resumes_leaves_the_log_as_it_was(tmp_path):
 
 
 def test_a_signal_that_comes_while_stderr_is_written_to(monkeypatch, capfd):
-    """As a progress bar does all the time: a file in the midst of a write takes no second one."""
+    """A progress bar writes all the time, and a file in the middle of a write takes no second."""
     class Busy:
         def write(self, text):
             raise RuntimeError("reentrant call")
     monkeypatch.setattr(sys, "stderr", Busy())
-    told = common.StopSignal()
+    stop = common.StopSignal()
     signal.raise_signal(signal.SIGINT)
-    assert told.received == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
+    assert stop.received == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
 
 
 def test_a_writer_killed_at_any_byte_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
@@ -275,13 +279,13 @@ def test_a_writer_killed_at_any_byte_leaves_the_earlier_checkpoint(tmp_path, mon
     monkeypatch.setattr(common, "save_checkpoint", perilous)
     train(tmp_path, steps=2, save_every=1)
     assert found == [("step_000001", 1)] * 10
-    assert find_checkpoint(tmp_path).name == "step_000002"  # what the dead left is no obstacle
+    assert find_checkpoint(tmp_path).name == "step_000002"  # what killed runs left is no obstacle
     assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_a_kill_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path, step):
-    """Also where a third checkpoint drives out the oldest, and where step 3 is saved once more."""
+    """Also where a third checkpoint replaces the oldest, and where step 3 is saved once more."""
     def write(folder):
         for name in ("config.json", "model.safetensors"):
             (folder / name).write_text(name)
@@ -310,14 +314,14 @@ def test_a_kill_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path, s
 
 
 def no_room_beyond(size: int):
-    """A disk with room for `size` bytes a file; -1: for all. The write fails as on a full disk."""
+    """Let files be `size` bytes long at most, so that a write fails as on a full disk; -1: any."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
 
 
 @pytest.mark.parametrize("room", [100_000, 3_000_000], ids=["weights", "train.pt"])
 def test_a_disk_full_for_a_while(tmp_path, monkeypatch, capsys, room):
-    """Step 2 can't be saved: said, nothing lost, nothing left, and on it goes."""
+    """Step 2 can't be saved: the run says so, loses nothing, leaves no files and continues."""
     after_step(monkeypatch, lambda step: no_room_beyond(room if step == 2 else -1))
     try:
         log = train(tmp_path, steps=3, save_every=1)
@@ -330,7 +334,7 @@ def test_a_disk_full_for_a_while(tmp_path, monkeypatch, capsys, room):
 
 
 def test_a_last_step_that_cant_be_saved_is_an_error(tmp_path, monkeypatch, capsys):
-    """The disk fills up behind step 1: exit code 2 and a line that names what there is."""
+    """The disk fills up after step 1: exit code 2 and a line that names the last checkpoint."""
     def fsync(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -345,7 +349,7 @@ def test_a_last_step_that_cant_be_saved_is_an_error(tmp_path, monkeypatch, capsy
     assert len(log_of(tmp_path)) == 3
 
 
-# ---- what comes in the way ----------------------------------------------------------------------
+# ---- bad losses, long documents, earlier runs, damaged files -------------------------------------
 
 def spoil_losses(monkeypatch, bad):
     """The loss of step i (from 0) becomes NaN where bad(i)."""
@@ -469,7 +473,7 @@ def test_a_shared_picture_is_counted_once_as_it_is_encoded_once():
     assert pretrain.count([row, row[:1]], 8) == (15, 4, 6 + 1 + 6)
     model = GLMV(sized("tiny"))
     n = model.counts()
-    assert pretrain.flops_of(model, 0, 4) == 6 * (4 * n["tower"] + n["adapter"])
+    assert model.flops(0, 4) == 6 * (4 * n["tower"] + n["adapter"])
 
 
 @pytest.mark.parametrize("left,want", [

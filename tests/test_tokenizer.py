@@ -1,4 +1,4 @@
-"""The tokenizer: exact round trips, marks that stay text, a rank file that can be made again."""
+"""The tokenizer: exact round trips, marks in text, and a rank file that can be rebuilt."""
 import random
 import re
 
