@@ -224,9 +224,9 @@ def run(args: Args):
     packer = Packer(loader, args.row_tokens, state=position, say=say)
     # Two rows of the test split, whose tasks are never trained on, from all levels: they do not
     # depend on the step, so that the held-out losses of a run can be compared.
-    held_out = Packer(replace(stream, split="test", easy_samples=0), args.row_tokens,
-                      say=lambda _: None)
-    held_out = [collate(held_out.row(), config).to(hw.device) for _ in range(2)]
+    test_rows = Packer(replace(stream, split="test", easy_samples=0), args.row_tokens,
+                       say=lambda _: None)
+    held_out = [collate(test_rows.row(), config).to(hw.device) for _ in range(2)]
 
     # Only now, as --init may be in the folder of the earlier run.
     move_earlier_run(out, args.resume, hw, say)
@@ -274,8 +274,9 @@ def run(args: Args):
             losses += torch.stack([loss.detach(), *(x.detach() for x in further)]) / weight
 
         # 5. Update. All ranks decide from the same summed loss whether it is finite, so that all
-        #    skip the step or none does. The rate stays at its peak for most of the run, since large
-        #    steps leave the plateau; its fall over the last 40% removes their noise [O].
+        #    skip the step or none does. The rate rises first, while momenta are averages of a few
+        #    gradients only; it stays at its peak for most of the run, since large steps leave the
+        #    plateau; its fall over the last 40% removes their noise [O].
         value, *further = sum_over_ranks(losses).tolist()
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
         norm = optimizer.step(rate, apply=math.isfinite(value),

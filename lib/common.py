@@ -112,7 +112,7 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
     device: auto | cpu | cuda | mps; dtype: auto | float32 | bfloat16. A CPU process uses all its
     cores, or OMP_NUM_THREADS; one where torchrun has started several. fp16 is never used: it needs
     loss scaling on a GPU and is a hundred times slower on a CPU. Raises UserError where there is no
-    such device, or a rank does not come.
+    such device, or a rank does not join.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
