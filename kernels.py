@@ -115,9 +115,11 @@ class Segments:
         documents of 3, 2 and 3 tokens,
 
             row     a0 a1 a2 b0 b1 c0 c1 c2
-            layout  [(1, 2), (2, 3)]            b is a batch; a and c are another one
+            shapes  (1, 2), (2, 3)              one document of 2 tokens, then two of 3
             dense   b0 b1 | a0 a1 a2 | c0 c1 c2
             place   2 3 4 0 1 5 6 7             where a0, a1, ... c2 are in the line above
+
+        and (shapes, place) is returned.
         """
         borders = self.cu_seqlens.cpu().long()
         starts, lengths = borders[:-1], borders.diff()

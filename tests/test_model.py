@@ -163,6 +163,13 @@ def test_attention_against_the_definition(causal, lengths):
         assert torch.allclose(x.grad, grad, atol=1e-4)
 
 
+def test_the_layout_of_the_docstring():
+    segments = Segments(torch.tensor([0, 3, 5, 8], dtype=torch.int32), causal=False)
+    shapes, place = segments.layout
+    assert f"shapes  {str(shapes)[1:-1]} " in Segments.layout.__doc__
+    assert f"place   {' '.join(map(str, place.tolist()))} " in Segments.layout.__doc__
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_linear_cross_entropy_against_the_definition(chunk):
     torch.manual_seed(0)
