@@ -328,7 +328,7 @@ class SampleLoader:
         UserError where a worker has, RuntimeError on any other failure of a worker."""
         if not any(i in indices for indices, _ in self.requests):
             self._request(i)
-        with heartbeat(f"{len(self.pipes)} processes that load samples {i} and on"):
+        with heartbeat(f"samples {i} and on, from {len(self.pipes)} workers"):
             for indices, future in self.requests:
                 answer = future.result()
                 if isinstance(answer, str):     # what went wrong

@@ -231,7 +231,7 @@ def run(args: Args):
     # Only now, as --init may be in the folder of the earlier run.
     move_earlier_run(out, args.resume, hw, say)
     say(f"{counts['total'] / 1e6:.2f}M parameters, {args.rows}x{args.row_tokens} tokens a step, "
-        f"steps {start}..{args.steps}, {workers} processes load samples, run folder {out}")
+        f"steps {start}..{args.steps}, {workers} workers, run folder {out}")
     if hw.rank == 0:        # the page of a run shows its options from here; eval reads the mixture
         write_json(out / "config.json", asdict(args) | {
             "parameters": counts, "hardware": hw.description})
