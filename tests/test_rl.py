@@ -1,6 +1,7 @@
-"""RL's promises: what is learnt from, resume, staleness, faults; and both drivers alike.
+"""What rl.py and lib/async_rl.py guarantee: what the model learns from, resume, staleness, faults,
+and the same losses from both trainers.
 
-Runs are in process, a few steps from small random models; faults come at fixed points, from stubs.
+Runs are in process and take a few steps from small random models; stubs fail at fixed points.
 """
 import contextlib
 import copy
@@ -51,7 +52,7 @@ SMALL = dict(prompts=2, group=4, row_tokens=512, max_new=8, slots=8, eval_every=
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A model with a head, whose replies are noise of full entropy."""
+    """A random model with an MTP head; its replies are noise."""
     model = GLMV(sized("tiny"), seed=3).eval()
     attach(model, 3, seed=3)
     return model
@@ -65,7 +66,7 @@ def begin(tiny, tmp_path_factory):
 
 
 def some_reward(monkeypatch):
-    """Noise is never right; let a reply be worth the share of its tokens that are even."""
+    """Noise is never right: let the reward be the share of even bytes in a reply."""
     def score(self, task, evidence):
         said = str(evidence["reply"]).encode()
         return Score(sum(b % 2 == 0 for b in said) / max(1, len(said)), {})
@@ -77,7 +78,7 @@ def settings_of(model, **more) -> RolloutSettings:
 
 
 def episode(reward, ids=6, index=0, group=0, advantage=None, version=0) -> Episode:
-    """An Episode of two prompt tokens and some sampled ones; reward None is an error."""
+    """An Episode of two prompt tokens and some sampled ones. reward None: it ended in an error."""
     rng = np.random.default_rng([group, index])
     extras = {"logp": np.full(ids, -1.0, np.float32), "version": np.full(ids, version, np.float32)}
     d = Document(rng.integers(0, 500, ids).astype(np.int32),
@@ -96,7 +97,7 @@ def test_advantages_by_hand(rewards, want):
     assert rl.advantages(rewards) == pytest.approx(want)
 
 
-def test_advantages_over_their_deviation():
+def test_advantages_divided_by_the_std():
     assert rl.advantages([1, 0, 0, 0], std=True) == pytest.approx([3 ** .5] + [-3 ** -.5] * 3, 1e-4)
     assert rl.advantages([1, 1], std=True) == [0, 0]
 
@@ -141,7 +142,7 @@ EXERCISES = {  # ratio, advantage -> gradient with respect to logp at low 0.8, h
 @pytest.mark.parametrize("name", EXERCISES)
 def test_exercise_losses(name):
     if not hasattr(rl, name):
-        pytest.skip(f"rl.{name} waits to be written: exercise 2 of rl.py")
+        pytest.skip(f"rl.{name} is not written yet: exercise 2 of rl.py")
     for ratio, advantage, slope in EXERCISES[name]:
         _, got = gradient(getattr(rl, name), ratio, advantage, 0.8, 1.3)
         assert got == pytest.approx(slope, rel=1e-5)
@@ -150,7 +151,7 @@ def test_exercise_losses(name):
 def test_exercise_gspo():
     """Two replies of 2 and 1 tokens; the ratio of a reply is the geometric mean of its tokens'."""
     if not hasattr(rl, "gspo"):
-        pytest.skip("rl.gspo waits to be written: exercise 2 of rl.py")
+        pytest.skip("rl.gspo is not written yet: exercise 2 of rl.py")
     old = torch.tensor([-1.0, -1.0, -1.0])
     logp = (old + torch.tensor([1.2, 0.9, 2.0]).log()).requires_grad_()
     loss = rl.gspo(logp, old, torch.tensor([1.0, 1.0, 1.0]), 0.8, 1.3, lengths=[2, 1])
@@ -161,7 +162,7 @@ def test_exercise_gspo():
 
 
 def test_every_episode_counts_the_same():
-    """However long, in however many Documents; errors count nowhere."""
+    """However long it is and however many Documents it has; errors do not count."""
     group = [episode(1, 6), episode(0, 20, 1), episode(None, 6, 2), episode(0.5, 9, 3)]
     group[3].documents *= 3
     made = rl.to_samples([group])
@@ -202,8 +203,8 @@ def test_linear_logp(chunk):
     assert empty.shape == (0,)
 
 
-def test_the_reference_holds_the_policy_back(tiny):
-    """Where the two agree the term is 0; elsewhere it is positive and pulls towards it."""
+def test_the_reference_model_pulls_the_policy_back(tiny):
+    """The KL term is 0 where both agree, and positive elsewhere."""
     batch = collate([d for sample in rl.to_samples([[episode(1), episode(0, index=1)]])
                      for d in sample], tiny.config)
     _, _, logp, _ = rl.logps_of(tiny, batch)
@@ -220,7 +221,7 @@ def test_the_reference_holds_the_policy_back(tiny):
 
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_on_policy_all_ratios_are_one(tiny, drafts):
-    """On every token: one turn, segments and growing streams, with pictures and speculation."""
+    """On every token: one turn, both multi-turn layouts, with pictures and speculation."""
     args = Args(slots=5, context=256, drafts=drafts)
     settings = settings_of(tiny, max_new=12, think=6, context=256)
     tasks = [Task(name, i) for i, name in enumerate(
@@ -238,7 +239,7 @@ def test_on_policy_all_ratios_are_one(tiny, drafts):
 
 
 class Parrot:
-    """An engine that says what it is told: say(request) -> ids."""
+    """An engine whose replies are those of a function: say(request) -> ids."""
     def __init__(self, say):
         self.say, self.asked, self.count, self.version = say, {}, 0, 0
 
@@ -268,8 +269,8 @@ class Parrot:
 
 
 @pytest.mark.parametrize("name", ["counting", "gui_form", "text_tools", "visual_tools"])
-def test_what_is_learnt_is_what_was_shown(tiny, name):
-    """The oracle's replies, sampled token by token, make the documents that SFT would train."""
+def test_rollouts_make_the_documents_that_sft_would_train(tiny, name):
+    """If the model samples the oracle's replies, ids, weights and pictures are those of SFT."""
     task = Task(name, 5)
     script, append = gym.play_out(task)[1], gym.make(task).layout == "append"
     drive, talks = gym.drive(gym.make(task)), []
@@ -303,7 +304,7 @@ def test_a_blank_picture_is_grey(tiny):
     assert image.shape == (64, 64, 3) and (image == 128).all()
 
 
-def test_a_thought_without_end_is_ended(tiny):
+def test_a_thought_is_ended_at_its_budget(tiny):
     said = []
 
     def say(request):
@@ -320,8 +321,8 @@ def test_a_thought_without_end_is_ended(tiny):
     assert [r.max_new for r in said] == [5, 7] and e.status == "done"
 
 
-def test_a_thought_that_ends_late_is_not_cut_off(tiny):
-    """The budget runs out in the midst of the answer: nothing is put in, and it goes on."""
+def test_an_answer_within_the_thinking_budget_is_not_cut_off(tiny):
+    """The budget is used up in the middle of the answer: nothing is inserted, it continues."""
     close, stop = TOKENS.special["</think>"], TOKENS.special["<|user|>"]
     parts = iter([[65, 65, close, 66], [67, stop]])
     settings = settings_of(tiny, think=4)
@@ -332,7 +333,7 @@ def test_a_thought_that_ends_late_is_not_cut_off(tiny):
 
 
 def test_garbage_replies_are_zeros_and_train(tiny):
-    """Any token may come: special ones, those behind the vocabulary, marks of pictures."""
+    """Any token may be sampled: special ones, unused ones, <|image|>."""
     rng = np.random.default_rng(0)
     size = tiny.config.text.vocab_size
 
@@ -344,7 +345,7 @@ def test_garbage_replies_are_zeros_and_train(tiny):
     played = rl.rollout(Parrot(say), orders, settings_of(tiny, context=2048), Rewards())
     assert all(e.score.error is None and e.score.reward < 1 for e in played)
     for e in played:
-        e.score = Score(float(e.index % 2))     # as if some were better, so that they are learnt
+        e.score = Score(float(e.index % 2))     # so that groups have a signal
     model = copy.deepcopy(tiny)
     optimizer = Optimizer(model.named_parameters(), OptimConfig(1e-4))
     groups = [played[i:i + 8] for i in range(0, len(played), 8)]
@@ -353,7 +354,7 @@ def test_garbage_replies_are_zeros_and_train(tiny):
     assert all(torch.isfinite(p).all() for p in model.parameters())
     order = [Episode(Task("point", 1), 0, 0)]
     [e] = rl.rollout(Parrot(lambda _: [65, TOKENS.image]), order, settings_of(tiny), Rewards())
-    assert e.documents[0].weights.sum() == 1    # the mark itself is not learnt
+    assert e.documents[0].weights.sum() == 1    # <|image|> itself is not learned
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
@@ -384,14 +385,14 @@ def test_six_steps_are_three_and_resume_and_three(tmp_path, begin, monkeypatch, 
 
 @pytest.mark.slow
 def test_it_learns(tmp_path, begin, monkeypatch):
-    """From noise, where a third of all bytes pays, to what pays, in 30 steps."""
+    """The reward of noise is about a third; 30 steps raise it by 0.2."""
     some_reward(monkeypatch)
     log = go(tmp_path, begin, steps=30, lr=4e-3, prompts=4, group=8, slots=32)
     first, last = (np.mean([x["reward"] for x in part]) for part in (log[:5], log[-5:]))
     assert last > first + 0.2
 
 
-def test_an_asynchronous_driver_at_staleness_0_is_the_synchronous_one(tmp_path, begin, monkeypatch):
+def test_both_trainers_give_the_same_losses_at_staleness_0(tmp_path, begin, monkeypatch):
     some_reward(monkeypatch)
     plain = go(tmp_path / "plain", begin, steps=3, mix="counting")
     threads = go(tmp_path / "threads", begin, steps=3, mix="counting", workers=2)
@@ -404,18 +405,35 @@ def test_a_stale_run_keeps_its_bound_and_resumes(tmp_path, begin, monkeypatch):
     some_reward(monkeypatch)
     log = go(tmp_path, begin, steps=4, max_staleness=2, save_every=2)
     assert len(log) == 4 and all(0 <= x["stale_max"] <= 2 for x in log)
-    held = state_of(tmp_path / "step_000002")["collector"]
-    assert held["ready"] or held["books"]["kept"]       # what was under way is not lost
-    for group in held["ready"]:
+    saved = state_of(tmp_path / "step_000002")["collector"]
+    assert saved["ready"] or saved["books"]["kept"]     # groups in play are not lost
+    for group in saved["ready"]:
         assert len(from_bytes(group.numpy().tobytes())) == 4
     assert len(go(tmp_path, begin, steps=6, max_staleness=2, resume=True)) == 6
+    saved = state_of(tmp_path / "step_000006")["collector"]
+    assert len(go(tmp_path, begin, steps=7, resume=True)) == 7     # by the synchronous trainer
+    assert state_of(tmp_path / "step_000007")["collector"]["count"] > saved["count"]
+    assert len(go(tmp_path, begin, steps=8, max_staleness=1, resume=True)) == 8
+
+
+def test_the_synchronous_trainer_plays_the_groups_again_that_were_ready(tiny, monkeypatch):
+    """Their samples are of older weights; their tasks come before new ones."""
+    collector = make_collector(tiny, monkeypatch, *range(100, 120), prompts=3, staleness=2)
+    while not collector.ready:
+        collector.turn()
+    tasks = [group[0].task for group in collector.ready]
+    tasks += [group.task for group in collector.open.values()]
+    again = Curriculum((("counting", 1.0),), 0, 1)
+    again.resume(collector.state())
+    assert {again.next_task() for _ in tasks} == set(tasks) and not again.replay
+    assert {e.group for e in again.next_group(2)} == {collector.curriculum.count}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness,ranks,players", [(0, 2, 1), (2, 2, 1), (0, 3, 1), (2, 3, 2)])
 def test_trainers_and_players(tmp_path, staleness, ranks, players):
-    """On gloo, the last ranks play; without staleness losses are those of one process. From the
-    demo's model, who is sometimes right."""
+    """On gloo, the last ranks play; at staleness 0 the losses are those of one process. From the
+    demo's model, which is sometimes right."""
     settings = dict(mix="counting,gui_form", prompts=4, steps=3, init=ROOT / "ckpt/demo")
     options = [f"--{k}={v}" for k, v in {
         **SMALL, **settings, "max_staleness": staleness, "rollout_ranks": players}.items()]
@@ -445,7 +463,7 @@ def test_the_report_shows_a_run(tmp_path, begin, monkeypatch):
 
 
 @pytest.mark.parametrize("rising", [0.1, 0.0])
-def test_the_alarm_rings_when_reward_and_accuracy_part(tmp_path, begin, monkeypatch, capsys,
+def test_an_alarm_when_reward_rises_and_accuracy_falls(tmp_path, begin, monkeypatch, capsys,
                                                        rising):
     right, step = iter([0.5, 0.6, 0.5]), iter([0, 1])
     monkeypatch.setattr(rl, "accuracy", lambda episodes: {"mean": next(right)})
@@ -467,7 +485,7 @@ def test_bad_options_are_one_clear_line(tmp_path, begin, change, message):
     assert checkpoints(tmp_path / "run")
 
 
-def test_a_group_is_shown_its_picture_once(tiny):
+def test_the_picture_of_a_group_is_encoded_once(tiny):
     orders = [Episode(Task("counting", 7), 0, i) for i in range(4)]
     engine = rl.make_engine(tiny, Args(context=128))
     played = rl.rollout(engine, orders, settings_of(tiny), Rewards())
@@ -480,7 +498,7 @@ def test_a_group_is_shown_its_picture_once(tiny):
 # ---- faults, at fixed points --------------------------------------------------------------------
 
 class Stage(OneShot):
-    """A task whose seed says what goes wrong."""
+    """An environment that fails in the way that the seed of its task names."""
     FAULTS = ("fine", "make", "reset", "step", "evidence", "hang")
 
     def __init__(self, task):
@@ -514,7 +532,7 @@ class Even:
 
 
 class Given(Curriculum):
-    """Draws tasks of these seeds first, then fine ones."""
+    """First the tasks of the given seeds, then tasks that do not fail."""
     def __init__(self, *seeds):
         super().__init__((("counting", 1.0),), 0, 1, lambda line: self.said.append(line))
         self.seeds, self.said = list(seeds), []
@@ -525,8 +543,8 @@ class Given(Curriculum):
         return Task("counting", self.seeds.pop(0))
 
 
-def troupe(tiny, monkeypatch, *seeds, actor=Actor, **more) -> Collector:
-    """A Collector of groups of 4 over Stage; replies are one or two letters, in turn."""
+def make_collector(tiny, monkeypatch, *seeds, actor=Actor, **more) -> Collector:
+    """A Collector of groups of 4 rollouts of Stage; replies are one or two letters, in turn."""
     monkeypatch.setattr(driver, "make", Stage)
     turns = iter(range(10 ** 6))
     parrot = Parrot(lambda _: [65] * (1 + next(turns) % 2) + [TOKENS.special["<|user|>"]])
@@ -535,9 +553,9 @@ def troupe(tiny, monkeypatch, *seeds, actor=Actor, **more) -> Collector:
                      **{"prompts": 2, "size": 4, "staleness": 0, "patience": 1e9, **more})
 
 
-def test_an_environment_that_raises_is_an_error_and_no_zero(tiny, monkeypatch):
+def test_an_environment_that_raises_gives_an_error_and_not_a_zero(tiny, monkeypatch):
     faults = [Stage.FAULTS.index(name) for name in ("make", "reset", "step", "evidence")]
-    collector = troupe(tiny, monkeypatch, *faults, 0)
+    collector = make_collector(tiny, monkeypatch, *faults, 0)
     groups = collector.collect(0)
     assert len(groups) == 2 and all(group[0].task.seed not in faults for group in groups)
     ended = [e for group in collector.seen for e in group]
@@ -551,7 +569,7 @@ def test_an_environment_that_raises_is_an_error_and_no_zero(tiny, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Set by hand."""
+    """The Collector's clock, set by hand."""
     now = [0.0]
     monkeypatch.setattr(async_rl.time, "monotonic", lambda: now[0])
     return now
@@ -560,10 +578,10 @@ def clock(monkeypatch):
 HANG = Stage.FAULTS.index("hang")
 
 
-def test_a_screen_that_never_returns_is_given_up_and_played_again(tiny, monkeypatch, clock):
-    """After `patience` the task is kept, the second time it is an error. A minute in which nobody
-    takes a turn, as while a model is examined, counts as a second."""
-    collector = troupe(tiny, monkeypatch, HANG, patience=10.0, staleness=1)
+def test_a_rollout_that_hangs_is_given_up_and_played_again(tiny, monkeypatch, clock):
+    """After `patience` the task is played again; the second time it is an error. A minute without
+    a turn, as during an evaluation, counts as one second."""
+    collector = make_collector(tiny, monkeypatch, HANG, patience=10.0, staleness=1)
 
     def turns(seconds):
         for _ in range(seconds):
@@ -583,7 +601,7 @@ def test_a_screen_that_never_returns_is_given_up_and_played_again(tiny, monkeypa
     assert collector.aborted == 1
     assert [task[1] for task in collector.curriculum.replay] == [HANG]
     collector.ready.clear()
-    others_done()           # the kept task is drawn first
+    others_done()           # the task that was given up comes first
     assert [group.task.seed for group in collector.open.values()] == [HANG]
     turns(11)
     errors = [e for group in collector.seen for e in group if e.score.error]
@@ -591,10 +609,10 @@ def test_a_screen_that_never_returns_is_given_up_and_played_again(tiny, monkeypa
     assert not collector.actor.environment and not collector.given_up
 
 
-def test_enough_is_enough(tiny, monkeypatch, clock):
-    """Abort by count: what is still under way is given up and kept, to be played first, and then
-    waited for: slow tasks are not put off for ever, and a screen that hangs is an error."""
-    collector = troupe(tiny, monkeypatch, HANG, patience=10.0)
+def test_groups_that_are_not_needed_are_given_up_and_played_again(tiny, monkeypatch, clock):
+    """Abort by count: groups still in play are given up, played again first, and then waited for:
+    slow tasks are not put off for ever, and a rollout that hangs is an error."""
+    collector = make_collector(tiny, monkeypatch, HANG, patience=10.0)
     collector.curriculum.no_signal = 0.34      # three groups are begun for two
     assert len(collector.collect(0)) == 2
     assert not collector.open and collector.aborted == 1
@@ -611,8 +629,8 @@ def test_enough_is_enough(tiny, monkeypatch, clock):
     assert len(errors) == 4 and all(e.task.seed == HANG for e in errors)
 
 
-def test_a_verdict_that_nobody_wants_any_more_is_not_asked_for(tiny, monkeypatch):
-    """Nine rollouts wait for one verifier that is busy; their group is given up."""
+def test_rollouts_of_an_aborted_group_are_not_scored(tiny, monkeypatch):
+    """Nine rollouts wait for the only verifier, which is busy; their group is aborted."""
     monkeypatch.setattr(driver, "make", Stage)
     asked, go_on = [], threading.Event()
 
@@ -655,7 +673,7 @@ def test_odd_rewards_and_dying_verifiers_are_errors(tiny, monkeypatch):
 
 
 def test_a_reward_system_that_raises_is_an_error(tiny, monkeypatch):
-    collector = troupe(tiny, monkeypatch)
+    collector = make_collector(tiny, monkeypatch)
 
     def gone(task, evidence):
         raise RuntimeError("a reward worker does not start")
@@ -669,13 +687,13 @@ def test_what_is_delivered_twice_counts_once(tiny, monkeypatch):
     class Twice(Actor):
         def step(self, *how):
             return [e for one in super().step(*how) for e in (one, *from_bytes(to_bytes([one])))]
-    collector = troupe(tiny, monkeypatch, actor=Twice)
+    collector = make_collector(tiny, monkeypatch, actor=Twice)
     groups = collector.collect(0)
     assert [[e.index for e in group] for group in groups] == [[0, 1, 2, 3]] * 2
     assert collector.twice == 4 * len(collector.seen)
 
 
-def test_weights_that_arrive_in_mid_generation_mark_each_token(tiny):
+def test_each_token_is_marked_with_the_version_of_its_weights(tiny):
     actor = Actor(Engine(tiny, 4, 128), Even(), settings_of(tiny, max_new=6))
     actor.start([Episode(Task("counting", i), 0, i) for i in range(3)])
     while not any(len(r.ids) == 3 for r in actor.engine.running):
@@ -715,20 +733,20 @@ def test_an_error_long_ago_may_pause_a_category_in_a_fine_group():
     assert len(said) == 1 and said[0].startswith("counting is paused") and "gone" in said[0]
     curriculum.top = {"counting": 2, "point": 1}
     again = Curriculum((("counting", 1.0), ("text_code", 1.0)), 0, 2, said.append)
-    again.restore(curriculum.state())        # by somebody who has mended it
+    again.restore(curriculum.state())        # its verifier may have been repaired
     assert "counting was paused for its errors and is tried again" in said
     assert not again.paused("counting") and again.top == {"counting": 1, "text_code": 0}
 
 
-def test_errors_are_learnt_from_by_nobody_and_age_nothing():
+def test_errors_do_not_count_as_stale():
     old = episode(None, version=0)
     assert staleness_of([[old, episode(1, index=1, version=3)]], 4) == {
         "stale": 1.0, "stale_max": 1.0}
 
 
-def test_so_many_rollouts_are_under_way_and_groups_may_begin_in_part(tiny, monkeypatch):
-    """Three groups of four, of which six rollouts may be under way; the first screen hangs."""
-    collector = troupe(tiny, monkeypatch, HANG, prompts=3, staleness=1, flight=6)
+def test_flight_limits_the_rollouts_and_a_group_may_begin_in_part(tiny, monkeypatch):
+    """Three groups of four, of which six rollouts may be in play; the first group hangs."""
+    collector = make_collector(tiny, monkeypatch, HANG, prompts=3, staleness=1, flight=6)
     begun, start = [], collector.actor.start
     monkeypatch.setattr(collector.actor, "start", lambda orders: (
         begun.append([(e.group, e.index) for e in orders]), start(orders)))
@@ -764,7 +782,7 @@ def test_a_run_that_ends_for_its_errors_is_saved(tmp_path, begin, monkeypatch, m
         assert [x["pg_loss"] for x in parts] == [x["pg_loss"] for x in whole]
 
 
-def test_the_error_that_ends_a_run_is_named_whoever_comes_last():
+def test_the_error_that_ends_a_run_is_named():
     curriculum = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 1, lambda line: None)
     curriculum.faults = {"counting": [60.0, 60.0, "gone"], "point": [0.0, 8.0, ""]}
     with pytest.raises(UserError, match="errors, the last in: gone; the run stops"):
@@ -803,29 +821,29 @@ def dies(where, name, when):
         if when(*args) and not os.path.exists(trace + "/died"):
             open(trace + "/died", "w").close()
             os.kill(os.getppid(), signal.SIGTERM) if how == "agent" else os._exit(1)
-            if who == "player":     # does no more until its agent ends it
+            if who == "player":     # waits until its agent ends it
                 signal.pause()
         return whole(*args)
     setattr(where, name, fatal)
 
-def tells(where, name, event):      # what rank 0 does, life after life
+def records(where, name, event):    # what rank 0 does, over all restarts
     whole = getattr(where, name)
-    def telling(*args):
-        found = whole(*args)
+    def recording(*args):
+        result = whole(*args)
         with open(trace + "/events", "a") as file:
-            print(*event(found, *args), file=file)
-        return found
-    setattr(where, name, telling)
+            print(*event(result, *args), file=file)
+        return result
+    setattr(where, name, recording)
 
 trace, who, how = (sys.argv.pop(1) for _ in range(3))
 if os.environ["RANK"] == "0":
-    tells(Curriculum, "next_task", lambda task, *_: ("drawn", task.seed))
-    tells(Curriculum, "record", lambda _, self, group, signal: ("ended", group[0].task.seed))
-    tells(rl, "to_samples", lambda _, groups, *rest: (
-        "learnt", *(group[0].task.seed for group in groups)))
-    tells(rl, "save_state", lambda *_: ("saved",))
+    records(Curriculum, "next_task", lambda task, *_: ("drawn", task.seed))
+    records(Curriculum, "record", lambda _, self, group, signal: ("ended", group[0].task.seed))
+    records(rl, "to_samples", lambda _, groups, *rest: (
+        "learned", *(group[0].task.seed for group in groups)))
+    records(rl, "save_state", lambda *_: ("saved",))
     with open(trace + "/events", "a") as file:
-        print("born", file=file)
+        print("started", file=file)
 if os.path.exists(trace + "/died"):
     open(trace + "/again", "a").close()
 gym.Rewards.score = score
@@ -839,28 +857,28 @@ main(lambda: rl.run(cli(rl.Args)))
 
 
 def nothing_lost_nor_counted_twice(trace, staleness=0):
-    """Of all that happened up to the checkpoint that the next life began from: each task that was
-    drawn has ended or waits in the last checkpoint to be played, and none was learnt twice."""
-    lives: list[list] = []
+    """Of everything up to the checkpoint from which the next attempt resumed: each task that was
+    drawn has ended or is in the last checkpoint to be played, and none was learned from twice."""
+    attempts: list[list] = []
     for event in (trace / "events").read_text().splitlines():
-        if event == "born":
-            while lives and lives[-1] and lives[-1][-1] != "saved":
-                lives[-1].pop()         # forgotten with the life
-            lives.append([])
+        if event == "started":
+            while attempts and attempts[-1] and attempts[-1][-1] != "saved":
+                attempts[-1].pop()      # lost with the attempt
+            attempts.append([])
         else:
-            lives[-1].append(event)
-    events = [event.split() for life in lives for event in life]
-    drawn, ended, learnt = ([int(seed) for kind, *rest in events if kind == name for seed in rest]
-                            for name in ("drawn", "ended", "learnt"))
+            attempts[-1].append(event)
+    events = [event.split() for attempt in attempts for event in attempt]
+    drawn, ended, learned = ([int(seed) for kind, *rest in events if kind == name for seed in rest]
+                            for name in ("drawn", "ended", "learned"))
     kept = state_of(checkpoints(trace / "run")[-1])["collector"]["books"]["kept"]
-    assert len(lives) > 1 and len(ended) >= 8 and len(learnt) == len(set(learnt)) > 0
+    assert len(attempts) > 1 and len(ended) >= 8 and len(learned) == len(set(learned)) > 0
     assert set(drawn) == set(ended) | {task[1] for task in kept}
     if not staleness:       # else what ended too late is played again
         assert len(ended) == len(set(ended))
 
 
 def torchrun(*words, steps=4, **options) -> subprocess.Popen:
-    """`torchrun words fatal.py ... --options`, which runs on."""
+    """Start `torchrun words fatal.py ... --options` and do not wait for it."""
     options = {**SMALL, "mix": "ocr_line", "save_every": 1, "steps": steps, **options}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *map(str, words),
@@ -869,7 +887,7 @@ def torchrun(*words, steps=4, **options) -> subprocess.Popen:
 
 
 def two_agents(way: str, restarts: int, *words, **options) -> list[tuple[int, str, str]]:
-    """One run under two agents, as on two machines; exit code, output and errors of each."""
+    """One run under two torchrun agents, as on two machines: [(exit code, stdout, stderr), ...]."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -883,10 +901,10 @@ def two_agents(way: str, restarts: int, *words, **options) -> list[tuple[int, st
     finally:
         for agent in both:
             agent.terminate()
-    return [(agent.returncode, *told) for agent, told in zip(both, said)]
+    return [(agent.returncode, *output) for agent, output in zip(both, said)]
 
 
-def test_who_talks_until_the_context_is_full_is_judged_and_no_error(tiny):
+def test_a_reply_that_fills_the_context_is_scored_and_no_error(tiny):
     task = next(task for task in (Task("text_tools", i) for i in range(9))
                 if len(gym.play_out(task)[1]) > 1)
     room = 200 + len(Rollout(Episode(task, 0, 0), settings_of(tiny)).advance().prompt.ids)
@@ -899,7 +917,7 @@ def test_who_talks_until_the_context_is_full_is_judged_and_no_error(tiny):
 
 @pytest.mark.parametrize("slack", [0, 1])
 def test_an_order_waits_for_its_weights(slack):
-    """Orders travel faster than weights; without staleness the player must not begin."""
+    """Orders arrive before the weights; at staleness 0 the player must not begin yet."""
     store, seen = dist.HashStore(), []
 
     class Slow:
@@ -969,8 +987,9 @@ def test_an_attempt_knows_nothing_of_the_one_before():
 
 
 @pytest.mark.parametrize("where", ["collecting", "learning", "sending"])
-def test_where_no_player_is_left_nothing_learnt_is_lost(tmp_path, begin, monkeypatch, where):
-    """Four steps are done; it comes as step 5 is played or learnt from, or as weights are sent."""
+def test_if_a_player_is_gone_what_was_learned_is_saved(tmp_path, begin, monkeypatch, where):
+    """Four steps are done; the error comes while step 5 is played or learned from, or while weights
+    are sent."""
     some_reward(monkeypatch)
     turn, load = Collector.turn, Actor.load
 
@@ -992,7 +1011,7 @@ def test_where_no_player_is_left_nothing_learnt_is_lost(tmp_path, begin, monkeyp
 
 
 def test_a_slow_reader_finds_everything_once():
-    """Two players have long ended what was asked of them when the trainer looks for it."""
+    """Two players have finished all orders before the trainer looks."""
     store = dist.HashStore()
 
     class Still:
@@ -1038,8 +1057,8 @@ def test_a_slow_reader_finds_everything_once():
     assert all(e.score.reward == 1 for e in found)
 
 
-def test_who_waits_for_the_dead_is_told():
-    """A rank without a pulse ends the run; a trainer that does not listen for long does not."""
+def test_a_player_without_a_sign_of_life_ends_the_run():
+    """But not if it is the trainer that has not looked for a long time."""
     store = dist.HashStore()
     remote = Remote(store, [1], None, 0, 0, silence=5.0)
     remote._check_alive(remote.alive[1][1] + 5)
@@ -1050,8 +1069,8 @@ def test_who_waits_for_the_dead_is_told():
         remote._check_alive(now + 5.1)
 
 
-def test_weights_that_never_arrive_hold_nobody_up_for_ever():
-    """Who should take them is dead, or told to leave."""
+def test_a_transfer_that_never_ends_ends_the_run():
+    """The player is dead, or has stopped by the same signal."""
     transfer = Transfer(GLMV(sized("tiny")), None)
     transfer.work = [type("Work", (), {"is_completed": lambda self: False})()]
     dead = Remote(dist.HashStore(), [1], transfer, 0, 0, silence=0.01)
@@ -1067,29 +1086,29 @@ def test_weights_that_never_arrive_hold_nobody_up_for_ever():
     left.close()
 
 
-def test_leaving_in_the_midst_loses_no_task_and_counts_none_twice(tiny, monkeypatch):
-    """Groups that ended, that are under way and that wait for their turn, through the state."""
+def test_stopping_while_collecting_loses_no_task_and_counts_none_twice(tiny, monkeypatch):
+    """The state holds groups that are ready, in play, and to be played again."""
     def tasks_of(groups):
         return [group[0].task.seed for group in groups]
     monkeypatch.setattr(Given, "next_task", lambda self: Task("counting", self.replay.pop(0)[1])
                         if self.replay else Task("counting", self.seeds.pop(0)))
-    first = troupe(tiny, monkeypatch, *range(100, 200), prompts=9, flight=8,
+    first = make_collector(tiny, monkeypatch, *range(100, 200), prompts=9, flight=8,
                    should_leave=lambda: first.ready and first.open)
     assert first.collect(0) is None and first.ready and first.open
-    second = troupe(tiny, monkeypatch, *first.curriculum.seeds, prompts=9, flight=8)
+    second = make_collector(tiny, monkeypatch, *first.curriculum.seeds, prompts=9, flight=8)
     second.restore(first.state())
-    learnt = tasks_of(second.collect(0))
-    assert set(tasks_of(first.ready)) <= set(learnt) and len(learnt) == len(set(learnt)) >= 9
+    learned = tasks_of(second.collect(0))
+    assert set(tasks_of(first.ready)) <= set(learned) and len(learned) == len(set(learned)) >= 9
     left = [task[1] for task in second.curriculum.replay] + second.curriculum.seeds
-    silent = tasks_of(g for g in first.seen + second.seen if not rl.has_signal(g))
-    assert sorted(learnt + left + silent) == list(range(100, 200))
+    no_signal = tasks_of(g for g in first.seen + second.seen if not rl.has_signal(g))
+    assert sorted(learned + left + no_signal) == list(range(100, 200))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who,staleness", [("player", 0), ("trainer", 0), ("trainer", 2)])
 def test_a_dead_rank_restarts_all_from_the_last_checkpoint(tmp_path, begin, who, staleness):
-    """It dies in its first life after the second step, and nobody has to be killed for it: steps 1
-    and 2 are not lost."""
+    """It dies in the first attempt after the second step. No other rank has to be killed, and steps
+    1 and 2 are not lost."""
     (tmp_path / "fatal.py").write_text(FATAL)
     agent = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1",
                      tmp_path / "fatal.py", tmp_path, who, "exit", "--resume", init=begin,
@@ -1104,9 +1123,9 @@ def test_a_dead_rank_restarts_all_from_the_last_checkpoint(tmp_path, begin, who,
 @pytest.mark.slow
 @pytest.mark.parametrize("way,who", [("static", "player"), ("static", "trainer"),
                                      ("c10d", "player")])
-def test_where_one_of_two_machines_goes_the_other_ends(tmp_path, begin, way, who):
-    """Over loopback. Its agent is stopped after the second step; both are started anew, and what
-    is left is done."""
+def test_if_one_of_two_machines_stops_the_other_ends(tmp_path, begin, way, who):
+    """Over loopback. One agent is stopped after the second step; then both are started again and do
+    the remaining steps."""
     (tmp_path / "fatal.py").write_text(FATAL)
     words = tmp_path / "fatal.py", tmp_path, who, "agent", "--resume"
     first = two_agents(way, 0, *words, init=begin, out=tmp_path / "run")
@@ -1121,7 +1140,7 @@ def test_where_one_of_two_machines_goes_the_other_ends(tmp_path, begin, way, who
 
 
 @pytest.mark.slow
-def test_where_one_of_two_machines_restarts_the_other_follows(tmp_path, begin):
+def test_if_one_of_two_machines_restarts_the_other_follows(tmp_path, begin):
     """Only one of the agents counts that as a restart."""
     (tmp_path / "fatal.py").write_text(FATAL)
     both = two_agents("c10d", 1, tmp_path / "fatal.py", tmp_path, "player", "exit", "--resume",
@@ -1134,7 +1153,7 @@ def test_where_one_of_two_machines_restarts_the_other_follows(tmp_path, begin):
 
 # ---- the curriculum and bytes --------------------------------------------------------------------
 
-def test_the_curriculum_prefers_what_is_half_solved_and_rises():
+def test_the_curriculum_prefers_half_solved_tasks_and_opens_levels():
     said = []
     curriculum = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 2, said.append)
     for _ in range(30):
