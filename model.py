@@ -77,7 +77,8 @@ def sized(size: str) -> Config:
     if size == "tiny":
         # A head of 32 channels has 16 frequencies, base ** -(i / 16). With GLM's base of 10,000 and
         # its sections the six of the columns (w) rotate by 0.003 radians a token or less: four
-        # neighbouring columns look alike. With base 10 theirs rotate by 0.1 to 0.3 radians. [O]
+        # neighbouring columns look alike. With base 10 and eight frequencies theirs rotate by 0.1
+        # to 0.3 radians. [O]
         text = TextConfig(tokens.vocab_size, 96, 256, 3, 3, 3, 32, rope_theta=10.0,
                           max_position_embeddings=4096)
         vision = VitConfig(2, 96, 3, 256, patch_size=8, out_hidden_size=96)
@@ -90,7 +91,7 @@ def sized(size: str) -> Config:
 # ---- positions ----------------------------------------------------------------------------------
 
 def rope_positions(tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, image_token: int) -> Tensor:
-    """M-RoPE positions of a packed row. (T,), (N, 3), (D+1,) -> (3, T) int64 on the CPU.
+    """M-RoPE positions of a packed row. (T,), (N, 3) in patches, (D+1,) -> (3, T) int64 on the CPU.
 
     A text token has t = h = w, one more than the token before it. The tokens of an image, h x w of
     them after merging, share one t; their h and w count rows and columns from there, and the text
@@ -195,7 +196,8 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, rope, segments: Segments | None, cache=None) -> Tensor:
         """Embeddings (T, W) -> hidden states (T, W) after the last norm. rope: cosines and sines
-        (T, C/2); segments: where documents begin, None with a cache that knows it."""
+        (T, C/2); segments: where documents begin; None while decoding, when the cache knows what
+        a token may attend to."""
         for i in range(self.depth):
             x = self.layers[i](x, rope, segments, i, cache)
         return self.norm(x)
@@ -264,7 +266,7 @@ class GLMV(nn.Module):
         """
         decoder, c = self.model.language_model, self.config
         x = decoder.embed_tokens(batch.tokens)
-        if merged is not None:
+        if merged is not None:      # the splice: visual slots get the encoder's embeddings instead
             slots = (batch.tokens == c.image_token_id).nonzero()[:, 0]
             x = x.index_copy(0, slots, merged.to(x.dtype))
         freqs = angles(batch.positions, c.sections, c.text.rope_theta)
