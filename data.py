@@ -44,7 +44,7 @@ from lib.common import heartbeat
 from lib.images import pack, resize
 from model import Config, rope_positions
 from tasks.atlas import atlas_text
-from tasks.base import IMAGE, Message, Task
+from tasks.base import IMAGE, Message, OneShot, Task
 from tokenizer import Tokenizer
 
 
@@ -144,6 +144,7 @@ class Stream:
     think: float = 0.0          # share of conversations in which the oracle states its reasons
     text_tokens: int = 128      # tokens of a stretch of text
     parts: tuple = ()           # categories shown only in single questions about their screens
+    own_question: bool = False  # a picture's own question is always among those asked about it
 
     def __post_init__(self):
         known = [*gym.names(), *TEXTS]
@@ -174,9 +175,11 @@ class Stream:
         if name in TEXTS:
             return [self._text(rng, name, source)]
         conversations = self._conversations(rng, name, i)
-        order = rng.permutation(len(conversations))[:QUESTIONS].tolist()
+        order = rng.permutation(len(conversations)).tolist()
+        if self.own_question and issubclass(gym.CATEGORIES[name].env, OneShot):
+            order.sort(key=lambda k: k > 0)     # the task's own question first, then the others
         documents = [document(conversations[k], self.tokens, self.config, source=source)
-                     for k in order]
+                     for k in order[:QUESTIONS]]
         # The same arrays, not copies: `collate` packs, and the tower encodes, a picture once.
         for other in documents[1:]:
             other.images = documents[0].images

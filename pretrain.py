@@ -55,6 +55,7 @@ class Args:
     levels: Levels = 2            # tasks come from levels 0..levels-1
     think: Share = 0.0            # share of the gym's replies that state their reasons first
     parts: str = ""               # categories shown only in single questions about their screens
+    own_question: bool = False    # always ask the task's own question, not only the further ones
     curriculum: Share = 0.2       # share of the run that sees level 0 only
     lr: NonNegative = 4e-3        # peak learning rate, of Muon and AdamW alike
     vision_scale: NonNegative = 1.0     # factor on it for the vision tower
@@ -217,7 +218,8 @@ def run(args: Args):
     samples = args.steps * args.rows * args.row_tokens / 110    # about 110 tokens a sample at tiny
     stream = Stream(config, parse_mix(args.mix, sight(config)), args.seed, "train", args.levels,
                     easy_samples=int(args.curriculum * samples), think=args.think,
-                    parts=tuple(filter(None, args.parts.split(","))))
+                    parts=tuple(filter(None, args.parts.split(","))),
+                    own_question=args.own_question)
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores() // hw.world))
     # On a CPU, workers that load during a step would take its cores: no overlap there.
     loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")

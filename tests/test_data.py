@@ -15,7 +15,7 @@ from data import (collate, document, Document, one_turn, Packer, parse_mix, Samp
 from lib.cli import UserError
 from lib.images import open_image, resize
 from model import sized
-from tasks.base import Message, Task
+from tasks.base import IMAGE, Message, Task
 from tokenizer import Tokenizer
 
 TINY = sized("tiny")
@@ -195,6 +195,20 @@ def test_questions_about_one_picture_share_its_pixels():
         assert len(batch.grids) == 1 and len(batch.patches) == 64
         assert batch.visual.tolist() == [*range(16)] * (len(made) + 1)
     assert several > 25
+
+
+def test_the_own_question_of_a_picture_is_always_among_those_asked():
+    mix = parse_mix("shape_attr,ocr_line")
+    some, own = stream(mix), stream(mix, own_question=True)
+    asked = 0
+    for i in range(60):
+        rng = np.random.default_rng([own.seed, i])
+        name = mix[int(np.searchsorted(own.edges, rng.random(), "right"))][0]
+        question = own._conversations(rng, name, i)[0][0].text.replace(IMAGE, "")
+        prompts = [[TOKENS.decode(d.ids) for d in made] for made in (some(i), own(i))]
+        assert question in prompts[1][0] and len(prompts[0]) == len(prompts[1])
+        asked += any(question in prompt for prompt in prompts[0])
+    assert asked < 60       # without the option it is one of three out of up to five
 
 
 def test_gym_means_what_the_model_can_see():
