@@ -383,9 +383,9 @@ def train(args: Args, hw):
             except UserError:       # too many rollouts end in errors: what was learned is saved
                 checkpointer.save()
                 raise
+        waited = time.perf_counter() - began
         # 4. Advantages, and demonstrations of the same gym: abilities that get no reward decline
         # [C], which rehearsal can prevent. Their numbers continue from step to step.
-        waited = time.perf_counter() - began
         samples = to_samples(groups, args.std)
         samples += demonstrations(stream, step * rehearsed, rehearsed)
         # 5. Update: once, so each ratio is 1 up to rounding (see `mismatch`), and the loss is near
