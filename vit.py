@@ -1,14 +1,14 @@
 """CogViT, the vision encoder, and the adapter that hands its patches to the decoder.
 
 An image becomes a grid of patches, stored block-major: the four patches of each 2x2 block (a
-*downsample group*) are neighbours, so that any cut on a multiple of four is a clean cut. All
+*downsample group*) are neighbours in memory, so a cut at any multiple of four splits no group. All
 images of a batch are one packed row; attention stays inside a frame.
 
 Letters: P patches of all images, N images, F frames a patch (1 still, 2 video), p patch side,
 W width, H heads, C width of a head.
 
-The sizes and names are those of the released relative GLM-OCR [R]; the class defaults are its
-CogViT-L, 403M parameters.
+Sizes and names are those of the released relative GLM-OCR [R]; the class defaults are its CogViT-L
+with 403M parameters.
 """
 import math
 from dataclasses import dataclass
@@ -44,20 +44,22 @@ class VitConfig:
 # ---- from pixels to patches -------------------------------------------------------------------
 
 def fit(h: int, w: int, unit: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
-    """The size an image is given: multiples of `unit` pixels, min_tokens..max_tokens units in all.
+    """The size (h, w) to resize an image to: multiples of `unit` pixels, between min_tokens and
+    max_tokens units in all.
 
-    GLM's rounding [R]: each side to the nearest multiple; if that is too many (few) tokens, scale
-    both sides by the same factor and round down (up). Raises ValueError on an aspect over 200.
+    GLM's rounding [R]: each side to the nearest multiple; if that gives too many (few) tokens,
+    scale both sides by the same factor and round down (up). Raises ValueError if one side is more
+    than 200 times the other.
     """
     if min(h, w) < 1 or max(h, w) > 200 * min(h, w):
         raise ValueError(f"an image of {w}x{h} pixels: no side may be 200 times the other")
-    grown = max(1.0, unit / min(h, w))  # in units, and at least one unit each way
-    high, wide = h * grown / unit, w * grown / unit
+    scale = max(1.0, unit / min(h, w))      # enlarge a side that is shorter than one unit
+    high, wide = h * scale / unit, w * scale / unit     # sides in units
     rows, columns = round(high), round(wide)
     if rows * columns > max_tokens:
         shrink = math.sqrt(max_tokens / (high * wide))
         rows, columns = (max(1, math.floor(side * shrink)) for side in (high, wide))
-        # A strip that is one unit high may still be too long [O].
+        # A strip one unit high can't shrink in height, so it may still be too long. [O]
         rows, columns = min(rows, max_tokens), min(columns, max_tokens)
     elif rows * columns < min_tokens:
         grow = math.sqrt(min_tokens / (high * wide))
@@ -66,18 +68,20 @@ def fit(h: int, w: int, unit: int, min_tokens: int, max_tokens: int) -> tuple[in
 
 
 def naflex(h: int, w: int, unit: int, budget: int) -> tuple[int, int]:
-    """NaFlex's size [R]: the largest scale at which both sides, each rounded up to whole units,
-    have no more than `budget` units between them. Raises as `fit` does."""
-    fit(h, w, unit, 1, budget)
+    """NaFlex's size (h, w) [R]: the largest scale at which the two sides, each rounded up to whole
+    units, have a product of at most `budget` units. Raises like `fit`."""
+    fit(h, w, unit, 1, budget)      # only for its check of the sides
 
-    def most(a, b):  # units along side a, when side b follows in proportion and is rounded up
+    def most(a, b):
+        """The most units along side a whose side b, in proportion and rounded up, still fits."""
         n = min(budget, int(math.sqrt(budget * a / b)))
         while n * math.ceil(b * n / a) > budget:
             n -= 1
         return n
 
+    # At the largest scale one of the sides is a whole number of units: try both, take the larger.
     rows, columns = most(h, w), most(w, h)
-    if rows * w > columns * h:  # the larger scale is the one to take
+    if rows * w > columns * h:
         return rows * unit, math.ceil(w * rows / h) * unit
     return math.ceil(h * columns / w) * unit, columns * unit
 
@@ -95,14 +99,13 @@ def patchify(frames: np.ndarray, patch: int, merge: int = 2) -> tuple[np.ndarray
 
 
 def patch_positions(grids: Tensor, merge: int = 2) -> Tensor:
-    """Row and column of every patch, in stored order. grids (N, 3) -> (2, P)"""
-    rows = []
+    """Row and column of every patch, in stored order. grids (N, 3) -> (2, P) int64"""
+    parts = []
     for t, h, w in grids.tolist():
-        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        order = "(y b) (x d) -> (y x b d)"
-        one = torch.stack([rearrange(axis, order, b=merge, d=merge) for axis in (y, x)])
-        rows.append(one.repeat(1, t))
-    return torch.cat(rows, dim=1).to(grids.device)
+        axes = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")     # two (h, w)
+        stored = [rearrange(axis, "(y b) (x d) -> (y x b d)", b=merge, d=merge) for axis in axes]
+        parts.append(torch.stack(stored).repeat(1, t))      # each frame has the same positions
+    return torch.cat(parts, dim=1).to(grids.device)
 
 
 # ---- the encoder ------------------------------------------------------------------------------
@@ -117,7 +120,8 @@ class RMSNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Conv3d with kernel = stride = (2, p, p): two frames make one patch [R]."""
+    """Conv3d with kernel = stride = (2, p, p): two frames make one patch [R]. Since patches do not
+    overlap, it is a matrix product with each patch's pixels."""
 
     def __init__(self, c: VitConfig):
         super().__init__()
@@ -127,7 +131,8 @@ class PatchEmbed(nn.Module):
         self.set_normalisation()
 
     def set_normalisation(self):
-        """CLIP's mean and deviation a pixel, in units of 0-255; no checkpoint holds these."""
+        """CLIP's mean and std of each channel, in units of 0-255 and in the pixels' order: buffers
+        that no checkpoint holds, so they are set again after loading."""
         for name, values in (("mean", MEAN), ("std", STD)):
             full = 255 * torch.tensor(values).repeat_interleave(self.area)
             self.register_buffer(name, full.to(self.proj.weight), persistent=False)
@@ -136,7 +141,7 @@ class PatchEmbed(nn.Module):
         """(P, F, 3*p*p) uint8 -> (P, W). A still image counts as two equal frames."""
         kernel = rearrange(self.proj.weight, "w c f i j -> f (c i j) w")
         pixels = ((patches.to(self.mean.dtype) - self.mean) / self.std).to(kernel.dtype)
-        if patches.shape[1] == 1:  # the same as doubling the image, at half the work
+        if patches.shape[1] == 1:   # the same as repeating the frame, with half the work
             return pixels[:, 0] @ kernel.sum(0) + self.proj.bias
         return torch.einsum("pfx,fxw->pw", pixels, kernel) + self.proj.bias
 
@@ -183,7 +188,12 @@ class VitBlock(nn.Module):
 
 
 class Merger(VitMLP):
-    """The adapter after the 2x2 convolution: Linear, LayerNorm, GELU, SwiGLU; no biases [R]."""
+    """The adapter after the 2x2 convolution: Linear, LayerNorm, GELU, SwiGLU; no biases [R].
+
+    The MLP is out_hidden_size * in_channels wide, three times its input. That looks like a mistake,
+    as the number of colour channels has nothing to do with it, but it is a quirk of GLM's released
+    adapter, and its weights have these shapes.
+    """
 
     def __init__(self, c: VitConfig):
         super().__init__(c.out_hidden_size, c.out_hidden_size * c.in_channels, bias=False)
@@ -195,32 +205,42 @@ class Merger(VitMLP):
 
 
 class AttentionPool(nn.Module):
-    """One vector a segment: a learnt query for each head looks at all of it [O]."""
+    """One vector a segment: a learnt query for each head attends to the segment's tokens [O]."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads, self.query = heads, nn.Parameter(torch.randn(width))
-        self.k_proj = nn.Linear(width, width, bias=False)  # a bias would shift all scores alike
+        # Keys need no bias: it would add the same to all scores, which a softmax ignores.
+        self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """x (T, W), lengths (N,) of the segments -> (N, W)"""
-        n, which = len(lengths), torch.repeat_interleave(lengths)
-        q, k, v = (rearrange(y.float(), "... (h c) -> ... h c", h=self.heads)
-                   for y in (self.query, self.k_proj(x), self.v_proj(x)))
-        scores = (q * k).sum(-1) * q.shape[-1] ** -0.5  # (T, H)
-        top = scores.detach().new_full((n, self.heads), float("-inf"))
-        top = top.scatter_reduce(0, which[:, None].expand_as(scores), scores.detach(), "amax")
-        weights = (scores - top[which]).exp()
-        mass = weights.new_zeros(n, self.heads).index_add(0, which, weights)
-        pooled = v.new_zeros(n, *v.shape[1:]).index_add(0, which, weights[..., None] * v)
-        return self.o_proj(rearrange(pooled / mass[..., None], "n h c -> n (h c)").to(x.dtype))
+        """x (T, W): N segments, one after the other; their lengths (N,) -> (N, W)
+
+        A softmax over each segment, without padding: lengths (3, 2) make segment (0, 0, 0, 1, 1),
+        and sums over a segment are `index_add` into row segment[t].
+        """
+        n, segment = len(lengths), torch.repeat_interleave(lengths)     # (T,): of each token
+        split = "... (h c) -> ... h c"
+        q = rearrange(self.query.float(), split, h=self.heads)          # (H, C), the same for all
+        k = rearrange(self.k_proj(x).float(), split, h=self.heads)      # (T, H, C)
+        v = rearrange(self.v_proj(x).float(), split, h=self.heads)      # (T, H, C)
+        scores = (q * k).sum(-1) * q.shape[-1] ** -0.5                  # (T, H)
+        # Subtract each segment's largest score: exp can't overflow, and the result is the same.
+        top = scores.detach().new_full((n, self.heads), float("-inf"))  # (N, H)
+        index = segment[:, None].expand_as(scores)                      # (T, H)
+        top = top.scatter_reduce(0, index, scores.detach(), "amax")     # (N, H)
+        weights = (scores - top[segment]).exp()                         # (T, H), not yet divided
+        total = weights.new_zeros(n, self.heads).index_add(0, segment, weights)             # (N, H)
+        pooled = v.new_zeros(n, *v.shape[1:]).index_add(0, segment, weights[..., None] * v)
+        pooled = pooled / total[..., None]                              # (N, H, C)
+        return self.o_proj(rearrange(pooled, "n h c -> n (h c)").to(x.dtype))
 
 
 class CogViT(nn.Module):
-    """Patches of many images in, one vector a patch out; `merge` makes the decoder's tokens.
+    """Encodes the patches of many images into one vector each; `merge` makes the decoder's tokens.
 
-    2D axial rotary positions only: no learned table, no class token, no registers [R].
+    Positions are 2D axial rotary angles only: no learnt table, no class token, no registers [R].
     """
 
     def __init__(self, config: VitConfig):
@@ -237,11 +257,12 @@ class CogViT(nn.Module):
                 token: Tensor | None = None) -> Tensor:
         """patches (P, F, 3*p*p) uint8, grids (N, 3) -> features (P, W) after the last norm.
 
-        mask (P,) bool: these patches are hidden, `token` (W,) stands in place of their embedding.
+        mask (P,) bool: hidden patches, whose embedding is replaced by `token` (W,).
         """
         c = self.config
-        quarter = c.hidden_size // c.num_heads // 4  # a quarter of a head's dim: its h frequencies
-        # Both axes use the same frequencies, so each gets its own table of a quarter of the head.
+        # A head of width C has C/2 angles: C/4 for the row and C/4 for the column, both with the
+        # same frequencies.
+        quarter = c.hidden_size // c.num_heads // 4
         h, w = patch_positions(grids, c.spatial_merge_size)
         freqs = torch.cat([angles(axis[None], (quarter,)) for axis in (h, w)], dim=-1)
         rope = freqs.cos(), freqs.sin()
@@ -255,7 +276,8 @@ class CogViT(nn.Module):
         return self.post_layernorm(x)
 
     def merge(self, features: Tensor) -> Tensor:
-        """(P, W) -> (P/4, out): each downsample group becomes one token of the decoder's width."""
+        """(P, W) -> (P/4, out_hidden_size): each downsample group becomes one token of the decoder.
+        The 2x2 convolution is a matrix product: a group's patches are neighbours in memory."""
         merge = self.config.spatial_merge_size
         groups = rearrange(features, "(n b d) w -> n (w b d)", b=merge, d=merge)
         tokens = F.linear(groups, self.downsample.weight.flatten(1), self.downsample.bias)

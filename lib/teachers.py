@@ -5,20 +5,20 @@
     teacher = load_teacher("siglip2-base-patch16-224", "cuda", torch.bfloat16)
     features = teacher(images, grids)           # (P, teacher.width), the student's patch order
 
-A folder is what Hugging Face publishes: config.json and model.safetensors, whole or in shards.
-The three families are one transformer with LayerNorms, and differ in three places: how a patch
-learns where it is (a table of positions stretched to the picture, or rotary angles), which tokens
-stand before the patches (none; a class token; registers), and how a picture is prepared. Only
-these are written a class each.
+A folder is what Hugging Face publishes: config.json and model.safetensors, in one file or several.
+The three families are the same transformer with LayerNorms. They differ in three places, and only
+these are written once a family: how a patch gets its position (from a table that is stretched to
+the picture, or by rotary angles), which tokens come before the patches (none, a class token,
+registers), and how a picture is prepared.
 
-A teacher and its student rarely cut a picture alike: a teacher sees the picture at its own scale
-and patch size, and its grid of features is then resampled to the student's.
+A teacher sees a picture at its own scale and patch size; its grid of features is then resampled to
+the student's grid.
 
 Letters: P patches of all images, N images, T tokens (patches and those before them), h, w rows and
 columns of patches, p patch side, W width, H heads, C width of a head, R tokens before the patches.
 
-Which two families teach is [C]; which of their sizes is not said. Sizes and names are those of the
-released checkpoints [R].
+The two families are the paper's [C], which does not say their sizes. Sizes and names are those of
+the released checkpoints [R].
 """
 import dataclasses
 import json
@@ -45,8 +45,8 @@ ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu,
 
 @dataclass
 class TeacherConfig:
-    """Field names are Hugging Face's. A config.json leaves out what its family has by default, so
-    defaults that differ from these stand in KINDS."""
+    """Field names are Hugging Face's. A config.json leaves out its family's defaults; KINDS holds
+    those that differ from the ones here."""
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -58,18 +58,18 @@ class TeacherConfig:
     layer_norm_eps: float = 1e-6
     num_register_tokens: int = 0
     rope_theta: float = 100.0
-    mlp_ratio: float = 4           # DINOv2 says this in place of intermediate_size
-    use_swiglu_ffn: bool = False   # and this in place of use_gated_mlp
+    mlp_ratio: float = 4           # DINOv2 has this in place of intermediate_size
+    use_swiglu_ffn: bool = False   # DINOv2 has this in place of use_gated_mlp
     use_gated_mlp: bool = False
-    qkv_bias: bool = True          # DINOv2: of all three
-    query_bias: bool = True        # DINOv3: of each
+    qkv_bias: bool = True          # DINOv2: one switch for all three
+    query_bias: bool = True        # DINOv3: one switch each
     key_bias: bool = True
     value_bias: bool = True
     proj_bias: bool = True
     mlp_bias: bool = True
 
 
-# ---- the transformer that all of them are -----------------------------------------------------
+# ---- the transformer that the families share ----------------------------------------------------
 
 class Attention(nn.Module):
     def __init__(self, c: TeacherConfig):
@@ -120,12 +120,12 @@ class Block(nn.Module):
 
 
 class Teacher(nn.Module):
-    """What the families share. `width` of its features and `patch_size` in pixels are for whoever
-    trains a student; `budget` is how many patches a picture is given."""
+    """The transformer and the preparation of pictures. `width` is that of its features; `budget` is
+    the number of patches that a picture is resized to."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which the DINOs use
     resampling = Image.Resampling.BILINEAR
-    kind = "texture"        # or semantic: what it teaches
-    scaled = True   # LayerScale in its blocks
+    kind = "texture"        # what it teaches: semantic or texture
+    scaled = True           # LayerScale in its blocks
 
     def __init__(self, c: TeacherConfig):
         super().__init__()
@@ -136,11 +136,12 @@ class Teacher(nn.Module):
         self.norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def prefix(self) -> Tensor:
-        """(R, W): the tokens before the patches, which no student is shown."""
+        """(R, W): the tokens before the patches; their features are dropped."""
         return self.patch.weight.new_zeros(0, self.width)
 
     def place(self, grids: list[tuple[int, int]]):
-        """What tells patches their places: (P, W) to be added, or 0, and rotary angles, or None."""
+        """The positions of patches: (P, W) to add to the embeddings, or 0; and rotary angles (P,
+        C/2), or None."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -148,8 +149,8 @@ class Teacher(nn.Module):
         """Features of the patch tokens after the last norm, on the student's grids.
 
         images: N arrays (h, w, 3) uint8; grids: (N, 3): 1, rows, columns in the student's patches.
-        Returns (P, W) fp32 in the student's block-major order, on the teacher's device; constants
-        to autograd. Raises ValueError unless every image has one grid of even sides.
+        Returns (P, W) fp32 in the student's block-major order, on the teacher's device, without a
+        graph. Raises ValueError unless every image has one grid of even sides.
         """
         grids = [tuple(grid) for grid in grids.tolist()]
         if len(grids) != len(images) or any(t != 1 or h % 2 or w % 2 for t, h, w in grids):
@@ -164,9 +165,9 @@ class Teacher(nn.Module):
     def resize(self, image: np.ndarray) -> np.ndarray:
         """The picture at the teacher's scale: as many whole patches as its budget allows.
 
-        A square one gets the size the released preprocessor gives it, less what fills no patch. The
-        others keep their shape [O]: the preprocessors of fixed-size towers squash or crop, and of a
-        cropped border there would be nothing to teach.
+        A square picture gets the size of the released preprocessor, without an incomplete patch at
+        the border. Other pictures keep their aspect [O]: the preprocessors of fixed-size towers
+        squash or crop them, and for a cropped border there would be no features.
         """
         size = naflex(*image.shape[:2], self.patch_size, self.budget)
         if size == image.shape[:2]:
@@ -182,12 +183,12 @@ class Teacher(nn.Module):
         added, freqs = self.place(grids)
         x = self.patch(pixels.flatten(1)) + added
 
-        # Each image's patches come behind its own copy of the tokens before them.
+        # Each image is its own copy of the tokens before the patches, then its patches.
         prefix, areas = self.prefix(), [h * w for h, w in grids]
         before = len(prefix)
         x = torch.cat([y for part in x.split(areas) for y in (prefix, part)])
         rope = None
-        if freqs is not None:  # an angle of zero turns nothing: those tokens have no place
+        if freqs is not None:  # tokens before the patches have no position: angles of zero
             freqs = torch.cat([F.pad(part, (0, 0, before, 0)) for part in freqs.split(areas)])
             rope = freqs.cos(), freqs.sin()
         lengths = torch.tensor([before + area for area in areas], device=weight.device)
@@ -201,26 +202,26 @@ class Teacher(nn.Module):
 def resample(features: Tensor, own: tuple[int, int], grid: tuple[int, int, int]) -> Tensor:
     """(h*w, W) row by row -> the student's grid, block-major.
 
-    Linear between the nearest patches; where the student's grid is coarser, a mean over all that a
-    patch of its covers (`antialias`), so that no teacher's patch is passed over. [O]
+    Bilinear; where the student's grid is coarser, a weighted mean over all patches of the teacher
+    that lie under one of the student's (`antialias`), so that none is skipped. [O]
     """
     square = rearrange(features, "(h w) c -> 1 c h w", h=own[0])
     square = F.interpolate(square, grid[1:], mode="bilinear", antialias=True)
     return rearrange(square, "1 c (y b) (x d) -> (y x b d) c", b=2, d=2)
 
 
-# ---- the families -----------------------------------------------------------------------------
+# ---- the families -------------------------------------------------------------------------------
 
 def stretch(table: Tensor, grids: list, **how) -> Tensor:
-    """A square table of positions (n*n, W), stretched to each grid (h, w) -> (P, W)."""
+    """A square table of positions (n*n, W), resized to each grid (h, w) -> (P, W)."""
     square = rearrange(table.float(), "(h w) c -> 1 c h w", h=math.isqrt(len(table)))
     made = {grid: F.interpolate(square, grid, align_corners=False, **how) for grid in set(grids)}
     return torch.cat([rearrange(made[g], "1 c h w -> (h w) c") for g in grids]).to(table.dtype)
 
 
 class Siglip(Teacher):
-    """SigLIP and SigLIP2 of one size (`siglip_vision_model`): a table of positions, no class
-    token. Its pooling head belongs to the contrast with text and is left out."""
+    """SigLIP and SigLIP2 of one size (`siglip_vision_model`): a table of positions, no class token.
+    The pooling head is left out: it only serves to compare pictures with texts."""
     mean = std = (0.5, 0.5, 0.5)
     kind = "semantic"
     scaled = False
@@ -240,10 +241,10 @@ class SiglipNaFlex(Siglip):
 
 
 class DinoV2(Teacher):
-    """DINOv2 (`dinov2`): a class token, and a table that has a place for it too.
+    """DINOv2 (`dinov2`): a class token, which has a row in the table of positions too.
 
-    The released table is made for 518 pixels, but pictures come at 224, as most of its training
-    and its preprocessor have them.
+    The released table is for 518 pixels, but pictures are resized to 224, as in most of its
+    training and in its preprocessor.
     """
     resampling = Image.Resampling.BICUBIC
     how = {"mode": "bicubic"}
@@ -253,7 +254,7 @@ class DinoV2(Teacher):
         c = dataclasses.replace(c, query_bias=bias, key_bias=bias, value_bias=bias,
                                 use_gated_mlp=c.use_swiglu_ffn,
                                 intermediate_size=int(c.hidden_size * c.mlp_ratio))
-        if c.use_swiglu_ffn:  # three matrices of two thirds the size weigh as much as two
+        if c.use_swiglu_ffn:  # three matrices of two thirds the width have the size of two
             inner = int(c.intermediate_size * 2 / 3)
             c = dataclasses.replace(c, intermediate_size=(inner + 7) // 8 * 8, hidden_act="silu")
         super().__init__(c)
@@ -269,7 +270,7 @@ class DinoV2(Teacher):
 
 
 class DinoV2Registers(DinoV2):
-    """DINOv2 with registers (`dinov2_with_registers`), which take no place in the table."""
+    """DINOv2 with registers (`dinov2_with_registers`), which have no row in the table."""
     how = {"mode": "bicubic", "antialias": True}
 
     def __init__(self, c: TeacherConfig):
@@ -283,8 +284,7 @@ class DinoV2Registers(DinoV2):
 class DinoV3(Teacher):
     """DINOv3 (`dinov3_vit`): a class token, registers, and rotary angles in place of a table.
 
-    Rows and columns are not counted but measured from -1 to 1 across the picture, so that a place
-    means the same at every size.
+    Positions run from -1 to 1 across the picture, so they mean the same at every size.
     """
 
     def __init__(self, c: TeacherConfig):
@@ -307,7 +307,7 @@ class DinoV3(Teacher):
         return 0, torch.cat([made[grid] for grid in grids])
 
 
-# ---- from a Hugging Face folder ---------------------------------------------------------------
+# ---- from a Hugging Face folder -----------------------------------------------------------------
 
 KINDS = {
     "siglip_vision_model": (Siglip, {"hidden_act": "gelu_pytorch_tanh"}),
@@ -319,8 +319,14 @@ KINDS = {
                             "num_attention_heads": 6, "layer_norm_eps": 1e-5}),
 }
 
-# Their names for tensors and ours: the models of a family, and versions of the same library, say
-# the same thing in several ways. First what is no part of a tower's trunk.
+# Names of tensors: Hugging Face's, which differ between families and versions of the library, and
+# ours. One pattern after the other is replaced, for example in SigLIP2 (after its prefix is cut)
+#     vision_model.encoder.layers.3.self_attn.q_proj.weight -> blocks.3.attn.q.weight
+#     vision_model.encoder.layers.3.mlp.fc1.bias            -> blocks.3.mlp.up.bias
+# and in DINOv2
+#     embeddings.patch_embeddings.projection.weight         -> patch.weight
+#     encoder.layer.3.attention.output.dense.weight         -> blocks.3.attn.o.weight
+# LEFT_OUT is not part of the tower's trunk.
 LEFT_OUT = re.compile(r"text_model|logit_|classifier|head\.|embeddings\.(mask_token|position_ids)")
 NAMES = tuple((re.compile(pattern), ours) for pattern, ours in (
     (r"^embeddings\.patch_embeddings?\.(projection\.)?", "patch."),
@@ -338,7 +344,7 @@ NAMES = tuple((re.compile(pattern), ours) for pattern, ours in (
 
 
 def renamed(tensors: dict[str, Tensor], flex: bool) -> dict[str, Tensor]:
-    """A checkpoint's tensors under our names and in our shapes; `flex`: of a NaFlex tower."""
+    """A checkpoint's tensors with our names and shapes. flex: they are of a NaFlex tower."""
     ours = {}
     for name, value in tensors.items():
         name = re.sub(r"^((siglip2?|vision_model|dinov2\w*|dinov3_vit|model)\.)+", "", name)
@@ -346,26 +352,26 @@ def renamed(tensors: dict[str, Tensor], flex: bool) -> dict[str, Tensor]:
             continue
         for pattern, replacement in NAMES:
             name = pattern.sub(replacement, name)
-        if ".mlp.weights_in." in name:  # gate and up lie above one another
+        if ".mlp.weights_in." in name:  # gate and up are stacked in one matrix
             for part, half in zip(("gate", "up"), value.chunk(2)):
                 ours[name.replace("weights_in", part)] = half
             continue
-        if name == "patch.weight" and value.ndim == 4:  # a convolution that never overlaps
+        if name == "patch.weight" and value.ndim == 4:  # a convolution without overlap is a matrix
             value = value.flatten(1)
-        elif name == "patch.weight" and flex:  # cut with the colours last
+        elif name == "patch.weight" and flex:  # NaFlex orders a patch's pixels with colours last
             value = rearrange(value, "w (i c) -> w (c i)", c=3)
-        if name in ("position", "cls", "register"):  # some are kept as a batch of one
+        if name in ("position", "cls", "register"):  # some have a batch dimension of one
             value = value.flatten(0, -2)
         ours[name] = value
     return ours
 
 
 def load_config(folder) -> tuple[type[Teacher], TeacherConfig]:
-    """Which teacher a folder holds. Raises UserError where it holds none."""
+    """The class and sizes of the teacher in a folder. Raises UserError if it holds none."""
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        # A whole SigLIP says in its vision_config, if only by leaving it out, what its tower is.
+        # A whole SigLIP describes its tower in vision_config.
         if raw.get("model_type") in ("siglip", "siglip2"):
             raw = {"model_type": raw["model_type"] + "_vision_model", **raw["vision_config"]}
         kind = raw.get("model_type")
@@ -381,7 +387,7 @@ def load_config(folder) -> tuple[type[Teacher], TeacherConfig]:
             raise ValueError(f"no patch of {config.patch_size} fits in {config.image_size} pixels")
         if config.num_patches != math.isqrt(config.num_patches) ** 2:
             raise ValueError(f"num_patches = {config.num_patches} is no square")
-        unit = config.num_attention_heads * (4 if cls is DinoV3 else 1)  # a quarter turns with y
+        unit = config.num_attention_heads * (4 if cls is DinoV3 else 1)  # 2 axes, pairs of channels
         if config.hidden_size % unit:
             raise ValueError(f"hidden_size {config.hidden_size} is no multiple of {unit}")
         if config.hidden_act not in ACTIVATIONS:
@@ -394,10 +400,10 @@ def load_config(folder) -> tuple[type[Teacher], TeacherConfig]:
 
 
 def load_teacher(folder, device="cpu", dtype=torch.float32) -> Teacher:
-    """Open a Hugging Face folder of one of KINDS, or of a whole SigLIP, whose text tower is left.
+    """Open a Hugging Face folder of one of KINDS, or of a whole SigLIP without its text tower.
 
-    Raises UserError on another kind of folder, a damaged file, and weights that are not of the
-    tower that config.json describes.
+    Raises UserError on another kind of folder, a damaged file, or weights that do not fit the tower
+    that config.json describes.
     """
     cls, config = load_config(folder)
     tensors = renamed(load_tensors(folder), cls is SiglipNaFlex)
@@ -429,5 +435,5 @@ class TowerTeacher:
 #    pytest tests/test_teachers.py -k dinov3 (needs requirements-peers.txt); 30 minutes.
 # 2. resample without einops and F.interpolate, for a grid half as fine as the teacher's.
 #    pytest tests/test_teachers.py -k student; 20 minutes.
-# 3. A fourth family: CLIP's tower (`clip_vision_model`), with a class token, a table that has a
-#    place for it, and one more norm before the blocks. 60 minutes.
+# 3. A fourth family: CLIP's tower (`clip_vision_model`), with a class token, a table with a row for
+#    it, and one more norm before the blocks. 60 minutes.
