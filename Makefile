@@ -21,8 +21,9 @@ test: .venv/ready
 test-all: .venv/peers
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 $(ARGS)
 
-# What stands in ckpt/: the tower after each stage; from the first of them, without the others, a
-# model of the demo's kind that has seen twice as many questions.
+# The checkpoints in ckpt/. `make tower` trains the vision tower of each stage, in about twenty
+# minutes on one core; `make ckpt` trains a model like the demo's from ckpt/semantic, on twice as
+# many questions.
 tower: .venv/ready
 	$(PY) train_vit.py --steps=1200 --out=out/tower --keep=ckpt
 
