@@ -256,11 +256,11 @@ def build_optimizer(model: nn.Module, args: Args) -> Optimizer:
     projections = "pool.", "text.pool.", "image_proj.", "text_proj."
     return Optimizer(model.named_parameters(), OptimConfig(
         # 4e-3 was tuned for Muon, whose update has the RMS of an AdamW step, so one rate serves
-        # both. AdamW alone, at 2e-3, did not leave the plateau of the first minutes. Decay 0.05
+        # both. In a prototype AdamW alone, at 2e-3, never left the first plateau. Decay 0.05
         # keeps matrices from growing under updates whose size does not shrink by itself. [O]
         args.lr, args.weight_decay,
-        # First match wins. The two scalars have far to go, and AdamW moves each by about the rate a
-        # step: at 4e-3 the bias alone would need a thousand steps. So ten times the rate. [O]
+        # First match wins. AdamW moves a scalar by about the rate a step, and these two have far to
+        # go: in 1,200 steps from log 10 to 3.0 and from -10 to -14.6. So ten times the rate. [O]
         scales=(*((name, args.proj_scale) for name in projections), ("text.", args.text_scale),
                 ("logit", 10.0)),
         # No decay on projections: their outputs are normalised, so a decay changes nothing but
