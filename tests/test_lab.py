@@ -63,7 +63,7 @@ def test_each_tower_stage_is_compared_with_its_start_and_with_random_weights():
         "random weights": {"dense": 0.3, "linear": 0.7},
         "texture": {"dense": 0.6, "linear": 0.5}, "distill": {"dense": 0.5, "linear": 0.8},
         "align": {"zero_shot_en": 0.9, "i2t_en": 0.2, "chance_en": 0.01}})
-    assert list(rows) == ["texture", "distill", "align"]        # a stage that did not run has no row
+    assert list(rows) == ["texture", "distill", "align"]    # a stage that did not run has no row
     assert rows["texture"] == {"figure": f"{demo.IMPROVES['texture'][1]}, %", "random": 30.0,
                                "before": 30.0, "after": 60.0}
     assert rows["distill"]["after"] == 80.0 and rows["align"]["before"] == pytest.approx(100 / 48)

@@ -20,7 +20,8 @@ def test_a_curve_stays_inside_its_axes():
     assert all(report.LEFT <= x <= report.WIDE and 0 <= y <= 300 - report.BOTTOM for x, y in points)
 
 
-@pytest.mark.parametrize("most,expected", [(60, [0, 20, 40, 60]), (0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+@pytest.mark.parametrize("most,expected", [(60, [0, 20, 40, 60]),
+                                           (0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
                                            (7, [0, 2, 4, 6])])
 def test_axes_have_round_numbers(most, expected):
     assert report.ticks(most, 5) == pytest.approx(expected)
