@@ -28,8 +28,8 @@ tower: .venv/ready
 	$(PY) train_vit.py --steps=1200 --out=out/tower --keep=ckpt
 
 ckpt: .venv/ready
-	$(PY) -m lab.demo --tower_steps=0 --rows=2 --steps=2600 --rl_steps=0 --out=out/ckpt \
-	    --keep=ckpt/demo $(ARGS)
+	$(PY) -m lab.demo --tower_steps=0 --rows=2 --steps=2600 --own_question=false \
+	    --rl_steps=0 --out=out/ckpt --keep=ckpt/demo $(ARGS)
 
 .venv/ready: requirements.txt
 	@if $(PYTHON) -c '$(HAVE)' 2>/dev/null; then \

@@ -6,9 +6,9 @@ what happens then: threads that spin keep the other cores busy with nothing. lib
 them spin for a moment and then sleep.
 
 Each row of ROWS is one way to wait, in a process of its own, since OpenMP reads the environment
-only once. All of them run the same training step: `pretrain.py` at `tiny` with the demo's categories and
-tokens a step. A round measures every row alone and then beside the busy processes, so that a load
-from outside falls on all rows alike. On a machine with 2 cores, four busy processes leave a fair
+only once. All of them run the same training step: `pretrain.py` at `tiny` with the demo's
+categories and tokens a step. A round measures every row alone and then beside the busy processes,
+so that a load from outside falls on all rows alike. On a machine with 2 cores, four busy processes leave a fair
 scheduler's third of it: without any waste the step would take 3 times as long.
 
 One row in a process of its own: `python -m lab.bench_busy STEPS` waits for a line on its standard

@@ -49,7 +49,10 @@ from tokenizer import Tokenizer
 # ---- settings: change them here -----------------------------------------------------------------
 
 MIX = "shape_attr:1.5,counting:0.5,ocr_line:1.2,point:1.2,gui_click:1.4,gui_form:1.5"
-ROW_TOKENS = 4096               # tokens of a packed row: about 90 pictures with their questions
+ROW_TOKENS = 2048               # tokens of a packed row: about 45 questions; with twice as many
+                                # and half the steps the model learns less (LOG.md)
+
+PROBES = 256                    # pictures that a probe of the tower is fitted on
 
 # The stages, as they are announced, with minutes on 2 idle cores.
 STAGES = {
@@ -59,18 +62,20 @@ STAGES = {
     "answers": ("questions and answers for the report", 0.1),
     "rl": ("joint RL, twice: from wrong demonstrations, and without demonstrations", 3)}
 
-TOWER = {"log_every": 50}       # options of train_vit.py besides steps, seed and device
+# Options of train_vit.py besides steps, seed and device: half the usual rate, as so few steps leave
+# little time to come down from it, and a quarter of the probe's pictures, to save time.
+TOWER = {"lr": 2e-3, "probes": PROBES, "eval_every": 0, "log_every": 50}
 PRETRAIN = {"mtp_alone": True, "mtp_share": 0.12, "save_every": 200, "eval_every": 100,
             "log_every": 50}    # options of pretrain.py besides those of Args
 RL = {"seeds": 1, "count": 60, "prompts": 12}       # options of lab.worlds for both experiments
 WORLDS = {          # experiment: its name in the report, its checkpoint ("": ours), SFT steps first
-    "fallible": ("wrong demonstrations", "", 120),
+    "fallible": ("wrong demonstrations", "", 80),
     "untold": ("no demonstrations of forms", "ckpt/untold", 5)}
 
 # The figure of lib/probes.py that each stage of the tower improves; what it means; the stage whose
 # tower it starts from ("": random weights).
 IMPROVES = {
-    "semantic": ("i2t_en", "finds the caption of a picture, among 512", ""),
+    "semantic": ("i2t_en", f"finds the caption of a picture, among {PROBES // 2}", ""),
     "texture": ("dense", "tells which shape a patch shows", ""),
     "distill": ("linear", "colour and shape, by a linear probe", ""),
     "align": ("zero_shot_en", f"names a shape, among {len(PAIRS)} names", "distill")}
@@ -79,10 +84,11 @@ CHANCE = {"i2t_en": "chance_en", "zero_shot_en": 1 / len(PAIRS)}    # of figures
 
 @dataclass
 class Args:
-    tower_steps: Natural = 150    # of each stage of the vision tower; 0: start from ckpt/semantic
-    steps: Positive = 2400        # of pretraining
+    tower_steps: Natural = 130    # of each stage of the vision tower; 0: start from ckpt/semantic
+    steps: Positive = 3000        # of pretraining
     rows: Positive = 1            # packed rows a step
     row_tokens: Positive = ROW_TOKENS   # tokens a row
+    own_question: bool = True     # always ask a task's own question about its picture
     rl_steps: Natural = 12        # of RL in each of the two experiments; 0: no RL
     seed: Seed = 0                # of weights and samples
     count: Positive = 300         # held-out tasks a category in the evaluation
@@ -135,8 +141,8 @@ def run_pretraining(args: Args) -> Path:
     tower = run.with_name("vit") / "align" if args.tower_steps else ROOT / "ckpt/semantic"
     pretrain.run(pretrain.Args(
         steps=args.steps, rows=args.rows, row_tokens=args.row_tokens, seed=args.seed, mix=MIX,
-        levels=args.levels, out=str(run), resume=True, vit=str(tower), device=args.device,
-        **PRETRAIN))
+        own_question=args.own_question, levels=args.levels, out=str(run), resume=True,
+        vit=str(tower), device=args.device, **PRETRAIN))
     return find_checkpoint(run)
 
 
@@ -226,7 +232,8 @@ def demo(args: Args):
         print(f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores()} cores): "
               "everything will take longer than announced")
     asked = {name: getattr(args, name)
-             for name in ("tower_steps", "steps", "rows", "row_tokens", "levels", "seed")}
+             for name in ("tower_steps", "steps", "rows", "row_tokens", "own_question",
+                                                "levels", "seed")}
     stages, pictures = {}, []
     with same_options(out / "config.json", asked):
         if args.tower_steps:
