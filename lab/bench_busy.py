@@ -8,8 +8,8 @@ them spin for a moment and then sleep.
 Each row of ROWS is one way to wait, in a process of its own, since OpenMP reads the environment
 only once. All of them run the same training step: `pretrain.py` at `tiny` with the demo's
 categories and tokens a step. A round measures every row alone and then beside the busy processes,
-so that a load from outside falls on all rows alike. On a machine with 2 cores, four busy processes leave a fair
-scheduler's third of it: without any waste the step would take 3 times as long.
+so that a load from outside falls on all rows alike. On a machine with 2 cores, four busy processes
+leave two threads a third of it: without any waste the step would take 3 times as long.
 
 One row in a process of its own: `python -m lab.bench_busy STEPS` waits for a line on its standard
 input, runs STEPS steps, and prints their median in seconds.
