@@ -1,29 +1,36 @@
-"""Speed beside transformers' GLM-OCR and timm's NaFlexViT, at their best, in one run.
+"""Speed in comparison with transformers' GLM-OCR and timm's NaFlexViT, at their best settings.
 
     python -m lab.bench train              forward and backward over documents of mixed length
     python -m lab.bench decode             greedy generation, prompts with and without pictures
     python -m lab.bench decode --dtype=bfloat16 --size=small
-    python -m lab.bench vit                the vision encoder over pictures of mixed sizes
-    python -m lab.bench rl --rounds=3      asynchronous RL beside synchronous (lab/bench_rl.py)
+    python -m lab.bench vit                the vision encoder on pictures of mixed sizes
+    python -m lab.bench rl --rounds=3      asynchronous RL and synchronous RL (lab/bench_rl.py)
+    python -m lab.bench busy               a training step while other processes are busy
+                                           (lab/bench_busy.py)
 
-Both sides get the same random weights, documents, dtype, device and number of threads. First it is
-checked that they do the same work (equal losses, equal tokens); then each side's few settings are
-tried and its fastest is kept; then both run in turn, A B A B, and the medians are compared. What
-counts is useful tokens: real ones in training, asked-for ones in generation, never padding.
+In `train`, `decode` and `vit`, both sides get the same random weights, documents, dtype, device and
+number of threads. First a check that both do the same work: equal losses, equal tokens. Then a few
+settings of each side are tried, and the fastest is kept. Then both sides run in turn, A B A B, and
+their medians are compared. Only useful tokens count: real tokens in training, requested tokens in
+generation, never padding.
 
 The peer at its best: documents sorted by length, then padded in batches; sdpa or eager attention;
-tensors and positions made beforehand; no cache in training. What it is not given: torch.compile
-(which we do without as well) and its own continuous batching, which takes no pictures.
+tensors and positions made beforehand; no cache in training. It does not get torch.compile, which we
+do not use either, nor its own continuous batching, which does not support pictures.
 
-For `vit` the peer is timm's NaFlexViT, which pads pictures to the largest of their batch; useful
-are patches of pictures. It may be built of our blocks (with our weights: the same numbers) or of
-its own (LayerNorm, GELU, a table of positions; as many parameters). Its batches are of eight or
-more pictures as they come, about half padding, or sorted by size and as small as it likes, down to
-one picture and no padding.
+For `vit` the peer is timm's NaFlexViT, which pads each picture to the size of the largest one in
+its batch; patches of pictures count as useful. It is built once of our blocks, with our weights, so
+that both give the same numbers, and once of its own blocks (LayerNorm, GELU, a table of positions)
+with as many parameters. Its batches hold eight or more pictures in their given order, about half of
+it padding; or pictures sorted by size, in batches as small as it likes, down to one picture without
+padding.
 
-Replies of mixed length favour the engine, which fills a slot as soon as it is free; so generation
-is measured twice more: batches sorted by length of reply, as if it were known, and equal lengths.
+Replies of mixed length favour the engine, which fills a slot as soon as it is free. So generation
+is measured in two more cases: batches sorted by the length of the reply, as if it were known in
+advance, and replies of equal length.
 """
+import lib  # first of all, before torch: see lib/__init__.py
+
 import dataclasses
 import importlib.util
 import statistics
@@ -32,6 +39,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import numpy as np
@@ -42,9 +50,9 @@ from einops import rearrange
 import gym
 from data import collate, Document, document, Stream
 from engine import Engine, Request
-from lab import bench_rl
+from lab import bench_busy, bench_rl
 from lib.checkpoint import save_model
-from lib.cli import cli, main, UserError
+from lib.cli import check_options, cli, Device, main, Natural, Positive, Seed, UserError
 from lib.common import setup, write_json
 from model import Config, GLMV, init, sized
 from pretrain import loss_sum
@@ -52,41 +60,42 @@ from tasks.base import Task
 from tokenizer import Tokenizer
 from vit import CogViT, MEAN, naflex, patch_positions, patchify, STD
 
-AIM = 1.5                     # DESIGN's: ours over theirs, in training and in generation
-TIE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # best two logits this close: either may win
+AIM = 1.5                     # our speed over theirs, in training and in generation
+# Where the two best logits are closer than this, rounding decides which of them wins.
+TIE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 REPLIES = (8, 16, 24, 32, 48, 64)
 BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws them [R]
 
 
 @dataclass
 class Args:
-    what: str = ""             # train, decode, vit or rl
-    size: str = "tiny"         # tiny, small or base
-    dtype: str = "float32"     # float32 or bfloat16
-    device: str = "auto"       # auto, cpu, cuda or mps
-    rounds: int = 5            # measurements of each side, in turn
-    documents: int = 64        # documents to learn, prompts to answer, or pictures to encode
-    slots: int = 0             # decode: conversations at a time on our side; 0 = best of a few
-    seed: int = 0              # of weights and documents
+    what: str = ""             # train, decode, vit, rl or busy
+    size: Literal["tiny", "small", "base"] = "tiny"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Device = "auto"    # auto, cpu, cuda or mps
+    rounds: Positive = 5       # measurements of each side, in turn
+    documents: Positive = 64   # documents to learn, prompts to answer, or pictures to encode
+    slots: Natural = 0         # decode: our conversations side by side; 0: the best of a few
+    seed: Seed = 0             # of weights and documents
     out: str = "out/bench"     # folder of the JSON
 
 
 # ---- the documents ------------------------------------------------------------------------------
 
 def roomy(size: str) -> Config:
-    """A size's configuration, with room for pictures of 64 tokens even at tiny."""
+    """The configuration of a size; pictures of 64 tokens are allowed at tiny as well."""
     config = sized(size)
     config.max_tokens = max(config.max_tokens, 64)
     return config
 
 
-# Short dialogues at any size of picture: what the demo trains.
+# The demo's categories: short dialogues, whatever the size of the picture.
 CATEGORIES = ("shape_attr", "counting", "ocr_line", "point", "gui_click", "gui_form")
 
 
 def documents(config: Config, count: int, seed: int, prompts: bool = False) -> list[Document]:
-    """Every other one a gym conversation (or its first question) with pictures of 16, 36 or 64
-    tokens, every other one plain text of 32 to 400 tokens."""
+    """Conversations of the gym with pictures of 16, 36 or 64 tokens, alternating with plain text of
+    32 to 400 tokens. prompts: only the first question of each conversation."""
     rng, tokens, made = np.random.default_rng(seed), Tokenizer(config.n_ranks), []
     sides = [side * config.vision.patch_size // 8 for side in (64, 96, 128)]
     for i in range(count):
@@ -105,7 +114,7 @@ def documents(config: Config, count: int, seed: int, prompts: bool = False) -> l
 # ---- the peer -----------------------------------------------------------------------------------
 
 def peer(ours: GLMV, hw):
-    """transformers' model with the weights of ours. Raises UserError where it isn't installed."""
+    """transformers' model with our weights. Raises UserError if transformers is not installed."""
     try:
         from transformers import GlmOcrForConditionalGeneration
         from transformers.utils import logging
@@ -123,7 +132,7 @@ def peer(ours: GLMV, hw):
 
 
 def padded(docs: list[Document], config: Config, hw, left: bool = False) -> dict:
-    """The documents as one batch in transformers' form, filled up on the right or on the left."""
+    """The documents as one batch in transformers' form, padded on the right, or on the left."""
     shape = len(docs), max(len(d.ids) for d in docs)
     ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, -100)
@@ -159,14 +168,14 @@ def seconds(work) -> float:
 
 
 def fastest(variants: dict):
-    """The name of the variant that takes least, of two runs each; the first also warms it up."""
+    """The name of the fastest variant, by the better of two runs; the first is also a warm-up."""
     took = {name: min(seconds(work), seconds(work)) for name, work in variants.items()}
     return min(took, key=took.get)
 
 
 def duel(ours: dict, theirs: dict, useful: int, rounds: int) -> dict:
-    """Each side's fastest variant, in turn. Returns useful tokens a second (median, least, most)
-    and the ratio of the medians, with the range of the ratios within a round."""
+    """Run the fastest variant of each side in turn. Returns useful tokens a second of each side
+    (median, least, most), the ratio of the medians, and the range of the ratios in one round."""
     names = fastest(ours), fastest(theirs)
     rates = [[], []]
     for _ in range(rounds):
@@ -182,7 +191,8 @@ def duel(ours: dict, theirs: dict, useful: int, rounds: int) -> dict:
 # ---- training -----------------------------------------------------------------------------------
 
 def packed(docs: list[Document], config: Config, room: int, hw) -> list:
-    """Rows of at most `room` tokens (or of one longer document), in order."""
+    """Pack documents in order into rows of at most `room` tokens; a longer document gets a row of
+    its own."""
     rows, used = [], room + 1
     for d in docs:
         if used + len(d.ids) > room:
@@ -248,8 +258,8 @@ def train(args: Args, hw) -> dict:
 # ---- generation ---------------------------------------------------------------------------------
 
 def compare(model: GLMV, prompts: list, ours: list, theirs: list, hw) -> dict:
-    """How many greedy replies are equal, how many part where the two best logits are a tie, and
-    how many are really different."""
+    """Count greedy replies that are equal, that differ first where the two best logits are a tie
+    (TIE), and that are really different."""
     counts = {"equal": 0, "ties": 0, "different": 0}
     for prompt, a, b in zip(prompts, ours, theirs):
         first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
@@ -327,9 +337,9 @@ def decode(args: Args, hw) -> dict:
 # ---- the vision encoder -------------------------------------------------------------------------
 
 def naflexvit():
-    """timm's module of the NaFlexViT. Raises UserError where timm isn't installed."""
-    # timm imports torchvision for transforms and a norm that are not used here, and torchvision
-    # is hard to get for some builds of torch: where it is missing, stand-ins serve the import.
+    """timm's module of the NaFlexViT. Raises UserError if timm is not installed."""
+    # timm imports torchvision for parts that are not used here. torchvision is hard to get for some
+    # builds of torch; where it is missing, mocks make the import succeed.
     missing = [] if importlib.util.find_spec("torchvision") else [
         "torchvision" + part for part in ("", ".models", ".models.feature_extraction", ".ops",
                                           ".ops.misc", ".transforms", ".transforms.functional",
@@ -347,8 +357,9 @@ def naflexvit():
 
 
 def vit_peers(ours: CogViT) -> dict:
-    """NaFlexViTs of the same width, depth and heads: one of our blocks, with our weights, and one
-    of timm's own blocks, whose two matrices are so wide that they weigh as much as our three."""
+    """Two NaFlexViTs of the same width, depth and heads: one of our blocks, with our weights; and
+    one of timm's own blocks, whose MLP is wider, so that its two matrices have as many parameters
+    as our three."""
     c, module = ours.config, naflexvit()
     same = dict(patch_size=c.patch_size, embed_dim=c.hidden_size, depth=c.depth,
                 num_heads=c.num_heads, patchify_channels_last=False, global_pool="",
@@ -359,7 +370,7 @@ def vit_peers(ours: CogViT) -> dict:
         mlp_ratio=ratio, pos_embed="none", rope_type="axial", attn_type="rope", qk_norm=True,
         swiglu_mlp=True, norm_layer="rmsnorm", **same), num_classes=0)
 
-    def pairs(x):  # what a rotation turns lies half a head apart here and side by side there
+    def pairs(x):  # a rotation's two channels are half a head apart in ours, neighbours in timm's
         return rearrange(x, "(h two c) ... -> (h c two) ...", two=2, c=c.hidden_size
                          // c.num_heads // 2)
 
@@ -383,7 +394,7 @@ def vit_peers(ours: CogViT) -> dict:
 
 
 def pictures(count: int, patch: int, seed: int) -> list[np.ndarray]:
-    """Noise of NaFlex's sizes: a budget from BUDGETS, and any shape from 1:2 to 2:1."""
+    """Noise pictures of NaFlex's sizes: a budget from BUDGETS, a side ratio from 1:2 to 2:1."""
     rng, made = np.random.default_rng(seed), []
     for _ in range(count):
         tall, budget = np.exp2(rng.uniform(-1, 1)), int(rng.choice(BUDGETS))
@@ -393,7 +404,7 @@ def pictures(count: int, patch: int, seed: int) -> list[np.ndarray]:
 
 
 def padded_pictures(images: list, patch: int, hw) -> dict:
-    """One batch in timm's form, all that a data loader can make, mask included, made beforehand."""
+    """One batch in timm's form, with everything that a data loader could prepare: also the mask."""
     cut = [patchify(image, patch, merge=1) for image in images]
     longest = max(len(patches) for patches, _ in cut)
     mean, std = (torch.tensor(x).repeat_interleave(patch ** 2) for x in (MEAN, STD))
@@ -456,7 +467,7 @@ def vit(args: Args, hw) -> dict:
             made = [padded_pictures(part, p, hw) for part in in_batches(listed, size)]
             share = 1 - useful / sum(b["valid"].numel() for b in made)
             batches[f"batches of {size}, {share:.0%} padding"] = made
-        if not cases:  # the twin does the same work
+        if not cases:  # once: check that the model of our blocks computes the same
             losses = [our_pass(rows[min(rows)], True),
                       their_pass(peers["our blocks"], batches[min(batches)], True)]
             norms = [float(sum(x.grad.float().norm() ** 2 for x in m.blocks.parameters()) ** 0.5)
@@ -474,28 +485,42 @@ def vit(args: Args, hw) -> dict:
 
 # ---- the report ---------------------------------------------------------------------------------
 
+VERBS = {"train": train, "decode": decode, "vit": vit, "rl": bench_rl.measure,
+         "busy": bench_busy.measure}
+UNITS = {"vit": "useful patches/s", "rl": "samples learnt/s", "busy": "seconds a step"}
+
+
+def print_case(name: str, case: dict, aim: float):
+    """Print both sides of a case, their ratio with its range, and whether the aim is reached. A
+    case may have an aim of its own, or None."""
+    print(name)
+    for side, row in (case.get("sides") or {k: case[k] for k in ("ours", "theirs")}).items():
+        print(f"  {side:<24} {row['median']:>9,.4g} {row['least']:>9,.4g} {row['most']:>9,.4g}  "
+              f"{row['setting']}")
+    (low, high), aim, verdict = case["ratios"], case.get("aim", aim), ""
+    if aim is not None:
+        slowdown = "sides" in case      # then the aim is the largest ratio, otherwise the smallest
+        reached = case["ratio"] <= aim if slowdown else case["ratio"] >= aim
+        verdict = f"  aim {aim}: {'reached' if reached else 'missed'}"
+    print(f"  {'ratio':<24} {case['ratio']:>9.2f} {low:>9.2f} {high:>9.2f}{verdict}")
+
+
 def run(args: Args) -> dict:
-    """Measure, print the table, write out/bench/NAME.json; returns what was written."""
-    verbs = {"train": train, "decode": decode, "vit": vit, "rl": bench_rl.measure}
-    if args.what not in verbs:
-        raise UserError(f"lab.bench takes {', '.join(verbs)}, not '{args.what}'")
-    hw = setup("cpu" if args.what == "rl" else args.device, args.dtype)
-    print(f"{hw.description}; {args.size}, {args.documents} documents, {args.rounds} rounds")
+    """Measure, print the table and write out/bench/NAME.json; returns what was written."""
+    if args.what not in VERBS:
+        raise UserError(f"lab.bench takes {', '.join(VERBS)}, not '{args.what}'")
+    check_options(args)
+    hw = setup("cpu" if args.what in ("rl", "busy") else args.device,
+               "auto" if args.what == "busy" else args.dtype)
+    documents = "" if args.what in ("rl", "busy") else f" {args.documents} documents,"
+    print(f"{hw.description}; {args.size},{documents} {args.rounds} rounds")
     result = {"args": dataclasses.asdict(args), "hardware": hw.description, "aim": AIM,
-              **verbs[args.what](args, hw)}
-    units = {"vit": "useful patches/s", "rl": "samples learnt/s"}
-    unit = units.get(args.what, "useful tokens/s")
+              **VERBS[args.what](args, hw)}
+    unit = UNITS.get(args.what, "useful tokens/s")
     print(f"{unit:<26} {'median':>9} {'least':>9} {'most':>9}  setting")
     for name, case in result["cases"].items():
-        print(name)
-        for side in ("ours", "theirs"):
-            row = case[side]
-            print(f"  {side:<24} {row['median']:>9,.4g} {row['least']:>9,.4g} "
-                  f"{row['most']:>9,.4g}  {row['setting']}")
-        (low, high), aim = case["ratios"], case.get("aim", result["aim"])
-        print(f"  {'ratio':<24} {case['ratio']:>9.2f} {low:>9.2f} {high:>9.2f}"
-              f"  aim {aim}: {'reached' if case['ratio'] >= aim else 'missed'}")
-    where = Path(args.out) / f"{args.what}-{args.size}-{args.dtype}-{hw.device.type}.json"
+        print_case(name, case, result["aim"])
+    where = Path(args.out) / f"{args.what}-{args.size}-{str(hw.dtype)[6:]}-{hw.device.type}.json"
     write_json(where, result)
     print(f"written to {where}")
     return result

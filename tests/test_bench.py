@@ -1,4 +1,4 @@
-"""lab.bench does the same work on both sides and reports a ratio; how large is not tested."""
+"""lab.bench does the same work on both sides and reports a ratio, whose size is not tested."""
 import importlib.util
 import json
 import sys
@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from lab import bench, bench_rl
+from lab import bench, bench_busy, bench_rl
 from lab.bench import Args, run
 from lib.cli import UserError
 
@@ -62,6 +62,46 @@ def test_asynchronous_rl_beside_synchronous(tmp_path, capsys, monkeypatch):
     assert "samples learnt/s" in capsys.readouterr().out
 
 
-def test_anything_else_is_refused_in_one_line():
-    with pytest.raises(UserError, match="train, decode, vit, rl"):
-        run(Args("fly"))
+def test_a_step_beside_busy_processes(tmp_path, capsys, monkeypatch):
+    """Every row is measured alone and beside the busy processes, and nothing is left running."""
+    started, popen = [], bench_busy.subprocess.Popen
+    monkeypatch.setattr(bench_busy.subprocess, "Popen",
+                        lambda *words, **more: started.append(popen(*words, **more)) or started[-1])
+    monkeypatch.setattr(bench_busy, "BUSY", 1)
+    monkeypatch.setattr(bench_busy, "STEPS", 1)
+    ours = next(iter(bench_busy.ROWS))
+    monkeypatch.setattr(bench_busy, "ROWS", {ours: {"OMP_NUM_THREADS": "1"}})
+    result = run(Args("busy", out=str(tmp_path), rounds=1, device="cpu"))
+    assert ratios(result, tmp_path)[0] > 0 and result["cases"][ours]["aim"] == bench_busy.MOST
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert "seconds a step" in capsys.readouterr().out
+
+
+def test_busy_processes_end_with_the_block():
+    with pytest.raises(ValueError):
+        with bench_busy.busy(2) as processes:
+            assert all(process.poll() is None for process in processes)
+            raise ValueError
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_a_measuring_process_that_fails_is_one_line():
+    process = bench_busy.start({}, "none")
+    with pytest.raises(UserError, match="has ended with code 1"):
+        bench_busy.ask(process)
+
+
+@pytest.mark.parametrize("aim,ratio,said", [
+    (3.0, 2.9, "  aim 3.0: reached\n"), (3.0, 3.1, "  aim 3.0: missed\n"), (None, 9.0, "9.00\n")])
+def test_a_slowdown_has_a_largest_ratio(aim, ratio, said, capsys):
+    case = bench_busy.case([1.0], [ratio]) | {"aim": aim}
+    bench.print_case("busy", case, bench.AIM)
+    assert capsys.readouterr().out.endswith(said)
+
+
+@pytest.mark.parametrize("wrong,said", [
+    (Args("fly"), "train, decode, vit, rl, busy"), (Args("vit", rounds=0), "--rounds takes 1 or"),
+    (Args("train", dtype="float16"), "--dtype takes float32 or bfloat16")])
+def test_bad_options_are_refused_in_one_line(wrong, said):
+    with pytest.raises(UserError, match=said):
+        run(wrong)
