@@ -349,7 +349,7 @@ def train(args: Args, hw):
     rehearsed = round(args.rehearse * args.prompts * args.group)
     checkpointer = Checkpointer(out, hw, args.steps, args.save_every, progress.step,
                                 functools.partial(save_run, model, optimizer, args, progress))
-    write_json(out / "config.json", asdict(args))
+    write_json(out / "config.json", asdict(args) | {"hardware": hw.description})
     if args.eval_every and not progress.evaluations:    # the figures "before" of report.json
         evaluate(model, settings, rewards, args, progress)
     log = Log(out, "rl", args.steps, progress.step)

@@ -330,7 +330,7 @@ def train(stage: str, args: Args, hw):
     say(f"{stage}: {optimizer.flat.numel() / 1e6:.2f}M parameters, {args.batch} images a step, "
         f"{args.micro} at a time, steps {start}..{args.steps}, {workers} loading, in {out}")
     if lead:
-        write_json(out / "config.json", asdict(args))
+        write_json(out / "config.json", asdict(args) | {"hardware": hw.description})
         write_json(out.parent / "report.json", read_report(out.parent))
     watch = Checkpointer(out, hw, args.steps, args.save_every, start, lambda folder: save_stage(
         folder, stage, watch.done, model, optimizer, config, args))
