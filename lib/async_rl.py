@@ -441,7 +441,8 @@ class AsyncTrainer:
     def train(self):
         args, progress, checkpointer = self.args, self.progress, self.checkpointer
         if self.collector:
-            write_json(Path(args.out) / "config.json", asdict(args) | {"hardware": hw.description})
+            write_json(Path(args.out) / "config.json",
+                       asdict(args) | {"hardware": self.hw.description})
             if args.eval_every and not progress.evaluations:
                 self.evaluate()
         log = Log(Path(args.out), "rl", args.steps, progress.step, self.hw.rank)
