@@ -82,7 +82,7 @@ class Args:
 
 # ---- the documents ------------------------------------------------------------------------------
 
-def roomy(size: str) -> Config:
+def config_of(size: str) -> Config:
     """The configuration of a size; pictures of 64 tokens are allowed at tiny as well."""
     config = sized(size)
     config.max_tokens = max(config.max_tokens, 64)
@@ -173,7 +173,7 @@ def fastest(variants: dict):
     return min(took, key=took.get)
 
 
-def duel(ours: dict, theirs: dict, useful: int, rounds: int) -> dict:
+def compare_speeds(ours: dict, theirs: dict, useful: int, rounds: int) -> dict:
     """Run the fastest variant of each side in turn. Returns useful tokens a second of each side
     (median, least, most), the ratio of the medians, and the range of the ratios in one round."""
     names = fastest(ours), fastest(theirs)
@@ -204,7 +204,7 @@ def packed(docs: list[Document], config: Config, room: int, hw) -> list:
 
 
 def train(args: Args, hw) -> dict:
-    config = roomy(args.size)
+    config = config_of(args.size)
     ours = GLMV(config, args.seed)
     theirs = peer(ours, hw)
     ours, theirs = ours.to(hw.device, hw.dtype), theirs.train()
@@ -247,7 +247,7 @@ def train(args: Args, hw) -> dict:
              for m in (ours, theirs)]
     print(f"loss           ours {losses[0]:.6f}, theirs {losses[1]:.6f}")
     print(f"gradient norm  ours {norms[0]:.6f}, theirs {norms[1]:.6f}")
-    result = duel(
+    result = compare_speeds(
         {name: lambda rows=rows: our_pass(rows) for name, rows in our_rows.items()},
         {f"batches of {size}, {kind}": lambda b=batches, k=kind: their_pass(b, k)
          for size, batches in their_batches.items() for kind in ("sdpa", "eager")},
@@ -257,7 +257,7 @@ def train(args: Args, hw) -> dict:
 
 # ---- generation ---------------------------------------------------------------------------------
 
-def compare(model: GLMV, prompts: list, ours: list, theirs: list, hw) -> dict:
+def compare_replies(model: GLMV, prompts: list, ours: list, theirs: list, hw) -> dict:
     """Count greedy replies that are equal, that differ first where the two best logits are a tie
     (TIE), and that are really different."""
     counts = {"equal": 0, "ties": 0, "different": 0}
@@ -277,7 +277,7 @@ def compare(model: GLMV, prompts: list, ours: list, theirs: list, hw) -> dict:
 
 
 def decode(args: Args, hw) -> dict:
-    config = roomy(args.size)
+    config = config_of(args.size)
     ours = GLMV(config, args.seed)
     theirs = peer(ours, hw).eval()
     ours = ours.to(hw.device, hw.dtype).eval()
@@ -322,10 +322,10 @@ def decode(args: Args, hw) -> dict:
                              ("equal replies", equal, by_prompt)):
         sizes = sorted({min(n, len(prompts)) for n in (8, 16, 32, len(prompts))})
         batches = {size: batched(asked, size, key) for size in sizes}
-        found = compare(ours, prompts, our_replies(engines[slots[-1]], asked),
+        found = compare_replies(ours, prompts, our_replies(engines[slots[-1]], asked),
                         their_replies(batches[sizes[-1]], "sdpa"), hw)
         agreement = {k: n + found[k] for k, n in agreement.items()}
-        cases[name] = duel(
+        cases[name] = compare_speeds(
             {f"{n} slots": lambda e=engine: our_replies(e, asked) for n, engine in engines.items()},
             {f"batches of {size}, {kind}": lambda b=b, k=kind: their_replies(b, k)
              for size, b in batches.items() for kind in ("sdpa", "eager")},
@@ -476,7 +476,7 @@ def vit(args: Args, hw) -> dict:
             print(f"gradient norm  ours {norms[0]:.6f}, theirs {norms[1]:.6f}")
         for kind, model in peers.items():
             for name, learn in (("forward and backward", True), ("forward", False)):
-                cases[f"{name}, {order}, {kind}"] = duel(
+                cases[f"{name}, {order}, {kind}"] = compare_speeds(
                     {k: lambda r=r, learn=learn: our_pass(r, learn) for k, r in rows.items()},
                     {k: lambda m=model, b=b, learn=learn: their_pass(m, b, learn)
                      for k, b in batches.items()}, useful, args.rounds)

@@ -62,15 +62,18 @@ STAGES = {
     "answers": ("questions and answers for the report", 0.1),
     "rl": ("joint RL, twice: from wrong demonstrations, and without demonstrations", 3)}
 
-# Options of train_vit.py besides steps, seed and device: half the usual rate, as so few steps leave
-# little time to come down from it, and a quarter of the probe's pictures, to save time.
-TOWER = {"lr": 2e-3, "probes": PROBES, "eval_every": 0, "log_every": 50}
+# Stages of the tower: share of its steps, images a step, learning rate. Captions need large batches
+# and, in so few steps, half the usual rate; the other two make more of small batches.
+TOWER = {"semantic": (1.23, 64, 2e-3), "texture": (1.08, 32, 4e-3), "distill": (0.92, 32, 8e-3),
+         "align": (0.77, 64, 2e-3)}
 PRETRAIN = {"mtp_alone": True, "mtp_share": 0.12, "save_every": 200, "eval_every": 100,
             "log_every": 50}    # options of pretrain.py besides those of Args
 RL = {"seeds": 1, "count": 60, "prompts": 12}       # options of lab.worlds for both experiments
-WORLDS = {          # experiment: its name in the report, its checkpoint ("": ours), SFT steps first
-    "fallible": ("wrong demonstrations", "", 80),
-    "untold": ("no demonstrations of forms", "ckpt/untold", 5)}
+# Experiment: its name in the report, the checkpoint it starts from ("": the demo's), steps of SFT
+# before it, the category that it is about.
+WORLDS = {
+    "fallible": ("wrong demonstrations", "", 80, "mean"),
+    "untold": ("no demonstrations of forms", "ckpt/untold", 5, "gui_form")}
 
 # The figure of lib/probes.py that each stage of the tower improves; what it means; the stage whose
 # tower it starts from ("": random weights).
@@ -84,7 +87,7 @@ CHANCE = {"i2t_en": "chance_en", "zero_shot_en": 1 / len(PAIRS)}    # of figures
 
 @dataclass
 class Args:
-    tower_steps: Natural = 130    # of each stage of the vision tower; 0: start from ckpt/semantic
+    tower_steps: Natural = 130    # a stage of the vision tower, on average; 0: from ckpt/semantic
     steps: Positive = 3000        # of pretraining
     rows: Positive = 1            # packed rows a step
     row_tokens: Positive = ROW_TOKENS   # tokens a row
@@ -110,9 +113,13 @@ def announce(stage: str):
 def train_tower(args: Args) -> dict:
     """Run the stages of train_vit.py that are not done yet, and return its report.json: figures
     {stage: {figure: share}} and pictures of the features."""
-    out = Path(args.out) / "vit"
-    train_vit.run(train_vit.Args(steps=args.tower_steps, out=str(out), resume=True, seed=args.seed,
-                                 device=args.device, **TOWER))
+    out, hw = Path(args.out) / "vit", setup(args.device)
+    for stage, (share, batch, lr) in TOWER.items():
+        settings = train_vit.Args(
+            steps=max(1, round(share * args.tower_steps)), batch=batch, lr=lr, warmup=10,
+            probes=PROBES, eval_every=0, log_every=50, out=str(out), resume=True, seed=args.seed,
+            device=args.device)
+        train_vit.train(stage, train_vit.check(settings), hw)
     return read_json(out / "report.json")
 
 
@@ -157,7 +164,7 @@ def accuracy_row(table: dict) -> dict:
 
 def start_world(name: str, args: Args, start: Path, out: Path) -> subprocess.Popen:
     """Start one experiment of lab.worlds with one thread, its output in a pipe."""
-    _, checkpoint, before = WORLDS[name]
+    _, checkpoint, before, _ = WORLDS[name]
     init = ROOT / checkpoint if checkpoint else start
     options = {**RL, "world": name, "before": before, "steps": args.rl_steps,
                "init": init.resolve(), "out": out}
@@ -202,12 +209,13 @@ def two_worlds(args: Args, start: Path) -> dict[str, dict]:
 
 
 def rl_rows(figures: dict[str, dict]) -> dict[str, dict]:
-    """The rows of RL: mean accuracy before and after, for each experiment."""
+    """The rows of RL: accuracy before and after, for each experiment."""
     rows = {}
-    for title, *_ in WORLDS.values():
-        before, after = figures[f"{title}: start"]["mean"], figures[f"{title}: RL"]["mean"]
-        rows[f"RL, {title}"] = {"figure": "held-out tasks solved, %", "before": before,
-                                "after": after}
+    for title, _, _, category in WORLDS.values():
+        name = "held-out tasks" if category == "mean" else f"held-out tasks of {category}"
+        rows[f"RL, {title}"] = {"figure": f"{name} solved, %",
+                                "before": figures[f"{title}: start"][category],
+                                "after": figures[f"{title}: RL"][category]}
     return rows
 
 

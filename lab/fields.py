@@ -136,8 +136,9 @@ def print_fields():
 
 @dataclass(frozen=True)
 class Chart:
-    """Fields that are drawn in one chart. lines: {key: name in the legend}; smooth: draw means over
-    short stretches, since single steps vary; minor: folded away, for who looks for a fault."""
+    """Fields that are drawn in one chart. lines: {key: name in the legend}. smooth: draw means over
+    short stretches, since single steps vary. minor: fold the chart away, since it only helps to
+    find a fault."""
     title: str
     lines: dict
     smooth: bool = True

@@ -158,6 +158,8 @@ def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 3
                       for x, y in points]
         legend.append(f'<span><i style="background:{color}"></i>{html.escape(name)} '
                       f'<b>{number(points[-1][1])}</b></span>')
+    if heights[-1] > most:
+        legend.append(f"<span>values above {number(most)} are cut off</span>")
     return (f"<figure><figcaption>{html.escape(title)}</figcaption>"
             f'<div class="legend quiet">{"".join(legend)}</div>'
             f'<svg viewBox="0 0 {WIDE} {high}" role="img" aria-label="{html.escape(title)}" '

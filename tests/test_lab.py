@@ -1,6 +1,5 @@
 """The demo, its page and the lab sheets, end to end at a few steps."""
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,10 +11,10 @@ import pretrain
 import rl
 import train_vit
 from data import parse_mix
-from lab import demo, dino, drafts, mmtp_options, report, vit_claims, vit_pays, worlds
+from lab import demo, dino, drafts, mmtp_options, vit_claims, vit_pays, worlds
 from lib.checkpoint import save_model
 from lib.cli import UserError
-from lib.common import find_checkpoint, ROOT, setup
+from lib.common import find_checkpoint, ROOT
 from lib.tensors import load_tensors
 from model import GLMV, sized
 from tasks.base import box, Task
@@ -103,13 +102,14 @@ if words["seeds"] != "1" or words["steps"] == "13":
 folder = pathlib.Path(words["out"]) / words["world"]
 folder.mkdir(parents=True)
 names = "start", "rl, seed 0", "sft, seed 0"
-rows = {f"{name}, greedy": {"mean": i} for i, name in enumerate(names)}
+rows = {f"{name}, greedy": {"mean": i, "gui_form": i} for i, name in enumerate(names)}
 (folder / "report.json").write_text(json.dumps({"figures": rows}))
 """)
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     args = demo.Args(rl_steps=7, out=str(tmp_path / "out"))
     figures = demo.two_worlds(args, tmp_path)
-    assert figures == {f"{title}: {arm}": {"mean": i} for title, *_ in demo.WORLDS.values()
+    assert figures == {f"{title}: {arm}": {"mean": i, "gui_form": i}
+                       for title, *_ in demo.WORLDS.values()
                        for i, arm in enumerate(("start", "RL", "SFT, as long"))}
     assert [(row["before"], row["after"]) for row in demo.rl_rows(figures).values()] == [(0, 1)] * 2
     said = capfd.readouterr().out
