@@ -50,7 +50,7 @@ def test_the_encoder_compares_equal_losses_and_gradients(tmp_path, capsys, monke
 
 @pytest.mark.slow
 def test_asynchronous_rl_beside_synchronous(tmp_path, capsys, monkeypatch):
-    for name, value in dict(WAIT=0.02, STEPS=2, FLIGHT=8, SIZE=4, PROMPTS=1, EXAM=2).items():
+    for name, value in dict(WAIT=0.02, STEPS=2, FLIGHT=8, SIZE=4, PROMPTS=1, HELD_OUT=2).items():
         monkeypatch.setattr(bench_rl, name, value)
     result = run(Args("rl", out=str(tmp_path), **few))
     found = ratios(result, tmp_path)
