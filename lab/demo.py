@@ -56,19 +56,19 @@ PROBES = 256                    # pictures that a probe of the tower is fitted o
 
 # The stages, as they are announced, with minutes on 2 idle cores.
 STAGES = {
-    "tower": ("a vision tower: two teachers, distillation, alignment", 2),
-    "pretraining": ("pretraining on pictures, questions and answers", 5),
+    "tower": ("a vision tower: two teachers, distillation, alignment", 1),
+    "pretraining": ("pretraining on pictures, questions and answers", 6),
     "evaluation": ("evaluation on held-out seeds, words, colours and layouts", 0.5),
     "answers": ("questions and answers for the report", 0.1),
-    "rl": ("joint RL, twice: from wrong demonstrations, and without demonstrations", 3)}
+    "rl": ("joint RL, twice: from wrong demonstrations, and without demonstrations", 2)}
 
 # Stages of the tower: share of its steps, images a step, learning rate. Captions need large batches
 # and, in so few steps, half the usual rate; the other two make more of small batches.
 TOWER = {"semantic": (1.23, 64, 2e-3), "texture": (1.08, 32, 4e-3), "distill": (0.92, 32, 8e-3),
          "align": (0.77, 64, 2e-3)}
-PRETRAIN = {"mtp_alone": True, "mtp_share": 0.12, "save_every": 200, "eval_every": 100,
+PRETRAIN = {"mtp_alone": True, "mtp_share": 0.06, "save_every": 200, "eval_every": 100,
             "log_every": 50}    # options of pretrain.py besides those of Args
-RL = {"seeds": 1, "count": 60, "prompts": 12}       # options of lab.worlds for both experiments
+RL = {"seeds": 1, "count": 40, "prompts": 12}       # options of lab.worlds for both experiments
 # Experiment: its name in the report, the checkpoint it starts from ("": the demo's), steps of SFT
 # before it, the category that it is about.
 WORLDS = {
@@ -92,7 +92,7 @@ class Args:
     rows: Positive = 1            # packed rows a step
     row_tokens: Positive = ROW_TOKENS   # tokens a row
     own_question: bool = True     # always ask a task's own question about its picture
-    rl_steps: Natural = 12        # of RL in each of the two experiments; 0: no RL
+    rl_steps: Natural = 9         # of RL in each of the two experiments; 0: no RL
     seed: Seed = 0                # of weights and samples
     count: Positive = 300         # held-out tasks a category in the evaluation
     levels: Levels = 1            # levels of difficulty, trained and evaluated, from 0
