@@ -111,8 +111,8 @@ def test_the_demos_mean_is_that_of_its_table():
 
 
 def test_every_result_has_a_verdict():
-    rows = [line for line in RESULTS.splitlines() if line.startswith("| ") and "`" in line
-            and not re.match(r"\| `(\w+|ckpt/\w+)` \|", line)]
+    rows = [line for line in RESULTS.splitlines() if re.match(r"\| \w", line)]
+    rows = [row for row in rows if row.count("|") == 5 and not row.startswith("| claim |")]
     verdicts = ("met", "missed", "found", "not seen")
     assert len(rows) > 20
     for row in rows:
