@@ -1,4 +1,4 @@
-"""The whole pipeline on a laptop in about ten minutes, with a report.
+"""The whole pipeline on a laptop in about eleven minutes, with a report.
 
     python -m lab.demo                    on 2 cores without a GPU or a network
     python -m lab.demo --seed=1 --out=out/demo1
@@ -56,8 +56,8 @@ PROBES = 256                    # pictures that a probe of the tower is fitted o
 
 # The stages, as they are announced, with minutes on 2 idle cores.
 STAGES = {
-    "tower": ("a vision tower: two teachers, distillation, alignment", 1),
-    "pretraining": ("pretraining on pictures, questions and answers", 6),
+    "tower": ("a vision tower: two teachers, distillation, alignment", 2),
+    "pretraining": ("pretraining on pictures, questions and answers", 7),
     "evaluation": ("evaluation on held-out seeds, words, colours and layouts", 0.5),
     "answers": ("questions and answers for the report", 0.1),
     "rl": ("joint RL, twice: from wrong demonstrations, and without demonstrations", 2)}
@@ -66,7 +66,7 @@ STAGES = {
 # and, in so few steps, half the usual rate; the other two make more of small batches.
 TOWER = {"semantic": (1.23, 64, 2e-3), "texture": (1.08, 32, 4e-3), "distill": (0.92, 32, 8e-3),
          "align": (0.77, 64, 2e-3)}
-PRETRAIN = {"mtp_alone": True, "mtp_share": 0.06, "save_every": 200, "eval_every": 100,
+PRETRAIN = {"mtp_alone": True, "mtp_share": 0.12, "save_every": 200, "eval_every": 100,
             "log_every": 50}    # options of pretrain.py besides those of Args
 RL = {"seeds": 1, "count": 40, "prompts": 12}       # options of lab.worlds for both experiments
 # Experiment: its name in the report, the checkpoint it starts from ("": the demo's), steps of SFT
@@ -106,7 +106,7 @@ class Args:
 def announce(stage: str):
     """Print the number of a stage and the minutes that it takes on 2 idle cores."""
     words, minutes = STAGES[stage]
-    about = f"about {minutes:g} minutes" if minutes >= 1 else "less than a minute"
+    about = f"about {minutes:g} minutes" if minutes > 1 else "about a minute or less"
     print(f"\n{list(STAGES).index(stage) + 1}/{len(STAGES)} {words} ({about})")
 
 
