@@ -23,7 +23,6 @@ reply. The parts lie in tasks/; tasks/README.md explains them and how to add a c
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
-import inspect
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from lib.cli import cli, main, Natural, Positive, Range, Seed, UserError
+from lib.cli import main, Natural, Positive, Range, run_verb, Seed, UserError
 from tasks import CATEGORIES, verify
 from tasks.base import box, Env, IMAGE, Message, Obs, OneShot, Step, Task
 from tasks.contact_sheet import contact_sheet
@@ -287,16 +286,7 @@ VERBS = {                       # verb: (options, function, the option that bare
 
 def entry(argv: list[str] | None = None):
     """Run a verb. Exit codes: 0, 1 for a broken contract, 2 for bad input, 130 for Ctrl-C."""
-    words = sys.argv[1:] if argv is None else argv
-    if words and words[0] in ("--help", "-h"):
-        print(__doc__ + f"\nVerbs: {', '.join(VERBS)}; `python gym.py VERB --help` lists the "
-              "options of one.")
-        return
-    if not words or words[0] not in VERBS:
-        what = f"'{words[0]}' is not one of" if words else "a verb is missing:"
-        raise UserError(f"{what} {', '.join(VERBS)}; --help explains them")
-    config, act, positional = VERBS[words[0]]
-    act(cli(config, words[1:], inspect.getdoc(act) + "\n", positional))
+    run_verb(VERBS, __doc__, argv)
 
 
 if __name__ == "__main__":

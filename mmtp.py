@@ -70,7 +70,7 @@ class MTPLayer(DecoderLayer):
         self.enorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.hnorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
-        self.embed_tokens = None  # likewise; ours uses the trunk's [C]
+        self.embed_tokens = None  # its own, if a checkpoint has one; ours uses the trunk's [C]
         self.shared_head = SharedHead(c)
 
 

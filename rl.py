@@ -440,7 +440,7 @@ def run(args: Args):
 # Exercises. Write it, run the test.
 # 1. advantages. pytest tests/test_rl.py -k advantages; 15 minutes.
 # 2. cispo(logp, old, advantage, low, high), another entry of LOSSES: the clipped ratio, without
-#    gradient, times A logp. Then tis: the ratio cut off at `high`, likewise. And gspo, with one
+#    gradient, times A logp. Then tis: A logp times the ratio, cut off at `high`. And gspo, one
 #    ratio for a whole reply. Their tests wait: pytest tests/test_rl.py -k exercise; 45 minutes.
 # 3. Write a verifier that likes long replies, and train. After how many steps comes the alarm?
 

@@ -24,8 +24,8 @@ import gym
 from data import document, parse_mix, sight
 from engine import Engine, Request
 from lib.checkpoint import load_model
-from lib.cli import (cli, Device, Dtype, main, Natural, NonNegative, Positive, Range, Seed, Share,
-                     UserError)
+from lib.cli import (Device, Dtype, main, Natural, NonNegative, Positive, Range, run_verb, Seed,
+                     Share, UserError)
 from lib.common import find_checkpoint, read_json, ROOT, setup, write_json
 from lib.images import open_image
 from lib.rollout import Episode, rollout, RolloutSettings
@@ -211,18 +211,10 @@ def evaluation(args: Eval):
           f"{args.out}")
 
 
-def entry():
-    """The command line: a verb, then its options."""
-    verbs = {"ask": (Ask, ask, "question"), "eval": (Eval, evaluation, None)}
-    words = sys.argv[1:]
-    if not words or words[0] not in verbs:
-        if words and words[0] not in ("--help", "-h"):
-            raise UserError(f"'{words[0]}' is not one of {', '.join(verbs)}")
-        print(__doc__ + "\nVerbs: ask, eval; `python sample.py VERB --help` lists its options.")
-        return
-    config, act, positional = verbs[words[0]]
-    act(cli(config, words[1:], __doc__, positional))
+# ---- the command line ---------------------------------------------------------------------------
+
+VERBS = {"ask": (Ask, ask, "question"), "eval": (Eval, evaluation, None)}
 
 
 if __name__ == "__main__":
-    main(entry)
+    main(lambda: run_verb(VERBS, __doc__))

@@ -208,7 +208,7 @@ def measure_teachers(model: Distiller, stream: Pictures):
 def distill_loss(model: Distiller, pictures: list[Picture], args: Args) -> tuple[Tensor, dict]:
     """--cosine x (1 - cosine) + the rest x smooth-L1 between what the student's heads predict and
     what the teachers see, the mean over patches and teachers [O]: this micro-batch's part of the
-    mean over the global batch, and likewise the cosine to each teacher."""
+    mean over the global batch, and of the mean cosine to each teacher."""
     device, images = model.token.device, [picture.image for picture in pictures]
     patches, grids = pack(images, model.visual.config)
     # The student sees the mask token in place of 35% of the patches [C]: enough that it has to

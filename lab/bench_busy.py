@@ -22,10 +22,11 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 from data import collate, Packer, parse_mix, SampleLoader, Stream
 from lab import demo
-from lib.cli import main, UserError
+from lib.cli import cli, main, Positive, UserError
 from lib.common import ROOT, setup
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer
@@ -134,6 +135,11 @@ def training_step():
     return step
 
 
+@dataclass
+class Args:
+    steps: Positive = STEPS       # training steps of one measurement; also as a bare word
+
+
 def worker(steps: int):
     """Measure one row: see the end of the docstring on top."""
     step = training_step()
@@ -147,4 +153,4 @@ def worker(steps: int):
 
 
 if __name__ == "__main__":
-    main(lambda: worker(int(sys.argv[1])))
+    main(lambda: worker(cli(Args, about=__doc__, positional="steps").steps))

@@ -2,10 +2,11 @@
 
 OpenMP reads its settings when torch is loaded, so they must be in the environment before that. By
 default a waiting OpenMP thread spins at full speed until there is work again. Two spinning threads
-compete for a core with every other busy process: a step of the demo then took 19 seconds instead of
-0.7. With the settings below a thread spins for a moment and then sleeps. Sleeping at once (a spin
-count of 0) would be as robust, but costs half the speed on a quiet machine, where the next piece of
-work arrives within microseconds. `python -m lab.bench busy` measures this.
+compete for a core with every other busy process: beside four of them a step of the demo took 1.0
+second instead of 0.09. With the settings below, a thread spins for a moment and then sleeps: 0.47
+seconds there, 0.10 on a quiet machine. Sleeping at once (a spin count of 0) is no faster beside
+others and takes 0.17 seconds on a quiet machine, where the next piece of work arrives within
+microseconds. `python -m lab.bench busy` measures this; LOG.md has the figures.
 """
 import os
 

@@ -204,3 +204,21 @@ def cli(config, argv=None, about: str = "", positional: str | None = None):
     args = config(**values)
     check_options(args)
     return args
+
+
+def run_verb(verbs: dict, about: str, argv: list[str] | None = None):
+    """The command line of a script with verbs, such as `gym.py show point --level=2`.
+
+    verbs: {verb: (dataclass of its options, function of them, field that bare words are for)}. The
+    function's docstring stands on top of the verb's --help, `about` on top of the script's. Raises
+    UserError on an unknown verb, and as `cli` does.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in ("--help", "-h"):
+        print(f"{about}\nVerbs: {', '.join(verbs)}; `VERB --help` lists the options of one.")
+        return
+    if not words or words[0] not in verbs:
+        what = f"'{words[0]}' is not one of" if words else "a verb is missing:"
+        raise UserError(f"{what} {', '.join(verbs)}; --help explains them")
+    config, function, positional = verbs[words[0]]
+    function(cli(config, words[1:], inspect.getdoc(function) + "\n", positional))

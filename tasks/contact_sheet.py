@@ -50,7 +50,7 @@ def grid_tile(images: list) -> Image.Image:
 
 
 def stack_tile(images: list) -> Image.Image:
-    """Pages that could not be read side by side: the first in front, the others behind it."""
+    """Pages that could not be read side by side: the first one in front of the others."""
     shift, behind = 16, len(images) - 1
     tile, side = Image.new("RGB", (SIDE, SIDE), PAPER), SIDE - shift * behind
     for i in range(behind, -1, -1):

@@ -352,7 +352,7 @@ class Block(NamedTuple):
     text: str
     box: tuple                          # x0, y0, x1, y1 on the canvas
     color: tuple
-    ground: tuple                       # the colour behind it
+    ground: tuple                       # the background colour at its place
     link: Node | None                   # the element that a click on it activates
 
 

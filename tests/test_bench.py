@@ -87,7 +87,7 @@ def test_busy_processes_end_with_the_block():
 
 def test_a_measuring_process_that_fails_is_one_line():
     process = bench_busy.start({}, "none")
-    with pytest.raises(UserError, match="has ended with code 1"):
+    with pytest.raises(UserError, match="has ended with code 2"):
         bench_busy.ask(process)
 
 
