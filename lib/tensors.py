@@ -1,4 +1,4 @@
-"""Tensors on disk: the safetensors format, in fifty lines.
+"""Tensors on disk: the safetensors format, and digests that show whether a file is damaged.
 
 A file is 8 bytes with the length n of the header (little-endian), n bytes of JSON, then raw data:
 
@@ -7,8 +7,14 @@ A file is 8 bytes with the length n of the header (little-endian), n bytes of JS
 
 Offsets count bytes from the end of the header. There is no code in such a file, so that opening
 one from the internet is safe, unlike a pickle.
+
+A disk or a copy can change a bit of a file without an error. Therefore a checkpoint folder holds a
+digests.json, {file's name: SHA-256}; a file that it lists is compared with its digest when it is
+loaded. Folders without it, like those from the internet, load unchecked.
 """
+import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -55,34 +61,77 @@ def load_tensors(path) -> dict[str, torch.Tensor]:
         path = path / "model.safetensors"
     if not path.is_file():
         raise UserError(f"no weights at {path}")
+    check_digest(path)
     data = bytearray(path.read_bytes())
     try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(bytes(data[8:8 + length]).decode())
-        header.pop("__metadata__", None)
-        raw, tensors = memoryview(data)[8 + length:], {}
+        header, start = read_header(path, data)
+        raw, tensors = memoryview(data)[start:], {}
         for name, item in header.items():
             start, stop = item["data_offsets"]
-            if not 0 <= start <= stop <= len(raw):
-                raise ValueError(f"{name} lies beyond the end of the file")
             flat = torch.empty(0, dtype=DTYPES[item["dtype"]])
             if stop > start:            # frombuffer refuses an empty buffer
                 flat = torch.frombuffer(raw[start:stop], dtype=torch.uint8).clone().view(flat.dtype)
             tensors[name] = flat.view(item["shape"])
         return tensors
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
+        raise UserError(f"{path} is damaged or no safetensors file ({str(error)[:200]})") from None
+
+
+def read_header(path: Path, data: bytearray) -> tuple[dict, int]:
+    """The header of a .safetensors file without its metadata, and where the raw data starts.
+
+    Raises ValueError, KeyError or TypeError unless the tensors fill the raw data without gap or
+    overlap, and UserError if a dtype is not in DTYPES.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < max(8, start):
+        raise ValueError("the header is cut off")
+    header = json.loads(bytes(data[8:start]).decode(), object_pairs_hook=without_repeats)
+    if not isinstance(header, dict):
+        raise TypeError("the header is no JSON object")
+    header.pop("__metadata__", None)
+    for name, item in header.items():
+        numbers = [*item["shape"], *item["data_offsets"]]
+        if not name.isprintable() or len(item["data_offsets"]) != 2 or any(
+                type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"{name!r} has an impossible name, shape or offset")
+        if item["dtype"] not in DTYPES:
+            kind = "FP8 weights" if str(item["dtype"]).startswith("F8_") else "weights of a dtype"
+            raise UserError(f"{path} holds {kind} ({str(item['dtype'])[:20]}) that can't be read "
+                            "here; convert them to BF16 first")
+    end = 0                             # of the tensors so far, in the order of the raw data
+    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+        size = math.prod(item["shape"]) * DTYPES[item["dtype"]].itemsize
+        if item["data_offsets"] != [end, end + size]:
+            raise ValueError(f"{name} is not at bytes {end} to {end + size}, where it belongs")
+        end += size
+    if end != len(data) - start:
+        raise ValueError(f"{len(data) - start} bytes of data, where the header describes {end}")
+    return header, start
+
+
+def without_repeats(pairs: list[tuple]) -> dict:
+    """A JSON object as a dict. Raises ValueError if a name occurs twice."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
 
 
 def load_shards(index: Path) -> dict[str, torch.Tensor]:
     """Read all files that an index names: {"weight_map": {tensor's name: file's name}}."""
+    check_digest(index)
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if any(Path(shard).name != shard or not shard for shard in shards):
+            raise ValueError("a shard is not a file in the same folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is damaged or no index of shards ({error!r})") from None
     tensors = {}
     for shard in shards:
-        tensors |= load_tensors(index.parent / shard)
+        more = load_tensors(index.parent / shard)
+        if twice := tensors.keys() & more.keys():
+            raise UserError(f"{index.parent / shard} repeats {min(twice)} of another shard")
+        tensors |= more
     return tensors
 
 
@@ -96,3 +145,70 @@ def check_shapes(complaint: str, want: dict[str, torch.Tensor], have: dict[str, 
         first = different[0]
         raise UserError(f"{complaint}; {len(different)} tensors differ, {first} first: expected "
                         f"{wanted.get(first, 'nothing')}, found {found.get(first, 'nothing')}")
+
+
+# ---- digests ------------------------------------------------------------------------------------
+
+DIGESTED = ("*config.json", "*.index.json", "*.safetensors", "*.pt")     # what loading reads
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_digests(folder):
+    """Write digests.json, with the digest of each file in `folder` that loading reads."""
+    folder = Path(folder)
+    files = sorted(path for pattern in DIGESTED for path in folder.glob(pattern))
+    with open(folder / "digests.json", "w", encoding="utf-8") as file:
+        json.dump({path.name: digest(path) for path in files}, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_digests(folder: Path) -> dict[str, str]:
+    """{file's name: digest}; {} where there is no digests.json."""
+    path = folder / "digests.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged; remove it to load the files unchecked") from None
+
+
+def check_digest(path):
+    """Raise UserError if digests.json beside the file `path` holds another digest of it. The
+    message names the newest checkpoint of the same run that is whole."""
+    path = Path(path)
+    wanted = read_digests(path.parent).get(path.name)
+    if wanted is None or digest(path) == wanted:
+        return
+    advice = ""
+    if path.suffix == ".json":
+        advice = f"; if you have edited it, remove {path.parent / 'digests.json'}"
+    if whole := newest_whole(path.parent.parent):
+        advice += f"; the newest whole checkpoint is {whole}"
+    raise UserError(f"{path} is damaged (its digest differs){advice}")
+
+
+def check_digests(folder):
+    """Raise UserError if a file in `folder` is missing or differs from its digest."""
+    for name in read_digests(Path(folder)):
+        if not (Path(folder) / name).is_file():
+            raise UserError(f"{folder} is damaged: {name} is missing")
+        check_digest(Path(folder) / name)
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest step_NNNNNN folder of a run all of whose files have their digests."""
+    steps = [path for path in run.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    for folder in sorted(steps, key=lambda path: -int(path.name.removeprefix("step_"))):
+        try:
+            wanted = read_digests(folder)
+        except UserError:
+            continue
+        if wanted and all((folder / name).is_file() and digest(folder / name) == value
+                          for name, value in wanted.items()):
+            return folder
+    return None
