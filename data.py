@@ -45,6 +45,7 @@ from lib.images import pack, resize
 from model import Config, rope_positions
 from tasks.atlas import atlas_text
 from tasks.base import IMAGE, Message, OneShot, Task
+from tasks.driver import MOST_PIXELS
 from tokenizer import Tokenizer
 
 
@@ -67,7 +68,7 @@ def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
     answer: make a prompt, which ends where the next reply begins.
     """
     ids, weights, images = [], [], []
-    pixels_per_token = (config.vision.patch_size * config.vision.spatial_merge_size) ** 2
+    pixels_per_token = unit_of(config) ** 2
     for piece, learn, image in tokens.chat(messages, answer):
         if image is not None:       # the piece is the two marks around the visual tokens
             images.append(resize(image, config))
@@ -145,22 +146,22 @@ class Stream:
     text_tokens: int = 128      # tokens of a stretch of text
     parts: tuple = ()           # categories shown only in single questions about their screens
     own_question: bool = False  # a picture's own question is always among those asked about it
+    pixels: int = 0             # side of the pictures; 0: see `task_pixels`
 
     def __post_init__(self):
         known = [*gym.names(), *TEXTS]
-        for name, weight in self.mix:
+        for name, _ in self.mix:
             if name not in known:
                 raise UserError(f"--mix names '{name}'; there are {', '.join(known)}")
-            if not weight >= 0:         # true for nan as well
-                raise UserError(f"--mix gives {name} the weight {weight}")
         for name in self.parts:
             if name not in gym.names() or not gym.demonstrate(Task(name, 0), parts=True):
                 raise UserError(f"--parts: there are no questions about the screens of '{name}'")
             if name not in dict(self.mix):
                 raise UserError(f"--parts names {name}, which is no part of --mix")
+        most = min(MOST_PIXELS, math.isqrt(self.config.max_tokens) * unit_of(self.config))
+        if self.pixels > most:
+            raise UserError(f"--pixels={self.pixels} is more than this model can see: {most}")
         total = sum(weight for _, weight in self.mix)
-        if not total:
-            raise UserError("--mix has no weight above 0")
         # Source k owns the numbers between edges[k-1] and edges[k] in [0, 1].
         self.edges = np.cumsum([weight / total for _, weight in self.mix])
         self.tokens = Tokenizer(self.config.n_ranks)
@@ -188,7 +189,8 @@ class Stream:
     def _conversations(self, rng, name: str, i: int) -> list[list[Message]]:
         """Conversations about the same pictures, from one task of the category `name`."""
         level = int(rng.integers(self.levels)) if i >= self.easy_samples else 0
-        task = Task(name, int(rng.integers(2 ** 31)), level, self.split)
+        task = Task(name, int(rng.integers(2 ** 31)), level, self.split,
+                    task_pixels(name, self.config, self.pixels))
         think = rng.random() < self.think
         conversations = gym.demonstrate(task, think, parts=name in self.parts)
         chosen = conversations[int(rng.integers(len(conversations)))]
@@ -219,17 +221,36 @@ class Stream:
         return Document(np.array(ids, np.int32), weights, [], source)
 
 
+def unit_of(config: Config) -> int:
+    """The side in pixels of the square that one visual token stands for."""
+    return config.vision.patch_size * config.vision.spatial_merge_size
+
+
+def task_pixels(name: str, config: Config, pixels: int = 0) -> int:
+    """The side in pixels at which a task of the category `name` is drawn for a model.
+
+    The least size of a category suits patches of 8 pixels, those of `tiny`. For larger patches the
+    picture is larger in proportion, so that every model has as many visual tokens of it. [O]
+    pixels: take this side instead, where the category can be drawn so small.
+    """
+    least, unit = gym.CATEGORIES[name].env.min_pixels, unit_of(config)
+    side = pixels or least * config.vision.patch_size / 8
+    return min(MOST_PIXELS, max(least, math.ceil(side / unit) * unit))
+
+
 def sight(config: Config) -> int:
-    """The side in pixels of the largest square picture that a model sees at its full size."""
-    unit = config.vision.patch_size * config.vision.spatial_merge_size
-    return math.isqrt(config.max_tokens) * unit
+    """The largest least size of a category that a model sees undiminished: drawn at `task_pixels`,
+    its pictures have at most `max_tokens` visual tokens."""
+    patch = min(8, config.vision.patch_size)    # smaller patches do not make a picture smaller
+    return math.isqrt(config.max_tokens) * patch * config.vision.spatial_merge_size
 
 
-def parse_mix(text: str, pixels: int = 1024) -> tuple:
+def parse_mix(text: str, pixels: int = MOST_PIXELS) -> tuple:
     """'point:2,text' -> (('point', 2.0), ('text', 1.0))
 
-    'gym' means every category whose pictures can be read at this size, with equal shares of its
-    weight. The weights of a name that comes twice are added. Raises UserError on a wrong weight.
+    'gym' means every category whose least size is at most `pixels`, which `sight` gives for a
+    model, with equal shares of its weight. The weights of a name that comes twice are added. Raises
+    UserError on a wrong weight, or if the sum of the weights is not finite and above 0.
     """
     mix = {}
     for part in filter(None, text.split(",")):
@@ -238,9 +259,15 @@ def parse_mix(text: str, pixels: int = 1024) -> tuple:
             value = float(weight or 1)
         except ValueError:
             raise UserError(f"--mix takes name:weight, not '{part}'") from None
+        if not 0 <= value < math.inf:       # true for nan as well
+            raise UserError(f"--mix takes weights from 0 on, not '{part}'")
         names = gym.names(pixels) if name == "gym" else [name]
         for n in names:
             mix[n] = mix.get(n, 0.0) + value / len(names)
+    total = sum(mix.values())
+    if not 0 < total < math.inf:
+        raise UserError(f"--mix takes weights with a finite sum above 0; that of '{text}' is "
+                        f"{total:g}")
     return tuple(mix.items())
 
 

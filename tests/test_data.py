@@ -11,7 +11,7 @@ from PIL import Image
 import gym
 from conftest import odd_config, random_document
 from data import (collate, document, Document, one_turn, Packer, parse_mix, SampleLoader, sight,
-                  Stream)
+                  Stream, task_pixels, unit_of)
 from lib.cli import UserError
 from lib.images import open_image, resize
 from model import sized
@@ -212,8 +212,38 @@ def test_the_own_question_of_a_picture_is_always_among_those_asked():
 
 
 def test_gym_means_what_the_model_can_see():
+    """A model sees a category if a picture of `task_pixels` fits into its visual tokens."""
     assert sight(TINY) == 64 and "chart_read" not in dict(parse_mix("gym", 64))
     assert set(gym.names(64)) < set(gym.names()) == set(dict(parse_mix("gym")))
+    for config in (*map(sized, ("tiny", "small", "base")), *map(odd_config, range(3))):
+        seen = [name for name in gym.names()
+                if (task_pixels(name, config) / unit_of(config)) ** 2 <= config.max_tokens]
+        assert gym.names(sight(config)) == seen
+
+
+def test_every_size_of_model_has_as_many_visual_tokens():
+    mix = parse_mix("point,gui_click")
+    for size, side in (("tiny", 64), ("small", 112), ("base", 112)):
+        config = sized(size)
+        [made, *_] = Stream(config, mix)(0)
+        assert (made.ids == config.image_token_id).sum() == 16
+        assert [image.shape for image in made.images] == [(side, side, 3)]
+    small = sized("small")
+    assert task_pixels("doc_qa", TINY) == 256 and task_pixels("doc_qa", small) == 448
+    assert [task_pixels("point", small, asked) for asked in (1, 64, 100, 9999)] == [
+        64, 84, 112, 1024]
+    [made, *_] = Stream(small, mix, pixels=200)(0)
+    assert made.images[0].shape == (224, 224, 3)
+    for config, most in ((TINY, 64), (small, 896), (sized("base"), 1024)):
+        with pytest.raises(UserError, match=f"--pixels={most + 1} is more .* see: {most}"):
+            Stream(config, mix, pixels=most + 1)
+
+
+@pytest.mark.parametrize("mix", ["point:inf", "point:nan", "point:-1", "point:-inf", ",", "",
+                                 "point:0", "point:1e308,text:1e308", "point:many", "point:1e400"])
+def test_wrong_weights_are_refused(mix):
+    with pytest.raises(UserError, match="^--mix takes [^\n]*$"):
+        parse_mix(mix)
 
 
 def test_the_atlas_is_a_source_of_text():
