@@ -21,16 +21,17 @@ A worked example, with a 32 x 32 picture, 8 x 8 patches and one visual token per
 Letters: T tokens of a row, L tokens of a document, D documents, P patches, N images, F frames,
 p patch side in pixels.
 """
-import atexit
 import contextlib
 import functools
 import math
 import multiprocessing
+import os
 import signal
+import sys
 import sysconfig
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from torch import Tensor
 
 import gym
 from lib.cli import UserError
-from lib.common import heartbeat
+from lib.common import first_sentence, heartbeat
 from lib.images import pack, resize
 from model import Config, rope_positions
 from tasks.atlas import atlas_text
@@ -192,7 +193,11 @@ class Stream:
         task = Task(name, int(rng.integers(2 ** 31)), level, self.split,
                     task_pixels(name, self.config, self.pixels))
         think = rng.random() < self.think
-        conversations = gym.demonstrate(task, think, parts=name in self.parts)
+        try:
+            conversations = gym.demonstrate(task, think, parts=name in self.parts)
+        except Exception as error:
+            error.add_note(f"while drawing {task}")
+            raise
         chosen = conversations[int(rng.integers(len(conversations)))]
         keep_whole = rng.random() < DIALOGUES
         # In an episode (it has observations) a turn makes no sense without those before it.
@@ -273,9 +278,29 @@ def parse_mix(text: str, pixels: int = MOST_PIXELS) -> tuple:
 
 # ---- loading ahead, in worker processes ---------------------------------------------------------
 
+def make_sample(stream, i: int):
+    """Sample i, or a UserError that names it, after the traceback on stderr, where making it fails.
+    So a run can save its steps and end, instead of losing them."""
+    try:
+        return stream(i)
+    except UserError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise UserError(f"sample {i} can't be made: {type(error).__name__}: "
+                        f"{first_sentence(error)}") from None
+
+
+def end_with_trainer():
+    """Wait until the process that has started this one has ended, then end at once."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def serve_samples(pipe, stream):
-    """The work of a worker process: receive indices, send their samples or the error as text, until
-    the pipe is closed or None comes.
+    """The work of a worker process: receive indices, send their samples or a UserError, until None
+    comes or the trainer ends. If that is killed it can't say so, and a worker may be drawing for
+    minutes: therefore a thread watches it.
 
     A Ctrl-C at the terminal sends SIGINT to every process of a run. A worker must survive the first
     one, since the trainer finishes its step, which may need more samples, and saves:
@@ -288,15 +313,15 @@ def serve_samples(pipe, stream):
         second Ctrl-C      raises KeyboardInterrupt          ends
     """
     signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    threading.Thread(target=end_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
-    try:
+    with contextlib.suppress(EOFError, OSError):    # the trainer has ended
         while (indices := pipe.recv()) is not None:
             try:
-                pipe.send([stream(i) for i in indices])
-            except Exception as error:  # the trainer decides what to do; this process continues
-                pipe.send(f"{type(error).__name__}: {error}")
-    except (EOFError, BrokenPipeError):
-        pass                            # the trainer has ended
+                answer = [make_sample(stream, i) for i in indices]
+            except UserError as error:      # the trainer decides what to do; this process continues
+                answer = error
+            pipe.send(answer)
 
 
 @contextlib.contextmanager
@@ -325,27 +350,22 @@ class SampleLoader:
         self.stream, self.burst, self.overlap = stream, burst, overlap
         self.seconds = 0.0
         self.ready = {}             # {index: sample}
-        self.requests = []          # [(indices, future of the worker's answer), ...]
-        self.pipes = []             # one (pipe, lock) a worker
-        if workers:
-            self._start(workers)
+        self.requests = []          # [(number of the worker, indices), ...] without an answer yet
+        self.workers = [self._start() for _ in range(workers)]      # [(process, our pipe), ...]
 
-    def _start(self, workers: int):
+    def _start(self):
         context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve_samples, args=(theirs, self.stream), daemon=True)
         with ignore_ctrl_c():       # see serve_samples
-            for _ in range(workers):
-                ours, theirs = context.Pipe()
-                context.Process(target=serve_samples, args=(theirs, self.stream),
-                                daemon=True).start()
-                theirs.close()
-                self.pipes.append((ours, threading.Lock()))
-        self.pool = ThreadPoolExecutor(workers)     # a thread a worker waits for its answer
-        atexit.register(self.close)
+            process.start()
+        theirs.close()
+        return process, ours
 
     def __call__(self, i: int):
         began = time.perf_counter()
-        if not self.pipes:
-            sample = self.stream(i)
+        if not self.workers:
+            sample = make_sample(self.stream, i)
         else:
             if i not in self.ready:
                 self._receive(i)
@@ -355,48 +375,62 @@ class SampleLoader:
 
     def _receive(self, i: int):
         """Wait for all that has been requested, which sample i is part of, into `ready`. Raises
-        UserError where a worker has, RuntimeError on any other failure of a worker."""
-        if not any(i in indices for indices, _ in self.requests):
+        UserError where a sample can't be made or the workers do not live."""
+        if not any(i in indices for _, indices in self.requests):
             self._request(i)
-        with heartbeat(f"samples {i} and on, from {len(self.pipes)} workers"):
-            for indices, future in self.requests:
-                answer = future.result()
-                if isinstance(answer, str):     # what went wrong
-                    kind, _, message = answer.partition(": ")
-                    if kind == "UserError":
-                        raise UserError(message)
-                    raise RuntimeError(f"loading samples {indices}: {answer}")
+        last = max(indices[-1] for _, indices in self.requests)
+        with heartbeat(f"samples {i} and on, from {len(self.workers)} workers"):
+            while self.requests:
+                answer = self._answer()
+                _, indices = self.requests.pop(0)
+                if isinstance(answer, UserError):
+                    raise answer
                 self.ready.update(zip(indices, answer))
-        last = max(max(indices) for indices, _ in self.requests if len(indices))
-        self.requests = []
         if self.overlap:
             self._request(last + 1)
 
     def _request(self, start: int):
         """Ask the workers for samples start .. start + burst - 1: worker w of n makes every n-th,
         from start + w on."""
-        for w, (pipe, lock) in enumerate(self.pipes):
-            indices = range(start + w, start + self.burst, len(self.pipes))
-            self.requests.append((indices, self.pool.submit(self._exchange, pipe, lock, indices)))
+        for w in range(min(len(self.workers), self.burst)):
+            self.requests.append((w, range(start + w, start + self.burst, len(self.workers))))
+            self._send(*self.requests[-1])
 
-    @staticmethod
-    def _exchange(pipe, lock, indices):
-        """Send a request to a worker and return its answer. The lock: a caller that skips ahead may
-        request a burst while the one before is still on its way, and two threads that read the same
-        pipe would each get a part of the bytes."""
-        try:
-            with lock:
-                pipe.send(indices)
+    def _send(self, w: int, indices):
+        with contextlib.suppress(OSError):      # it has died: `_answer` will see that
+            self.workers[w][1].send(indices)
+
+    def _answer(self):
+        """The answer to the first request. A worker that has died, for example killed by the kernel
+        when memory ran out, is started again and asked again: a sample depends on its index alone.
+        Raises UserError where three in a row die without an answer."""
+        w, indices = self.requests[0]
+        for deaths in (1, 2, 3):
+            process, pipe = self.workers[w]
+            try:
                 return pipe.recv()
-        except (EOFError, OSError):
-            return "the worker process has died"
+            except (EOFError, OSError):
+                process.join()
+                pipe.close()
+                died = (f"a process that loads samples {indices[0]} and on has died (exit code "
+                        f"{process.exitcode}; -9 often means that memory ran out)")
+                if deaths == 3:
+                    raise UserError(f"{died}, three times; fewer --workers need less memory") \
+                        from None
+                print(f"{died}: started again", file=sys.stderr)
+                self.workers[w] = self._start()
+                for request in self.requests:
+                    if request[0] == w:
+                        self._send(*request)
 
     def close(self):
-        """Let the workers end."""
-        for pipe, _ in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        self.pipes = []
+        """End the workers, even in the middle of a sample, and forget what they have made."""
+        for process, pipe in self.workers:
+            process.kill()
+            process.join()
+            process.close()
+            pipe.close()
+        self.workers, self.requests, self.ready = [], [], {}
 
 
 @dataclass
@@ -410,7 +444,7 @@ class RankShard:
 
     def __call__(self, i: int):
         batch, own = divmod(i, self.share)
-        return self.stream((batch * self.world + self.rank) * self.share + own)
+        return make_sample(self.stream, (batch * self.world + self.rank) * self.share + own)
 
 
 # ---- packing ------------------------------------------------------------------------------------

@@ -1,8 +1,12 @@
 """Streams, worker processes, packing, batches, and picture files of every kind."""
+import atexit
 import json
 import multiprocessing
 import os
+import select
 import signal
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -65,8 +69,7 @@ def test_workers_make_the_same_samples_and_survive_the_first_ctrl_c():
         os.kill(second.pid, signal.SIGINT)          # while it waits
         assert same(loader(100), alone(100))
         os.kill(second.pid, signal.SIGINT)
-        with pytest.raises(RuntimeError, match="worker process has died"):
-            loader(200)
+        second.join()
     finally:
         signal.signal(signal.SIGINT, heard)
         loader.close()
@@ -80,7 +83,6 @@ class Bulky:
 
 
 def test_a_request_while_the_burst_before_is_on_its_way():
-    """Two threads that read one pipe at once would each get a part of a burst's bytes."""
     loader = SampleLoader(Bulky(), workers=2, burst=4, overlap=True)
     try:
         for i in range(0, 3000, 50):
@@ -91,35 +93,130 @@ def test_a_request_while_the_burst_before_is_on_its_way():
 
 
 class Broken:
-    """A stream with a sample that can't be made."""
+    """A stream with a sample 5 that can't be made."""
 
-    def __init__(self, how):
-        self.how = how
+    def __init__(self, how, mark=None):
+        self.how, self.mark = how, mark
 
     def __call__(self, i):
         if i == 5:
-            self.how()
+            self.how(self.mark)
         return i
 
 
-def refuse():
-    raise ValueError("sample 5 is cursed")
+def refuse(mark):
+    raise ValueError("it is cursed. Advice.")
 
 
-def die():
+def die_once(mark):
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die(mark):
     os._exit(1)
 
 
-@pytest.mark.parametrize("how,words", [(refuse, "ValueError: sample 5 is cursed"), (die, "died")])
-def test_a_worker_that_fails_says_so(how, words):
-    loader = SampleLoader(Broken(how), workers=1, burst=4)
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """Fork the one worker of a test, which saves it three seconds of imports."""
+    forking = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forking)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cant_be_made_is_named(workers, quick_workers, capfd):
+    """In one line, as a UserError, so that the run saves; the traceback is on stderr."""
+    loader = SampleLoader(Broken(refuse), workers, burst=4)
     try:
         assert [loader(i) for i in range(4)] == [0, 1, 2, 3]
         for _ in range(2):  # asked again, it fails again
-            with pytest.raises(RuntimeError, match=words):
-                loader(4)
+            with pytest.raises(UserError, match="^sample 5 can't be made: ValueError: it is cursed$"):
+                loader(5)
+        assert loader(6) == 6
     finally:
         loader.close()
+    assert "in refuse" in capfd.readouterr().err
+
+
+def test_an_error_in_a_category_names_the_task(monkeypatch, capfd):
+    monkeypatch.setattr(gym, "demonstrate", lambda *_, **parts: refuse(None))
+    with pytest.raises(UserError, match="^sample 3 can't be made: ValueError: it is cursed$"):
+        SampleLoader(stream(parse_mix("point")))(3)
+    assert "while drawing Task(category='point', seed=" in capfd.readouterr().err
+
+
+def test_a_killed_worker_is_started_again(tmp_path, quick_workers, capfd):
+    """As the kernel kills it when memory runs out. Requests that wait behind are asked again."""
+    loader = SampleLoader(Broken(die_once, tmp_path / "mark"), workers=1, burst=4)
+    try:
+        assert loader(0) == 0
+        loader._request(4)
+        assert [loader(i) for i in range(8, 12)] == [8, 9, 10, 11]
+        assert [loader(i) for i in range(4, 8)] == [4, 5, 6, 7]
+    finally:
+        loader.close()
+    [line] = capfd.readouterr().err.splitlines()
+    assert "has died (exit code -9" in line and line.endswith("started again")
+
+
+def test_a_worker_that_dies_again_and_again_is_a_user_error(quick_workers, capfd):
+    loader = SampleLoader(Broken(die), workers=1, burst=4)
+    try:
+        with pytest.raises(UserError, match=r"samples 4 and on .* \(exit code 1; .* three times"):
+            loader(4)
+    finally:
+        loader.close()
+    assert capfd.readouterr().err.count("started again") == 2
+
+
+def test_closed_loaders_leave_nothing(monkeypatch):
+    """No threads, no processes, no files, no reference that keeps them and their samples. A worker
+    that is still starting, or draws, is ended as well."""
+    def count():
+        return (threading.active_count(), len(multiprocessing.active_children()),
+                len(os.listdir("/dev/fd")))
+    SampleLoader(stream(), workers=1).close()       # starts what Python keeps for all processes
+    before, registered = count(), []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    for _ in range(5):
+        loader = SampleLoader(stream(), workers=2, overlap=True)
+        loader._request(0)
+        alive = weakref.ref(loader)
+        loader.close()
+        del loader
+        assert alive() is None and count() == before and not registered
+
+
+class Endless:
+    """A stream that says that it draws, and draws for ever."""
+
+    def __init__(self, fifo):
+        self.fifo = fifo
+
+    def __call__(self, i):
+        with open(self.fifo, "wb", buffering=0) as file:
+            file.write(b"!")
+            while True:
+                pass
+
+
+def test_a_worker_ends_when_its_trainer_is_killed(tmp_path):
+    """With SIGKILL, in the middle of a sample: the pipe that it holds open is closed."""
+    os.mkfifo(tmp_path / "fifo")
+    trainer = os.fork()
+    if not trainer:
+        try:
+            SampleLoader(Endless(tmp_path / "fifo"), workers=1)(0)
+        finally:
+            os._exit(1)
+    with open(tmp_path / "fifo", "rb", buffering=0) as file:
+        assert file.read(1) == b"!"
+        os.kill(trainer, signal.SIGKILL)
+        os.waitpid(trainer, 0)
+        ended, _, _ = select.select([file], [], [], 20)
+        assert ended and file.read(1) == b""
 
 
 def test_mixture_shares_follow_the_weights():
