@@ -38,8 +38,8 @@ from kernels import linear_cross_entropy
 from lib.checkpoint import load_model, load_tower, restore, save_model, start_from
 from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
                      Positive, Range, Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, Checkpointer, checkpoints, cores, find_checkpoint, Log,
-                        move_earlier_run, print_plan, save_state, setup, sum_over_ranks, write_json)
+from lib.common import check_same_start, cores, Log, print_plan, setup, sum_over_ranks, write_json
+from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from mmtp import attach, head_of, losses as mtp_losses, prefix
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
@@ -55,6 +55,7 @@ class Args:
     levels: Levels = 2            # tasks come from levels 0..levels-1
     think: Share = 0.0            # share of the gym's replies that state their reasons first
     parts: str = ""               # categories shown only in single questions about their screens
+    pixels: Natural = 0           # side of the pictures; 0: the least that suits the patches
     own_question: bool = False    # always ask the task's own question, not only the further ones
     curriculum: Share = 0.2       # share of the run that sees level 0 only
     lr: NonNegative = 4e-3        # peak learning rate, of Muon and AdamW alike
@@ -219,7 +220,7 @@ def run(args: Args):
     stream = Stream(config, parse_mix(args.mix, sight(config)), args.seed, "train", args.levels,
                     easy_samples=int(args.curriculum * samples), think=args.think,
                     parts=tuple(filter(None, args.parts.split(","))),
-                    own_question=args.own_question)
+                    own_question=args.own_question, pixels=args.pixels)
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores() // hw.world))
     # On a CPU, workers that load during a step would take its cores: no overlap there.
     loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")

@@ -49,11 +49,11 @@ from lib import async_rl
 from lib.checkpoint import load_model, restore, save_model, start_from
 from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
                      Positive, Range, Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, Checkpointer, checkpoints, find_checkpoint, Log,
-                        move_earlier_run, print_plan, ROOT, save_state, setup, write_json)
+from lib.common import check_same_start, Log, print_plan, ROOT, setup, write_json
 from lib.curriculum import Curriculum
 from lib.episodes import accuracy, Episode, figures_of, report_evaluation, rewards_of
 from lib.rollout import rollout, RolloutSettings
+from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from mmtp import head_of, losses as mtp_losses, prefix
 from model import GLMV
 from optim import OptimConfig, Optimizer, schedule

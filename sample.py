@@ -26,9 +26,10 @@ from engine import Engine, Request
 from lib.checkpoint import load_model
 from lib.cli import (Device, Dtype, main, Natural, NonNegative, Positive, Range, run_verb, Seed,
                      Share, UserError)
-from lib.common import find_checkpoint, read_json, ROOT, setup, write_json
+from lib.common import read_json, ROOT, setup, write_json
 from lib.images import open_image
 from lib.rollout import Episode, rollout, RolloutSettings
+from lib.runs import find_checkpoint
 from tasks.base import Message, Task
 from tokenizer import Tokenizer
 

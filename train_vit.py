@@ -47,10 +47,10 @@ from lib.captions import (Captions, collate_pairs, find_pairs, LabelledScenes, P
 from lib.checkpoint import export_tower, load_tower, restore
 from lib.cli import (check_options, cli, Device, Dtype, main, Natural, NonNegative, Positive, Range,
                      Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, Checkpointer, checkpoints, cores, find_checkpoint, Log,
-                        move_earlier_run, print_plan, save_state, setup, sum_over_ranks, write_json)
+from lib.common import check_same_start, cores, Log, print_plan, setup, sum_over_ranks, write_json
 from lib.images import pack
 from lib.probes import evaluate_tower, ProbeSet, read_report
+from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from lib.teachers import load_teacher, TowerTeacher
 from lib.tensors import save_tensors
 from model import Config, init, sized

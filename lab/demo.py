@@ -39,9 +39,9 @@ from data import sight
 from lab import report
 from lib.checkpoint import load_model, save_model
 from lib.cli import check_options, cli, Device, Levels, main, Natural, Positive, Seed, UserError
-from lib.common import (checkpoints, clock, cores, find_checkpoint, read_json, read_log, ROOT,
-                        same_options, setup, write_json)
+from lib.common import clock, cores, read_json, read_log, ROOT, setup, write_json
 from lib.probes import RANDOM
+from lib.runs import checkpoints, find_checkpoint, same_options
 from sample import evaluate, show
 from tasks.draw import PAIRS
 from tokenizer import Tokenizer

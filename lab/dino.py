@@ -36,9 +36,10 @@ import train_vit
 from lib.captions import Pictures, random_mask
 from lib.checkpoint import load_tower
 from lib.cli import cli, Device, Dtype, main, NonNegative, Positive, Seed, Share
-from lib.common import find_checkpoint, Log, setup, write_json
+from lib.common import Log, setup, write_json
 from lib.images import pack
 from lib.probes import probe, ProbeSet, salient
+from lib.runs import find_checkpoint
 from model import Config, init, sized
 from optim import OptimConfig, Optimizer, schedule
 

@@ -31,7 +31,8 @@ from data import parse_mix, sight
 from lab.fields import CHARTS, field_of, print_fields
 from lib.checkpoint import load_model
 from lib.cli import cli, field_comments, main, UserError
-from lib.common import checkpoints, clock, read_json, read_log, setup, write_json, write_text
+from lib.common import clock, read_json, read_log, setup, write_json, write_text
+from lib.runs import checkpoints
 from sample import readable, run_tasks
 from tasks.base import Task
 from tokenizer import Tokenizer

@@ -27,8 +27,9 @@ from typing import Annotated
 
 import train_vit
 from lib.cli import (check_options, cli, Device, Dtype, main, Natural, Positive, Range, UserError)
-from lib.common import ROOT, same_options, setup, write_json
+from lib.common import ROOT, setup, write_json
 from lib.probes import probe_random_weights, ProbeSet
+from lib.runs import same_options
 from model import sized
 
 STUDENTS = {"both": {}, "semantic": {"teachers": "semantic"}, "texture": {"teachers": "texture"}}

@@ -20,7 +20,8 @@ from lab.demo import MIX
 from lab.worlds import pace, timed
 from lib.checkpoint import load_model
 from lib.cli import check_options, cli, main, Positive, UserError
-from lib.common import find_checkpoint, read_log, same_options, setup, write_json
+from lib.common import read_log, setup, write_json
+from lib.runs import find_checkpoint, same_options
 from sample import evaluate
 from tokenizer import Tokenizer
 

@@ -34,9 +34,10 @@ from data import parse_mix
 from lab import report
 from lib.checkpoint import load_model, save_model
 from lib.cli import check_options, cli, main, Natural, NonNegative, Positive, UserError
-from lib.common import find_checkpoint, ROOT, same_options, setup, write_json
+from lib.common import ROOT, setup, write_json
 from lib.episodes import accuracy
 from lib.rollout import Episode
+from lib.runs import find_checkpoint, same_options
 from tasks.base import stream, Task
 from tasks.draw import GRID
 from tokenizer import Tokenizer

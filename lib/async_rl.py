@@ -31,11 +31,12 @@ import torch.distributed as dist
 import gym
 from gym import Score
 from lib.cli import UserError
-from lib.common import Checkpointer, GROUP_TIMEOUT, Log, write_json
+from lib.common import GROUP_TIMEOUT, Log, write_json
 from lib.curriculum import Curriculum
 from lib.episodes import figures_of, from_bytes, staleness_of, to_bytes
 from lib.ranks import never, Remote, serve, share_groups, Transfer
 from lib.rollout import Episode, Rollout, RolloutSettings
+from lib.runs import Checkpointer
 from optim import schedule
 from tasks.base import Task
 from tasks.rewards import one_line

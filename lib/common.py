@@ -1,13 +1,12 @@
-"""Hardware, torchrun, run folders, checkpoints on disk and logs: what every script needs.
+"""Hardware, torchrun, files and logs: what every script needs.
 
 Nothing here knows about models. Errors that the user can correct are `UserError`s: `lib.cli.main`
 prints them as one line and exits with code 2.
 """
 import contextlib
+import errno
 import json
-import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -114,8 +113,13 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
     loss scaling on a GPU and is a hundred times slower on a CPU. Raises UserError where there is no
     such device, or a rank does not join.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    local = from_environment("LOCAL_RANK", 0)
+    if rank >= world:
+        raise UserError(f"RANK={rank} in the environment, but WORLD_SIZE={world}: ranks count from "
+                        "0; torchrun sets both")
+    if dist.is_torchelastic_launched():
+        end_with_launcher()
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available()
                   else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -123,6 +127,9 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
         raise UserError(f"--device takes auto, cpu, cuda or mps, not '{device}'")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda, but torch sees no GPU here")
+    if device == "cuda" and local >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK={local}, but this machine has {torch.cuda.device_count()} "
+                        "GPUs: start fewer processes on it")
     if device == "cuda":
         torch.cuda.set_device(local)
         name = torch.cuda.get_device_name(local)
@@ -136,7 +143,7 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
         flags = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
         bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         because = f"CPU with {flags}, {'fast' if bf16 else 'no fast'} bf16"
-        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or (1 if world > 1 else cores())
+        threads = from_environment("OMP_NUM_THREADS", 0) or (1 if world > 1 else cores())
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)  # tiny optimizer moments otherwise stall the CPU
         peak, price = threads * (160e9 if bf16 else 80e9), 0.0
@@ -151,12 +158,38 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
             store = store_of_this_attempt(next(dist.rendezvous("env://"))[0], rank, world)
         except dist.DistStoreError:
             raise UserError(f"rank {rank} waited too long for {world} ranks to join") from None
+        except (dist.DistError, ValueError) as error:   # MASTER_ADDR is missing, its port is in use
+            raise UserError(f"{world} processes (WORLD_SIZE) can't join: {first_sentence(error)}; "
+                            "start them with torchrun") from None
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
                                 rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
     description = f"{where} in {str(chosen)[6:]}: {because}"
     if world > 1:
         description += f", {world} processes"
     return Hardware(where, chosen, description, peak, price, rank, world, local, store)
+
+
+def from_environment(name: str, default: int) -> int:
+    """The number in an environment variable, which torchrun or the user has set. OMP_NUM_THREADS
+    may list one for each level of nested loops, "2,1": the first one counts."""
+    text = os.environ.get(name) or str(default)
+    first = text.split(",")[0].strip()
+    if not (first.isascii() and first.isdecimal()):
+        raise UserError(f"{name} in the environment is a number from 0 on, not '{text}'")
+    return int(first)
+
+
+def end_with_launcher():
+    """Let this process receive SIGTERM once torchrun is gone. Killed, it can't end its ranks, and
+    they would train and save without anybody who knows of them."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:     # an orphan gets another parent
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def store_of_this_attempt(store, rank: int, world: int):
@@ -193,10 +226,11 @@ def check_same_start(start: int, out):
     """Raise UserError where ranks have found different checkpoints to continue from: they would add
     up gradients of different weights."""
     if dist.is_initialized():
-        found = [0] * dist.get_world_size()
-        dist.all_gather_object(found, start)
-        if len(set(found)) > 1:
-            raise UserError(f"--resume: ranks find steps {found} in {out}: not all see that folder")
+        found = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        found[dist.get_rank()] = start
+        steps = sum_over_ranks(found).tolist()
+        if len(set(steps)) > 1:
+            raise UserError(f"--resume: ranks find steps {steps} in {out}: not all see that folder")
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
@@ -225,101 +259,19 @@ def print_plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float,
     print(f"price       ${hours * hw.price * hw.world:,.2f} at ${hw.price} a device-hour")
 
 
-# ---- run folders: out/NAME/step_000100, written under another name and then renamed --------------
-
-def save_checkpoint(run: Path, step: int, write, keep: int = 2) -> Path | None:
-    """Save run/step_NNNNNN by calling write(folder), so that a kill at any moment loses nothing.
-
-    The folder gets its name only once it is complete; then all but the newest `keep` are removed. A
-    write that fails (a full disk) leaves the earlier checkpoints as they are and returns None.
-    """
-    final = Path(run) / f"step_{step:06d}"
-    part, old = final.with_suffix(".part"), final.with_suffix(".old")
-    try:
-        for rest in (part, old):    # left there by a run that was killed
-            shutil.rmtree(rest, ignore_errors=True)
-        part.mkdir(parents=True)
-        write(part)
-        if final.exists():          # the same step once more, after a resume
-            os.replace(final, old)
-        os.replace(part, final)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        print(f"could not save {final}: {error.strerror or error}; the earlier checkpoint is kept",
-              file=sys.stderr)
-        return None
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return final
-
-
-def save_state(path, state: dict):
-    """torch.save; a full disk raises OSError, and the file is on the disk when this returns."""
-    with open(path, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch hides a full disk's OSError behind one
-            raise error.__context__ or error from None
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def move_earlier_run(out: Path, resume: bool, hw: Hardware, say=print):
-    """Rename an earlier run to out.1, out.2, ... unless it is to be resumed: nothing is
-    overwritten. All ranks call this once they have loaded the weights that they start from, which
-    may be in that folder."""
-    if hw.world > 1:
-        dist.barrier()
-    if hw.rank == 0 and not resume and checkpoints(out):
-        kept = next(p for i in range(1, 10_000) if not (p := Path(f"{out}.{i}")).exists())
-        out.rename(kept)
-        say(f"{out} held a run: kept as {kept}")
-
-
-def checkpoints(run) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest first."""
-    return sorted(p for p in Path(run).glob("step_*") if p.suffix == "" and p.is_dir())
-
-
-def find_checkpoint(path) -> Path:
-    """A folder with a model: `path` itself, or the newest step of the run folder `path`. Raises
-    UserError where there is neither."""
-    path = Path(path)
-    if (path / "config.json").exists() and list(path.glob("model.safetensors*")):
-        return path
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}: there is no such folder")
-    if not (steps := checkpoints(path)):
-        raise UserError(f"no checkpoint at {path}: neither config.json with model.safetensors "
-                        "nor a step_NNNNNN folder")
-    return steps[-1]
-
-
-@contextlib.contextmanager
-def same_options(path: Path, asked: dict):
-    """Continue the work in a folder only with the options that it was begun with.
-
-    `path` is the file that holds them. Raises UserError where it holds others than `asked`: results
-    of other options would be taken for results of these. The file is written when the block ends,
-    by an error too, and has left a checkpoint in the folder.
-    """
-    if path.exists() and read_json(path) != asked:
-        raise UserError(f"{path.parent} was begun with other options, see {path}: take another")
-    try:
-        yield
-    finally:
-        if any(path.parent.glob("**/step_*")):
-            write_json(path, asked)
-
+# ---- files --------------------------------------------------------------------------------------
 
 def write_text(path, text: str):
-    """Write a file under a temporary name, then rename it: nobody ever reads half of it."""
+    """Write a file under a temporary name, then rename it: nobody ever reads half of it. Raises
+    OSError that names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:        # of a full disk it has no name
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path, value):
@@ -376,7 +328,8 @@ class Log:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
         except OSError as error:  # a full disk must not end a run
-            print(f"step {step} is missing from the log: {error.strerror}", file=sys.stderr)
+            print(f"step {step} is missing from {self.file.name}: {error.strerror}",
+                  file=sys.stderr)
         text = " | ".join(f"{k} {_short(v)}" for k, v in values.items() if not isinstance(v, dict))
         if self.bar:
             self.bar.update(1)
@@ -386,15 +339,18 @@ class Log:
             try:
                 print(f"{self.name} {step:05d}/{self.steps} ({step / self.steps:.0%}) | {text} | "
                       f"{clock(left)} left", flush=True)
-            except BrokenPipeError:     # `| head` has ended, or the same Ctrl-C has ended `| tee`
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                self.reader_gone = True
+            except OSError as error:    # a full disk (`> file`) is not the end
+                # `| head` has ended, the same Ctrl-C has ended `| tee`, or the terminal is gone.
+                if error.errno in (errno.EPIPE, errno.EIO):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                    self.reader_gone = True
 
     def close(self):
         if self.bar:
             self.bar.close()
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):      # the disk is still full, which was said
+                self.file.close()
 
 
 def _short(value) -> str:
@@ -430,108 +386,3 @@ def heartbeat(what: str, every: float = 20):
         yield
     finally:
         done.set()
-
-
-# ---- to save and to stop ------------------------------------------------------------------------
-
-class StopSignal:
-    """SIGTERM and the first Ctrl-C only set `received`, so that the loop finishes its step and
-    saves. The second one raises KeyboardInterrupt at once."""
-
-    def __init__(self):
-        self.received = 0           # the signal's number
-        self.before = {}            # {signal: handler}, for `restore`
-        if threading.current_thread() is threading.main_thread():
-            for which in (signal.SIGTERM, signal.SIGINT):
-                self.before[which] = signal.signal(which, self._note)
-
-    def restore(self):
-        """Put the earlier handlers back: no loop will look at `received` any more."""
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
-
-    def _note(self, which, frame):
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = which
-        # The handler may run in the middle of a print, and print is not reentrant: it would raise
-        # here. os.write fails only if stderr was a pipe (`2>&1 | tee`) and its reader has ended.
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step (saving; once more to stop at once)\n")
-
-
-class Checkpointer:
-    """Saves every `every` steps, after the last step and when a signal asks to stop; ends a run
-    whose loss is not finite any more. A training loop uses it in this order:
-
-        checkpointer = Checkpointer(...)            # from here on, signals are only noted
-        for step in range(start, steps):
-            ...                                     # one step
-            checkpointer.check_loss(loss, norm)
-            if checkpointer.after_step(step + 1):   # saves when due
-                break
-        checkpointer.close()                        # saves what is not saved yet
-
-    write(folder) fills a checkpoint's folder; only rank 0 calls it. group: the ranks that stop
-    together, as a torch.distributed group; None: all.
-    """
-
-    def __init__(self, out: Path, hw: Hardware, steps: int, every: int, start: int, write,
-                 group=None):
-        self.out, self.hw, self.steps, self.every, self.write = out, hw, steps, every, write
-        self.group, self.stop_signal = group, StopSignal()
-        self.done = start               # steps done
-        self.saved = start              # of these, steps saved
-        self.skipped = 0                # steps whose loss or gradient was not finite
-        self.skipped_in_a_row = 0
-        self.stopping = False           # some rank has been asked to stop
-
-    def check_loss(self, loss: float, norm: float) -> bool:
-        """Return whether loss and gradient norm are finite. Raises UserError where they were not in
-        five steps in a row."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            return True
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.hw.rank == 0:
-            print(f"step {self.done}: loss {loss}, gradient norm {norm}: step skipped "
-                  f"({self.skipped_in_a_row} in a row)")
-        if self.skipped_in_a_row == 5:
-            raise UserError(f"five steps in a row were not finite; the last checkpoint of "
-                            f"{self.out} is from before; try a lower --lr")
-        return False
-
-    def after_step(self, done: int, reader_gone: bool = False) -> bool:
-        """Call after each step, on all ranks: saves when due; returns True to stop.
-
-        done: the number of steps done. All ranks stop if one has received a signal, or if nobody
-        reads the printed lines any more.
-        """
-        self.done = done
-        stop = torch.tensor(float(self.stop_signal.received or reader_gone), device=self.hw.device)
-        if self.hw.world > 1:
-            dist.all_reduce(stop, group=self.group)
-        self.stopping = bool(stop)
-        if done % self.every == 0 or done == self.steps or self.stopping:
-            self.save()
-        return self.stopping
-
-    def save(self):
-        """Save now, on rank 0. If that fails, `saved` stays smaller than `done`."""
-        if self.hw.rank or save_checkpoint(self.out, self.done, self.write):
-            self.saved = self.done
-
-    def close(self):
-        """Save what is not saved yet. Raises UserError if that fails, KeyboardInterrupt after a
-        signal: the script then ends with exit code 130."""
-        if self.saved != self.done:     # the run has ended between two steps, or the disk was full
-            self.save()
-        self.stop_signal.restore()
-        if self.saved != self.done:
-            raise UserError(f"step {self.done} could not be saved; {self.out} has step "
-                            f"{self.saved}")
-        if self.saved and self.hw.rank == 0:
-            print(f"saved {self.out}/step_{self.saved:06d}")
-        if self.stop_signal.received or self.stopping:
-            raise KeyboardInterrupt

@@ -23,8 +23,9 @@ from torch import Tensor
 from lib.captions import (Captions, clip, find_pairs, LANGUAGES, pack_texts, patch_labels,
                           read_pair, scene)
 from lib.cli import UserError
-from lib.common import checkpoints, read_json, write_json
+from lib.common import read_json, write_json
 from lib.images import budgeted, pack
+from lib.runs import checkpoints
 from model import Config, init
 from tasks.draw import COLORS, PAIRS, SHAPES
 from tasks.scenes import caption, Item, MOVES, moving

@@ -14,7 +14,8 @@ from data import parse_mix
 from lab import demo, dino, drafts, mmtp_options, vit_claims, vit_pays, worlds
 from lib.checkpoint import save_model
 from lib.cli import UserError
-from lib.common import find_checkpoint, ROOT
+from lib.common import ROOT
+from lib.runs import find_checkpoint
 from lib.tensors import load_tensors
 from model import GLMV, sized
 from tasks.base import box, Task

@@ -17,8 +17,8 @@ from engine import Engine, Request
 from lab import drafts
 from lib.checkpoint import load_model, save_model
 from lib.cli import UserError
-from lib.common import find_checkpoint
 from lib.draft_tuner import drafts_that_pay
+from lib.runs import find_checkpoint
 from lib.tensors import load_tensors, save_tensors
 from model import GLMV
 from mtp_reference import reference

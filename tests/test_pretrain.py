@@ -24,10 +24,11 @@ import pretrain
 import rl
 import train_vit
 from data import Document, SampleLoader
-from lib import common
+from lib import common, runs
 from lib.checkpoint import load_model
 from lib.cli import main, UserError
-from lib.common import checkpoints, find_checkpoint, ROOT, save_checkpoint
+from lib.common import ROOT
+from lib.runs import checkpoints, find_checkpoint, save_checkpoint
 from lib.tensors import load_tensors
 from model import GLMV, sized
 from pretrain import Args
@@ -180,7 +181,7 @@ class Ranks:
     a signal to stop."""
 
     def __init__(self, monkeypatch, steps):
-        for name in ("is_initialized", "get_world_size", "all_gather_object", "all_reduce"):
+        for name in ("is_initialized", "get_world_size", "get_rank", "all_reduce"):
             monkeypatch.setattr(dist, name, getattr(self, name))
         self.steps = steps
 
@@ -190,11 +191,11 @@ class Ranks:
     def get_world_size(self):
         return 1 + len(self.steps)
 
-    def all_gather_object(self, found, own):
-        found[:] = [own, *self.steps]
+    def get_rank(self):
+        return 0
 
     def all_reduce(self, value, group=None):
-        value += signal.SIGTERM
+        value += torch.tensor([0, *self.steps]) if value.ndim else signal.SIGTERM
 
 
 @pytest.mark.parametrize("script", [pretrain, train_vit, rl], ids=lambda script: script.__name__)
@@ -210,7 +211,7 @@ def test_ranks_that_resume_from_different_steps_are_refused(tmp_path, monkeypatc
 def test_a_rank_that_stops_for_another_ends_as_interrupted(tmp_path, monkeypatch):
     Ranks(monkeypatch, [0])
     hw = replace(common.setup("cpu"), world=2)
-    watch = common.Checkpointer(tmp_path, hw, 9, 9, 0,
+    watch = runs.Checkpointer(tmp_path, hw, 9, 9, 0,
                                 lambda folder: (folder / "it").write_text("all"))
     assert watch.after_step(3) and not watch.stop_signal.received
     with pytest.raises(KeyboardInterrupt):
@@ -258,7 +259,7 @@ def test_a_signal_that_comes_while_stderr_is_written_to(monkeypatch, capfd):
         def write(self, text):
             raise RuntimeError("reentrant call")
     monkeypatch.setattr(sys, "stderr", Busy())
-    stop = common.StopSignal()
+    stop = runs.StopSignal()
     signal.raise_signal(signal.SIGINT)
     assert stop.received == signal.SIGINT and "stopping after this step" in capfd.readouterr().err
 
@@ -276,7 +277,7 @@ def test_a_writer_killed_at_any_byte_leaves_the_earlier_checkpoint(tmp_path, mon
             found.append((folder.name, state_of(folder)["step"]))
         return save_checkpoint(run, step, write)
 
-    monkeypatch.setattr(common, "save_checkpoint", perilous)
+    monkeypatch.setattr(runs, "save_checkpoint", perilous)
     train(tmp_path, steps=2, save_every=1)
     assert found == [("step_000001", 1)] * 10
     assert find_checkpoint(tmp_path).name == "step_000002"  # what killed runs left is no obstacle
@@ -363,14 +364,33 @@ def spoil_losses(monkeypatch, bad):
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, capsys):
-    spoil_losses(monkeypatch, lambda i: i in (1, 3))
-    log = train(tmp_path, steps=4, save_every=1, rows=1, mix="point")
-    assert [x.get("skipped", 0) for x in log] == [0, 1, 1, 2]
-    assert capsys.readouterr().out.count("step skipped (1 in a row)") == 2
-    third, fourth = (load_tensors(folder) for folder in checkpoints(tmp_path))
-    assert alike(third, fourth)
-    assert not alike(third, GLMV(sized("tiny"), 0).state_dict())
-    assert all(torch.isfinite(w).all() for w in fourth.values())
+    """Nor is anything saved after it, since the weights may be its cause, until a good step."""
+    build, weights, saved = pretrain.build, [], []
+
+    def watched(*args):
+        parts = build(*args)
+        after_step(monkeypatch, lambda _: (
+            weights.append({k: v.clone() for k, v in parts[1].masters.items()}),
+            saved.append(len(checkpoints(tmp_path)))))
+        return parts
+
+    monkeypatch.setattr(pretrain, "build", watched)
+    spoil_losses(monkeypatch, lambda i: i in (1, 2))
+    log = train(tmp_path, steps=6, save_every=3, rows=1, mix="point")
+    assert [x.get("skipped", 0) for x in log] == [0, 1, 2, 2, 2, 2]
+    assert capsys.readouterr().out.count("step skipped (1 in a row)") == 1
+    assert alike(weights[0], weights[2]) and not alike(weights[2], weights[3])
+    assert saved == [0, 0, 0, 0, 1, 1]      # this is noted before the step's own save
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000004", "step_000006"]
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_run_does_not_end_with_a_checkpoint_of_such_a_step(tmp_path, monkeypatch, signalled):
+    spoil_losses(monkeypatch, lambda i: i == 2)
+    after_step(monkeypatch, lambda i: i == 3 and signalled and signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(UserError, match="step 3 was not finite; the last checkpoint.* is step 2"):
+        train(tmp_path, steps=9 if signalled else 3, save_every=2, rows=1, mix="point")
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
 
 
 def test_five_such_losses_in_a_row_end_the_run(tmp_path, monkeypatch):
@@ -433,7 +453,7 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
 @pytest.mark.parametrize("changes,words", [
     (dict(init="nowhere"), "no such folder"), (dict(size="huge"), "tiny, small or base"),
     (dict(mix="pont"), "names 'pont'"), (dict(mix="point:-1"), "weight"),
-    (dict(mix="point:many"), "name:weight"), (dict(mix=""), "no weight above 0"),
+    (dict(mix="point:many"), "name:weight"), (dict(mix=""), "sum above 0"),
     (dict(schedule="square"), "constant, linear or cosine"), (dict(rows=0), "--rows"),
     (dict(levels=0), "--levels"), (dict(levels=6), "--levels"), (dict(steps=0), "--steps"),
     (dict(save_every=0), "--save_every"), (dict(log_every=0), "--log_every"),

@@ -32,11 +32,12 @@ from lib import async_rl
 from lib.async_rl import Actor, Collector
 from lib.checkpoint import save_model
 from lib.cli import UserError
-from lib.common import checkpoints, ROOT, setup, store_of_this_attempt
+from lib.common import ROOT, setup, store_of_this_attempt
 from lib.curriculum import Curriculum
 from lib.episodes import figures_of, from_bytes, staleness_of, to_bytes
 from lib.ranks import Remote, serve, Transfer
 from lib.rollout import Episode, Rollout, RolloutSettings
+from lib.runs import checkpoints
 from mmtp import attach
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer

@@ -30,11 +30,11 @@ from lib.captions import (Captions, choose_pair, clip, collate_pairs, find_pairs
                           read_captions, stack_masks, TwoTowers)
 from lib.checkpoint import load_tower
 from lib.cli import UserError
-from lib.common import checkpoints
 from lib.images import budgeted, open_image, pack
 from lib.probes import (evaluate_tower, extract_features, linear_probe, pca_picture, probe,
                         probe_language, probe_moves, probe_pairs, probe_random_weights,
                         probe_towers, ProbeSet, read_report, salient)
+from lib.runs import checkpoints
 from lib.tensors import load_tensors
 from model import GLMV, init, sized
 from tasks.draw import SHAPES
