@@ -108,6 +108,12 @@ def train() -> str:
 
 # ---- encoding -----------------------------------------------------------------------------------
 
+def cut(text: str, longest: int = 100_000) -> list[str]:
+    """Parts of a text that are encoded by themselves, mostly just one: in a run of a million marks
+    or spaces tiktoken's search for words overflows its stack, which no `except Exception` stops."""
+    return [text[i:i + longest] for i in range(0, len(text), longest)]
+
+
 class Tokenizer:
     """Text to ids and back. `special` is {name: id} of the special tokens; their names in ordinary
     text are encoded as text, so that nobody can type one.
@@ -132,7 +138,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; a "<|user|>" in it is eight characters of text."""
-        return self.encoding.encode_ordinary(text)
+        return [i for part in cut(text) for i in self.encoding.encode_ordinary(part)]
 
     def decode_bytes(self, ids) -> bytes:
         """Bytes of ids; the padding ids at the end of the vocabulary give none."""
@@ -147,8 +153,9 @@ class Tokenizer:
 
     def encode_reply(self, text: str) -> list[int]:
         """Ids of an assistant's reply; only here, think and box marks become special tokens."""
-        marks = ("<think>", "</think>", "<|begin_of_box|>", "<|end_of_box|>")
-        return self.encoding.encode(text, allowed_special=set(marks), disallowed_special=())
+        marks = {"<think>", "</think>", "<|begin_of_box|>", "<|end_of_box|>"}
+        return [i for part in cut(text) for i in self.encoding.encode(
+            part, allowed_special=marks, disallowed_special=())]
 
     def chat(self, messages, answer: bool = False) -> list[tuple[list[int], bool, object]]:
         """Encode a conversation by GLM's chat template [R].

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .base import box, held, IMAGE, Obs, OneShot, pick
-from .draw import Canvas, COLORS, ink_on, plain, plate_mask, shades, SHAPES, UNITS
+from .draw import cached_mask, Canvas, COLORS, ink_on, plain, plate_mask, shades, SHAPES, UNITS
 from .words import invent, some_of
 
 MARKS = {"country": "flag", "yard": "emblem"}
@@ -166,7 +166,7 @@ def atlas_text(i: int) -> str:
     return " ".join(some_of(rng, told))
 
 
-@lru_cache(maxsize=1024)
+@cached_mask
 def part_mask(pattern: str, width: int, height: int) -> Image.Image:
     """The area of the second colour as a smooth mask; width and height in pixels."""
     big = Image.new("L", (4 * width, 4 * height))

@@ -28,7 +28,8 @@ class Task:
 
 @dataclass
 class Obs:
-    """What the model sees: PIL images in RGB, and text with one `<|image|>` for each of them."""
+    """What the model sees: PIL images in RGB, and text with one `<|image|>` for each of them. Text
+    that a model wrote goes into it by `quoted` only."""
     text: str
     images: list = field(default_factory=list)
 
@@ -87,9 +88,15 @@ def middle(area) -> tuple[int, int]:
     return round((area[0] + area[2]) / 2), round((area[1] + area[3]) / 2)
 
 
+def quoted(text: str) -> str:
+    """A text that a model wrote, or that has a part of it, for an observation: special tokens are
+    broken up, so that none can be taken for ours and placed before a picture of its own."""
+    return text.replace("<|", "< |")
+
+
 def recap(goal: str, actions: list[str]) -> str:
     """The prompt of one turn in the segment layout: picture, goal, earlier actions as text. [C]"""
-    return "\n".join([IMAGE + goal, *actions])
+    return "\n".join([IMAGE + goal, *map(quoted, actions)])
 
 
 class Env:

@@ -9,8 +9,10 @@ Each shape is drawn once at four times its size, reduced to a smooth mask, and c
 picture is then to paste a few masks, which takes about a tenth of a millisecond.
 """
 import textwrap
-from functools import lru_cache
+from functools import lru_cache, wraps
 from math import cos, pi, sin
+from sys import getsizeof
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -29,6 +31,7 @@ COLORS = {                      # name: shade in training, held-out shade
 }
 DARK = ((18, 18, 22), (34, 36, 44))         # plain backgrounds: training, held-out
 LIGHT = ((246, 246, 242), (228, 232, 238))
+CACHE_BYTES = 24 << 20                      # the most that each cache of pictures may keep
 # One colour of each shape never occurs in training; held-out scenes use all pairs.
 HELD_PAIRS = {(list(COLORS)[(3 * i + 1) % 8], shape) for i, shape in enumerate(SHAPES)}
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
@@ -86,7 +89,37 @@ OUTLINES = {                    # corner points of each shape in the unit square
 }
 
 
-@lru_cache(maxsize=4096)
+def cached_by_size(weigh):
+    """Like functools.lru_cache, but bounded by memory: what a model writes decides how large a mask
+    is, so a number of entries bounds nothing. weigh: result -> its bytes. A cache that would
+    outgrow CACHE_BYTES is emptied; what is in use is soon there again. The key's own size and 1,000
+    bytes for the objects count as well; `function.bytes` is the sum."""
+    def decorate(function):
+        kept, lock = {}, Lock()
+
+        @wraps(function)
+        def cached(*key):
+            result = kept.get(key)
+            if result is None:
+                result = function(*key)
+                cost = 1000 + sum(map(getsizeof, key)) + weigh(result)
+                with lock:
+                    if cached.bytes + cost > CACHE_BYTES:
+                        kept.clear()
+                        cached.bytes = 0
+                    kept[key] = result
+                    cached.bytes += cost
+            return result
+
+        cached.bytes = 0
+        return cached
+    return decorate
+
+
+cached_mask = cached_by_size(lambda mask: mask.width * mask.height)
+
+
+@cached_mask
 def shape_mask(name: str, size: int) -> Image.Image:
     """A shape of `size` pixels as a smooth (size, size) mask."""
     big = Image.new("L", (4 * size, 4 * size))
@@ -98,7 +131,7 @@ def shape_mask(name: str, size: int) -> Image.Image:
     return big.reduce(4)
 
 
-@lru_cache(maxsize=4096)
+@cached_mask
 def plate_mask(width: int, height: int, radius: int) -> Image.Image:
     """A rounded rectangle as a smooth (width, height) mask."""
     big = Image.new("L", (4 * width, 4 * height))
@@ -113,7 +146,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-@lru_cache(maxsize=8192)
+@cached_mask
 def text_mask(text: str, size: int) -> Image.Image:
     """A line of text as a mask with the full height of the font, so that baselines align."""
     face = font(size)
@@ -122,7 +155,7 @@ def text_mask(text: str, size: int) -> Image.Image:
     return mask
 
 
-@lru_cache(maxsize=8192)
+@cached_mask
 def glyph_mask(char: str, cell: int, height: float, bold: float, angle: int) -> Image.Image:
     """One character as a (cell, cell) mask. height: of a capital, and bold: the stroke width, both
     as fractions of the cell; angle: in degrees. Wide letters are narrowed to fit."""

@@ -1,9 +1,9 @@
 """Make an environment from a task and run episodes in it, whatever their layout."""
 import difflib
-from functools import lru_cache
 
 from . import CATEGORIES
 from .base import Env, IMAGE, Message, OneShot, Task
+from .draw import cached_by_size
 
 MOST_PIXELS = 1024
 
@@ -35,7 +35,7 @@ def make(task: Task) -> Env:
     return kind(task)
 
 
-@lru_cache(maxsize=64)
+@cached_by_size(lambda drawn: sum(3 * i.width * i.height for i in drawn["obs"].images))
 def _drawn(kind, task: Task) -> dict:
     """The attributes of a one-shot environment after its picture has been drawn."""
     env = kind(task)

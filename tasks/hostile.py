@@ -16,23 +16,22 @@ from .verify import BEGIN, END
 NUMBERS = ("0", "-1", "0.01", "1000", "1e9", "1e400", "-0", "nan", "inf", "True", "0x" + "f" * 300,
            "9" * 350, "9" * 3900, "1_0", "1j", "10**9**9", "\u0663", "\u00b2")
 MARKUP = ("<", "</", "<!", "<![", "<![x", "<!--", "<!DOCTYPE", "<?", "</p", "<p", "<p a='", "<a b=",
-          "&", "&#0;", "&#x110000;", "&#xd800;", "&lt;|image|&gt;", "<style>", "<style>a{", "{", "}",
-          "<table>", "<td>", "<tr>", "<details>", "<summary>", "<li>", "<body>", "<input>", "<img>")
+          "&", "&#0;", "&#x110000;", "&#xd800;", "&lt;|image|&gt;", "<![<|image|>", "<style>a{",
+          "<style>", "{", "}", "<table>", "<tr>", "<td>", "<details>", "<summary>", "<li>")
 TEXTS = (*SPECIAL, *NUMBERS, *MARKUP, BEGIN, END, "", " ", "\0", "\ud800", "\udcff", "\u202e",
          "\ufeff", "\u200b", "\U0001f388", "\u0130", "\r\n", "\\", "\\ud800", "'", '"', "'''", "%s",
          "{}", "{0}", "(" * 300, "[" * 3000, "-" * 3000, "{" * 3000, "not " * 900, "f(" * 90,
          "a" * 3900, "a " * 1900, " " * 3900 + "x", ",1" * 1900, "/" * 3000, "\n" * 3000,
-         "x" * 100_000)
-VERBS = ("click", "type", "scroll", "open", "back", "remember", "answer", "done", "edit", "crop",
-         "zoom", "draw_box", "draw_point", "search_text", "search_image", "calc", "exec")
-STYLES = ("width", "height", "gap", "border", "border-radius", "font-size", "flex", "margin", "color",
-          "padding", "line-height", "letter-spacing", "background", "display", "margin-left",
-          "text-align", "justify-content", "align-items", "flex-direction", "position")
-VALUES = (*NUMBERS[:9], "0px", "0.01px", "0.1px", "0.99px", "999.99px", "-5px", "nanpx", "1e9px",
-          "99%", "0%", "#fff", "#12", "#zzzzzz", "red", "9px solid #000", "flex", "none", "inline",
-          "inline-block", "center", "right", "flex-end", "space-between", "row", "column")
-TAGS = ("p", "div", "table", "tr", "td", "details", "summary", "li", "ul", "input", "img", "button",
-        "label", "b", "h1", "style", "body", "x")
+         "x" * 100_000, "<style>" + "a" * 3800 + "</style>", "<p>" + "a b" * 1300)
+VERBS = """click type scroll open back remember answer done edit crop zoom draw_box draw_point
+search_text search_image calc exec""".split()
+STYLES = """width height gap border border-radius font-size flex margin padding margin-left color
+background display flex-direction justify-content align-items text-align line-height letter-spacing
+position""".split()
+VALUES = [*NUMBERS[:9], *"""0px 0.01px 0.1px 0.99px 1px 70px 999.99px -5px nanpx 1e9px 0% 99% #fff
+#12 #zzzzzz red flex none inline inline-block center right flex-end space-between row column""".split(),
+          "9px solid #000", "999px 0 0 999px"]
+TAGS = "p div table tr td details summary li input img button label b h1 a x style".split()
 LINES = ("while True: pass", "return 9**9**9", "return [0] * 10**9", "return 'a' * 10**12",
          "return sum(range(10**15))", "return 'a' in range(10**15)", "return '%1000000000d' % 1",
          "return '{:>999999999}'.format(1)", "x = [1]\n x[0] = x\n return x", "import os",
@@ -51,11 +50,12 @@ def right_replies(name: str) -> list[str]:
 
 def hostile_page(rng) -> str:
     """A page with random tags, most of them left open, and random styles."""
-    html = ""
-    for _ in range(1 + int(rng.integers(40))):
-        style = ";".join(f"{pick(rng, STYLES)}:{pick(rng, VALUES)[:20]}" for _ in range(3))
-        html += f"<{pick(rng, TAGS)} style='{style}'>{pick(rng, TEXTS)[:30]}"
-        html += f"</{pick(rng, TAGS)}>" if rng.integers(3) == 0 else ""
+    html = "<body>"
+    for _ in range(1 + int(rng.integers(30))):
+        style = ";".join(f"{pick(rng, STYLES)}:{pick(rng, VALUES)}" for _ in range(3))
+        tag = pick(rng, TAGS)
+        html += f"<{tag} style='{style}'>{pick(rng, ('words', 'more', pick(rng, TEXTS)[:30]))}"
+        html += f"</{pick(rng, (tag, tag, pick(rng, TAGS)))}>" if rng.integers(2) else ""
     return html
 
 

@@ -20,14 +20,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .draw import font, shape_mask
+from .draw import cached_by_size, cached_mask, font, shape_mask
 
 SIDE, LINE, SPACE = 256, 1.35, 0.3      # the canvas; height of a line and a space, in font sizes
 MOST_NODES, MOST_DEPTH, LONGEST = 200, 16, 4000
 LEAST_FONT, MOST_FONT, LEAST_CONTRAST = 6, 64, 60   # text that is smaller or paler does not count
 EDGES = ("top", "right", "bottom", "left")
 LENGTH = r"(\d{1,3}(?:\.\d{1,2})?)(?:px)?"
-RULE = r"([^{}]+)\{([^{}]*)\}"
 INHERITED = ("color", "font-size", "font-weight", "text-align")
 WHITE = (255, 255, 255)
 VOID, CLICKS = {"input", "img"}, {"a", "button", "label", "summary"}
@@ -128,7 +127,9 @@ def declare(name: str, value: str) -> dict:
         order = ((0, 0, 0, 0), (0, 1, 0, 1), (0, 1, 2, 1), (0, 1, 2, 3))[len(sizes) - 1]
         return {f"{name}-{edge}": sizes[i] for edge, i in zip(EDGES, order)}
     if name in LENGTHS and len(sizes) == 1:
-        return {name: min(sizes[0], MOST_FONT) if name == "font-size" else sizes[0]}
+        if name == "font-size":                 # there is no font below one pixel: 0 is invisible
+            sizes = [min(sizes[0], MOST_FONT) if sizes[0] >= 1 else 0]
+        return {name: sizes[0]}
     if name == "width" and re.fullmatch(r"[0-9]{1,2}%|100%", value):
         return {"share": int(value[:-1]) / 100}
     if name in ("color", "background") and colour(value):
@@ -139,7 +140,7 @@ def declare(name: str, value: str) -> dict:
     return {}
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def declarations(text: str) -> tuple[dict, int]:
     """(the style that "name: value; name: value" sets, how many were not understood)."""
     parts = [part.lower().partition(":") for part in text.split(";") if part.strip()]
@@ -152,10 +153,19 @@ def inherited_style(style: dict) -> dict:
     return {**PLAIN, **{name: style[name] for name in INHERITED}}
 
 
+def parse_sheet(sheet: str):
+    """Yield (names, declarations) of a style sheet, "names {declarations} ...". Cut at the braces:
+    a regular expression would try again from every letter of a sheet that has none."""
+    for part in sheet.split("}")[:-1]:
+        names, text = ["", *part.split("{")][-2:]
+        if names:
+            yield names, text
+
+
 def rules(sheet: str) -> dict:
     """{tag or .class: style} of a style sheet, "name, name {declarations} ..."."""
     found = {}
-    for names, text in re.findall(RULE, sheet):
+    for names, text in parse_sheet(sheet):
         for name in names.split(","):
             found.setdefault(name.strip(), {}).update(declarations(text)[0])
     return found
@@ -166,7 +176,10 @@ DEFAULTS = rules(DEFAULT_STYLES)
 
 # ---- measuring and placing ----------------------------------------------------------------------
 
-text_width = lru_cache(maxsize=16384)(lambda word, size: font(size).getlength(word))
+@lru_cache(maxsize=4096)
+def text_width(word: str, size: float) -> float:
+    """The width of a word; size: of the font, 0 or at least 1."""
+    return font(size).getlength(word) if size else 0.0
 
 
 def add_inline(node: Node, line: Node, space: bool) -> bool:
@@ -356,7 +369,7 @@ class Block(NamedTuple):
     link: Node | None                   # the element that a click on it activates
 
 
-@lru_cache(maxsize=4096)
+@cached_mask
 def word_mask(word: str, size: float, bold: bool) -> Image.Image:
     """A word as a mask; size: of the font, in pixels."""
     word = word[:ceil(10_000 / size)]   # more would not fit on any canvas
@@ -410,7 +423,8 @@ class View:
         pen = ImageDraw.Draw(image)
         for kind, x, y, w, h, color, radius in self.forms:
             left, top, right, bottom = (min(pixels, round(c * unit)) for c in (x, y, x + w, y + h))
-            r = min(round(radius * unit), (right - left) // 2, (bottom - top) // 2)
+            # half the canvas at most, as a box that reaches far out of it may be huge
+            r = min(round(radius * unit), (right - left) // 2, (bottom - top) // 2, pixels // 2)
             if kind != "plate":
                 image.paste(color, (left, top), shape_mask(kind, max(1, bottom - top)))
                 continue
@@ -463,10 +477,10 @@ class Site(HTMLParser):
         try:
             self.feed(html)
             self.close()
-        except AssertionError as error:         # html.parser raises it on "<![x"
-            raise Broken(str(error)) from None
+        except AssertionError:      # from html.parser; its words quote the page, ours must not
+            raise Broken("a declaration <! that cannot be read") from None
         texts = [node.attrs.get("style", "") for node in self.root.walk()]
-        texts += [text for _, text in re.findall(RULE, self.css)]
+        texts += [text for _, text in parse_sheet(self.css)]
         self.unknown += sum(declarations(text)[1] for text in texts)
         self.rules = rules(self.css)
         self.body = next((node for node in self.root.walk() if node.tag == "body"), self.root)
@@ -544,7 +558,7 @@ class Site(HTMLParser):
         return True
 
 
-@lru_cache(maxsize=400)
+@cached_by_size(lambda view: 100_000 + 600 * len(view.words))
 def first_view(html: str) -> View:
     """The first view of a page; raises Broken."""
     return Site(html).view()

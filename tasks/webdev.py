@@ -15,7 +15,7 @@ from string import Template
 
 import numpy as np
 
-from .base import box, Env, held, IMAGE, Obs, OneShot, pick, Step
+from .base import box, Env, held, IMAGE, Obs, OneShot, pick, quoted, Step
 from .draw import blend, ink_on, shades
 from .html_render import Broken, first_view, SIDE, Site, View
 from .verify import boxed, distance, parse_action, set_f1
@@ -84,7 +84,7 @@ def assign(cost: np.ndarray) -> list[tuple[int, int]]:
     return [(int(owner[j]) - 1, j - 1) for j in range(1, columns + 1) if owner[j]]
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=4096)
 def text_likeness(a: str, b: str) -> float:
     """1 - edits / longer length; 0, without computing it, if the letters show it is too small."""
     most = max(len(a), len(b))
@@ -138,7 +138,7 @@ def visit(html: str, path: list) -> View | None:
     return site.view() if site and all([site.click(text) for text in path]) else None
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1024)
 def page_score(html: str, gold: str) -> float:
     """The likeness of the first views of two pages; 0 for a broken one."""
     view = visit(html, [])
@@ -493,7 +493,7 @@ class UiPolish(Env):
         self.page, note = edited(self.page, str(text))
         if self.over:
             return Step(None, True, truncated=not finished)
-        return Step(Obs(f"{IMAGE}{note}", [first_view(self.page).image(self.pixels)]), False)
+        return Step(Obs(IMAGE + quoted(note), [first_view(self.page).image(self.pixels)]), False)
 
     def evidence(self):
         return {"draft": self.chain[-1], "page": self.page, "gold": self.chain[0]}
