@@ -156,14 +156,17 @@ def demonstrations(stream: Stream, first: int, count: int) -> list[list[Document
 
 # ---- the loss and the update --------------------------------------------------------------------
 
-def clipped(logp, old, advantage, low: float, high: float):
+# Every entry of LOSSES takes these arguments. lengths: how many of the N tokens each document has,
+# for a loss that looks at whole replies (exercise 2).
+
+def clipped(logp, old, advantage, low: float, high: float, lengths: list[int]):
     """GRPO: -min(r A, clip(r) A) with the ratio r = exp(logp - old); all (N,). A token whose ratio
     has moved as far as low or high allow gets no further gradient."""
     ratio = (logp - old).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
-def masked(logp, old, advantage, low: float, high: float):
+def masked(logp, old, advantage, low: float, high: float, lengths: list[int]):
     """Two-sided importance sampling: -f(r) A logp, with f(r) = r inside (low, high), else 0, and
     no gradient through f [R: GLM-5; IcePop with 1/2 and 2]. All (N,)."""
     ratio = (logp.detach() - old).exp()
@@ -198,8 +201,11 @@ def row_loss(model: GLMV, batch, args: Args, reference=None):
     old, advantage = batch.extras["logp"][at + 1], batch.extras["advantage"][at + 1]
     own = batch.extras["demonstration"][at + 1] == 0    # sampled by the model itself
     weight, (low, high) = batch.weights[at + 1], band(args)
+    document = torch.bucketize(at + 1, batch.cu_seqlens, right=True)    # of each token
+    lengths = document.unique_consecutive(return_counts=True)[1].tolist()
+    losses = LOSSES[args.loss](logp, old, advantage, low, high, lengths)
     # A demonstration is learned by plain cross-entropy: there is nothing to compare it with.
-    losses = torch.where(own, LOSSES[args.loss](logp, old, advantage, low, high), -logp)
+    losses = torch.where(own, losses, -logp)
     if reference is not None:   # an estimate of KL(policy || reference) that is never negative
         gap = torch.where(own, reference - logp, 0.0)
         losses = losses + args.kl * (gap.exp() - gap - 1)
@@ -277,8 +283,8 @@ def prepare(args: Args, hw, trains: bool = True):
         raise UserError(f"{folder} comes with another tokenizer, which RL can't use")
     mix = parse_mix(args.mix, sight(model.config))
     unknown = [name for name, _ in mix if name not in gym.names()]
-    if unknown or not sum(weight for _, weight in mix) > 0:
-        raise UserError(f"--mix takes categories of the gym, not '{(unknown or [args.mix])[0]}'")
+    if unknown:
+        raise UserError(f"--mix takes categories of the gym, not '{unknown[0]}'")
     optimizer = Optimizer(model.named_parameters(), OptimConfig(args.lr, args.weight_decay))
     first, progress = args.init, Progress()
     if resumed:
@@ -396,8 +402,10 @@ def train(args: Args, hw):
         values = update(model, optimizer, samples, args, rate, reference)
         took = time.perf_counter() - began
         progress.step = checkpointer.done = done = step + 1
-        # A loss that is not finite has changed nothing; the fifth in a row ends the run.
-        checkpointer.check_loss(values["pg_loss"], values.get("norm", 0.0))
+        # A loss that is not finite has changed nothing; the fifth in a row ends the run. A step
+        # without samples has no norm, and says nothing about the weights.
+        if "norm" in values:
+            checkpointer.check_loss(values["pg_loss"], values["norm"])
         values = figures_of(seen, has_signal) | values | {
             "lr": args.lr * rate, "groups": len(groups), "waited": waited,
             "learning": took - waited, "dt": took, "tok/s": values["tokens"] / took}
@@ -439,9 +447,9 @@ def run(args: Args):
 
 # Exercises. Write it, run the test.
 # 1. advantages. pytest tests/test_rl.py -k advantages; 15 minutes.
-# 2. cispo(logp, old, advantage, low, high), another entry of LOSSES: the clipped ratio, without
-#    gradient, times A logp. Then tis: A logp times the ratio, cut off at `high`. And gspo, one
-#    ratio for a whole reply. Their tests wait: pytest tests/test_rl.py -k exercise; 45 minutes.
+# 2. cispo, another entry of LOSSES: the clipped ratio, without gradient, times A logp. Then tis:
+#    A logp times the ratio, cut off at `high`. And gspo, one ratio for a whole reply. Their tests
+#    wait: pytest tests/test_rl.py -k exercise; 45 minutes. To train with one, name it in Args.loss.
 # 3. Write a verifier that likes long replies, and train. After how many steps comes the alarm?
 
 

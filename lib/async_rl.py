@@ -458,7 +458,8 @@ class AsyncTrainer:
             if self.collector and done < args.steps:
                 with self.saving_on_error():
                     self.actor.load(self.optimizer.masters, done)
-            checkpointer.check_loss(values["pg_loss"], values.get("norm", 0.0))
+            if "norm" in values:        # there were samples
+                checkpointer.check_loss(values["pg_loss"], values["norm"])
             if self.collector:
                 took = time.perf_counter() - began
                 values = self.collector.figures() | values | staleness_of(groups, step)

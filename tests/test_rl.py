@@ -113,7 +113,7 @@ TWO_SIDED = [(1.0, 2, -2.0), (1.2, 1, -1.2), (1.5, 1, 0.0), (0.5, 1, 0.0), (0.5,
 def gradient(loss, ratio, advantage, low, high):
     old = torch.tensor([-1.5])
     logp = (old + math.log(ratio)).requires_grad_()
-    value = loss(logp, old, torch.tensor([float(advantage)]), low, high)
+    value = loss(logp, old, torch.tensor([float(advantage)]), low, high, [1])
     return value.item(), torch.autograd.grad(value, logp)[0].item()
 
 
@@ -160,6 +160,32 @@ def test_exercise_gspo():
     assert loss.tolist() == pytest.approx([-ratio, -ratio, -1.3], rel=1e-5)
     slopes = torch.autograd.grad(loss.sum(), logp)[0].tolist()
     assert slopes == pytest.approx([-ratio, -ratio, 0.0], rel=1e-5)
+
+
+def right_gspo(logp, old, advantage, low, high, lengths):
+    """A solution of the exercise."""
+    means = [part.mean().expand(len(part)) for part in (logp - old).split(lengths)]
+    ratio = torch.cat(means).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+
+def test_a_right_gspo_passes_its_test_and_trains(tmp_path, begin, monkeypatch):
+    """The trainer hands a loss the number of sampled tokens of each document in a row."""
+    some_reward(monkeypatch)
+    monkeypatch.setattr(rl, "gspo", right_gspo, raising=False)
+    test_exercise_gspo()
+    monkeypatch.setitem(rl.LOSSES, "double", right_gspo)
+    assert go(tmp_path, begin, steps=1, rehearse=0.25)[0]["norm"] > 0
+
+
+def test_a_loss_is_given_the_lengths_of_the_documents(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setitem(rl.LOSSES, "double", lambda logp, *rest: seen.append(rest[-1]) or -logp)
+    documents = [d for e in (episode(1, 6), episode(0, 9, 1), episode(1, 3, 2))
+                 for d in rl.to_sample(e.documents, 0.5)]
+    documents[1].weights[:] = 0         # nothing of it is learned
+    rl.row_loss(tiny, collate(documents, tiny.config, 64), Args(mtp=0.0))
+    assert seen == [[4, 1]]
 
 
 def test_every_episode_counts_the_same():
