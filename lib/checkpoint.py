@@ -4,6 +4,7 @@
     preprocessor_config.json    limits of an image's size
     model.safetensors           weights, or several files and an index [R]
     train.pt                    in a run's step_ folders: what is needed to resume
+    digests.json                SHA-256 of these files, see lib/tensors.py
 """
 import contextlib
 import dataclasses
@@ -16,8 +17,10 @@ from torch import nn, Tensor
 
 import mmtp
 from lib.cli import UserError
-from lib.common import checkpoints, first_sentence, write_json
-from lib.tensors import check_shapes, load_tensors, save_tensors
+from lib.common import first_sentence, write_json
+from lib.runs import checkpoints, step_of
+from lib.tensors import (check_digest, check_shapes, checked, is_whole, load_tensors, save_tensors,
+                         shown, write_digests)
 from model import Config, GLMV, TextConfig
 from tokenizer import SPECIAL
 from vit import CogViT, MEAN, STD, VitConfig
@@ -83,6 +86,7 @@ def save_model(model: GLMV, folder, dtype=torch.float32, weights: dict | None = 
     has_head = mmtp.head_of(model) is not None
     config = model.config if has_head else dataclasses.replace(model.config, mtp_depths=0)
     save_config(config, folder, str(dtype).removeprefix("torch."))
+    write_digests(folder)
 
 
 # ---- starting and resuming a training -----------------------------------------------------------
@@ -98,19 +102,28 @@ def start_from(folder, optimizer):
 def restore(folder, module: nn.Module, optimizer) -> dict:
     """Resume from the checkpoint `folder`: load the module and the optimizer, and return what else
     the script has saved in train.pt (step, args, ...). Raises UserError if a file is damaged."""
-    device = optimizer.flat.device
+    folder, device = Path(folder), optimizer.flat.device
     try:
-        state = torch.load(Path(folder) / "train.pt", map_location=device, weights_only=True)
+        check_digest(folder / "train.pt")
+        state = torch.load(folder / "train.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         weights = load_tensors(folder)
         module.load_state_dict(weights)
         optimizer.load_masters({k: v.to(device, torch.float32) for k, v in weights.items()})
         return state
     except Exception as error:  # torch.load reports damage by some ten types of exception
-        earlier = [p for p in checkpoints(Path(folder).parent) if p.name < Path(folder).name]
-        advice = (f"remove it to go on from {earlier[-1]}" if earlier else
-                  "without --resume the run begins again")
-        raise UserError(f"{folder} can't be resumed ({first_sentence(error)}); {advice}") from None
+        raise UserError(f"{folder} can't be resumed ({first_sentence(error)}); "
+                        f"{advice(folder)}") from None
+
+
+def advice(folder: Path) -> str:
+    """How to go on with a run whose newest checkpoint `folder` is damaged."""
+    earlier = [p for p in checkpoints(folder.parent) if step_of(p) < step_of(folder)]
+    if not earlier:
+        return "without --resume the run begins again"
+    whole = next((p for p in reversed(earlier) if is_whole(p)), earlier[-1])
+    later = [str(p) for p in earlier if step_of(p) > step_of(whole)]
+    return f"remove {' and '.join([*later, str(folder)])} to go on from {whole}"
 
 
 # ---- a vision tower -----------------------------------------------------------------------------
@@ -140,10 +153,12 @@ def load_tower(visual: CogViT, folder):
 def export_tower(folder: Path, to: Path):
     """Write the tower of a checkpoint of train_vit.py to the folder `to`, in bf16 and without the
     rest of that checkpoint."""
+    check_digest(folder / "config.json")
     to.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "config.json", to)
     save_tensors(to / "model.safetensors", {
         f"visual.{name}": value.bfloat16() for name, value in tower_weights(folder).items()})
+    write_digests(to)
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -200,30 +215,114 @@ def one_line_errors(path: Path):
         raise UserError(f"no {path.name} in {path.parent}") from None
     except KeyError as error:
         raise UserError(f"{path} does not describe a model: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not describe a model: {error}") from None
 
 
+# Fields that change the computation, with the only value for which it is built here. A file may
+# leave them out.
+BUILT = {
+    "architectures": ["GlmOcrForConditionalGeneration"], "model_type": "glm_ocr",
+    "tie_word_embeddings": False, "quantization_config": None,
+    "text_config": {
+        "model_type": "glm_ocr_text", "hidden_act": "silu", "attention_bias": False,
+        "attention_dropout": 0.0, "tie_word_embeddings": False, "rope_scaling": None,
+        "partial_rotary_factor": 1.0, "sliding_window": None, "use_sliding_window": False,
+        "rope_parameters": {"rope_type": "default", "type": "default",
+                            "partial_rotary_factor": 1.0, "mrope_interleaved": False}},
+    "vision_config": {
+        "model_type": "glm_ocr_vision", "hidden_act": "silu", "attention_dropout": 0.0,
+        "in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2,
+        "rope_theta": 10000.0, "window_size": None},
+    "nanoglmv": {}}
+BUILT_PICTURES = {
+    "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": list(MEAN), "image_std": list(STD), "resample": 3, "size": {},
+    "merge_size": 2, "temporal_patch_size": 2}
+
+
+def check_built(values: dict, built: dict, section: str = ""):
+    """Raise ValueError if a field of `values` has another value than in `built`."""
+    for name in built.keys() & values.keys():
+        value, wanted = values[name], built[name]
+        if isinstance(wanted, dict):
+            if not isinstance(value, dict):
+                raise ValueError(f"{section}{name} is no JSON object")
+            check_built(value, wanted, f"{section}{name}.")
+        elif value != wanted:
+            raise ValueError(f"{section}{name} is {shown(value)}; only {shown(wanted)} is built")
+
+
+def check_relations(config: Config):
+    """Raise ValueError if sizes of `config`, each of them possible, do not fit together."""
+    text, vision = config.text, config.vision
+    image_id = config.n_ranks + SPECIAL.index("<|image|>")
+    for holds, message in (
+        (text.num_attention_heads % text.num_key_value_heads == 0,
+         "text_config.num_attention_heads is no multiple of num_key_value_heads"),
+        (text.head_dim % 2 == 0, "text_config.head_dim is odd"),
+        (vision.hidden_size % (4 * vision.num_heads) == 0,
+         f"vision_config.hidden_size is no multiple of 4 * num_heads, {4 * vision.num_heads}"),
+        (vision.out_hidden_size == text.hidden_size,
+         "vision_config.out_hidden_size is not text_config.hidden_size"),
+        (config.image_token_id < text.vocab_size, "image_token_id is not below vocab_size"),
+        (not config.n_ranks or config.image_token_id == image_id,
+         f"image_token_id is not {image_id}, as nanoglmv.n_ranks {config.n_ranks} says")):
+        if not holds:
+            raise ValueError(message)
+
+
+def read_fields(path: Path) -> dict:
+    """The JSON object in the file `path`, which is compared with its digest."""
+    check_digest(path)
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError("it holds no JSON object")
+    return values
+
+
 def load_config(folder) -> Config:
-    """Read config.json and, if there is one, preprocessor_config.json. Fields that we do not know
-    are ignored. Raises UserError if a file is missing, damaged, or of another format."""
-    def known(kind, values):
-        names = {f.name for f in dataclasses.fields(kind)} & values.keys()
-        return kind(**{name: values[name] for name in names})
+    """Read config.json and, if there is one, preprocessor_config.json.
+
+    Fields that change the computation in a way that is not built here are refused, others that we
+    do not know are ignored. Raises UserError if a file is missing, damaged, or of another format.
+    """
     path = Path(folder) / "config.json"
     with one_line_errors(path):
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        rope = raw["text_config"].get("rope_parameters") or {}
-        text, ours = known(TextConfig, raw["text_config"]), raw.get("nanoglmv", {})
-        text.rope_theta = float(rope.get("rope_theta", text.rope_theta))
-        config = Config(text, known(VitConfig, raw["vision_config"]), raw["image_token_id"],
-                        n_ranks=ours.get("n_ranks", 0), mtp_depths=ours.get("mtp_depths", 0))
-        config.mrope = tuple(rope["mrope_section"]) if "mrope_section" in rope else None
+        raw = read_fields(path)
+        check_built(raw, BUILT)
+        text, ours = raw["text_config"], raw.get("nanoglmv", {})
+        rope = text.get("rope_parameters", {})
+        config = checked(Config, {"image_token_id": raw["image_token_id"], **{
+            name: ours[name] for name in ("n_ranks", "mtp_depths") if name in ours}})
+        config.text = checked(TextConfig, {**text, **rope}, "text_config.")
+        config.vision = checked(VitConfig, raw["vision_config"], "vision_config.")
+        if "mrope_section" in rope:
+            section = rope["mrope_section"]
+            if not (isinstance(section, list) and [type(n) for n in section] == [int] * 3
+                    and min(section) > 0 and sum(section) == config.text.head_dim // 2):
+                raise ValueError(f"mrope_section is {shown(section)}; it must be three integers "
+                                 "above 0 that add up to half of head_dim")
+            config.mrope = tuple(section)
+        check_relations(config)
     path = path.with_name("preprocessor_config.json")
     if path.exists():
         with one_line_errors(path):
-            size = json.loads(path.read_text(encoding="utf-8"))["size"]
-            pixels = pixels_per_token(config.vision)
+            raw = read_fields(path)
+            check_built(raw, BUILT_PICTURES)
+            patch = config.vision.patch_size
+            if raw.get("patch_size", patch) != patch:
+                raise ValueError(f"patch_size is {shown(raw['patch_size'])}; config.json says "
+                                 f"{patch}")
+            size, pixels = raw["size"], pixels_per_token(config.vision)
+            for name in ("shortest_edge", "longest_edge"):
+                if type(size[name]) is not int or size[name] < 1:
+                    raise ValueError(f"size.{name} is {shown(size[name])}; it must be an integer "
+                                     "above 0")
             config.min_tokens = max(1, size["shortest_edge"] // pixels)
             config.max_tokens = size["longest_edge"] // pixels
+            most = config.text.max_position_embeddings
+            if not config.min_tokens <= config.max_tokens <= most:
+                raise ValueError(f"size allows {config.min_tokens} to {config.max_tokens} tokens "
+                                 f"an image, of at most {most} (max_position_embeddings)")
     return config

@@ -36,7 +36,7 @@ from torch import nn, Tensor
 
 from kernels import angles, attention, rotary_half, Segments
 from lib.cli import UserError
-from lib.tensors import check_shapes, load_tensors
+from lib.tensors import check_digest, check_shapes, checked, load_tensors
 from vit import naflex, patchify
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu,
@@ -370,6 +370,7 @@ def load_config(folder) -> tuple[type[Teacher], TeacherConfig]:
     """The class and sizes of the teacher in a folder. Raises UserError if it holds none."""
     path = Path(folder) / "config.json"
     try:
+        check_digest(path)
         raw = json.loads(path.read_text(encoding="utf-8"))
         # A whole SigLIP describes its tower in vision_config.
         if raw.get("model_type") in ("siglip", "siglip2"):
@@ -379,11 +380,8 @@ def load_config(folder) -> tuple[type[Teacher], TeacherConfig]:
             raise UserError(f"{folder} holds a model of the kind '{kind}', not a teacher; the "
                             f"kinds known are {', '.join(KINDS)}")
         cls, defaults = KINDS[kind]
-        names = {f.name for f in dataclasses.fields(TeacherConfig)} & raw.keys()
-        config = TeacherConfig(**{**defaults, **{name: raw[name] for name in names}})
-        if isinstance(config.patch_size, list) or isinstance(config.image_size, list):
-            raise ValueError("patches and pictures must be square")
-        if not 0 < config.patch_size <= config.image_size:
+        config = checked(TeacherConfig, {**defaults, **raw})
+        if config.patch_size > config.image_size:
             raise ValueError(f"no patch of {config.patch_size} fits in {config.image_size} pixels")
         if config.num_patches != math.isqrt(config.num_patches) ** 2:
             raise ValueError(f"num_patches = {config.num_patches} is no square")
@@ -395,7 +393,7 @@ def load_config(folder) -> tuple[type[Teacher], TeacherConfig]:
         return cls, config
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no teacher in {folder}: there is no config.json") from None
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not describe a teacher ({error})") from None
 
 

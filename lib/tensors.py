@@ -1,4 +1,5 @@
-"""Tensors on disk: the safetensors format, and digests that show whether a file is damaged.
+"""What a checkpoint folder stands on: the safetensors format, digests that show whether a file is
+damaged, and checked fields of a config.json.
 
 A file is 8 bytes with the length n of the header (little-endian), n bytes of JSON, then raw data:
 
@@ -12,10 +13,12 @@ A disk or a copy can change a bit of a file without an error. Therefore a checkp
 digests.json, {file's name: SHA-256}; a file that it lists is compared with its digest when it is
 loaded. Folders without it, like those from the internet, load unchecked.
 """
+import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -177,12 +180,28 @@ def read_digests(folder: Path) -> dict[str, str]:
         raise UserError(f"{path} is damaged; remove it to load the files unchecked") from None
 
 
-def check_digest(path):
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` has a digests.json and all files that it lists, unchanged."""
+    try:
+        wanted = read_digests(folder)
+        return bool(wanted) and all(digest(folder / name) == value
+                                    for name, value in wanted.items())
+    except (UserError, OSError):
+        return False
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest step_NNNNNN folder of a run that is whole."""
+    steps = {int(path.name[5:]): path for path in run.glob("step_*")
+             if re.fullmatch("step_[0-9]+", path.name)}
+    return next((steps[n] for n in sorted(steps, reverse=True) if is_whole(steps[n])), None)
+
+
+def check_digest(path: Path):
     """Raise UserError if digests.json beside the file `path` holds another digest of it. The
     message names the newest checkpoint of the same run that is whole."""
-    path = Path(path)
     wanted = read_digests(path.parent).get(path.name)
-    if wanted is None or digest(path) == wanted:
+    if wanted is None or not path.is_file() or digest(path) == wanted:
         return
     advice = ""
     if path.suffix == ".json":
@@ -192,23 +211,33 @@ def check_digest(path):
     raise UserError(f"{path} is damaged (its digest differs){advice}")
 
 
-def check_digests(folder):
-    """Raise UserError if a file in `folder` is missing or differs from its digest."""
-    for name in read_digests(Path(folder)):
-        if not (Path(folder) / name).is_file():
-            raise UserError(f"{folder} is damaged: {name} is missing")
-        check_digest(Path(folder) / name)
+# ---- fields of a config.json --------------------------------------------------------------------
+
+MOST = {"depth": 1000, "num_hidden_layers": 1000, "mtp_depths": 1000, "mlp_ratio": 1000,
+        "rms_norm_eps": 1, "layer_norm_eps": 1, "rope_theta": 1e12}
 
 
-def newest_whole(run: Path) -> Path | None:
-    """The newest step_NNNNNN folder of a run all of whose files have their digests."""
-    steps = [path for path in run.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
-    for folder in sorted(steps, key=lambda path: -int(path.name.removeprefix("step_"))):
-        try:
-            wanted = read_digests(folder)
-        except UserError:
+def checked(kind, values: dict, section: str = ""):
+    """An instance of the dataclass `kind` with the values of a section of a config.json; others
+    than its fields are ignored. Raises ValueError unless a value has the field's type and is above
+    0, or 0 where that is the default, and at most MOST."""
+    known = {}
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
             continue
-        if wanted and all((folder / name).is_file() and digest(folder / name) == value
-                          for name, value in wanted.items()):
-            return folder
-    return None
+        value, most = values[field.name], MOST.get(field.name, 2 ** 24)
+        if field.type in (int, float):
+            wanted = f"{field.type.__name__}, above 0 and at most {most:,}"
+            right = type(value) in (int, field.type) and (
+                0 < value <= most or value == field.default == 0)
+        else:
+            wanted, right = field.type.__name__, type(value) is field.type
+        if not right:
+            raise ValueError(f"{section}{field.name} is {shown(value)}; it must be {wanted}")
+        known[field.name] = field.type(value)
+    return kind(**known)
+
+
+def shown(value) -> str:
+    """A value of a JSON file as a part of a message."""
+    return json.dumps(value)[:60]

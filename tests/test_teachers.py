@@ -231,9 +231,11 @@ def test_another_kind_of_folder(tmp_path):
 
 def test_sizes_that_do_not_divide(tmp_path):
     for fields, said in ((dict(hidden_size=50), "no multiple of 12"),
-                         (dict(patch_size=[6, 7]), "square"),
+                         (dict(patch_size=[6, 7]), "patch_size is [6, 7]; it must be int"),
                          (dict(patch_size=30), "no patch of 30 fits in 24 pixels"),
-                         (dict(patch_size=0), "no patch of 0"),
+                         (dict(patch_size=0), "patch_size is 0; it must be int, above 0"),
+                         (dict(layer_norm_eps=float("nan")), "layer_norm_eps is NaN"),
+                         (dict(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000"),
                          (dict(hidden_act="relu6"), "relu6")):
         raw = {"model_type": "dinov3_vit", **BASE, "image_size": 24, **fields}
         (tmp_path / "config.json").write_text(json.dumps(raw))
