@@ -41,7 +41,7 @@ from lib.checkpoint import load_model, save_model
 from lib.cli import check_options, cli, Device, Levels, main, Natural, Positive, Seed, UserError
 from lib.common import clock, cores, read_json, read_log, ROOT, setup, write_json
 from lib.probes import RANDOM
-from lib.runs import checkpoints, find_checkpoint, same_options
+from lib.runs import checkpoints, find_checkpoint, same_options, step_of
 from sample import evaluate, show
 from tasks.draw import PAIRS
 from tokenizer import Tokenizer
@@ -141,7 +141,7 @@ def improvements(figures: dict[str, dict]) -> dict[str, dict]:
 def run_pretraining(args: Args) -> Path:
     """Pretrain, from the newest checkpoint if there is one; returns the folder of the last."""
     run = Path(args.out) / "pretrain"
-    done = [p for p in checkpoints(run) if p.name == f"step_{args.steps:06d}"]
+    done = [p for p in checkpoints(run) if step_of(p) == args.steps]
     if done:
         print(f"pretraining is done: {done[0]}")
         return done[0]

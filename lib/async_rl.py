@@ -395,10 +395,11 @@ class AsyncTrainer:
 
     @contextlib.contextmanager
     def saving_on_error(self):
-        """If too many rollouts fail or a player is gone, save what has been learned."""
+        """If too many rollouts fail, or a player or torchrun's store is gone, save what has been
+        learned."""
         try:
             yield
-        except UserError:
+        except (UserError, dist.DistError):
             self.checkpointer.save()
             raise
 

@@ -7,6 +7,7 @@
 import io
 import json
 import math
+import sys
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -177,11 +178,15 @@ def report_evaluation(history: list[dict], episodes: list[Episode], tokens: Toke
         print("ALARM: reward rises and held-out accuracy falls: what is rewarded? See "
               f"{out}/pictures")
     first = history[0]["accuracy"]
-    write_json(out / "report.json", {
-        "title": f"RL, {out.name}",
-        "samples": best_and_worst(episodes, tokens, out / "pictures"),
-        "figures": {name: {"before": first[name], f"after {step} steps": value}
-                    for name, value in last.items()}})
+    try:
+        write_json(out / "report.json", {
+            "title": f"RL, {out.name}",
+            "samples": best_and_worst(episodes, tokens, out / "pictures"),
+            "figures": {name: {"before": first[name], f"after {step} steps": value}
+                        for name, value in last.items()}})
+    except OSError as error:        # a full disk is no reason to lose the run
+        print(f"step {step}: {out}/report.json and its pictures are not written "
+              f"({error.strerror or error})", file=sys.stderr)
 
 
 def best_and_worst(episodes: list[Episode], tokens: Tokenizer, folder: Path) -> list[dict]:

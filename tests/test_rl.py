@@ -540,7 +540,8 @@ class Stage(OneShot):
         self.fail("reset")
         if self.fault == "hang":
             threading.Event().wait()
-        return Obs("How many?")
+        self.obs = Obs("How many?")
+        return self.obs
 
     def step(self, text):
         self.fail("step")
