@@ -275,19 +275,22 @@ class GLMV(nn.Module):
             segments = Segments(batch.cu_seqlens, causal=True)
         return decoder(x, (freqs.cos(), freqs.sin()), segments, cache)
 
-    def flops(self, tokens: float, patches: float) -> float:
+    def flops(self, tokens: float, patches: float, learnt: float, depths: int = 0) -> float:
         """FLOPs of a forward and a backward over a row with so many tokens and patches.
 
         A matrix of n parameters takes n multiplications and n additions for each row that it is
         applied to, and twice as many backward, for the gradients of its input and of itself: 6 n in
         all. The decoder runs once for each token, the tower for each patch, the adapter for every
-        four patches. The embedding is a lookup and takes none. Left out are the MTP head and the
-        products of attention itself, queries with keys and weights with values; in `base` these
-        alone are as many as all the rest once documents have about 18,000 tokens.
+        four patches; the output matrix only for the `learnt` tokens, those whose weight in the loss
+        is not 0. Each of the MTP head's `depths` is one more layer and one more output matrix. The
+        embedding is a lookup and takes none. Left out are the products of attention itself, queries
+        with keys and weights with values; in `base` these alone are as many as all the rest once
+        documents have about 18,000 tokens.
         """
         n = self.counts()
-        decoder = n["decoder"] - self.model.language_model.embed_tokens.weight.numel() + n["head"]
-        return 6 * tokens * decoder + 6 * patches * (n["tower"] + n["adapter"] / 4)
+        decoder = n["decoder"] - self.model.language_model.embed_tokens.weight.numel()
+        return 6 * (tokens * (decoder + depths * n["mtp"]) + learnt * (1 + depths) * n["head"]
+                    + patches * (n["tower"] + n["adapter"] / 4))
 
     def counts(self) -> dict[str, int]:
         """Parameters of each part: tower, adapter, decoder (with embedding), mtp, head, total."""

@@ -35,22 +35,22 @@ import torch
 
 from data import collate, Packer, parse_mix, SampleLoader, sight, Stream
 from kernels import linear_cross_entropy
-from lib.checkpoint import load_model, load_tower, restore, save_model, start_from
+from lib.checkpoint import load_config, load_model, load_tower, restore, save_model, start_from
 from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
                      Positive, Range, Schedule, Seed, Share, UserError)
 from lib.common import check_same_start, cores, Log, print_plan, setup, sum_over_ranks, write_json
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from mmtp import attach, head_of, losses as mtp_losses, prefix
-from model import GLMV, sized
+from model import Config, GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 
 
 @dataclass
 class Args:
-    size: Literal["tiny", "small", "base"] = "tiny"     # for 2 cores, one GPU, or GLM-OCR's own
+    size: Literal["auto", "tiny", "small", "base"] = "auto"     # auto: that of --init, or tiny
     steps: Positive = 1000        # optimizer updates
-    rows: Positive = 2            # packed rows a step, over all ranks
-    row_tokens: Positive = 2048   # tokens a row
+    rows: Annotated[int, Range(1, 2 ** 20)] = 2             # packed rows a step, over all ranks
+    row_tokens: Annotated[int, Range(32, 2 ** 24)] = 2048   # tokens a row
     mix: str = "gym:8,text:1,code:1"  # sources and weights; gym = all that the model can see
     levels: Levels = 2            # tasks come from levels 0..levels-1
     think: Share = 0.0            # share of the gym's replies that state their reasons first
@@ -64,7 +64,7 @@ class Args:
     warmup: Natural = 20          # steps over which the learning rate rises
     schedule: Schedule = "linear"       # constant, linear (falls in the last part) or cosine
     decay: Share = 0.4            # that last part, as a share of the steps
-    mtp: Natural = 3              # tokens that the MTP head learns to look ahead; 0: no head
+    mtp: Annotated[int, Range(0, 16)] = 3   # tokens that the MTP head looks ahead; 0: no head
     mtp_share: Share = 0.2        # the last part of the run, in which it learns
     mtp_alone: bool = False       # its loss trains the head only; the rest is as without it
     image_option: Literal["embed", "mask", "token"] = "token"   # its input at visual slots: mmtp.py
@@ -78,7 +78,7 @@ class Args:
     seed: Seed = 0                # of weights and samples
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
-    workers: Annotated[int, Range(-1)] = -1     # processes that load samples; -1: one a core, max 8
+    workers: Annotated[int, Range(-1, 512)] = -1    # that load samples; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
 
 
@@ -118,31 +118,49 @@ def mtp_weight(step: int, args: Args) -> float:
 
 # ---- counting -----------------------------------------------------------------------------------
 
-def count(rows, patch: int) -> tuple[int, int, int]:
-    """Tokens, images and patches in packed rows of Documents. An image that several documents of a
-    row ask about is encoded once, so its patches count once."""
-    tokens = images = patches = 0
+def count(rows, patch: int) -> tuple[int, int, int, int]:
+    """Tokens, learnt tokens, images and patches in packed rows of Documents. An image that several
+    documents of a row ask about is encoded once, so its patches count once."""
+    tokens = learnt = images = patches = 0
     for row in rows:
         tokens += sum(len(d.ids) for d in row)
+        learnt += sum(int((d.weights[1:] > 0).sum()) for d in row)
         images += sum(len(d.images) for d in row)
         encoded = {id(image): image for d in row for image in d.images}
         patches += sum(x.shape[0] * x.shape[1] // patch ** 2 for x in encoded.values())
-    return tokens, images, patches
+    return tokens, learnt, images, patches
 
 
-def plan(args: Args, hw):
-    """Print what the run would need (`--plan`), with a patch for each token."""
+def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
+    """Print what the run would need (`--plan`). About a second of loading tells how long samples
+    take, and how many tokens and patches they have."""
     with torch.device("meta"):          # shapes without memory
-        model = GLMV(sized(args.size))
-    counts, config = model.counts(), model.config
-    tokens = args.rows * args.row_tokens
+        model = GLMV(config)
+        if args.mtp or config.mtp_depths:
+            attach(model, args.mtp)
+    began, made = time.perf_counter(), []
+    while len(made) < 20 or time.perf_counter() - began < 1:
+        made.append(stream(10 ** 9 + len(made)))    # beyond the samples of the first levels
+    seconds = (time.perf_counter() - began) / len(made)
+    own, *others = count(made, config.vision.patch_size)
+    tokens = args.steps * args.rows * args.row_tokens
+    learnt, _, patches = (tokens * other / own for other in others)
+    # The MTP head learns in the last part of the run, all its depths.
+    flops = model.flops(tokens, patches, learnt)
+    if args.mtp:
+        flops += args.mtp_share * (model.flops(tokens, patches, learnt, args.mtp) - flops)
     # Weights in the model's dtype; 16 bytes a parameter for master, gradient and two moments (Muon
     # has one). About 34 values a token and layer are kept for the backward pass, in 2 bytes.
     layers = config.text.num_hidden_layers + 4 * config.vision.depth
+    counts = model.counts()
     memory = (counts["total"] * (16 + hw.dtype.itemsize)
               + args.row_tokens * config.text.hidden_size * 2 * 34 * layers)
-    flops = args.steps * model.flops(tokens, tokens)
-    print_plan(hw, counts, args.steps * tokens, flops, memory)
+    print_plan(hw, counts, tokens, flops, memory)
+    # Every rank loads all samples. On a CPU workers do not load while the model trains.
+    hours = seconds * tokens / own * len(made) / max(1, workers) / 3600
+    both = "longer" if workers and hw.device.type != "cpu" else "sum"
+    print(f"loading     {hours:,.2f} h by {workers or 'no'} workers a rank, {1000 * seconds:.2f} ms "
+          f"a sample of {own / len(made):.0f} tokens; the run takes the {both} of both times")
 
 
 # ---- start and save -----------------------------------------------------------------------------
@@ -152,19 +170,35 @@ def check(args: Args):
     check_options(args)
     if args.init and args.vit:
         raise UserError("--init and --vit both bring a tower: give one of them")
+    if args.vit:
+        find_checkpoint(args.vit)
+    if not args.out:
+        raise UserError("--out needs the name of a folder")
+
+
+def start_of(args: Args) -> tuple[Path | None, Config]:
+    """The folder whose weights the run starts from, None for random ones, and the configuration of
+    its model. Raises UserError if --size names another size than that of the folder."""
+    folder = args.out if args.resume and checkpoints(args.out) else args.init
+    size = "tiny" if args.size == "auto" else args.size
+    if not folder:
+        return None, sized(size)
+    folder = find_checkpoint(folder)
+    config, asked = load_config(folder), sized(size)
+    if not config.n_ranks:
+        raise UserError(f"{folder} comes with another tokenizer; only its weights can be used here")
+    if args.size != "auto" and (config.text, config.vision) != (asked.text, asked.vision):
+        raise UserError(f"--size={size} is not the size of the model in {folder}: leave it out")
+    return folder, config
 
 
 def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
     """Returns model, optimizer, the number of steps that are done, and the packer's state."""
+    # The newest checkpoint comes before --init, so that a job that is restarted can keep its
+    # command line.
+    folder, config = start_of(args)
     resumed = args.resume and bool(checkpoints(args.out))
-    folder = None
-    if resumed:         # before --init, so that a job that is restarted can keep its command line
-        folder = find_checkpoint(args.out)
-    elif args.init:
-        folder = find_checkpoint(args.init)
-    model = load_model(folder) if folder else GLMV(sized(args.size), args.seed)
-    if not model.config.n_ranks:
-        raise UserError(f"{folder} comes with another tokenizer; only its weights can be used here")
+    model = load_model(folder) if folder else GLMV(config, args.seed)
     if args.mtp and not head_of(model):
         attach(model, args.mtp, args.seed)
     model.config.mtp_depths = max(model.config.mtp_depths, args.mtp)
@@ -204,14 +238,8 @@ def run(args: Args):
     """Train, from the start or from the newest checkpoint, to the last step."""
     check(args)
     hw = setup(args.device, args.dtype)
-    if args.plan:
-        return plan(args, hw)
-    out = Path(args.out)
+    out, config = Path(args.out), start_of(args)[1]
     say = print if hw.rank == 0 else (lambda *_: None)
-    say(hw.description)
-    model, optimizer, start, position = build(args, hw)
-    check_same_start(start, out)
-    config, counts = model.config, model.counts()
 
     # Level 0 alone for the first fifth of the run. At first a model only learns how answers read:
     # its loss stays on a plateau until it finds out that the picture tells which answer is right.
@@ -222,6 +250,12 @@ def run(args: Args):
                     parts=tuple(filter(None, args.parts.split(","))),
                     own_question=args.own_question, pixels=args.pixels)
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores() // hw.world))
+    if args.plan:
+        return plan(args, hw, config, stream, workers) if hw.rank == 0 else None
+    say(hw.description)
+    model, optimizer, start, position = build(args, hw)
+    check_same_start(start, out)
+    config, counts = model.config, model.counts()
     # On a CPU, workers that load during a step would take its cores: no overlap there.
     loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")
     packer = Packer(loader, args.row_tokens, state=position, say=say)
@@ -249,8 +283,13 @@ def run(args: Args):
 
         # 1. Pack the global batch. Every rank makes the same rows, and takes row r where r mod
         #    world is its rank: what a step sees does not depend on the number of ranks.
-        rows = [packer.row() for _ in range(args.rows)]
-        tokens, images, patches = count(rows, config.vision.patch_size)
+        try:
+            rows = [packer.row() for _ in range(args.rows)]
+        except (UserError, OSError):    # samples can't be loaded: keep the steps that are done
+            loader.close()
+            checkpointer.close()
+            raise
+        tokens, learnt, images, patches = count(rows, config.vision.patch_size)
         # The weight of all rows of all ranks, not of this one. Rows hold different numbers of
         # learnt tokens; with a mean per row, a token in a row with few of them would count more,
         # and two processes would compute another update than one.
@@ -290,7 +329,8 @@ def run(args: Args):
         values = {"loss": value, "lr": args.lr * rate, "norm": norm, "dt": seconds,
                   "tok/s": tokens / seconds, "img/s": images / seconds}
         if hw.device.type == "cuda":            # a CPU's peak is not known well enough
-            values["mfu"] = model.flops(tokens, patches) / seconds / hw.peak / hw.world
+            flops = model.flops(tokens, patches, learnt, depths)
+            values["mfu"] = flops / seconds / hw.peak / hw.world
         values |= {f"mtp{depth}": x for depth, x in enumerate(further, 1)}
         if loader.seconds - loading > 0.05 * seconds:       # worth a look: more --workers?
             values["loading"] = loader.seconds - loading

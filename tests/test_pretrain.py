@@ -20,12 +20,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import gym
 import pretrain
 import rl
 import train_vit
 from data import Document, SampleLoader
 from lib import common, runs
-from lib.checkpoint import load_model
+from lib.checkpoint import load_model, save_model
 from lib.cli import main, UserError
 from lib.common import ROOT
 from lib.runs import checkpoints, find_checkpoint, save_checkpoint
@@ -446,6 +447,7 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
     state = state_of(tmp_path / "step_000001")
     torch.save({k: v for k, v in state.items() if k != "position"},
                tmp_path / "step_000001/train.pt")
+    (tmp_path / "step_000001/digests.json").unlink()
     with pytest.raises(UserError, match="not saved by pretrain.py"):
         train(tmp_path, steps=2, resume=True)
 
@@ -457,25 +459,81 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
     (dict(schedule="square"), "constant, linear or cosine"), (dict(rows=0), "--rows"),
     (dict(levels=0), "--levels"), (dict(levels=6), "--levels"), (dict(steps=0), "--steps"),
     (dict(save_every=0), "--save_every"), (dict(log_every=0), "--log_every"),
+    (dict(row_tokens=1), "--row_tokens takes 32"), (dict(rows=10 ** 18), "--rows takes 1 to"),
+    (dict(row_tokens=10 ** 18), "--row_tokens"), (dict(mtp=10 ** 9), "--mtp takes 0 to 16"),
+    (dict(workers=10 ** 9), "--workers"), (dict(pixels=65), "--pixels=65 is more than"),
+    (dict(pixels=-1), "--pixels"), (dict(mix="point:nan"), "--mix"), (dict(mix=","), "--mix"),
+    (dict(lr=-1.0), "--lr"), (dict(lr=float("inf")), "--lr"), (dict(warmup=-1), "--warmup"),
+    (dict(vit="nowhere"), "no such folder"),
     (dict(device="tpu"), "--device"), (dict(dtype="float16"), "--dtype")])
-def test_bad_options_end_before_the_first_step(tmp_path, changes, words):
+def test_bad_options_end_before_anything_is_made(tmp_path, monkeypatch, changes, words):
+    monkeypatch.setattr(pretrain, "GLMV", None)
     with pytest.raises(UserError, match=words) as error:
         train(tmp_path / "run", **changes)
     assert "\n" not in str(error.value)
     assert not checkpoints(tmp_path / "run")
 
 
+def test_a_run_needs_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^--out needs the name of a folder$"):
+        train("")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_size_that_the_checkpoint_does_not_have_is_refused(tmp_path):
+    """With --init, with --plan and --resume; its own size may be named. The tower has one, too."""
+    train(tmp_path / "tiny", steps=1)
+    for changes in (dict(init=str(tmp_path / "tiny"), out=str(tmp_path / "new")),
+                    dict(init=str(tmp_path / "tiny"), out=str(tmp_path / "new"), plan=True),
+                    dict(resume=True, out=str(tmp_path / "tiny"))):
+        with pytest.raises(UserError, match="^--size=small is not the size of the model in .*$"):
+            pretrain.run(Args(**{**SMALL, "size": "small", **changes}))
+    with pytest.raises(UserError, match="the tower in .* is not of this model's sizes"):
+        train(tmp_path / "new", size="small", vit=str(tmp_path / "tiny"))
+    assert len(train(tmp_path / "tiny", size="tiny", steps=2, resume=True)) == 2
+
+
+def test_samples_that_cant_be_loaded_end_a_run_that_saves(tmp_path, monkeypatch):
+    """A category fails after the second step."""
+    def spoil(step):
+        if step == 2:
+            monkeypatch.setattr(gym, "demonstrate", None)
+    after_step(monkeypatch, spoil)
+    with pytest.raises(UserError, match="^sample [0-9]+ can't be made: TypeError: "):
+        train(tmp_path, mix="point")
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
+
+
 # ---- plans, and learning ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size,millions", [("tiny", 0.69), ("small", 60), ("base", 1100)])
+@pytest.mark.parametrize("size,millions", [("tiny", 0.96), ("small", 60), ("base", 1100)])
 def test_a_plan_prints_and_stops(tmp_path, capsys, size, millions):
     pretrain.run(Args(size=size, plan=True, device="cpu", out=str(tmp_path / "run")))
     printed = capsys.readouterr().out
     rows = dict(line.split(None, 1) for line in printed.splitlines())
     total = float(rows["total"].split("M")[0].replace(",", ""))
     assert millions / 1.3 < total < millions * 1.3
-    assert rows.keys() >= {"memory", "tokens", "compute", "time", "price"}
-    assert not (tmp_path / "run").exists()
+    assert rows.keys() >= {"memory", "tokens", "compute", "time", "price", "loading", "mtp"}
+    assert float(rows["mtp"].split("M")[0]) > 0 and not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_that_of_the_checkpoint_and_printed_by_one_rank(tmp_path, monkeypatch, capsys):
+    """Of a checkpoint without MTP head, of another size than --size=auto means without --init."""
+    config = replace(sized("tiny"), text=replace(sized("tiny").text, num_hidden_layers=1))
+    save_model(GLMV(config), tmp_path / "one")
+    totals = {}
+    for init, mtp in (("", 0), ("", 3), (str(tmp_path / "one"), 0)):
+        pretrain.run(Args(plan=True, device="cpu", init=init, mtp=mtp, steps=10))
+        rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+        totals[init, mtp] = float(rows["compute"].split()[0])
+        assert f"{GLMV(config).counts()['decoder'] / 1e6:,.2f}M" in rows["decoder"] or not init
+    assert totals["", 0] < totals["", 3] < 1.2 * totals["", 0]     # in a fifth of the steps
+    assert totals[str(tmp_path / "one"), 0] < 0.8 * totals["", 0]
+    other = replace(common.setup("cpu"), rank=1)
+    monkeypatch.setattr(pretrain, "setup", lambda *_: other)
+    pretrain.run(Args(plan=True, device="cpu"))
+    assert capsys.readouterr().out == ""
 
 
 def test_the_run_folder_says_what_ran_and_the_last_step_is_evaluated(tmp_path):
@@ -490,10 +548,10 @@ def test_a_shared_picture_is_counted_once_as_it_is_encoded_once():
     picture, other = np.zeros((16, 24, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)
     ids, weights = np.zeros(5, np.int32), np.ones(5, np.float32)
     row = [Document(ids, weights, [picture]), Document(ids, weights, [picture, other])]
-    assert pretrain.count([row, row[:1]], 8) == (15, 4, 6 + 1 + 6)
+    assert pretrain.count([row, row[:1]], 8) == (15, 12, 4, 6 + 1 + 6)
     model = GLMV(sized("tiny"))
     n = model.counts()
-    assert model.flops(0, 4) == 6 * (4 * n["tower"] + n["adapter"])
+    assert model.flops(0, 4, 0) == 6 * (4 * n["tower"] + n["adapter"])
 
 
 @pytest.mark.parametrize("left,want", [
