@@ -123,7 +123,7 @@ def advice(folder: Path) -> str:
         return "without --resume the run begins again"
     whole = next((p for p in reversed(earlier) if is_whole(p)), earlier[-1])
     later = [str(p) for p in earlier if step_of(p) > step_of(whole)]
-    return f"remove {' and '.join([*later, str(folder)])} to go on from {whole}"
+    return f"remove {' and '.join(['it', *later])} to go on from {whole}"
 
 
 # ---- a vision tower -----------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_a_flipped_bit_is_found_and_the_newest_whole_checkpoint_named(model, tmp
         flip(tmp_path / "step_10" / name)
         said = refused(restore, step, model, optimizer)
         assert f"{step / name} is damaged" in said
-        assert said.endswith(f"remove {tmp_path / 'step_10'} and {step} to go on from "
+        assert said.endswith(f"remove it and {tmp_path / 'step_10'} to go on from "
                              f"{tmp_path / 'step_9'}")
         flip(step / name, 8 * 5000)
         flip(tmp_path / "step_10" / name)
@@ -188,7 +188,7 @@ def test_damaged_headers(tmp_path, text, words):
     assert words in refused(load_tensors, path)
 
 
-@pytest.mark.parametrize("data", [b"", b"abc", b"\xff" * 8, (2 ** 40).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize("data", [b"", b"abc", b"\xff" * 8, (2 ** 40).to_bytes(8, "little")])
 def test_a_header_that_is_cut_off(tmp_path, data):
     (tmp_path / "model.safetensors").write_bytes(data)
     assert "the header is cut off" in refused(load_tensors, tmp_path)
@@ -213,8 +213,8 @@ def test_damaged_indices(tmp_path, shard, words):
     ("text_config.rope_parameters", "partial_rotary_factor", 0.5, "1.0"),
     ("text_config.rope_parameters", "mrope_interleaved", True, "false"),
     ("text_config", "rope_scaling", {"type": "yarn", "factor": 4}, "null"),
-    ("text_config", "partial_rotary_factor", 0.5, "1.0"), ("text_config", "hidden_act", "gelu", '"'),
-    ("text_config", "attention_bias", True, "false"), ("text_config", "sliding_window", 128, "null"),
+    ("text_config", "partial_rotary_factor", 0.5, "1"), ("text_config", "hidden_act", "gelu", '"'),
+    ("text_config", "attention_bias", True, "false"), ("text_config", "sliding_window", 128, "nu"),
     ("text_config", "tie_word_embeddings", True, "false"), ("", "tie_word_embeddings", True, "f"),
     ("text_config", "attention_dropout", 0.1, "0.0"), ("text_config", "model_type", "qwen2", '"g'),
     ("", "model_type", "qwen2_vl", '"glm_ocr"'), ("", "architectures", ["LlavaModel"], "["),
