@@ -20,6 +20,7 @@ that decoding reads one dense block of the cache.
 Letters: S cache slots, n running requests, K drafts, T tokens of a packed row, D documents in it,
 W width of the model, H query heads, G key-value heads, C channels of a head, V vocabulary.
 """
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -161,9 +162,10 @@ def probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
     """The distribution that tokens are sampled from. (..., V), (...), (...) -> (..., V)
 
     temperature 0 gives all probability to the best token. top_p keeps the most likely tokens, as
-    many as are needed to reach that probability together.
+    many as are needed to reach that probability together, and always the best one.
     """
-    probs = (logits.float() / temperature.clamp_min(1e-4)[..., None]).softmax(-1)
+    below = logits.float() - logits.float().amax(-1, keepdim=True)  # 0 for the best: no overflow
+    probs = (below / temperature.clamp_min(1e-30)[..., None]).softmax(-1)
     if bool((top_p < 1).any()):
         ordered, order = probs.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered   # of all more likely tokens: 0 for the first
@@ -174,6 +176,13 @@ def probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
         best = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(probs.dtype)
         probs = torch.where((temperature > 0)[..., None], probs, best)
     return probs
+
+
+def check_finite(values: Tensor, what: str):
+    """Raise UserError where a model has computed nan or inf, which no token can be sampled from."""
+    if not bool(values.isfinite().all()):
+        raise UserError(f"the {what} computes numbers that are not finite: its weights are broken, "
+                        "perhaps by a learning rate that was too high")
 
 
 # ---- requests -----------------------------------------------------------------------------------
@@ -258,8 +267,13 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id. Raises UserError if the prompt can't be served."""
+        """Queue a request and return its id. Raises UserError if it can't be served."""
         length = len(request.prompt.ids)
+        if not (0 <= request.temperature < math.inf and 0 <= request.top_p <= 1):   # nan: not true
+            raise UserError("a reply needs a temperature from 0 on and a top_p from 0 to 1, not "
+                            f"{request.temperature} and {request.top_p}")
+        if request.max_new < 1:
+            raise UserError(f"a reply needs room for a token, not for {request.max_new}")
         if not length:
             raise UserError("an empty prompt: there is nothing to go on from")
         if length >= self.context:
@@ -366,6 +380,8 @@ class Engine:
         accepted, chosen = self._verify(logits, drafts, draft_probs)
         counts = accepted.tolist()
         verified = time.perf_counter()      # tolist has waited for the device
+        if draft_probs is not None:
+            check_finite(draft_probs, "MTP head")
         self._advance_head(hidden, chosen, accepted)
         self.cache.rewind(n, k - accepted)
         alive = [sum(count >= j for count in counts) for j in range(k + 1)]
@@ -449,6 +465,7 @@ class Engine:
         n = len(chosen)
         self.last[first:first + n] = chosen.gather(1, accepted[:, None])[:, 0]
         logps = logits.gather(-1, chosen[..., None])[..., 0].float() - logits.float().logsumexp(-1)
+        check_finite(logps, "model")    # nan where any of the logits is nan or inf
         chosen, logps, counts = chosen.tolist(), logps.tolist(), (accepted + 1).tolist()
         ended = []
         for i in reversed(range(n)):    # backwards, since a release moves the last slot

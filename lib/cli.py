@@ -37,30 +37,63 @@ def distributed() -> bool:
     return bool(dist and dist.is_initialized())
 
 
-def main(entry, *args):
-    """Run a script's entry point. A UserError, a missing file or a full disk is printed as one line
-    and ends with exit code 2, Ctrl-C with 130."""
-    for stream in (sys.stdout, sys.stderr):     # a terminal without UTF-8 shows question marks
+def open_streams():
+    """Make the standard streams safe to use. A stream that the shell has closed (`>&-`) is None: it
+    becomes an empty file. A terminal without UTF-8 shows question marks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
+
+
+def flush_or_drop():
+    """Write out what was printed. What can't be written, since the disk is full or the reader has
+    gone (`| head`), is dropped: Python would try again at its end, with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def out_of_memory(error) -> bool:
+    """Whether memory has run out, on the CPU or on a GPU: torch raises a RuntimeError then."""
+    words = "can't allocate memory", "out of memory", "Storage size calculation overflowed"
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def main(entry, *args):
+    """Run a script's entry point. A UserError, a missing file, a full disk or a lack of memory is
+    printed as one line and ends with exit code 2, Ctrl-C with 130."""
+    open_streams()
     try:
         entry(*args)
+        sys.stdout.flush()
     except BrokenPipeError:                     # `python ... | head`: the reader has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (UserError, OSError) as error:
+        pass
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        if out_of_memory(error):
+            error = "the memory does not suffice: take smaller numbers (--help lists the options)"
         print(f"error: {error}", file=sys.stderr)
         if distributed():                       # gloo would wait for a peer whose machine is gone
-            sys.stdout.flush()
+            flush_or_drop()
             os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
+        flush_or_drop()
         if distributed():
             sys.modules["torch.distributed"].destroy_process_group()
 
 
 # ---- which values an option may have ------------------------------------------------------------
+
+MOST = 10 ** 9      # where a Range has no upper end: more is a mistake, and overflows an int64
+
 
 @dataclass(frozen=True)
 class Range:
@@ -70,14 +103,16 @@ class Range:
 
     def __str__(self):
         if self.most == math.inf:
-            return f"{self.least:g} or more"
-        return f"{self.least:g} to {self.most:g}"
+            return f"{self.least} or more"
+        return f"{self.least} to {self.most}"
 
 
 Positive = Annotated[int, Range(1)]             # steps, rows, counts
 Natural = Annotated[int, Range(0)]              # where 0 means none, or the default
 Share = Annotated[float, Range(0, 1)]           # a part of a whole
 NonNegative = Annotated[float, Range(0)]        # weights of losses, learning rates
+Count = Annotated[int, Range(1, 100_000)]       # tasks or documents that are kept in memory
+Drafts = Annotated[int, Range(0, 16)]           # tokens that the MTP head looks ahead; 0: none
 Levels = Annotated[int, Range(1, 5)]            # how many of the gym's levels, counted from 0
 Seed = Annotated[int, Range(0, 2 ** 63 - 1)]    # what numpy and torch both take
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -87,21 +122,28 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 def choices(kind) -> str:
     """The values of a Literal as text: 'tiny, small or base'."""
-    *others, last = (str(value) for value in typing.get_args(kind))
+    *others, last = (str(value) or "nothing" for value in typing.get_args(kind))
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_options(args):
     """Raise UserError unless every field of the dataclass `args` has a value that its type allows.
-    `cli` calls it; code that builds the arguments of a script by itself calls it as well."""
-    for name, kind in typing.get_type_hints(type(args), include_extras=True).items():
-        value, origin = getattr(args, name), typing.get_origin(kind)
+    A text may be empty only where that is the default. `cli` calls this; code that builds the
+    arguments of a script by itself calls it as well."""
+    kinds = typing.get_type_hints(type(args), include_extras=True)
+    for field in dataclasses.fields(args):
+        name, kind, value = field.name, kinds[field.name], getattr(args, field.name)
+        origin = typing.get_origin(kind)
         if origin is Literal and value not in typing.get_args(kind):
             raise UserError(f"--{name} takes {choices(kind)}, not '{value}'")
+        if kind is str and field.default and not value.strip():
+            raise UserError(f"--{name} is empty; without this option it is '{field.default}'")
         if origin is Annotated:
             limits = kind.__metadata__[0]
-            if not limits.least <= value <= limits.most or math.isinf(value):   # false for nan
+            if not limits.least <= value <= limits.most:    # not true for nan
                 raise UserError(f"--{name} takes {limits}, not {value}")
+            if limits.most == math.inf and value > MOST:
+                raise UserError(f"--{name} takes {limits}, a billion at most, not {value}")
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -173,6 +215,9 @@ def cli(config, argv=None, about: str = "", positional: str | None = None):
         print_help(config, about)
         sys.exit(0)
     values: dict = {}
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):     # how Python shows other bytes
+            raise UserError(f"{ascii(word)} is not valid UTF-8")
     while argv:
         word = argv.pop(0)
         if not word.startswith("--"):
