@@ -49,8 +49,9 @@ from data import collate, Stream
 from lab import report
 from lib.checkpoint import load_model
 from lib.cli import cli, main, Range, Seed, UserError
-from lib.common import checkpoints, ROOT
+from lib.common import ROOT
 from lib.images import open_image
+from lib.runs import checkpoints
 from tasks.base import Task
 from tasks.hostile import hostile_reply
 
