@@ -395,11 +395,10 @@ class AsyncTrainer:
 
     @contextlib.contextmanager
     def saving_on_error(self):
-        """If too many rollouts fail, or a player or torchrun's store is gone, save what has been
-        learned."""
+        """If too many rollouts fail or a player is gone, save what has been learned."""
         try:
             yield
-        except (UserError, dist.DistError):
+        except UserError:
             self.checkpointer.save()
             raise
 
@@ -415,12 +414,9 @@ class AsyncTrainer:
 
     def next_groups(self, step: int) -> list[list[Episode]] | None:
         """The groups of this step, the same on all ranks that train; None: stop."""
-        groups = []
-        with self.saving_on_error():
-            if self.error:
-                raise self.error
-            if self.collector:
-                groups = self.collector.collect(step)
+        if self.error:
+            raise self.error
+        groups = self.collector.collect(step) if self.collector else []
         return share_groups(groups, self.process_group) if self.world > 1 else groups
 
     def learn(self, groups: list[list[Episode]], step: int) -> dict:
@@ -448,6 +444,18 @@ class AsyncTrainer:
             if args.eval_every and not progress.evaluations:
                 self.evaluate()
         log = Log(Path(args.out), "rl", args.steps, progress.step, self.hw.rank)
+        with self.saving_on_error():
+            self.train_steps(log)
+        log.close()
+        self.rewards.close()
+        try:
+            checkpointer.close()
+        finally:
+            if self.collector and self.hw.world > 1:    # tell the players that it is over
+                self.actor.close()
+
+    def train_steps(self, log: Log):
+        args, progress, checkpointer = self.args, self.progress, self.checkpointer
         began = time.perf_counter()
         for step in range(progress.step, args.steps):
             groups = self.next_groups(step)
@@ -456,11 +464,10 @@ class AsyncTrainer:
                 break
             values = self.learn(groups, step)
             progress.step = checkpointer.done = done = step + 1
-            if self.collector and done < args.steps:
-                with self.saving_on_error():
-                    self.actor.load(self.optimizer.masters, done)
             if "norm" in values:        # there were samples
                 checkpointer.check_loss(values["pg_loss"], values["norm"])
+            if self.collector and done < args.steps:
+                self.actor.load(self.optimizer.masters, done)
             if self.collector:
                 took = time.perf_counter() - began
                 values = self.collector.figures() | values | staleness_of(groups, step)
@@ -473,13 +480,6 @@ class AsyncTrainer:
             if checkpointer.after_step(done, log.reader_gone):
                 break
             began = time.perf_counter()
-        log.close()
-        self.rewards.close()
-        try:
-            checkpointer.close()
-        finally:
-            if self.collector and self.hw.world > 1:    # tell the players that it is over
-                self.actor.close()
 
 
 def run(args, hw, rl: Functions):

@@ -79,6 +79,15 @@ class Transfer:
         return True
 
 
+@contextlib.contextmanager
+def store_may_be_gone():
+    """torchrun holds the key-value store: if it is killed, raise UserError."""
+    try:
+        yield
+    except dist.DistError:
+        raise UserError("torchrun has ended, and its key-value store with it") from None
+
+
 class Remote:
     """The trainer's view of the ranks that play; has the methods of async_rl.Actor.
 
@@ -95,6 +104,7 @@ class Remote:
         self.received = dict.fromkeys(ranks, 0)         # {rank: episodes}
         self.alive = dict.fromkeys(ranks, (0, time.monotonic()))    # its count, when it changed
 
+    @store_may_be_gone()
     def delays(self) -> tuple[float, float]:
         """(idle, stalled) seconds of the slowest player: see async_rl.Actor."""
         each = [json.loads(self.store.get(f"delays/{rank}")) for rank in self.ranks]
@@ -107,17 +117,20 @@ class Remote:
     def abort(self, group: int):
         self._send(group, group)
 
+    @store_may_be_gone()
     def _send(self, group: int, order):
         """All orders of a GRPO group go to the same rank, where they share the picture."""
         rank = self.ranks[group % len(self.ranks)]
         self.store.set(f"order/{rank}/{self.sent[rank]}", json.dumps(order))
         self.sent[rank] += 1
 
+    @store_may_be_gone()
     def load(self, weights: dict, version: int):
         self.version = version
         self.store.set(f"weights/{version}", b"yes")
         self.transfer.begin(weights, self._check_and_leave)
 
+    @store_may_be_gone()
     def step(self, wait_a_little: bool = True) -> list[Episode]:
         """Return the episodes that have arrived."""
         ended = []
@@ -146,12 +159,12 @@ class Remote:
         self._check_alive(time.monotonic())
         return self.should_leave()
 
+    @store_may_be_gone()
     def close(self):
         try:
             self.transfer.wait(self._check_and_leave)
         finally:
-            with contextlib.suppress(dist.DistError):   # gone with torchrun, as the players are
-                self.store.set("over", b"yes")
+            self.store.set("over", b"yes")
 
 
 def serve(actor, transfer: Transfer, store, rank: int, version: int):

@@ -1014,10 +1014,26 @@ def test_an_attempt_knows_nothing_of_the_one_before():
         assert met[2].check(["mark"])
 
 
-@pytest.mark.parametrize("where", ["collecting", "learning", "sending"])
+def test_if_torchrun_is_killed_its_store_is_gone_which_is_one_clear_line():
+    class Gone(dist.HashStore):
+        def gone(self, *_):
+            raise dist.DistNetworkError("Broken pipe\nframe #0: 0x72")
+        set = get = add = check = gone
+
+    class Idle:
+        def wait(self, should_leave):
+            return True
+    remote = Remote(Gone(), [1], Idle(), 0, 0)
+    for call in (remote.delays, remote.step, remote.close, lambda: remote.abort(0),
+                 lambda: remote.load({}, 1), lambda: remote.start([Episode(Task("point", 0), 0, 0)])):
+        with pytest.raises(UserError, match="torchrun has ended"):
+            call()
+
+
+@pytest.mark.parametrize("where", ["collecting", "learning", "sending", "counting"])
 def test_if_a_player_is_gone_what_was_learned_is_saved(tmp_path, begin, monkeypatch, where):
-    """Four steps are done; the error comes while step 5 is played or learned from, or while weights
-    are sent."""
+    """Four steps are done; the error comes while step 5 is played or learned from, while weights
+    are sent, or when the figures of a step are asked for."""
     some_reward(monkeypatch)
     turn, load = Collector.turn, Actor.load
 
@@ -1032,6 +1048,9 @@ def test_if_a_player_is_gone_what_was_learned_is_saved(tmp_path, begin, monkeypa
     monkeypatch.setattr(Collector, "turn", gone)
     monkeypatch.setattr(Actor, "load", lambda self, weights, version: none_left() if (
         where == "sending" and version == 4) else load(self, weights, version))
+    figures = Collector.figures
+    monkeypatch.setattr(Collector, "figures", lambda self: none_left() if (
+        where == "counting" and self.step == 3) else figures(self))
     with pytest.raises(UserError, match="not been heard of"):
         go(tmp_path, begin, steps=9, max_staleness=2, save_every=9)
     done = 5 if where == "learning" else 4
