@@ -7,11 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from lib.cli import UserError
+from lib.common import first_sentence
 from vit import fit, naflex, patchify, VitConfig
+
+
+TURNS = {   # EXIF's orientation: how to turn the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 def open_image(path) -> Image.Image:
@@ -24,7 +31,7 @@ def open_image(path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # Pillow warns of any odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(path))
+            image = upright(Image.open(path))
             if image.mode.startswith("I"):     # 16 bits: Pillow's conversion clips them at 255
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -34,9 +41,20 @@ def open_image(path) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{path} unpacks to over {Image.MAX_IMAGE_PIXELS:,} pixels: "
                         "refused") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "it is empty" if path.stat().st_size == 0 else str(error) or type(error).__name__
+    except Exception as error:  # Pillow reports damage by more than ten types of exception
+        reason = "it is empty" if path.stat().st_size == 0 else first_sentence(error)
         raise UserError(f"{path} can't be read as a picture: {reason}") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture, turned as its EXIF block says. ImageOps.exif_transpose would also write a new
+    block, which fails where any other entry is damaged."""
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:           # a damaged block says nothing
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def resize(image: Image.Image, config) -> np.ndarray:

@@ -1,16 +1,21 @@
-"""The model: packing, caching, sizes, checkpoint folders, positions, kernels."""
+"""The model: packing, caching, sizes, positions, kernels."""
 import copy
+import struct
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import odd_config, random_document
 from data import collate
 from engine import Cache, probabilities
 from kernels import attention, linear_cross_entropy, rotary_half, rotary_pairs, Segments
+from lib.cli import UserError
+from lib.images import open_image
 from mmtp import attach, categorical
 from model import GLMV, rope_positions, sized
 from pretrain import loss_sum
@@ -136,6 +141,33 @@ def test_a_video_patch_of_two_equal_frames_is_a_still():
     with torch.no_grad():
         a, b = (model.model.visual(x, batch.grids) for x in (batch.patches, twice))
     assert torch.allclose(a, b, atol=1e-5)
+
+
+def photo(path, exif: bytes) -> tuple[int, int]:
+    """The size as it is opened of a photo of 20 x 12 pixels with this EXIF block."""
+    Image.new("RGB", (20, 12), "red").save(path, exif=b"Exif\0\0" + exif)
+    return open_image(path).size
+
+
+def test_a_photo_with_damaged_metadata_opens_and_is_upright_where_that_can_be_read(tmp_path):
+    """Orientation 6, a quarter turn, beside a resolution of -1/0."""
+    block = (b"II*\0" + struct.pack("<IH", 8, 2) + struct.pack("<HHII", 0x112, 3, 1, 6)
+             + struct.pack("<HHII", 0x11A, 10, 1, 38) + struct.pack("<Iii", 0, -1, 0))
+    for kind in ("jpg", "png", "webp"):
+        assert photo(tmp_path / f"a.{kind}", block) == (12, 20), kind
+    for at in range(len(block)):
+        for byte in (0, 7, 255):
+            damaged = block[:at] + bytes([byte]) + block[at + 1:]
+            assert photo(tmp_path / "a.jpg", damaged) in ((20, 12), (12, 20))
+            assert photo(tmp_path / "a.jpg", damaged[:at]) in ((20, 12), (12, 20))
+
+
+def test_whatever_pillow_raises_is_one_line(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for error in (ZeroDivisionError("a. b\nc"), struct.error(), KeyError(5), MemoryError()):
+        monkeypatch.setattr(Image, "open", mock.Mock(side_effect=error))
+        with pytest.raises(UserError, match="a.png can't be read as a picture: [^\n]+$"):
+            open_image(tmp_path / "a.png")
 
 
 # ---- kernels ------------------------------------------------------------------------------------
