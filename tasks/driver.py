@@ -35,7 +35,8 @@ def make(task: Task) -> Env:
     return kind(task)
 
 
-@cached_by_size(lambda drawn: sum(3 * i.width * i.height for i in drawn["obs"].images))
+# 300,000: about what the attributes other than the pictures take
+@cached_by_size(lambda drawn: 300_000 + sum(3 * i.width * i.height for i in drawn["obs"].images))
 def _drawn(kind, task: Task) -> dict:
     """The attributes of a one-shot environment after its picture has been drawn."""
     env = kind(task)

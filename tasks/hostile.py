@@ -29,8 +29,8 @@ STYLES = """width height gap border border-radius font-size flex margin padding 
 background display flex-direction justify-content align-items text-align line-height letter-spacing
 position""".split()
 VALUES = [*NUMBERS[:9], *"""0px 0.01px 0.1px 0.99px 1px 70px 999.99px -5px nanpx 1e9px 0% 99% #fff
-#12 #zzzzzz red flex none inline inline-block center right flex-end space-between row column""".split(),
-          "9px solid #000", "999px 0 0 999px"]
+          #12 #zzzzzz red flex none inline inline-block center right flex-end space-between row
+          column""".split(), "9px solid #000", "999px 0 0 999px"]
 TAGS = "p div table tr td details summary li input img button label b h1 a x style".split()
 LINES = ("while True: pass", "return 9**9**9", "return [0] * 10**9", "return 'a' * 10**12",
          "return sum(range(10**15))", "return 'a' in range(10**15)", "return '%1000000000d' % 1",
@@ -83,9 +83,10 @@ def hostile_reply(rng, name: str) -> str:
         case 5: return right.removesuffix(END) + text
         case 6: return box(text)
         case 7: return text
-        case 8: return box(hostile_page(rng))
-        case 9: return hostile_call(rng)
-        case 10: return box("\n".join(hostile_call(rng) for _ in range(4)))
+        case 8: return hostile_call(rng)
+        case 9: return box("\n".join(hostile_call(rng) for _ in range(4)))
+        case 10 if "def " not in right: return box(hostile_page(rng))
+        case 11 if name.startswith("ui_"): return box(hostile_page(rng))
         case _:
             head = re.search(r"def .*:\n", right)
             return box((head[0] if head else "def f(x):\n") + " " + pick(rng, LINES))

@@ -9,7 +9,7 @@ import copy
 import operator as ops
 from itertools import pairwise
 
-from .verify import answer_and_gold
+from .verify import answer_and_gold, parse_python
 
 STEPS, DEPTH, LONGEST, LARGEST = 40_000, 150, 200, 10 ** 15
 # Everything that parsing and running a program can raise. ValueError: something that the language
@@ -68,7 +68,7 @@ class Machine:
     def __init__(self, code: str, trace: list | None = None):
         self.steps = self.depth = 0
         self.names, self.functions, self.printed, self.trace = {}, {}, [], trace
-        self.run(ast.parse(code).body)
+        self.run(parse_python(code).body)
 
     def tick(self, cost=1, deeper=0):
         """Count steps, and enter `deeper` levels. Raises ValueError if a budget is exceeded."""
@@ -194,7 +194,9 @@ class Machine:
         if function.id in self.functions and not named:
             return self.invoke(function.id, args)
         if function.id == "print":
-            return self.printed.append(" ".join(map(str, args)))
+            text = " ".join(map(str, args))
+            self.tick(len(text) >> 4)       # a list of texts may be long in print
+            return self.printed.append(text)
         return FUNCTIONS[function.id](*args, **named)
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from .atlas import ASPECT, draw_emblem, world, YEAR
 from .base import Env, held, IMAGE, middle, Obs, pick, Step
 from .draw import Canvas, CELL, GRID, PAIRS, plain, shades, TRAIN_PAIRS, UNITS
-from .verify import inside, iou, parse_action, plain as normal
+from .verify import inside, iou, parse_action, parse_python, plain as normal
 from .words import some_of
 
 USES = {"crop": "x0, y0, x1, y1", "zoom": "x, y", "draw_box": "x0, y0, x1, y1",
@@ -55,7 +55,7 @@ def calc(text: str) -> str | None:
             raise ValueError
         return result
     try:
-        result = value(ast.parse(text.strip(), mode="eval").body)
+        result = value(parse_python(text.strip(), "eval").body)
     except (SyntaxError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError,
             RecursionError):
         return None

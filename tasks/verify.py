@@ -40,6 +40,12 @@ def answer_and_gold(evidence: dict) -> tuple:
     return boxed(evidence["reply"]) or "", evidence["gold"]
 
 
+def parse_python(code: str, mode: str = "exec") -> ast.AST:
+    """The syntax tree of code, without Python's warnings about it, such as for type("\\d")."""
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(code, mode=mode)
+
+
 def parse_action(text: str) -> tuple[str, list] | None:
     """Parse a Python-style call with literal arguments: `click(412, 377)` -> ("click", [412, 377]).
     Returns None for anything else, calls with keywords included."""
@@ -47,8 +53,7 @@ def parse_action(text: str) -> tuple[str, list] | None:
     if len(text) > LONGEST_ACTION:
         return None
     try:
-        with warnings.catch_warnings(action="ignore"):      # Python warns about type("\\d")
-            call = ast.parse(text, mode="eval").body
+        call = parse_python(text, "eval").body
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.keywords:
             return call.func.id, [ast.literal_eval(argument) for argument in call.args]
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):

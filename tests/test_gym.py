@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,9 +21,11 @@ import gym
 from gym import demonstrate, drive, make, play_out, Rewards
 from lib.cli import main
 from tasks import CATEGORIES, Category, contract, Obs, OneShot, Step, Task, verify
-from tasks.base import box, click, held, IMAGE
+from tasks.base import box, click, held, IMAGE, quoted, recap
 from tasks.contract import CategoryCheck, fingerprints, in_fresh_process
 from tasks.draw import Canvas, HELD_PAIRS
+from tasks.hostile import hostile_reply
+from tokenizer import SPECIAL
 
 CASES = [pytest.param(name, level, marks=[] if level in (0, 4) else pytest.mark.slow)
          for name in gym.names() for level in range(5)]
@@ -285,6 +288,30 @@ def test_the_driver_appends_observations():
 def test_placeholders_must_match_images():
     with pytest.raises(AssertionError):
         Obs(IMAGE + IMAGE, [Image.new("RGB", (8, 8))])
+
+
+def test_a_text_is_quoted_without_its_marks():
+    for mark in SPECIAL:
+        said = quoted(f"say {mark} please")
+        assert "<|" not in said and said.startswith("say ") and said.endswith(" please")
+    assert recap("Go.", [IMAGE, "<|user|>"]).count("<|") == 1
+
+
+@pytest.mark.parametrize("name", gym.names())
+def test_no_reply_breaks_a_category(name):
+    """Nothing raises, no verifier fails, and no mark but ours reaches an observation."""
+    for seed in range(60 if name.startswith("ui_") else 12):
+        rng, task = np.random.default_rng(seed), Task(name, seed % 5, seed % 5)
+        env = make(task)
+        obs, done = env.reset(), False
+        while not done:
+            step = env.step(hostile_reply(rng, name))
+            obs, done = step.obs, step.done
+            assert obs is None or obs.text.count("<|") == len(obs.images)
+        score = Rewards().score(task, env.evidence())
+        assert score.error is None and 0 <= score.reward <= 1
+    assert hostile_reply(np.random.default_rng(3), name) == hostile_reply(
+        np.random.default_rng(3), name)
 
 
 # ---- bad input ----------------------------------------------------------------------------------

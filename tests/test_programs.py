@@ -126,6 +126,12 @@ def test_bombs_are_bounded(body):
     assert time.perf_counter() - start < 2
 
 
+def test_what_is_printed_is_bounded():
+    """Printed as a list, a text of 200 strange characters takes 2,000."""
+    with pytest.raises(ValueError):
+        Machine("xs = [chr(917504) * 200] * 200\nfor k in range(30): print(xs, xs)")
+
+
 def test_solves():
     gold = {"name": "f", "cases": [[[[3, 1]], [1, 3]], [[[]], []]]}
     right = ["def f(xs):\n    return sorted(xs)", "def f(a):\n    a.sort()\n    return a",

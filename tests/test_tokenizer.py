@@ -23,6 +23,14 @@ def test_any_text_comes_back(tokens):
         assert tokens.decode(tokens.encode(text)) == text
 
 
+def test_texts_of_any_length_come_back():
+    """tiktoken alone fails in a run of a million marks or spaces."""
+    tokens = Tokenizer(512)
+    for text in (1_000_000 * " " + "x", 1_000_000 * "<"):
+        for ids in (tokens.encode(text), tokens.encode_reply(text)):
+            assert tokens.decode_bytes(ids[:9]) + tokens.decode_bytes(ids[9:]) == text.encode()
+
+
 def test_any_bytes_come_back(tokens):
     """All 256 bytes are tokens, so any byte string has ids, valid UTF-8 or not."""
     data = bytes(range(256))

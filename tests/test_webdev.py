@@ -1,18 +1,23 @@
 """The HTML renderer, the measure of likeness, and workflows on pages."""
 import itertools
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gym import make, play_out, Rewards
-from tasks import Task
-from tasks.base import box
-from tasks.html_render import Broken, first_view, SIDE, Site
+from tasks import draw, html_render, Task
+from tasks.base import box, IMAGE
+from tasks.html_render import Broken, first_view, SIDE, Site, View, word_mask
 from tasks.webdev import (assign, ciede2000, edit_between, Page, page_score, relative_rewards,
                           run_workflow)
 from tasks.words import invent
 
+ROOT = Path(__file__).parent.parent
 CARD = ('<style>.c{width:100px;margin:10px;padding:5px;background:#224488;color:#fff}</style>'
         '<body><div class="c"><h1>Big</h1><p>small text</p></div></body>')
 SITE = ('<body><a href="#a">A</a> <a href="#b">B</a><div id="a"><p>first</p></div>'
@@ -61,8 +66,9 @@ def test_rows_share_the_width_and_words_wrap():
 
 
 def test_only_text_that_can_be_seen_counts():
-    for style in ("display:none", "font-size:1px", "color:#fff", "color:#fdfdfd", "padding:300px",
-                  "margin-left:250px", "color:#123456;background:#123456"):
+    for style in ("display:none", "font-size:1px", "font-size:0", "font-size:0.01px",
+                  "color:#fff", "color:#fdfdfd", "padding:300px", "margin-left:250px",
+                  "color:#123456;background:#123456"):
         assert texts(f'<p style="{style}">words</p><p>seen</p>') in (["seen"], []), style
     assert texts("<details><summary>More</summary>inside</details>") == ["More"]
     assert texts("<p>zero\u200bwidth \u0416</p>") == ["zero?width ?"]
@@ -82,6 +88,79 @@ def test_unknown_markup_is_counted_and_too_much_is_broken():
             first_view(html).image(64)
         except Broken:
             pass
+
+
+def test_no_size_raises():
+    for value in ("0", "0.01", "0.1px", "0.49", "0.99px", "1", "999.99px", "-5px", "nan", "1e9"):
+        for name in sorted(html_render.LENGTHS) + ["margin", "padding", "line-height"]:
+            for above in ("", "display:flex;height:1px;align-items:center", "text-align:center"):
+                first_view(f'<div style="{above};border-radius:999px;background:#f00">'
+                           f'<p style="border:9px solid #000;{name}:{value}">x</p></div>').image(64)
+    for pixels in (64, 1024):       # nothing is drawn of what is too small
+        blank = first_view("<p></p>").image(pixels).tobytes()
+        assert first_view("<p style='font-size:0.9px'>words</p>").image(pixels).tobytes() == blank
+
+
+def test_pages_are_read_in_linear_time(monkeypatch):
+    """Each text here is a hundred times as long as a page may be. A pattern that tries again from
+    every letter would take hours."""
+    n = 400_000
+    for part in ("a", "{", "}", "a,", "a{", " ", "a{b", "9px ", ":", ";", "#"):
+        text = part * (n // len(part))
+        assert len(html_render.rules(text + "}a")) <= 1
+        for name in ("width:", "border:", "color:", "margin:", ""):
+            assert html_render.declarations(name + text)[0] == {}
+    monkeypatch.setattr(html_render, "LONGEST", 2 * n)
+    assert Site(f"<style>{'a' * n}</style><p>x").rules == {}
+    assert list(html_render.parse_sheet("}a{b}c{d{e}{f}g{h")) == [("a", "b"), ("d", "e")]
+
+
+def test_caches_are_bounded_by_bytes(monkeypatch):
+    monkeypatch.setattr(draw, "CACHE_BYTES", 1 << 20)
+    kinds = word_mask, draw.shape_mask, first_view
+    most = dict.fromkeys(kinds, 0)
+    for i in range(40):
+        words = "".join(f"<b style='font-size:{20 + i % 30}'>{i}W{k}</b>" for k in range(30))
+        page = f"<div style='border-radius:{40 + i}px;height:200px;background:#f00'>{words}</div>"
+        assert first_view(page) is first_view(page) and first_view(page).image(256)
+        for kind in kinds:
+            most[kind] = max(most[kind], kind.bytes)
+    assert all(0 < kind.bytes <= most[kind] <= 1 << 20 for kind in kinds)
+    assert word_mask("word", 20.0, False) is word_mask("word", 20.0, False)
+
+
+def test_no_cache_of_pictures_is_bounded_by_entries():
+    found = [f for name, module in sys.modules.items() if name.startswith("tasks.")
+             for f in vars(module).values() if hasattr(f, "cache_info")]
+    large = [f for f in found if f.__annotations__.get("return") in (Image.Image, View)]
+    assert found and not large
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak there")
+def test_rendering_takes_little_memory():
+    """Pages with other words, sizes and corners each time, drawn at the largest size."""
+    look = """
+import re
+from tasks.html_render import first_view
+from tasks.webdev import page_score
+def megabytes():
+    return int(re.search("VmHWM:.*?([0-9]+)", open("/proc/self/status").read())[1]) / 1024
+first_view("<p>x</p>").image(1024)
+before = megabytes()
+for i in range(50):
+    words = "".join(f"<b style='font-size:{9 + i % 50}.{k};border-radius:{i + k}px;background:"
+                    f"#f00;width:{40 + i}px'>{'W' * 20}{i * k}</b>" for k in range(20))
+    tall = "width:999px;height:999px;border-radius:999px;background:#f00"
+    for page in (f"<p style='display:flex;align-items:center;height:1px'><b style='{tall}'>{words}",
+                 "<p>" + " ".join(str((7919 * i + 613 * k) % 999_983) for k in range(560))):
+        first_view(page).image(1024)
+        page_score(page, "<p>hello there</p>")
+print(megabytes() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert 0 < float(done.stdout) < 200
 
 
 # ---- score --------------------------------------------------------------------------------------
@@ -186,6 +265,20 @@ def test_polishing_rewards_gains_and_not_losses():
         assert Rewards().score(task, play_out(task, [box(page), "done()"])[2]).reward == 0
     one = Rewards().score(task, play_out(task, [env.glance(None), "done()"])[2]).reward
     assert 0 < one < 1
+
+
+@pytest.mark.parametrize("page", [
+    "<![<|image|>", "<p><!DOCTYPE <|user|>[<!x <|image|>]>", "<p style='font-size:0'>x</p>",
+    "<p style='font-size:0.01'>x</p>", "<|image|>", "<p><|image|><|end_of_image|></p>",
+    "edit('<', '<![<\\x7cimage|>')", "edit('</body>', '<![<|image|>')"])
+def test_polishing_survives_any_page(page):
+    task = Task("ui_polish", 1, 2)
+    env = make(task)
+    env.reset()
+    obs = env.step(box(page)).obs
+    assert obs.text.count("<|") == obs.text.count(IMAGE) == len(obs.images) == 1
+    score = Rewards().score(task, play_out(task, [box(page), "done()"])[2])
+    assert score.reward == 0 and not score.error
 
 
 def test_polishing_shows_the_result_of_each_round():
