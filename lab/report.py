@@ -31,9 +31,9 @@ from data import parse_mix, sight
 from lab.fields import CHARTS, field_of, print_fields
 from lib.checkpoint import load_model
 from lib.cli import cli, field_comments, main, UserError
-from lib.common import clock, read_json, read_log, setup, write_json, write_text
+from lib.common import clock, read_log, setup, write_json, write_text
 from lib.runs import checkpoints
-from sample import readable, run_tasks
+from sample import object_of, readable, run_tasks
 from tasks.base import Task
 from tokenizer import Tokenizer
 
@@ -94,12 +94,33 @@ class Args:
     run: str = ""                 # run folder, also as a bare word; or the word `fields`
 
 
+# ---- logs ---------------------------------------------------------------------------------------
+
+def numbers(row: dict) -> dict:
+    """The values of `row` that can be drawn. NaN, of a step that was skipped or of rollouts that
+    were all errors, is none of them."""
+    return {key: value for key, value in row.items()
+            if type(value) in (int, float) and abs(value) < 1e30}
+
+
+def usable(lines: list) -> list[dict]:
+    """The lines of a log without what is damaged: of each line its numbers, and those in `by`. A
+    line without a step is left out."""
+    kept = []
+    for line in lines:
+        if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
+            continue
+        kept.append(numbers(line))
+        if isinstance(line.get("by"), dict):
+            kept[-1]["by"] = {name: numbers(row) for name, row in line["by"].items()
+                              if isinstance(row, dict)}
+    return kept
+
+
 # ---- charts -------------------------------------------------------------------------------------
 
 def smooth(points: list, share: float = 0.02) -> list:
-    """Means over consecutive stretches of `share` of the points, 50 points by default. Steps that
-    were skipped (not finite) are left out."""
-    points = [p for p in points if math.isfinite(p[1])]
+    """Means over consecutive stretches of `share` of the points, 50 points by default."""
     size = max(1, int(len(points) * share))
     stretches = [points[i:i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
@@ -256,8 +277,7 @@ def by_category(lines: list[dict]) -> dict[str, dict]:
         for line in part:
             for name, row in line.get("by", {}).items():
                 for key, value in row.items():
-                    if math.isfinite(value):        # NaN: all its rollouts were errors
-                        rows[name][f"{key}, {when}"].append(value)
+                    rows[name][f"{key}, {when}"].append(value)
     return {name: {key: sum(row[key]) / len(row[key]) for key in sorted(row)}
             for name, row in sorted(rows.items()) if row}
 
@@ -309,12 +329,15 @@ def answer_questions(run: Path, config: dict):
     """Let the newest checkpoint of a run of pretrain.py answer QUESTIONS held-out tasks, and keep
     them in the run's report.json, unless it has answered already."""
     path, found = run / "report.json", checkpoints(run)
-    facts = read_json(path) if path.exists() else {}
+    facts = object_of(path) if path.exists() else {}
+    mix, levels = config.get("mix"), config.get("levels")
+    if not isinstance(mix, str) or levels not in range(1, 6):
+        raise UserError(f"{run / 'config.json'} is damaged: mix is {mix!r}, levels is {levels!r}")
     if not found or facts.get("answered_by", "") == found[-1].name or "table" in facts:
         return
     hw = setup(config.get("device", "auto"))
     model = load_model(found[-1], hw.device, hw.dtype)
-    tasks = tasks_of(config["mix"], config["levels"], sight(model.config))
+    tasks = tasks_of(mix, levels, sight(model.config))
     if not tasks or not model.config.n_ranks:       # a mix of text only; another tokenizer
         return
     samples = answer(model, Tokenizer(model.config.n_ranks), tasks, run / "pictures")
@@ -325,7 +348,7 @@ def answer_questions(run: Path, config: dict):
 def card(sample: dict, pictures: Path) -> str:
     """One question as HTML: at most six pictures, question, answer, and the truth where the answer
     is wrong."""
-    files = [name for name in sample["pictures"] if (pictures / name).exists()][:6]
+    files = [name for name in sample["pictures"] if (pictures / name).is_file()][:6]
     images = "".join(f'<img alt="" src="{inline(pictures / name)}">' for name in files)
     right = sample["reward"] > 0.999
     verdict = "right" if right else "wrong"
@@ -419,7 +442,7 @@ def glossary(lines: list[dict]) -> str:
 def header(run: Path, facts: dict, config: dict, logs: dict) -> str:
     """Title, where the run took place, and its summary."""
     parts = [f"<h1>{html.escape(facts.get('title', run.name))}</h1>"]
-    line = [facts.get("hardware") or config.get("hardware", "")]
+    line = [facts.get("hardware") or str(config.get("hardware", ""))]
     if "torch" in facts:
         line.append(f"torch {facts['torch']}")
     if "seed" in facts or "seed" in config:
@@ -451,18 +474,29 @@ def section(name: str, lines: list[dict], config: dict, alone: bool) -> str:
 
 def page(run: Path) -> str:
     """The page's HTML. Raises UserError where the folder holds nothing to show."""
-    logs = {path.parent: read_log(path)
+    logs = {path.parent: usable(read_log(path))
             for path in sorted([*run.glob("log.jsonl"), *run.glob("*/log.jsonl")])}
     logs = {folder: lines for folder, lines in logs.items() if lines}
     found = next((run / n for n in ("report.json", "eval.json") if (run / n).exists()), None)
     if not logs and not found:
         raise UserError(f"nothing to show in {run}: no log.jsonl, report.json or eval.json")
-    facts = read_json(found) if found else {}
+    facts = object_of(found) if found else {}
+    configs = {folder: object_of(folder / "config.json")
+               for folder in (run, *logs) if (folder / "config.json").exists()}
+    try:
+        return page_of(run, facts, configs, logs)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if found is None:
+            raise
+        raise UserError(f"{found} is damaged ({repr(error)[:100]}): remove it to go on") from None
+
+
+def page_of(run: Path, facts: dict, configs: dict, logs: dict) -> str:
+    """The page's HTML. facts: of report.json or eval.json; configs, logs: {folder: config.json},
+    {folder: lines of log.jsonl}."""
     order = list(facts.get("figures", {}))          # stages in the order in which they ran
     logs = dict(sorted(logs.items(), key=lambda pair: (
         order.index(pair[0].name) if pair[0].name in order else len(order))))
-    configs = {folder: read_json(folder / "config.json")
-               for folder in (run, *logs) if (folder / "config.json").exists()}
     parts = [header(run, facts, configs.get(run, {}), logs)]
     if facts.get("stages"):
         parts.append("<h2>What each stage improves</h2>" + stages_html(facts["stages"]))
@@ -477,7 +511,7 @@ def page(run: Path) -> str:
         parts.append("<h2>Figures</h2>" + figures_html(facts["figures"]))
         parts.append(f'<p class="quiet">{html.escape(facts.get("note", ""))}</p>')
     for name, caption in facts.get("pictures", []):
-        if (run / name).exists():
+        if (run / name).is_file():
             parts.append(f'<p class="wide"><img alt="" src="{inline(run / name)}"><br>'
                          f"<small>{html.escape(caption)}</small></p>")
     parts += [curve(series, title, facts.get("unit", "step"))
@@ -521,7 +555,7 @@ def report(args: Args):
     if args.run == "fields":
         return print_fields()
     run = Path(args.run)
-    config = read_json(run / "config.json") if (run / "config.json").exists() else {}
+    config = object_of(run / "config.json") if (run / "config.json").exists() else {}
     if script_of(config)[0] == "pretrain.py":
         try:
             answer_questions(run, config)

@@ -1,6 +1,9 @@
 """lab.report: the page of a run of each script, and the explanation of every field of a log."""
+import copy
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -52,11 +55,92 @@ def test_damaged_files_of_a_run_folder_are_one_line(tmp_path):
         report.write(tmp_path)
 
 
+ODD = (None, 5, -1, 1.5, "x", [], {}, [5], {"a": 5}, True, math.nan, math.inf, 10 ** 400)
+FACTS = {
+    "title": "run", "hardware": "cpu", "torch": "2", "seed": 0, "training_seconds": 5.0, "steps": 9,
+    "seconds": 9.0, "parameters": {"total": 10 ** 6}, "note": "as measured", "unit": "minutes",
+    "stages": {"sft": {"figure": "accuracy", "before": 1.0, "after": 9.0, "random": 0.5}},
+    "table": {"point": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "blank": 0.1, "chance": 0.1,
+                        "n": 9}},
+    "samples": [{"category": "point", "level": 0, "pictures": ["a.png"], "question": "?",
+                 "truth": "a", "reward": 0.0, "answer": "b"}],
+    "answered_by": "step_000009", "figures": {"align": {"linear": 0.5}},
+    "pictures": [["a.png", "a picture"]], "curves": {"c": {"s": [[0, 1.0], [1, 2.0]]}}}
+
+
+def test_an_odd_value_in_report_json_is_shown_or_one_line(tmp_path):
+    """Every value in turn, also those inside others; and the keys that are left out."""
+    def places(values, path=()):
+        for name in list(values) if isinstance(values, dict) else range(len(values)):
+            yield (*path, name)
+            if isinstance(values[name], dict | list):
+                yield from places(values[name], (*path, name))
+
+    (tmp_path / "pictures").mkdir()
+    assert "as measured" in page_with(tmp_path, FACTS)
+    refusals = 0
+    for path in places(FACTS):
+        for odd in (*ODD, "left out"):
+            facts = inner = copy.deepcopy(FACTS)
+            for name in path[:-1]:
+                inner = inner[name]
+            if odd == "left out":
+                del inner[path[-1]]
+            else:
+                inner[path[-1]] = odd
+            try:
+                page_with(tmp_path, facts)
+            except UserError as error:
+                refusals += 1
+                assert re.search("report.json is damaged [^\n]*: remove it to go on$", str(error))
+    assert refusals > 100
+    for text in ("5", "[]", "null", "[" * 50):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(UserError, match="report.json is damaged"):
+            report.page(tmp_path)
+
+
+def page_with(run, facts) -> str:
+    (run / "report.json").write_text(json.dumps(facts))
+    return report.page(run)
+
+
+def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+    by = {"point": {"reward": 0.5, "pass1": "x"}, "text": 5}
+    lines = [*ODD, {"loss": 3.0}, *({"step": odd, "loss": 99.0} for odd in ODD[:5] if odd != 5),
+             *({"step": 7, "loss": odd, "lr": odd, "by": odd, "dt": odd} for odd in ODD),
+             {"step": 8, "loss": 1.0, "by": by}, {"step": 9, "loss": 2.0, "by": {"point": None}}]
+    good = report.usable(lines)
+    assert {line["step"] for line in good} == {7, 8, 9}
+    assert {line["loss"] for line in good if "loss" in line} == {-1, 1.0, 1.5, 2.0, 5}
+    assert good[-2] == {"step": 8, "loss": 1.0, "by": {"point": {"reward": 0.5}}}
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.json").write_text('{"hardware": 5, "seed": [1]}')
+    assert "polyline" in report.page(tmp_path)
+    for text in ("5", "{"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json is damaged"):
+            report.page(tmp_path)
+
+
+@pytest.mark.parametrize("name,odd", [("mix", 5), ("mix", None), ("levels", "x"), ("levels", 0),
+                                      ("levels", [])])
+def test_odd_options_of_a_run_do_not_hide_its_curves(tmp_path, capsys, name, odd):
+    config = dataclasses.asdict(pretrain.Args()) | {name: odd}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
+    (tmp_path / "step_000001").mkdir()
+    report.report(report.Args(str(tmp_path)))
+    assert f"{name} is {odd!r}" in capsys.readouterr().out
+    assert "polyline" in (tmp_path / "report.html").read_text()
+
+
 def test_categories_early_and_late_without_steps_of_errors_alone():
     def line(value):
-        return {"by": {"point": {"reward": value}}}
+        return {"step": 1, "by": {"point": {"reward": value}}}
     steps = [0.5, math.nan, *[0.0] * 16, 1.0, 0.5]
-    assert report.by_category([line(value) for value in steps] + [{}]) == {
+    lines = report.usable([*map(line, steps), {"step": 2}])
+    assert report.by_category(lines) == {
         "point": {"reward, first": 0.5, "reward, last": 0.5}}
 
 
