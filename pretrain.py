@@ -159,8 +159,8 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     # Every rank loads all samples. On a CPU workers do not load while the model trains.
     hours = seconds * tokens / own * len(made) / max(1, workers) / 3600
     both = "longer" if workers and hw.device.type != "cpu" else "sum"
-    print(f"loading     {hours:,.2f} h by {workers or 'no'} workers a rank, {1000 * seconds:.2f} ms "
-          f"a sample of {own / len(made):.0f} tokens; the run takes the {both} of both times")
+    print(f"loading     {hours:,.2f} h by {workers} workers a rank, {1000 * seconds:.2f} ms a "
+          f"sample of {own / len(made):.0f} tokens; the run takes the {both} of both times")
 
 
 # ---- start and save -----------------------------------------------------------------------------
@@ -172,8 +172,6 @@ def check(args: Args):
         raise UserError("--init and --vit both bring a tower: give one of them")
     if args.vit:
         find_checkpoint(args.vit)
-    if not args.out:
-        raise UserError("--out needs the name of a folder")
 
 
 def start_of(args: Args) -> tuple[Path | None, Config]:

@@ -132,7 +132,7 @@ def test_a_sample_that_cant_be_made_is_named(workers, quick_workers, capfd):
     try:
         assert [loader(i) for i in range(4)] == [0, 1, 2, 3]
         for _ in range(2):  # asked again, it fails again
-            with pytest.raises(UserError, match="^sample 5 can't be made: ValueError: it is cursed$"):
+            with pytest.raises(UserError, match="^sample 5 can't be .*ValueError: it is cursed$"):
                 loader(5)
         assert loader(6) == 6
     finally:

@@ -455,7 +455,7 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
 @pytest.mark.parametrize("changes,words", [
     (dict(init="nowhere"), "no such folder"), (dict(size="huge"), "tiny, small or base"),
     (dict(mix="pont"), "names 'pont'"), (dict(mix="point:-1"), "weight"),
-    (dict(mix="point:many"), "name:weight"), (dict(mix=""), "sum above 0"),
+    (dict(mix="point:many"), "name:weight"), (dict(mix=""), "--mix"),
     (dict(schedule="square"), "constant, linear or cosine"), (dict(rows=0), "--rows"),
     (dict(levels=0), "--levels"), (dict(levels=6), "--levels"), (dict(steps=0), "--steps"),
     (dict(save_every=0), "--save_every"), (dict(log_every=0), "--log_every"),
@@ -476,7 +476,7 @@ def test_bad_options_end_before_anything_is_made(tmp_path, monkeypatch, changes,
 
 def test_a_run_needs_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="^--out needs the name of a folder$"):
+    with pytest.raises(UserError, match="^--out is empty"):
         train("")
     assert not list(tmp_path.iterdir())
 

@@ -608,14 +608,18 @@ def test_two_processes_are_one(tmp_path):
     (dict(semantic_teacher="nowhere"), "no teacher in nowhere"), (dict(steps=0), "--steps"),
     (dict(supervise="none"), "--supervise"), (dict(seed=-1), "--seed"),
     (dict(save_every=0), "--save_every takes 1 or more"), (dict(micro=-1), "--micro"),
-    (dict(lr=-1.0), "--lr takes 0 or more"), (dict(probes=4), "--probes takes 16 or more"),
+    (dict(lr=-1.0), "--lr takes 0 or more"), (dict(probes=4), "--probes takes 16 to"),
     (dict(stage="align", init="nowhere"), "no such folder"), (dict(init="nowhere"), "no such"),
     (dict(stage="teachers", init="."), "no teacher does"),
-    (dict(stage="distill"), "no semantic teacher")])
+    (dict(stage="distill"), "no semantic teacher"), (dict(out=""), "--out is empty"),
+    (dict(batch=10 ** 18), "--batch takes 0 to"), (dict(side=10 ** 18), "--side takes 0 to 1024"),
+    (dict(budgets="64,99999"), "--budgets takes"), (dict(budgets=","), "--budgets takes"),
+    (dict(workers=10 ** 9), "--workers"), (dict(probes=10 ** 18), "--probes"),
+    (dict(warmup=-1), "--warmup"), (dict(lr=math.nan), "--lr"), (dict(lr=math.inf), "--lr")])
 def test_bad_options_are_one_line(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words) as error:
-        train_vit.run(Args(**{**SMALL, "out": str(tmp_path / "run"), **changes}))
+        train_vit.run(Args(**{**SMALL, "out": "run", **changes}))
     assert "\n" not in str(error.value) and not checkpoints(tmp_path / "run/semantic")
 
 
@@ -628,6 +632,32 @@ def test_a_plan_prints_every_stage_and_stops(tmp_path, capsys):
         assert {"tower", "memory", "compute"} <= words
         assert ("text" in words) == plan.startswith(("semantic", "align"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_printed_by_one_rank(monkeypatch, capsys):
+    other = replace(common.setup("cpu"), rank=1)
+    monkeypatch.setattr(train_vit, "setup", lambda *_: other)
+    train_vit.run(Args(plan=True))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("micro", [8, 4])
+def test_samples_that_cant_be_loaded_end_a_run_that_saves(tmp_path, monkeypatch, micro):
+    """A drawing fails in the middle of the fourth step."""
+    draw = Captions.__call__
+    monkeypatch.setattr(Captions, "__call__", lambda self, i: draw(self, i if i < 30 else None))
+    with pytest.raises(UserError, match="^sample 30 can't be made: TypeError: "):
+        train(tmp_path, "align", micro=micro)
+    assert [p.name for p in checkpoints(tmp_path / "align")] == ["step_000002", "step_000003"]
+
+
+def test_a_size_that_the_checkpoint_does_not_have_is_refused(tmp_path):
+    """With --resume, where the newest checkpoint is not damaged, and with --init."""
+    train(tmp_path, "align")
+    for changes, words in ((dict(resume=True), "was begun with --size=tiny$"),
+                           (dict(init=str(tmp_path / "align")), "not of this model's sizes")):
+        with pytest.raises(UserError, match=words):
+            train(tmp_path, "align", size="small", steps=9, **changes)
 
 
 # ---- probes -------------------------------------------------------------------------------------
