@@ -270,14 +270,15 @@ def read_report(run: Path) -> dict:
     """What `evaluate_tower` has written about the stages of a run folder, without stages whose
     folders no longer exist. Raises UserError if report.json is damaged."""
     facts, path = {"title": "the vision tower", "figures": {}, "pictures": []}, run / "report.json"
-    if path.exists():
-        facts |= read_json(path)
-    facts["note"] = NOTE
-    rows = {k: row for k, row in facts["figures"].items() if k == RANDOM or checkpoints(run / k)}
-    facts["figures"] = rows if len(rows) > 1 else {}
-    facts["pictures"] = [(name, title) for name, title in facts["pictures"]
-                         if (run / name).exists()]
-    return facts
+    try:
+        if path.exists():
+            facts |= read_json(path)
+        rows = {k: row for k, row in facts["figures"].items()
+                if k == RANDOM or checkpoints(run / k)}
+        pictures = [(name, title) for name, title in facts["pictures"] if (run / name).exists()]
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: remove it to go on") from None
+    return facts | {"note": NOTE, "figures": rows if len(rows) > 1 else {}, "pictures": pictures}
 
 
 def evaluate_tower(model, probes: ProbeSet, out: Path, step: int, seed: int = 0,

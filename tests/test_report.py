@@ -13,6 +13,7 @@ import rl
 import train_vit
 from lab import fields, report
 from lib.cli import UserError
+from lib.probes import read_report
 from tasks.base import Task
 
 
@@ -98,6 +99,14 @@ def test_an_odd_value_in_report_json_is_shown_or_one_line(tmp_path):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(UserError, match="report.json is damaged"):
             report.page(tmp_path)
+
+
+@pytest.mark.parametrize("odd", [5, [5], None, {"figures": 5}, {"figures": [1]},
+                                 {"pictures": 5}, {"pictures": [1]}, {"pictures": [[1, "title"]]}])
+def test_a_damaged_report_of_a_tower_run_is_one_line(tmp_path, odd):
+    (tmp_path / "report.json").write_text(json.dumps(odd))
+    with pytest.raises(UserError, match="report.json is damaged: remove it to go on"):
+        read_report(tmp_path)
 
 
 def page_with(run, facts) -> str:
