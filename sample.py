@@ -1,39 +1,48 @@
 """Using a model: ask it about pictures, or evaluate it on the gym.
 
-    python sample.py ask --image=photo.png "What color is the circle?"
-    python sample.py ask --image=a.png --image=b.jpg "Which one is red?" --temperature=0.7
-    python sample.py ask --image=photo.png "Read the text." --drafts=3      speculative decoding
+    python sample.py ask                                 lists the questions that it was trained on
+    python sample.py ask --image=docs/example.png "What color is the circle?"
+    python sample.py ask --image=docs/example.png "List all." --temperature=0.7
+    python sample.py ask --image=docs/example.png "List all." --drafts=3    speculative decoding
     python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
 
-Without --ckpt the demo's checkpoint in ckpt/ is used: 1.0M parameters, trained for minutes on
-64-pixel drawings of shapes, characters and buttons. It knows nothing else.
+Without --ckpt the demo's checkpoint in ckpt/ is used: 1.0M parameters, trained for minutes on six
+categories of the gym: 64-pixel drawings of shapes, characters and buttons on dark ground, and a few
+wordings of questions. It knows nothing else: to a photo, a light ground or a question in other
+words it gives some answer of these categories, which means nothing.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from tqdm import tqdm
 
 import gym
-from data import document, parse_mix, sight
+from data import document, parse_mix, sight, task_pixels
 from engine import Engine, Request
 from lib.checkpoint import load_model
-from lib.cli import (Device, Dtype, main, Natural, NonNegative, Positive, Range, run_verb, Seed,
-                     Share, UserError)
+from lib.cli import (Count, Device, Drafts, Dtype, main, NonNegative, Positive, Range, run_verb,
+                     Seed, Share, UserError)
 from lib.common import read_json, ROOT, setup, write_json
-from lib.images import open_image
+from lib.images import open_image, resize
 from lib.rollout import Episode, rollout, RolloutSettings
 from lib.runs import find_checkpoint
 from tasks.base import Message, Task
+from tasks.draw import COLORS, SHAPES
+from tasks.scenes import plural
 from tokenizer import Tokenizer
 
 DEMO = ROOT / "ckpt" / "demo"       # the checkpoint that is used without --ckpt
+DRAWN = 40      # tasks a category that show what a model was trained on
+FURTHER = "further ones"    # the questions that follow a task's own about the same picture
 
 
 def load(ckpt: str, device: str, dtype: str):
@@ -48,32 +57,139 @@ def load(ckpt: str, device: str, dtype: str):
     return model, Tokenizer(model.config.n_ranks), hw
 
 
+# ---- what a model was trained on ----------------------------------------------------------------
+
+def object_of(path: Path) -> dict:
+    """A JSON file that holds an object. Raises UserError where it is damaged."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return found
+
+
+def trained_on(folder: Path) -> tuple[str, int, str]:
+    """Mix and levels that the checkpoint `folder` was trained on, and which file says so: its own
+    report.json (ckpt/demo), or the run folder's config.json. Otherwise the whole gym at level 0.
+    Raises UserError where that file is damaged."""
+    report, options = folder / "report.json", folder.parent / "config.json"
+    if report.exists():
+        table = object_of(report).get("table")
+        if not table or not isinstance(table, dict):
+            raise UserError(f"{report} is damaged: it has no table of categories")
+        return ",".join(table), 1, str(report)
+    found = object_of(options) if options.exists() else {}
+    mix, levels = found.get("mix"), found.get("levels", 1)
+    if mix and not (isinstance(mix, str) and isinstance(levels, int) and 1 <= levels <= 5):
+        raise UserError(f"{options} is damaged: its mix is {mix}, its levels are {levels}")
+    return (mix, levels, str(options)) if mix else ("gym", 1, "no file")
+
+
+def wording(question: str) -> str:
+    """A question without what it is about: colours, shapes, numbers and words in capitals."""
+    things = {*COLORS, *SHAPES, *map(plural, SHAPES)}
+    words = re.findall("[A-Za-z]+", question)
+    return " ".join(word for word in words if word not in things and not word.isupper())
+
+
+@dataclass
+class Seen:
+    """What a model was trained on, by DRAWN tasks of each category.
+
+    questions: {category: {wording: an example}} of the questions that begin a task, and FURTHER's
+    of those that follow. light: the least and the largest median brightness of a picture, 0-255.
+    sizes: (height, width) in pixels, as the model sees them. source: the file that names the
+    categories.
+    """
+    questions: dict[str, dict[str, str]]
+    light: tuple[float, float]
+    sizes: set
+    source: str
+
+    def differences(self, question: str, images) -> list[str]:
+        """What is unlike the training in a question and its images (h, w, 3)."""
+        low, high = self.light
+        found = [f"its brightness is {np.median(image):.0f}, not {low:.0f} to {high:.0f}"
+                 for image in images if not low - 25 <= np.median(image) <= high + 25]
+        found += [f"its size is {image.shape[1]}x{image.shape[0]}, not "
+                  + ", ".join(f"{w}x{h}" for h, w in sorted(self.sizes))
+                  for image in images if image.shape[:2] not in self.sizes]
+        if not any(wording(question) in known for known in self.questions.values()):
+            found.append("no question was worded like this; `sample.py ask` lists them")
+        return found
+
+
+def seen(folder: Path, config) -> Seen | None:
+    """What the checkpoint `folder` was trained on, drawn again; None where no file says it, or it
+    was no category of the gym."""
+    mix, levels, source = trained_on(folder)
+    names = [name for name, _ in parse_mix(mix, sight(config)) if name in gym.names()]
+    if source == "no file" or not names:
+        return None
+    questions, lights, sizes = {name: {} for name in (*names, FURTHER)}, [], set()
+    for task in (Task(name, i, i % levels, pixels=task_pixels(name, config))
+                 for name in names for i in range(DRAWN)):
+        asked = [message for talk in gym.demonstrate(task) for message in talk[::2]]
+        for i, message in enumerate(asked):
+            images = [resize(image, config) for image in message.images]
+            lights += [float(np.median(image)) for image in images]
+            sizes |= {image.shape[:2] for image in images}
+            examples = questions[FURTHER if i else task.category]
+            text = message.text.replace("<|image|>", "").strip()
+            examples.setdefault(wording(text), text)
+    return Seen(questions, (min(lights, default=0.0), max(lights, default=255.0)), sizes, source)
+
+
+def list_questions(folder: Path, config):
+    """Print an example of each wording that the checkpoint `folder` was trained on."""
+    found = seen(folder, config)
+    if found is None:
+        return print(f"no file beside {folder} says what the model was trained on")
+    further, known = found.questions.pop(FURTHER), set().union(*found.questions.values())
+    found.questions[FURTHER] = {words: text for words, text in further.items()
+                                if words not in known and "\n" not in text}    # no later turns
+    for name, examples in found.questions.items():
+        print(f"{name:<17}" + " | ".join(text.replace("\n", " ")[:100]
+                                         for text in list(examples.values())[:9]))
+    print(f"The categories are those of {found.source}. Brightness of the pictures, 0 to 255: "
+          f"{found.light[0]:.0f} to {found.light[1]:.0f}.")
+
+
 # ---- ask ----------------------------------------------------------------------------------------
 
 @dataclass
 class Ask:
-    question: str = ""            # what to ask; may also be a bare word on the command line
+    question: str = ""            # also as a bare word; without it, the known ones are listed
     image: list[str] = field(default_factory=list)  # a picture file; may be given several times
     ckpt: str = ""                # checkpoint or run folder; default: the demo's
     max_new: Positive = 128       # tokens at most in the answer
     temperature: NonNegative = 0.0  # of sampling; 0 always takes the most likely token
     top_p: Share = 1.0            # sample from the most likely tokens, up to this probability
     seed: Seed = 0                # of sampling
-    drafts: Natural = 0           # tokens that the MTP head drafts in a step; same answer in fp32
+    drafts: Drafts = 0            # tokens that the MTP head drafts in a step; same answer in fp32
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16
 
 
 def ask(args: Ask):
-    """Print the answer to a question about pictures, and to stderr what the model was given."""
-    if not args.question.strip():
-        raise UserError('nothing asked: python sample.py ask --image=FILE "question"')
+    """Print the answer to a question about pictures, and to stderr what the model was given. What
+    is unlike its training is named there, too: the included model (ckpt/demo) knows 64-pixel
+    drawings on dark ground and the wordings that `sample.py ask` lists; to anything else it gives
+    an answer that means nothing."""
     images = tuple(open_image(path) for path in args.image)
     model, tokens, hw = load(args.ckpt, args.device, args.dtype)
+    folder = find_checkpoint(args.ckpt or DEMO)
+    if not args.question.strip():
+        if images:
+            raise UserError('nothing asked: python sample.py ask --image=FILE "question"')
+        return list_questions(folder, model.config)
     message = Message("user", "<|image|>" * len(images) + args.question, images)
     prompt = document([message], tokens, model.config, answer=True)
-    for path, seen in zip(args.image, prompt.images):
-        print(f"{path} is seen at {seen.shape[1]}x{seen.shape[0]} pixels", file=sys.stderr)
+    for path, shown in zip(args.image, prompt.images):
+        print(f"{path} is seen at {shown.shape[1]}x{shown.shape[0]} pixels", file=sys.stderr)
+    trained = seen(folder, model.config)
+    if trained and (unlike := trained.differences(args.question, prompt.images)):
+        print(f"unlike its training, so the answer may mean nothing: {'; '.join(unlike)}",
+              file=sys.stderr)
     limit = model.config.text.max_position_embeddings
     context = min(limit, len(prompt.ids) + args.max_new + 1)
     # adapt=False: times must not decide on the draws, so that a seed always gives the same answer
@@ -103,7 +219,7 @@ class Eval:
     ckpt: str = ""                # checkpoint or run folder; default: the demo's
     mix: str = ""                 # categories; default: those that it was trained on
     levels: Annotated[int, Range(0, 5)] = 0  # tasks of levels 0..levels-1; 0: as it was trained
-    count: Positive = 200         # tasks a category
+    count: Count = 200            # tasks a category
     split: Literal["test", "train"] = "test"  # test: held-out seeds and factors; or train
     seed: Seed = 1_000_000        # of the first task; the next one has the next seed
     slots: Positive = 64          # conversations generated side by side
@@ -112,23 +228,11 @@ class Eval:
     dtype: Dtype = "auto"         # auto, float32 or bfloat16
 
 
-def trained_on(folder: Path) -> tuple[str, int, str]:
-    """Mix and levels that the checkpoint `folder` was trained on, and which file says so: its own
-    report.json (ckpt/demo), or the run folder's config.json. Otherwise the whole gym at level 0."""
-    report, options = folder / "report.json", folder.parent / "config.json"
-    if report.exists():
-        return ",".join(read_json(report)["table"]), 1, str(report)
-    if options.exists() and read_json(options).get("mix"):
-        found = read_json(options)
-        return found["mix"], found.get("levels", 1), str(options)
-    return "gym", 1, "no file"
-
-
 def run_tasks(model, tokens, tasks, slots: int = 64, context: int = 512, blank: bool = False,
               bar=None) -> list[Episode]:
     """Let the model do `tasks`, greedily and `slots` of them side by side. Returns their Episodes
     in the same order. blank: every picture is replaced by plain grey of the same size."""
-    engine = Engine(model, slots, context)
+    engine = Engine(model, max(1, min(slots, len(tasks))), context)
     engine.stops.add(tokens.image)          # a visual slot in a reply would have no pixels
     settings = RolloutSettings(tokens, model.config, context, 48, temperature=0.0, blank=blank)
     episodes = [Episode(task, i, 0) for i, task in enumerate(tasks)]
@@ -150,7 +254,8 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
     Returns {category: {accuracy, low, high, blank, chance, reward, errors, n}}: accuracy is the
     share of tasks with full reward, low and high its 95% interval, blank the share with grey
     pictures, chance the share that a guess would get, reward the mean reward. Tasks that end in an
-    error are counted in `errors` only. Raises UserError if `mix` names what is no category.
+    error are counted in `errors` only; a category without any other task is left out and named on
+    stderr. Raises UserError if `mix` names what is no category, or none is left.
     """
     names = [name for name, _ in parse_mix(mix, sight(model.config))]
     if not names:
@@ -161,20 +266,28 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
     table = {}
     bar = tqdm(total=2 * count * len(names), desc="eval", disable=not sys.stderr.isatty())
     for name in names:
-        tasks = [Task(name, seed + i, i % levels, split) for i in range(count)]
+        tasks = [Task(name, seed + i, i % levels, split, task_pixels(name, model.config))
+                 for i in range(count)]
         bar.set_postfix_str(name)
-        seen, unseen = (run_tasks(model, tokens, tasks, slots, blank=blank, bar=bar)
-                        for blank in (False, True))
-        valid = [e for e in seen if e.score.error is None]
-        accuracy = sum(e.score.reward > 0.999 for e in valid) / max(1, len(valid))
-        low, high = interval(accuracy, max(1, len(valid)))
+        shown, grey = (run_tasks(model, tokens, tasks, slots, blank=blank, bar=bar)
+                       for blank in (False, True))
+        valid = [e for e in shown if e.score.error is None]
+        if not valid:       # nothing was measured: 0% would be wrong
+            print(f"{name} is left out, as all {count} tasks ended in errors, the first one in: "
+                  f"{shown[0].score.error}", file=sys.stderr)
+            continue
+        accuracy, blank = (sum(e.score.reward > 0.999 for e in episodes) / len(valid)
+                           for episodes in (valid, grey))
+        low, high = interval(accuracy, len(valid))
         chance = sum(type(gym.make(t)).chance(t.level) for t in tasks) / count
         table[name] = {
             "accuracy": accuracy, "low": low, "high": high,
-            "blank": sum(e.score.reward > 0.999 for e in unseen) / count, "chance": chance,
-            "reward": sum(e.score.reward for e in valid) / max(1, len(valid)),
-            "errors": len(seen) - len(valid), "n": count}
+            "blank": blank, "chance": chance,
+            "reward": sum(e.score.reward for e in valid) / len(valid),
+            "errors": len(shown) - len(valid), "n": count}
     bar.close()
+    if not table:
+        raise UserError(f"no task of {', '.join(names)} could be played: there is nothing to show")
     return table
 
 

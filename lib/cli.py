@@ -216,7 +216,7 @@ def cli(config, argv=None, about: str = "", positional: str | None = None):
         sys.exit(0)
     values: dict = {}
     for word in argv:
-        if any("\ud800" <= letter <= "\udfff" for letter in word):     # how Python shows other bytes
+        if any("\ud800" <= letter <= "\udfff" for letter in word):    # stand for other bytes
             raise UserError(f"{ascii(word)} is not valid UTF-8")
     while argv:
         word = argv.pop(0)

@@ -70,6 +70,11 @@ def test_a_bare_word():
         cli(Demo, ["one", "two"], positional="name")
 
 
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        cli(Demo, ["--name=" + os.fsdecode(b"\xff")])
+
+
 def test_lists_are_not_shared():
     cli(Demo, ["--image=a"])
     assert cli(Demo, []).image == []
@@ -101,8 +106,12 @@ def test_how_a_script_ends(capsys):
     assert end_by(UserError("too bad")) == (2, "error: too bad\n")
     assert end_by(OSError(28, "No space left")) == (2, "error: [Errno 28] No space left\n")
     assert end_by(KeyboardInterrupt())[0] == 130
-    with pytest.raises(ZeroDivisionError):  # our own mistakes keep their traceback
-        run_main(lambda: 1 / 0)
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 TiB")):
+        assert end_by(error) == (2, "error: the memory does not suffice: take smaller numbers "
+                                    "(--help lists the options)\n")
+    for error in (ZeroDivisionError(), RuntimeError("shapes differ")):
+        with pytest.raises(type(error)):    # our own mistakes keep their traceback
+            end_by(error)
     assert run_main(lambda: None) is None
 
 
@@ -269,7 +278,14 @@ def test_help(script, words, expect):
     ("rl.py --out=OUT --mix=pont", "not 'pont'"), ("rl.py --group=1", "--group takes 2 or more"),
     ("sample.py sing", "'sing' is not one of ask, eval"),
     ("sample.py", "a verb is missing: ask, eval"), ("gym.py", "a verb is missing: list, sheet"),
-    ("sample.py ask", "nothing asked"),
+    ("sample.py ask --image=CKPT/red.png", "nothing asked"),
+    ("sample.py ask What? --temperature=-1", "--temperature takes 0"),
+    ("sample.py ask What? --temperature=nan", "--temperature takes"),
+    ("sample.py ask What? --top_p=-0.1", "--top_p takes 0 to 1"),
+    ("sample.py ask What? --top_p=nan", "--top_p takes"),
+    ("sample.py ask What? --max_new=0", "--max_new takes 1"),
+    ("sample.py ask What? --seed=18446744073709551616", "--seed takes 0 to 9223372036854775807"),
+    ("sample.py ask What? --drafts=99999", "--drafts takes 0 to 16"),
     ("sample.py ask What? --image=nowhere.png", "no picture at nowhere.png"),
     ("sample.py ask What? --image=CKPT/broken.png", "can't be read as a picture"),
     ("sample.py ask What? --image=CKPT/config.json", "can't be read as a picture"),
@@ -326,6 +342,19 @@ def test_from_another_folder(tmp_path):
     done = typed(ROOT / "pretrain.py", "--init=nowhere", f"--out={tmp_path}")
     assert done.returncode == 2 and b"Traceback" not in done.stderr
     assert done.stderr == b"error: no checkpoint at nowhere: there is no such folder\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams by the shell")
+@pytest.mark.parametrize("words,redirect,code,said", [
+    ("list", ">&-", 0, ""), ("list", "2>&-", 0, ""), ("list", "<&- >&- 2>&-", 0, ""),
+    ("show pont", "2>&-", 2, ""), ("play point --out=OUT/x.png", "<&- >&-", 0, ""),
+    ("list", ">/dev/full", 2, "No space left"), ("--help", ">/dev/full", 2, "No space left")])
+def test_closed_and_full_streams(tmp_path, words, redirect, code, said):
+    """gym.py, which starts quickly. A closed stream is read and written as an empty file."""
+    line = f"'{sys.executable}' '{ROOT}/gym.py' {words.replace('OUT', str(tmp_path))} {redirect}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert said in done.stderr and done.stderr.count("\n") == bool(said)
 
 
 def test_a_terminal_without_utf8(folder):

@@ -1,5 +1,6 @@
 """The engine against a plain loop without a cache, and what must not change a request's reply."""
 import dataclasses
+import math
 import random
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 import engine as engine_py
+import mmtp
 from conftest import random_document
 from data import collate, Document
-from engine import Engine, Request
+from engine import Engine, probabilities, Request
 from lib.cli import UserError
+from model import GLMV
 
 # (images, in patches; characters of text): nine prompts of 12 to 60 tokens
 PROMPTS = [((), 12), (((4, 6),), 9), (((2, 2), (6, 4)), 7), ((), 31), (((4, 4),), 30),
@@ -93,6 +96,48 @@ def test_a_small_top_p_is_greedy(model, prompts):
     greedy = serve(model, [Request(p, 8) for p in prompts])
     narrow = serve(model, [Request(p, 8, temperature=1.0, top_p=1e-6) for p in prompts])
     assert [r.ids for r in greedy] == [r.ids for r in narrow]
+
+
+def test_the_best_token_always_stays_and_nothing_overflows():
+    logits = torch.tensor([[-1e30, 2.0, 3e38, 1.0]])
+    for temperature in (1e-30, 1e-4, 1.0, 1e9):
+        for top_p in (0.0, 1e-9, 0.5, 1.0):
+            shares = probabilities(logits, torch.tensor([temperature]), torch.tensor([top_p]))
+            assert shares.tolist() == [[0, 0, 1, 0]]
+    even = torch.zeros(1, 4)
+    assert probabilities(even, torch.ones(1), torch.zeros(1)).count_nonzero() == 1
+
+
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": -0.5},
+    {"top_p": 1.5}, {"top_p": math.nan}, {"max_new": 0}], ids=str)
+def test_requests_that_cant_be_served(model, prompts, wrong):
+    with pytest.raises(UserError, match="a reply needs"):
+        Engine(model, 1, 128).submit(Request(prompts[0], **wrong))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_model_is_refused(config, prompts, temperature, value):
+    broken = GLMV(config, seed=0)
+    with torch.no_grad():
+        broken.lm_head.weight[5, 0] = value
+    with pytest.raises(UserError, match="the model computes numbers that are not finite"):
+        serve(broken, [Request(prompts[0], 5, temperature)])
+
+
+def test_a_broken_mtp_head_is_refused(config, prompts):
+    """Where replies are sampled; greedy ones do not depend on the drafts."""
+    broken = GLMV(config, seed=0)
+    mmtp.attach(broken, 1)
+    with torch.no_grad():
+        for p in mmtp.head_of(broken).parameters():
+            p.fill_(math.nan)
+    engine = Engine(broken, 1, 128, drafts=2, adapt=False)
+    engine.submit(Request(prompts[0], 5, temperature=1.0))
+    with pytest.raises(UserError, match="the MTP head computes numbers that are not finite"):
+        while engine.busy:
+            engine.step()
 
 
 def test_a_stop_token_ends_a_reply(model, prompts):

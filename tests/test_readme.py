@@ -144,8 +144,8 @@ def test_files_and_commands_that_are_named_exist(text):
 
 def test_the_first_minute_of_the_readme_is_right():
     """The script that plays one task in the README solves it."""
-    command = re.search(r"gym\.py play (\w+) --script=('[^']*'|\"[^\"]*\"|\S+)", README)
-    name, script = command[1], command[2].strip("'\"")
-    task = Task(name, 0)
+    name, split, seed, script = re.search(
+        r"gym\.py play (\w+) --split=(\w+) --seed=(\d+) --script=(\S+)", README).groups()
+    task = Task(name, int(seed), 0, split)
     evidence = gym.play_out(task, [gym.box(script)])[2]
     assert gym.Rewards().score(task, evidence).reward == 1

@@ -1,13 +1,21 @@
 """sample.py: what `eval` evaluates, and what it refuses."""
 import json
+import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import gym
 import sample
 from lib.checkpoint import save_model
 from lib.cli import UserError
+from lib.common import ROOT
 from model import GLMV, sized
+from tasks import verify
+from tasks.base import Task
 
 
 @pytest.fixture
@@ -44,6 +52,40 @@ def test_eval_of_the_same_checkpoint_by_its_own_folder(run):
     assert sample.trained_on(run / "step_000001")[:2] == ("point", 3)
 
 
+@pytest.mark.parametrize("where,text", [
+    ("config.json", "[1]"), ("config.json", "{"), ("config.json", '{"mix": 5}'),
+    ("config.json", '{"mix": "point", "levels": "x"}'),
+    ("config.json", '{"mix": "point", "levels": 9}'), ("step_000001/report.json", "{}"),
+    ("step_000001/report.json", "7"), ("step_000001/report.json", '{"table": [1]}'),
+    ("step_000001/report.json", "\udcff")])
+def test_damaged_files_about_the_training_are_one_line(run, where, text):
+    (run / where).write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match=f"{where} is damaged") as error:
+        sample.trained_on(run / "step_000001")
+    assert "\n" not in str(error.value)
+
+
+def test_tasks_that_all_end_in_errors_are_left_out_and_not_zero(run, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "run_tasks", lambda model, tokens, tasks, *args, **options: [
+        sample.Episode(task, i, 0, score=gym.Score(math.nan, {}, "it is too long")
+                       if task.category == "point" else gym.Score(1.0, {}))
+        for i, task in enumerate(tasks)])
+    assert list(evaluated(run, {"mix": "counting,point"})[0]) == ["counting"]
+    assert "point is left out, as all 2 tasks ended in errors" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no task of point could be played"):
+        evaluated(run, {"mix": "point"})
+
+
+def test_the_slots_are_no_more_than_the_tasks(monkeypatch):
+    """A huge --slots takes no memory."""
+    made = []
+    monkeypatch.setattr(sample, "Engine", lambda model, slots, context: made.append(slots) or 1 / 0)
+    for tasks in ([], [1, 2, 3]):
+        with pytest.raises(ZeroDivisionError):
+            sample.run_tasks(None, None, tasks, 10 ** 9)
+    assert made == [1, 3]
+
+
 def test_eval_of_a_run_on_text_only(run):
     with pytest.raises(UserError, match="only text: give --mix"):
         evaluated(run, {"mix": "text", "levels": 1})
@@ -56,3 +98,59 @@ def test_what_the_shipped_model_was_trained_on():
 
 def test_a_folder_that_says_nothing_of_its_training(tmp_path):
     assert sample.trained_on(tmp_path / "checkpoint") == ("gym", 1, "no file")
+
+
+# ---- what the shipped model was trained on, and the answers to everything else ------------------
+
+@pytest.fixture(scope="module")
+def shipped() -> sample.Seen:
+    return sample.seen(sample.DEMO, sized("tiny"))
+
+
+@pytest.mark.parametrize("question", ["What color is the circle?", "Count the crosses.",
+                                      "Point at the red one.", "List all.", "Press OK.",
+                                      "Tick star and H. Press OK."])
+def test_questions_that_the_shipped_model_knows(shipped, question):
+    dark = np.full((64, 64, 3), 40, np.uint8)
+    assert shipped.differences(question, [dark]) == []
+
+
+def test_questions_and_pictures_that_it_does_not_know(shipped):
+    white = np.full((32, 80, 3), 255, np.uint8)
+    light, size, words = shipped.differences("Is there a dog?", [white])
+    assert light.startswith("its brightness is 255, not ")
+    assert size == "its size is 80x32, not 64x64"
+    assert "worded" in words
+
+
+def test_without_a_question_the_known_ones_are_listed(capsys):
+    sample.ask(sample.Ask())
+    said = capsys.readouterr().out
+    for words in ("shape_attr", "gui_form", "List all.", "What does it say?", "Brightness"):
+        assert words in said
+
+
+def test_a_model_of_unknown_training_has_no_notes(run, capsys):
+    assert sample.seen(run / "step_000001", sized("tiny")) is None
+    sample.ask(sample.Ask(ckpt=str(run)))
+    assert "no file beside" in capsys.readouterr().out
+
+
+def test_the_example_of_the_readme(capsys):
+    """Its picture is the held-out task that the README's command draws; the replies are right."""
+    task = Task("counting", 6, 0, "test")
+    drawn = gym.make(task).reset().images[0]
+    assert Image.open(ROOT / "docs/example.png").tobytes() == drawn.tobytes()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    asked = re.findall(r'sample\.py ask --image=docs/example\.png "(.+?)"\s+# (.+)', readme)
+    assert len(asked) >= 2
+    for question, reply in asked:
+        sample.ask(sample.Ask(question, [str(ROOT / "docs/example.png")], device="cpu",
+                              dtype="float32"))
+        said = capsys.readouterr()
+        assert said.out.strip() == reply and "unlike" not in said.err
+    talk = [message for talk in gym.demonstrate(task) for message in talk]
+    right = {q.text.replace("<|image|>", ""): verify.boxed(a.text)
+             for q, a in zip(talk[::2], talk[1::2])}
+    assert dict(asked)["List all."] == right["List all."] and "orange circle" in right["List all."]
+    assert dict(asked)["What color is the circle?"] == "orange"
