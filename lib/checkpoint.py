@@ -62,7 +62,7 @@ def load_head(model: GLMV, own: dict[str, Tensor], trunk: dict[str, Tensor], fol
     for name, of_trunk in (("embed_tokens", "model.language_model.embed_tokens.weight"),
                            ("shared_head.head", "lm_head.weight")):
         copy = own.get(name + ".weight")
-        if copy is None:
+        if copy is None or copy.shape != trunk[of_trunk].shape:     # refused below
             continue
         if torch.equal(copy, trunk[of_trunk]):
             del own[name + ".weight"]
@@ -112,8 +112,8 @@ def restore(folder, module: nn.Module, optimizer) -> dict:
         optimizer.load_masters({k: v.to(device, torch.float32) for k, v in weights.items()})
         return state
     except Exception as error:  # torch.load reports damage by some ten types of exception
-        raise UserError(f"{folder} can't be resumed ({first_sentence(error)}); "
-                        f"{advice(folder)}") from None
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_sentence(error)
+        raise UserError(f"{folder} can't be resumed ({reason}); {advice(folder)}") from None
 
 
 def advice(folder: Path) -> str:

@@ -377,7 +377,7 @@ def load_config(folder) -> tuple[type[Teacher], TeacherConfig]:
             raw = {"model_type": raw["model_type"] + "_vision_model", **raw["vision_config"]}
         kind = raw.get("model_type")
         if kind not in KINDS:
-            raise UserError(f"{folder} holds a model of the kind '{kind}', not a teacher; the "
+            raise UserError(f"{folder} holds a model of the kind '{str(kind)[:60]}', not a teacher; the "
                             f"kinds known are {', '.join(KINDS)}")
         cls, defaults = KINDS[kind]
         config = checked(TeacherConfig, {**defaults, **raw})

@@ -247,6 +247,19 @@ def test_sizes_that_do_not_divide(tmp_path):
         teacher(pictures(6, [(2, 2)]), torch.tensor([[1, 2, 2], [1, 2, 2]]))
 
 
+def test_odd_values_of_a_config(tmp_path):
+    """One line, or a teacher: no field may end in a traceback."""
+    raw = json.loads((folder_of(tmp_path) / "config.json").read_text())
+    raw |= {"num_patches": 0, "use_gated_mlp": False, "query_bias": True, "layer_norm_eps": 1e-6}
+    for name in raw:
+        for odd in (-1, 0, 1, 0.5, 10 ** 9, 10 ** 400, "x", None, [], {}, True, float("nan")):
+            (tmp_path / "config.json").write_text(json.dumps({**raw, name: odd}))
+            try:
+                load_teacher(tmp_path)
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600, (name, odd)
+
+
 def test_damaged_and_other_weights(tmp_path):
     folder = folder_of(tmp_path)
     path = folder / "model.safetensors"
