@@ -377,8 +377,8 @@ def load_config(folder) -> tuple[type[Teacher], TeacherConfig]:
             raw = {"model_type": raw["model_type"] + "_vision_model", **raw["vision_config"]}
         kind = raw.get("model_type")
         if kind not in KINDS:
-            raise UserError(f"{folder} holds a model of the kind '{str(kind)[:60]}', not a teacher; the "
-                            f"kinds known are {', '.join(KINDS)}")
+            raise UserError(f"{folder} holds a model of the kind '{str(kind)[:60]}', not a "
+                            f"teacher; the kinds known are {', '.join(KINDS)}")
         cls, defaults = KINDS[kind]
         config = checked(TeacherConfig, {**defaults, **raw})
         if config.patch_size > config.image_size:

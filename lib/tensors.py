@@ -96,7 +96,7 @@ def read_header(path: Path, data: bytearray) -> tuple[dict, int]:
     for name, item in header.items():
         numbers = [*item["shape"], *item["data_offsets"]]
         if not name.isprintable() or len(item["data_offsets"]) != 2 or any(
-                type(n) is not int or n < 0 for n in numbers):
+                type(n) is not int or not 0 <= n < 2 ** 63 for n in numbers):
             raise ValueError(f"{name!r} has an impossible name, shape or offset")
         if item["dtype"] not in DTYPES:
             kind = "FP8 weights" if str(item["dtype"]).startswith("F8_") else "weights of a dtype"
@@ -124,7 +124,7 @@ def load_shards(index: Path) -> dict[str, torch.Tensor]:
     """Read all files that an index names: {"weight_map": {tensor's name: file's name}}."""
     check_digest(index)
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if any(Path(shard).name != shard or not shard for shard in shards):
             raise ValueError("a shard is not a file in the same folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -186,7 +186,7 @@ def is_whole(folder: Path) -> bool:
         wanted = read_digests(folder)
         return bool(wanted) and all(digest(folder / name) == value
                                     for name, value in wanted.items())
-    except (UserError, OSError):
+    except (UserError, OSError, ValueError):
         return False
 
 

@@ -173,11 +173,13 @@ def header_of(**changes) -> str:
     (header_of(shape=[1, 4]), "b is not at bytes 8 to 24"),
     (header_of(shape=[-1, -3]), "impossible"), (header_of(shape=[True, 3]), "impossible"),
     (header_of(shape=[1.0, 3]), "impossible"), (header_of(shape=3), "damaged"),
-    (header_of(shape=[10 ** 30]), "b is not at bytes"), (header_of(shape="3"), "impossible"),
+    (header_of(shape=[10 ** 30]), "impossible"),
+    (header_of(shape=[0, 2 ** 63], data_offsets=[8, 8]), "impossible"), (header_of(shape="3"), "impossible"),
     (header_of(data_offsets=[4, 16]), "b is not at bytes 8 to 20"),
     (header_of(data_offsets=[12, 24]), "b is not at bytes 8 to 20"),
     (header_of(data_offsets=[8, -4]), "impossible"), (header_of(data_offsets=[8]), "impossible"),
-    (header_of(data_offsets=[8, 2 ** 70]), "b is not at bytes"),
+    (header_of(data_offsets=[8, 2 ** 70]), "impossible"),
+    (header_of(shape=[2 ** 62]), "b is not at bytes"),
     (header_of(dtype="BF16", data_offsets=[8, 14]), "20 bytes of data, where"),
     (header_of().replace('"b"', '"a"'), "a name occurs twice"),
     (header_of().replace('"b"', '"a\\nb"'), "impossible name"),
@@ -239,7 +241,8 @@ def test_a_train_pt_that_lacks_something(model, tmp_path):
     ("", "model_type", "qwen2_vl", '"glm_ocr"'), ("", "architectures", ["LlavaModel"], "["),
     ("", "quantization_config", {"quant_method": "fp8"}, "null"),
     ("vision_config", "hidden_act", "gelu", '"silu"'), ("vision_config", "in_channels", 1, "3"),
-    ("vision_config", "spatial_merge_size", 4, "2"), ("vision_config", "model_type", "siglip", '"')])
+    ("vision_config", "spatial_merge_size", 4, "2"),
+    ("vision_config", "model_type", "siglip", '"glm_ocr_vision"')])
 def test_what_is_not_built_is_refused_by_name(model, tmp_path, section, name, value, built):
     save_model(model, tmp_path)
     (tmp_path / "digests.json").unlink()
