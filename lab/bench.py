@@ -52,7 +52,7 @@ from data import collate, Document, document, Stream
 from engine import Engine, Request
 from lab import bench_busy, bench_rl
 from lib.checkpoint import save_model
-from lib.cli import check_options, cli, Device, main, Natural, Positive, Seed, UserError
+from lib.cli import check_options, cli, Count, Device, main, Natural, Positive, Seed, UserError
 from lib.common import setup, write_json
 from model import Config, GLMV, init, sized
 from pretrain import loss_sum
@@ -74,7 +74,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"    # auto, cpu, cuda or mps
     rounds: Positive = 5       # measurements of each side, in turn
-    documents: Positive = 64   # documents to learn, prompts to answer, or pictures to encode
+    documents: Count = 64      # documents to learn, prompts to answer, or pictures to encode
     slots: Natural = 0         # decode: our conversations side by side; 0: the best of a few
     seed: Seed = 0             # of weights and documents
     out: str = "out/bench"     # folder of the JSON

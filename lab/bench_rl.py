@@ -15,6 +15,7 @@ learning takes, on the side where it takes less.
 """
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import numpy as np
 import gym
 import rl
 from lib import async_rl
-from lib.cli import cli, main
+from lib.cli import cli, main, UserError
 from lib.common import read_log, ROOT, write_json
 
 WAIT = 1.0                    # mean seconds
@@ -92,6 +93,9 @@ def one_run(world: str, staleness: int, seed: int, dtype: str) -> dict:
         wait = json.loads(waits.read_text()) if waits.exists() else {"count": 1, "seconds": 0.0}
         held_out = json.loads((Path(out) / "report.json").read_text())["figures"]["mean"]
     took, learned = (sum(x[key] for x in lines) for key in ("dt", "groups"))
+    if not learned:
+        raise UserError(f"no group of {world} had a signal, so nothing was learned from: there is "
+                        "no speed to compare")
     learned *= SIZE
     share = {key: sum(x[key] for x in lines) / took
              for key in ("waited", "learning", "idle", "stalled")}
@@ -139,6 +143,14 @@ def measure(args, hw) -> dict:
     return {"cases": cases, "aim": 2.5}
 
 
+def entry():
+    """One of the two ranks: python -m lab.bench_rl WORLD SECONDS, and options of rl.py."""
+    words = sys.argv[1:3]
+    if len(words) < 2 or words[0] not in WORLDS or not re.fullmatch(r"\d+(\.\d+)?", words[1]):
+        raise UserError(f"`python -m lab.bench rl` starts this, with {', '.join(WORLDS)} and the "
+                        "mean seconds of a wait")
+    rank(words[0], float(words[1]), cli(rl.Args, sys.argv[3:]))
+
+
 if __name__ == "__main__":
-    which, mean_wait = sys.argv.pop(1), float(sys.argv.pop(1))
-    main(lambda: rank(which, mean_wait, cli(rl.Args)))
+    main(entry)

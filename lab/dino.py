@@ -2,7 +2,7 @@
 
     python -m lab.dino --steps=240                    from ckpt/semantic, about a minute
     python -m lab.dino --steps=240 --without=both     no centring, no scaling: it collapses
-    python -m lab.dino --steps=240 --init=            from random weights
+    python -m lab.dino --steps=240 --init=random      from random weights
 
 The student predicts what its own running mean says of the same picture: of another crop, and behind
 the mask [R: DINO, iBOT]. Nothing outside says what is right, so the cheapest answer is the same one
@@ -23,7 +23,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ from torch import nn, Tensor
 import train_vit
 from lib.captions import Pictures, random_mask
 from lib.checkpoint import load_tower
-from lib.cli import cli, Device, Dtype, main, NonNegative, Positive, Seed, Share
+from lib.cli import (check_options, cli, Device, Dtype, main, NonNegative, Positive, Range, Seed,
+                     Share)
 from lib.common import Log, setup, write_json
 from lib.images import pack
 from lib.probes import probe, ProbeSet, salient
@@ -54,8 +55,8 @@ class Args:
     lr: NonNegative = 1e-3        # a quarter of train_vit.py's: faster, it forgets the start
     ema: Share = 0.99             # how slowly the teacher, a running mean, follows the student
     without: Literal["none", "centre", "std", "both"] = "none"      # what targets do without
-    init: str = "ckpt/semantic"   # folder whose tower it starts from; empty: random weights
-    probes: Positive = 1024       # pictures that a probe is fitted on; scored on half
+    init: str = "ckpt/semantic"   # folder whose tower it starts from; random: random weights
+    probes: Annotated[int, Range(16)] = 1024    # pictures that a probe is fitted on; scored on half
     seed: Seed = 0                # of weights and samples
     out: str = "out/dino"         # log.jsonl, report.json
     device: Device = "auto"       # auto, cpu, cuda or mps
@@ -144,10 +145,11 @@ def load(stream: Views, indices, config: Config, device):
 
 def run(args: Args) -> dict[str, float]:
     """Train, print and log; returns the last step's figures and the probes' of the teacher."""
+    check_options(args)
     hw, config, out = setup(args.device, args.dtype), sized("tiny"), Path(args.out)
     student, stream = Student(config), Views(config, 64, args.seed)
     init(student, args.seed)
-    if args.init:
+    if args.init != "random":
         load_tower(student.visual, find_checkpoint(args.init))
     teacher = copy.deepcopy(student).requires_grad_(False).to(hw.device)
     optimizer = Optimizer(student.to(hw.device).named_parameters(), OptimConfig(lr=args.lr))

@@ -9,18 +9,20 @@
 For each K: the share p of drafts that are accepted; tokens in a step of the trunk, beside the
 formula (1 - p^(K+1)) / (1 - p) with the mean share; the cost of a step in plain steps; and useful
 tokens a second as a ratio to plain decoding (the median over rounds, each of which runs all K in
-turn). `auto` is the engine's own choice of K. The replies are compared with those of plain
-decoding. transformers pads its batches: `slots` prompts, sorted by length, in each.
+turn). `auto` is the engine's own choice of K; it changes on the way, so there is no formula for it.
+The replies are compared with those of plain decoding. transformers pads its batches: `slots`
+prompts, sorted by length, in each.
 
 With --size the trunk is random, so it would accept nothing. The drafts are then replaced by the
 known reply, each token wrong with probability 1 - p; everything else is computed and timed as it
 would be.
 """
-import math
+import re
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -31,7 +33,8 @@ import sample
 from data import document
 from engine import Engine, Request
 from lab.bench import in_batches, padded, peer
-from lib.cli import check_options, cli, Device, Dtype, main, Positive, Seed, Share, UserError
+from lib.cli import (check_options, cli, Count, Device, Dtype, main, Positive, Range, Seed, Share,
+                     UserError)
 from lib.common import setup, write_json
 from model import GLMV, sized
 from tasks.base import Task
@@ -44,12 +47,12 @@ TRACED = 6      # replies that --trace prints: one a category
 @dataclass
 class Args:
     ckpt: str = ""             # checkpoint with a head; default: the demo's
-    size: str = ""             # tiny, small or base: random weights instead, made-up acceptance
+    size: Literal["", "tiny", "small", "base"] = ""     # random weights, made-up acceptance
     p: Share = 0.8             # that acceptance
     drafts: str = "1,2,3,5"    # values of K
     slots: Positive = 16       # conversations side by side
-    prompts: Positive = 96     # requests
-    max_new: Positive = 48     # tokens of a reply at most
+    prompts: Count = 96        # requests
+    max_new: Annotated[int, Range(2)] = 48  # tokens of a reply at most; the first needs no step
     rounds: Positive = 5       # how often every K is run
     peer: bool = False         # run transformers as well (requirements-peers.txt)
     trace: bool = False        # print some replies step by step and stop
@@ -185,7 +188,7 @@ def table_row(k: int, times: dict, facts: dict) -> dict:
     p = alive[1:].sum() / max(1e-9, alive[:-1].sum())
     cost, plain_cost = (statistics.median(times[i]) / facts[i]["steps"] for i in (k, 0))
     return {"p": p, "tokens": facts[k]["tokens"],
-            "formula": sum(p ** j for j in range(k + 1)) if k >= 0 else math.nan,
+            "formula": sum(p ** j for j in range(k + 1)) if k >= 0 else None,
             "ratio": statistics.median(ratios), "rates": facts[k]["rates"],
             "cost": cost / plain_cost, "range": [min(ratios), max(ratios)],
             "equal": facts[k]["same"]}
@@ -193,8 +196,8 @@ def table_row(k: int, times: dict, facts: dict) -> dict:
 
 def run(args: Args):
     check_options(args)
-    if not all(word.isdigit() and int(word) for word in args.drafts.split(",")):
-        raise UserError(f"--drafts takes numbers from 1 on, as 1,3,5: not '{args.drafts}'")
+    if not all(re.fullmatch("0*([1-9]|1[0-6])", word) for word in args.drafts.split(",")):
+        raise UserError(f"--drafts takes numbers from 1 to 16, as 1,3,5: not '{args.drafts}'")
     model, tokens, hw = load(args)
     if args.trace:
         k = model.config.mtp_depths or 1        # as many as the head was trained for
@@ -211,12 +214,16 @@ def run(args: Args):
     settings = [0, *counts, -max(counts)]       # negative: at most so many, the engine chooses
 
     def engine(k):
-        made = Engine(model, args.slots, context, abs(k), adapt=k < 0, say=lambda _: None)
+        made = Engine(model, min(args.slots, args.prompts), context, abs(k), adapt=k < 0,
+                      say=lambda _: None)
         if args.size:
             made.stops = set()
         return made
 
     plain, _ = decode(engine(0), requests, None, args)
+    if max(map(len, plain)) < 2:
+        raise UserError("every reply ends with its first token, which the forward over its prompt "
+                        "gives: there is no step to measure")
     useful, times, facts = sum(map(len, plain)), {k: [] for k in settings}, {}
     theirs = peer(model, hw).eval() if args.peer else None
     for _ in range(args.rounds):
@@ -236,7 +243,8 @@ def run(args: Args):
     print(f"{'K':<9}{'p':>6}{'tokens/step':>13}{'formula':>9}{'cost':>7}{'ratio':>7}"
           f"  {'range':<12}equal replies")
     for name, r in rows.items():
-        print(f"{name:<9}{r['p']:>6.2f}{r['tokens']:>13.2f}{r['formula']:>9.2f}{r['cost']:>7.2f}"
+        formula = "-" if r["formula"] is None else f"{r['formula']:.2f}"
+        print(f"{name:<9}{r['p']:>6.2f}{r['tokens']:>13.2f}{formula:>9}{r['cost']:>7.2f}"
               f"{r['ratio']:>7.2f}  {r['range'][0]:.2f}-{r['range'][1]:<7.2f}{r['equal']}"
               f"/{args.prompts}")
     if theirs:

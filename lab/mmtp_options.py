@@ -22,6 +22,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -32,10 +33,12 @@ from data import collate, Packer, parse_mix, Stream
 from kernels import angles, linear_cross_entropy, Segments
 from lab.report import curve, smooth, STYLE
 from lib.checkpoint import load_model
-from lib.cli import check_options, cli, main, Positive, UserError
+from lib.cli import check_options, cli, main, Positive, Range, UserError
 from lib.common import read_log, ROOT, write_json
+from lib.runs import same_options
 from model import GLMV, sized
 
+ONE_SEED = "one seed has no spread, so no difference between options can be told from chance"
 KINDS = {"image-heavy": "point,gui_click,shape_attr,ocr_line", "text only": "text,code"}
 
 
@@ -43,7 +46,7 @@ KINDS = {"image-heavy": "point,gui_click,shape_attr,ocr_line", "text only": "tex
 class Args:
     steps: Positive = 400         # of each run
     seeds: Positive = 3           # runs of each option
-    depths: Positive = 3          # how many tokens ahead the head predicts
+    depths: Annotated[int, Range(1, 16)] = 3  # how many tokens ahead the head predicts
     mix: str = "shape_attr,ocr_line,point,gui_click,text:0.5"  # samples, as in pretrain.py
     out: str = "out/mmtp_options"  # run folder
     bytes: bool = False           # only count the bytes that cross a pipeline cut
@@ -99,6 +102,10 @@ def ablation(args: Args) -> dict:
     for option in mmtp.OPTIONS:
         runs = [train(option, seed, args) for seed in range(args.seeds)]
         logs = [read_log(run / "log.jsonl") for run in runs]
+        for run, log in zip(runs, logs):
+            if len(log) != args.steps:
+                raise UserError(f"{run}/log.jsonl has {len(log)} whole lines for {args.steps} "
+                                f"steps: remove {run} to train it again")
         tail = [log[-max(1, args.steps // 5):] for log in logs]  # the last fifth
         table[option] = {
             "loss": [statistics.mean(x["loss"] for x in log) for log in tail],
@@ -115,13 +122,14 @@ def ablation(args: Args) -> dict:
     return {"table": table, "curves": curves}
 
 
-def least_difference(table: dict, key: str) -> float:
+def least_difference(table: dict, key: str) -> float | None:
     """The least difference between the means of two options that is significant at 95% with so
-    many seeds: a t test with the std pooled over all options."""
+    many seeds: a t test with the std pooled over all options. None for one seed, which has no
+    std."""
     groups = [row[key] for row in table.values()]
     n, free = len(groups[0]), sum(len(g) - 1 for g in groups)
     if not free:
-        return math.nan
+        return None
     pooled = math.sqrt(sum(statistics.variance(g) * (len(g) - 1) for g in groups) / free)
     t = {3: 3.18, 6: 2.45, 9: 2.26, 12: 2.18}.get(free, 2.0)    # two-sided, by degrees of freedom
     return t * pooled * math.sqrt(2 / n)
@@ -243,8 +251,12 @@ def page(found: dict, sent: dict, args: Args) -> str:
     rows = [f"<tr><th>{'</th><th>'.join(['option', *keys])}</th></tr>"]
     rows += [f"<tr><td>{option}</td>" + "".join(f"<td>{spread(row[k])}</td>" for k in keys)
              + "</tr>" for option, row in table.items()]
-    rows.append("<tr><td>least difference</td>" + "".join(
-        f"<td>{least_difference(table, k):.3f}</td>" for k in keys) + "</tr>")
+    if args.seeds > 1:
+        rows.append("<tr><td>least difference</td>" + "".join(
+            f"<td>{least_difference(table, k):.3f}</td>" for k in keys) + "</tr>")
+        least = "Least difference between two options: what so many seeds would show at 95%."
+    else:
+        least = ONE_SEED[0].upper() + ONE_SEED[1:] + "."
     kinds = [f"<tr><td>{option}</td><td>{html.escape(kind)}</td>" + "".join(
         f"<td>{spread([run[k] for run in runs])}</td>" for k in range(args.depths)) + "</tr>"
         for option, row in table.items() for kind, runs in row["acceptance"].items()]
@@ -253,10 +265,10 @@ def page(found: dict, sent: dict, args: Args) -> str:
     heads = "".join(f"<th>depth {k}</th>" for k in range(1, args.depths + 1))
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>MMTP options</title>'
             f"<style>{STYLE}</style><body><h1>What the MTP head reads at visual slots</h1>"
-            f'<p class="quiet">{args.seeds} seeds, {args.steps} steps each, same samples in the '
-            "same order; means over the last fifth of the steps ± std over seeds. Spikes: share "
-            "of steps whose gradient norm is over three times the median. Least difference "
-            "between two options: what so many seeds would show at 95%.</p>"
+            f'<p class="quiet">{args.seeds} seed{"s" * (args.seeds > 1)}, {args.steps} steps each, '
+            "same samples in the same order; means over the last fifth of the steps ± std over "
+            "seeds. Spikes: share of steps whose gradient norm is over three times the median. "
+            f"{least}</p>"
             + curve(found["curves"], "MTP loss at depth 1, mean over seeds")
             + f"<table>{''.join(rows)}</table><h2>Agreement with the trunk, held-out tasks</h2>"
             f"<table><tr><th>option</th><th>prompts</th>{heads}</tr>{''.join(kinds)}</table>"
@@ -272,12 +284,14 @@ def run(args: Args):
     sent = count_bytes(args)
     if args.bytes:
         return
-    found = ablation(args)
+    asked = {"steps": args.steps, "depths": args.depths, "mix": args.mix}
+    with same_options(Path(args.out) / "config.json", asked):
+        found = ablation(args)
     write_json(Path(args.out) / "report.json", {"table": found["table"], "bytes": sent})
     for option, row in found["table"].items():
         print(f"{option:<6} loss {spread(row['loss'])}  " + "  ".join(
             f"depth {k} {spread(row[f'mtp{k}'])}" for k in range(1, args.depths + 1)))
-    print("least difference that could be seen: " + ", ".join(
+    print(ONE_SEED if args.seeds == 1 else "least difference that could be seen: " + ", ".join(
         f"depth {k} {least_difference(found['table'], f'mtp{k}'):.3f}"
         for k in range(1, args.depths + 1)))
     path = Path(args.out) / "report.html"

@@ -14,7 +14,6 @@ one distilled itself (now lab/dino.py), added little to the semantic one, and tw
 better than one. Figures of LOG.md that name `--labels` were measured with today's kind of teacher,
 the others with the former.
 """
-import json
 import os
 import resource
 import statistics
@@ -27,7 +26,7 @@ from typing import Annotated
 
 import train_vit
 from lib.cli import (check_options, cli, Device, Dtype, main, Natural, Positive, Range, UserError)
-from lib.common import ROOT, setup, write_json
+from lib.common import read_json, ROOT, setup, write_json
 from lib.probes import probe_random_weights, ProbeSet
 from lib.runs import same_options
 from model import sized
@@ -57,7 +56,7 @@ def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict
         save_every=100, eval_every=250, log_every=50, probes=args.probes, device=args.device,
         dtype=args.dtype, workers=0, **changes))
     train_vit.train(name, settings, hw)
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))["figures"][name]
+    return read_json(folder / "report.json")["figures"][name]
 
 
 def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
@@ -142,6 +141,9 @@ def memory(args: Args):
     write_json(Path(args.out) / "memory.json", {"micro": args.micro, "figures": rows})
 
 
+def run(args: Args):
+    return memory(args) if args.big else claims(args)
+
+
 if __name__ == "__main__":
-    chosen = cli(Args, about=__doc__)
-    main(memory if chosen.big else claims, chosen)
+    main(lambda: run(cli(Args, about=__doc__)))

@@ -8,6 +8,7 @@ alignment alone, like `ckpt/semantic`. `aligned`: a tower is made by all four st
 pretraining follow the contrastive tower; the minutes of both together are the budget of each arm.
 Each tower is trained once and its time is charged to every seed. An interrupted run goes on.
 """
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lab import report
 from lab.demo import MIX
 from lab.worlds import pace, timed
 from lib.checkpoint import load_model
-from lib.cli import check_options, cli, main, Positive, UserError
+from lib.cli import check_options, cli, Count, main, Positive, UserError
 from lib.common import read_log, setup, write_json
 from lib.runs import find_checkpoint, same_options
 from sample import evaluate
@@ -32,7 +33,7 @@ class Args:
     steps: Positive = 2600        # of pretraining, from the contrastive tower
     alone: Positive = 1200        # steps of the contrastive tower
     tower: str = "500,100,300,400"  # steps of the four stages of the aligned tower
-    count: Positive = 300         # held-out tasks a category
+    count: Count = 300            # held-out tasks a category
     out: str = "out/vit_pays"     # run folder: report.json, report.html, a folder a run
 
 
@@ -62,7 +63,8 @@ def figures(tables: dict[str, dict]) -> dict[str, dict]:
 def pays(args: Args):
     check_options(args)
     steps = args.tower.split(",")
-    if len(steps) != len(train_vit.STAGES) or not all(n.isdigit() and int(n) for n in steps):
+    right = all(re.fullmatch("[0-9]{1,9}", n) and int(n) for n in steps)
+    if len(steps) != len(train_vit.STAGES) or not right:
         raise UserError("--tower takes the steps of semantic, texture, distill and align, as "
                         "500,100,300,400")
     hw, out = setup("cpu", "float32"), Path(args.out)

@@ -138,7 +138,7 @@ def test_two_stages_compute_what_one_process_does_and_send_what_the_formula_says
     assert rows["embed"]["bytes"] > rows["token"]["bytes"] == rows["mask"]["bytes"]
 
 
-def test_an_ablation_in_small(tmp_path, monkeypatch):
+def test_an_ablation_in_small(tmp_path, monkeypatch, capsys):
     """Two options, one seed, a few steps: figures for each, and a page."""
     monkeypatch.setattr(mmtp, "OPTIONS", ("embed", "token"))
     monkeypatch.setattr(mmtp_options, "count_bytes", lambda args: {})
@@ -148,7 +148,15 @@ def test_an_ablation_in_small(tmp_path, monkeypatch):
     for row in table.values():
         assert len(row["mtp2"]) == 1 and row["mtp2"][0] > 0
         assert all(0 <= share <= 1 for runs in row["acceptance"].values() for share in runs[0])
-    assert "<svg" in (tmp_path / "report.html").read_text()
+    page, said = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    assert "<svg" in page and "One seed has no spread" in page and "one seed has no" in said
+    assert "nan" not in page + said
+    log = tmp_path / "embed-0/log.jsonl"
+    log.write_text(log.read_text()[:-9])        # the last line is cut short
+    with pytest.raises(UserError, match="has 3 whole lines for 4 steps"):
+        mmtp_options.run(args)
+    with pytest.raises(UserError, match="begun with other options"):
+        mmtp_options.run(replace(args, depths=1))
 
 
 @pytest.mark.parametrize("question,reply,wrong", [
@@ -282,7 +290,11 @@ def test_does_a_tower_pay_at_equal_minutes(tmp_path, small_towers, monkeypatch):
 
 
 @pytest.mark.parametrize("sheet,words", [(drafts.Args(drafts="1,x"), "1,x"),
-                                         (drafts.Args(drafts="0"), "from 1 on"),
+                                         (drafts.Args(drafts="0"), "from 1 to 16"),
+                                         (drafts.Args(drafts="17"), "from 1 to 16"),
+                                         (drafts.Args(drafts="²"), "from 1 to 16"),
+                                         (drafts.Args(max_new=1), "--max_new takes 2"),
+                                         (drafts.Args(size="huge"), "--size takes nothing, tiny"),
                                          (mmtp_options.Args(seeds=0), "1 or more")])
 def test_lab_sheets_refuse_bad_numbers(sheet, words):
     run = drafts.run if isinstance(sheet, drafts.Args) else mmtp_options.run
@@ -292,7 +304,7 @@ def test_lab_sheets_refuse_bad_numbers(sheet, words):
 
 def test_self_distillation_runs_and_centring_and_scaling_keep_it_from_collapse(tmp_path):
     """Prototype 3 leads on every picture: what the targets are with and without either remedy."""
-    found = dino.run(dino.Args(steps=2, batch=2, init="", probes=64, out=str(tmp_path)))
+    found = dino.run(dino.Args(steps=2, batch=2, init="random", probes=64, out=str(tmp_path)))
     assert found.keys() == {"loss", "used", "sure", "spread", "linear", "knn", "dense"}
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and {"used", "sure", "spread"} <= lines[0].keys()
