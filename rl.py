@@ -74,13 +74,13 @@ class Args:
     levels: Levels = 1            # levels of difficulty; each opens when the one below is learned
     max_new: Positive = 48        # tokens a reply may have
     think: Natural = 0            # tokens of thought before it; then </think> is inserted
-    context: Positive = 512       # tokens of a whole conversation
+    context: Annotated[int, Range(1, 131_072)] = 512  # tokens of a whole conversation
     loss: Literal["grpo", "double", "icepop"] = "double"  # double: two-sided importance sampling
     clip_low: Share = 0.2         # ratios under 1 - this are clipped, or masked
     clip_high: NonNegative = 0.28  # ratios over 1 + this
     std: bool = False             # divide advantages by the group's std
     kl: NonNegative = 0.0         # weight of the divergence from --init; 0: no reference model
-    rehearse: NonNegative = 0.0   # demonstrations in each update, as a share of the rollouts
+    rehearse: Annotated[float, Range(0, 10)] = 0.0  # demonstrations, as a share of the rollouts
     mtp: NonNegative = 0.1        # weight of the MTP head's own loss, if there is a head
     lr: NonNegative = 8e-4        # peak learning rate; Muon and AdamW alike
     weight_decay: NonNegative = 0.0  # on matrices

@@ -167,6 +167,7 @@ class Remote:
             self.store.set("over", b"yes")
 
 
+@store_may_be_gone()
 def serve(actor, transfer: Transfer, store, rank: int, version: int):
     """The loop of a rank that plays, with `actor` (async_rl.Actor), until the trainer ends it.
     version: of the weights that it begins with."""

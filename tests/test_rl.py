@@ -1024,8 +1024,9 @@ def test_if_torchrun_is_killed_its_store_is_gone_which_is_one_clear_line():
         def wait(self, should_leave):
             return True
     remote = Remote(Gone(), [1], Idle(), 0, 0)
+    order = Episode(Task("point", 0), 0, 0)
     for call in (remote.delays, remote.step, remote.close, lambda: remote.abort(0),
-                 lambda: remote.load({}, 1), lambda: remote.start([Episode(Task("point", 0), 0, 0)])):
+                 lambda: remote.load({}, 1), lambda: remote.start([order])):
         with pytest.raises(UserError, match="torchrun has ended"):
             call()
 

@@ -39,7 +39,7 @@ def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 def test_checkpoints_are_sorted_by_number_and_what_the_user_put_there_stays(tmp_path):
     own = ["step_best", "step_notes", "step_000200_best", "step_000200.old", "step_", "step_-1"]
@@ -99,7 +99,7 @@ def test_the_same_step_saved_twice_and_killed_at_any_operation(tmp_path):
     assert 5 < operation < 100
 
 
-# ---- one run a folder -----------------------------------------------------------------------------
+# ---- one run a folder ----------------------------------------------------------------------------
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path, monkeypatch):
     hw = common.setup("cpu")
@@ -131,7 +131,7 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
     assert "can't be locked (Operation not supported)" in capsys.readouterr().err
 
 
-# ---- signals --------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 def test_a_second_signal_ends_a_process_that_waits_in_cpp():
     """As for another rank. There, Python calls no handler."""
@@ -178,7 +178,7 @@ def test_nohup_stays(monkeypatch):
     assert exit_code(in_child(act)) == 0
 
 
-# ---- launchers ------------------------------------------------------------------------------------
+# ---- launchers -----------------------------------------------------------------------------------
 
 def test_a_rank_ends_with_its_launcher():
     """The launcher is killed once its rank is at work; the pipe closes when the rank has ended."""
@@ -206,7 +206,7 @@ def test_a_rank_ends_with_its_launcher():
     ({"RANK": "-1"}, "RANK in the environment"), ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK in the"),
     ({"OMP_NUM_THREADS": "abc"}, "OMP_NUM_THREADS in the environment"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR expected, but not set.*with torchrun"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "can't join"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "x"}, "can't join"),
     ({"WORLD_SIZE": "2"}, "RANK expected, but not set")])
 def test_an_odd_environment_is_one_clear_line(monkeypatch, environment, words):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -223,7 +223,7 @@ def test_threads_of_nested_loops(monkeypatch):
     assert "1 thread" in common.setup("cpu").description
 
 
-# ---- files ----------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*_, **more):
