@@ -67,8 +67,8 @@ DEMO = ROOT / "ckpt" / "demo"     # the model that runs start from, without --in
 @dataclass
 class Args:
     steps: Positive = 200         # optimizer updates
-    prompts: Positive = 16        # groups a step that have a signal
-    group: Annotated[int, Range(2)] = 8  # rollouts of a task
+    prompts: Annotated[int, Range(1, 100_000)] = 16  # groups a step that have a signal
+    group: Annotated[int, Range(2, 10_000)] = 8  # rollouts of a task
     row_tokens: Positive = 2048   # tokens a packed row
     mix: str = "shape_attr,counting,ocr_line,point,gui_click,gui_form"  # categories and weights
     levels: Levels = 1            # levels of difficulty; each opens when the one below is learned
@@ -87,11 +87,11 @@ class Args:
     warmup: Natural = 10          # steps
     schedule: Schedule = "linear"  # constant, linear (over the last part) or cosine
     decay: Share = 0.4            # that last part, as a share of the steps
-    max_staleness: Natural = 0    # optimizer steps that a sample may lag behind; 0: synchronous
-    slots: Positive = 128         # conversations generated side by side
+    max_staleness: Annotated[int, Range(0, 100)] = 0  # steps a sample may lag; 0: synchronous
+    slots: Annotated[int, Range(1, 100_000)] = 128  # conversations generated side by side
     flight: Natural = 0           # asynchronous: rollouts at once; 0: as staleness allows
-    drafts: Natural = 0           # tokens that the MTP head drafts ahead in generation
-    workers: Natural = 1          # verifying processes; 0: none; from 2 on: asynchronous
+    drafts: Annotated[int, Range(0, 64)] = 0  # tokens that the MTP head drafts ahead in generation
+    workers: Annotated[int, Range(0, 1000)] = 1  # verifying processes; from 2 on: asynchronous
     patience: NonNegative = 60.0  # asynchronous: seconds until a group, or its rest, is given up
     rollout_ranks: Positive = 1   # of torchrun's processes, how many play
     init: str = ""                # folder whose weights to start from; default: the demo's

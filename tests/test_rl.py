@@ -500,11 +500,25 @@ def test_an_alarm_when_reward_rises_and_accuracy_falls(tmp_path, begin, monkeypa
     assert ("ALARM" in capsys.readouterr().out) == (rising > 0)
 
 
+def test_an_evaluation_that_cant_be_written_ends_no_run(tmp_path, begin, monkeypatch, capsys):
+    """A full disk, which has room again when the run is saved."""
+    def full(*_, **more):
+        raise OSError(28, "No space left on device")
+    some_reward(monkeypatch)
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    log = go(tmp_path, begin, steps=2, eval_every=1, eval_count=1)
+    assert len(log) == 2 and [p.name for p in checkpoints(tmp_path)] == ["step_000002"]
+    said = capsys.readouterr().err
+    assert f"step 1: {tmp_path}/report.json and its pictures are not written (No space" in said
+
+
 @pytest.mark.parametrize("change,message", [
-    (dict(mix="countin"), "not 'countin'"), (dict(group=1), "--group takes 2 or more"),
+    (dict(mix="countin"), "not 'countin'"), (dict(group=1), "--group takes 2 to"),
     (dict(loss="ppo"), "--loss takes grpo"), (dict(init="nowhere"), "no checkpoint"),
     (dict(levels=9), "--levels takes 1 to 5"), (dict(mix="counting:0"), "--mix takes"),
-    (dict(max_staleness=-1), "--max_staleness takes 0")])
+    (dict(max_staleness=-1), "--max_staleness takes 0"), (dict(mix="point:inf"), "--mix takes"),
+    (dict(context=10 ** 9), "--context takes 1 to"), (dict(rehearse=1e9), "--rehearse takes 0 to"),
+    (dict(slots=10 ** 9), "--slots takes 1 to"), (dict(drafts=10 ** 9), "--drafts takes 0 to")])
 def test_bad_options_are_one_clear_line(tmp_path, begin, change, message):
     (tmp_path / "run" / "step_000007").mkdir(parents=True)      # an earlier run: it stays
     with pytest.raises(UserError, match=message):
