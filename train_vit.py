@@ -360,11 +360,11 @@ def train(stage: str, args: Args, hw):
                     optimizer.accumulate()
                     for name, value in {"loss": loss.detach(), **figures}.items():
                         values[name] = values.get(name, 0.0) + value
-        except (UserError, OSError):    # samples can't be loaded: keep the steps that are done
+            values = {name: float(sum_over_ranks(value)) for name, value in values.items()}
+        except (UserError, OSError, RuntimeError):  # no samples, here or on a rank that has ended
             loader.close()
-            watch.close()
+            watch.close()       # saves the steps that are done
             raise
-        values = {name: float(sum_over_ranks(value)) for name, value in values.items()}
 
         # 4. Update. 20 steps of warm-up, since Muon's first momentum is a single noisy gradient;
         #    then a cosine down to a tenth [R: GLM-4.5]: at 0 the last steps would teach nothing.

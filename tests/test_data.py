@@ -190,19 +190,20 @@ def test_closed_loaders_leave_nothing(monkeypatch):
 
 
 class Endless:
-    """A stream that says that it draws, and draws for ever."""
+    """A stream that says that it draws, and draws for ever (half a minute)."""
 
     def __init__(self, fifo):
         self.fifo = fifo
 
     def __call__(self, i):
+        signal.alarm(30)
         with open(self.fifo, "wb", buffering=0) as file:
             file.write(b"!")
             while True:
                 pass
 
 
-def test_a_worker_ends_when_its_trainer_is_killed(tmp_path):
+def test_a_worker_ends_when_its_trainer_is_killed(tmp_path, quick_workers):
     """With SIGKILL, in the middle of a sample: the pipe that it holds open is closed."""
     os.mkfifo(tmp_path / "fifo")
     trainer = os.fork()

@@ -651,6 +651,21 @@ def test_samples_that_cant_be_loaded_end_a_run_that_saves(tmp_path, monkeypatch,
     assert [p.name for p in checkpoints(tmp_path / "align")] == ["step_000002", "step_000003"]
 
 
+def test_a_rank_saves_when_another_has_failed(tmp_path, monkeypatch):
+    """The other rank has ended, which breaks off the sum over ranks."""
+    sums = []
+
+    def closed(value):
+        sums.append(value)
+        if len(sums) == 4:
+            raise RuntimeError("Connection closed by peer")
+        return value
+    monkeypatch.setattr(train_vit, "sum_over_ranks", closed)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        train(tmp_path, "align")
+    assert [p.name for p in checkpoints(tmp_path / "align")] == ["step_000002", "step_000003"]
+
+
 def test_a_size_that_the_checkpoint_does_not_have_is_refused(tmp_path):
     """With --resume, where the newest checkpoint is not damaged, and with --init."""
     train(tmp_path, "align")
