@@ -158,7 +158,7 @@ def same_options(path: Path, asked: dict):
     try:
         yield
     finally:
-        if any(path.parent.glob("**/step_*")):
+        if any(step_of(p) >= 0 for p in path.parent.glob("**/step_*")):
             write_json(path, asked)
 
 

@@ -1,5 +1,6 @@
 """What lib/runs.py and lib/common.py guarantee about run folders, signals and launchers."""
 import ctypes
+import math
 import os
 import pty
 import shutil
@@ -55,6 +56,14 @@ def test_checkpoints_are_sorted_by_number_and_what_the_user_put_there_stays(tmp_
     assert [step_of(p) for p in ("a/step_000010", "step_best", "step_10.part")] == [10, -1, -1]
 
 
+def test_options_are_kept_once_there_is_a_checkpoint(tmp_path):
+    for name, kept in (("run/step_notes", False), ("run/step_000001", True)):
+        (tmp_path / name).mkdir(parents=True)
+        with runs.same_options(tmp_path / "config.json", {"seed": 0}):
+            pass
+        assert (tmp_path / "config.json").exists() == kept
+
+
 def test_an_old_checkpoint_that_cant_be_removed_is_said_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").mkdir()
@@ -97,6 +106,17 @@ def test_the_same_step_saved_twice_and_killed_at_any_operation(tmp_path):
         if not died:
             break
     assert 5 < operation < 100
+
+
+@pytest.mark.parametrize("saved,words", [(0, "run has no checkpoint"), (2, "step 2, from before")])
+def test_what_is_said_after_five_steps_that_were_not_finite(tmp_path, saved, words):
+    watch = runs.Checkpointer(tmp_path / "run", common.setup("cpu"), 99, 1, saved, write)
+    with pytest.raises(UserError, match=f"try a lower --lr; .*{words}"):
+        for step in range(saved, 99):
+            watch.check_loss(math.nan, 1.0)
+            watch.after_step(step + 1)
+    watch.stop_signal.restore()
+    assert not checkpoints(tmp_path / "run")
 
 
 # ---- one run a folder ----------------------------------------------------------------------------
