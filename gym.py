@@ -100,7 +100,7 @@ class Show:
     name: str = ""                # the category; also as a bare word on the command line
     level: Level = 0              # 0 (easy) to 4
     all_levels: bool = False      # show levels 0 to 4 instead
-    count: Positive = 12          # instances of each level
+    count: Annotated[int, Range(1, 1000)] = 12  # instances of each level
     seed: Seed = 0                # of the first instance
     split: str = "train"          # train; any other word is a held-out split
     pixels: Natural = 0           # side of the picture; 0 = the smallest that can be read

@@ -281,6 +281,7 @@ def run(args: Args):
     check_options(args)
     if "RANK" in os.environ:
         return stage(args)
+    Stream(sized("tiny"), parse_mix(args.mix))      # refuses a wrong --mix before anything is run
     sent = count_bytes(args)
     if args.bytes:
         return

@@ -70,6 +70,26 @@ def test_a_bare_word():
         cli(Demo, ["one", "two"], positional="name")
 
 
+def test_a_text_may_be_empty_only_where_that_is_the_default():
+    @dataclass
+    class Texts:
+        out: str = "out/x"
+        init: str = ""
+
+    assert cli(Texts, ["--init="]) == Texts()
+    for value in ("", " "):
+        with pytest.raises(UserError, match="--out is empty; without this option it is 'out/x'"):
+            cli(Texts, [f"--out={value}"])
+
+
+def test_numbers_without_an_upper_limit_end_at_a_billion():
+    """2^63 and more overflow in torch and numpy, and 1e300 seconds in the standard library."""
+    assert cli(pretrain.Args, ["--steps=1e9"]).steps == 10 ** 9
+    for option in ("--steps=1e18", "--warmup=1000000001", "--lr=1e300"):
+        with pytest.raises(UserError, match="a billion at most"):
+            cli(pretrain.Args, [option])
+
+
 def test_bytes_that_are_no_text_are_refused():
     with pytest.raises(UserError, match="not valid UTF-8"):
         cli(Demo, ["--name=" + os.fsdecode(b"\xff")])
@@ -138,7 +158,8 @@ def limited_fields(config) -> dict:
 def allowed_and_refused(kind) -> tuple[list, list]:
     """Values at the limits of a type, and values just outside."""
     if typing.get_origin(kind) is typing.Literal:
-        return list(typing.get_args(kind)), ["", "nonsense"]
+        allowed = list(typing.get_args(kind))
+        return allowed, [word for word in ("", "nonsense") if word not in allowed]
     number, limits = typing.get_args(kind)
     least, most = number(limits.least), limits.most
     allowed = [least, number(10 ** 9) if most == math.inf else number(most)]
@@ -275,7 +296,7 @@ def test_help(script, words, expect):
     ("pretrain.py --size=huge", "tiny, small or base"), ("pretrain.py --seed=-1", "--seed"),
     ("pretrain.py --out=OUT --init=nowhere", "no such folder"),
     ("pretrain.py --out=OUT --mix=pont", "names 'pont'"),
-    ("rl.py --out=OUT --mix=pont", "not 'pont'"), ("rl.py --group=1", "--group takes 2 or more"),
+    ("rl.py --out=OUT --mix=pont", "not 'pont'"), ("rl.py --group=1", "--group takes 2"),
     ("sample.py sing", "'sing' is not one of ask, eval"),
     ("sample.py", "a verb is missing: ask, eval"), ("gym.py", "a verb is missing: list, sheet"),
     ("sample.py ask --image=CKPT/red.png", "nothing asked"),
