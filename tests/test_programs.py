@@ -126,6 +126,11 @@ def test_bombs_are_bounded(body):
     assert time.perf_counter() - start < 2
 
 
+@pytest.mark.filterwarnings("error")
+def test_python_does_not_warn_about_a_program():
+    assert Machine("print('\\d' * 2)").printed == ["\\d\\d"]
+
+
 def test_what_is_printed_is_bounded():
     """Printed as a list, a text of 200 strange characters takes 2,000."""
     with pytest.raises(ValueError):
