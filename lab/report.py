@@ -110,9 +110,10 @@ def usable(lines: list) -> list[dict]:
     for line in lines:
         if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
             continue
+        by = line.pop("by", {})
         kept.append(numbers(line))
-        if isinstance(line.get("by"), dict):
-            kept[-1]["by"] = {name: numbers(row) for name, row in line["by"].items()
+        if isinstance(by, dict) and by:
+            kept[-1]["by"] = {name: numbers(row) for name, row in by.items()
                               if isinstance(row, dict)}
     return kept
 

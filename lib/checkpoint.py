@@ -306,6 +306,7 @@ def load_config(folder) -> Config:
             config.mrope = tuple(section)
         check_relations(config)
     path = path.with_name("preprocessor_config.json")
+    check_digest(path)
     if path.exists():
         with one_line_errors(path):
             raw = read_fields(path)

@@ -198,17 +198,18 @@ def newest_whole(run: Path) -> Path | None:
 
 
 def check_digest(path: Path):
-    """Raise UserError if digests.json beside the file `path` holds another digest of it. The
-    message names the newest checkpoint of the same run that is whole."""
+    """Raise UserError if the file `path` is missing, or differs from its digest, where digests.json
+    beside it has one. The message names the newest checkpoint of the same run that is whole."""
     wanted = read_digests(path.parent).get(path.name)
-    if wanted is None or not path.is_file() or digest(path) == wanted:
+    if wanted is None or path.is_file() and digest(path) == wanted:
         return
+    fault = "damaged (its digest differs)" if path.is_file() else "missing (digests.json lists it)"
     advice = ""
     if path.suffix == ".json":
-        advice = f"; if you have edited it, remove {path.parent / 'digests.json'}"
+        advice = f"; if you have changed it, remove {path.parent / 'digests.json'}"
     if whole := newest_whole(path.parent.parent):
         advice += f"; the newest whole checkpoint is {whole}"
-    raise UserError(f"{path} is damaged (its digest differs){advice}")
+    raise UserError(f"{path} is {fault}{advice}")
 
 
 # ---- fields of a config.json --------------------------------------------------------------------

@@ -119,7 +119,10 @@ def test_a_flipped_bit_is_found_and_the_newest_whole_checkpoint_named(model, tmp
         said = refused(load_model, step)
         assert f"{step / name} is damaged (its digest differs)" in said
         assert said.endswith(f"the newest whole checkpoint is {tmp_path / 'step_10'}")
-        assert ("if you have edited it, remove" in said) == name.endswith("json")
+        assert ("if you have changed it, remove" in said) == name.endswith("json")
+        (step / name).rename(tmp_path / "away")
+        assert name in refused(load_model, step)
+        (tmp_path / "away").rename(step / name)
         flip(step / name)
     load_model(step)
     restore(step, model, optimizer)

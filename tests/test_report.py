@@ -119,7 +119,8 @@ def test_damaged_lines_of_a_log_are_left_out(tmp_path):
     lines = [*ODD, {"loss": 3.0}, *({"step": odd, "loss": 99.0} for odd in ODD[:5] if odd != 5),
              *({"step": 7, "loss": odd, "lr": odd, "by": odd, "dt": odd} for odd in ODD),
              {"step": 8, "loss": 1.0, "by": by}, {"step": 9, "loss": 2.0, "by": {"point": None}}]
-    good = report.usable(lines)
+    good = report.usable(copy.deepcopy(lines))
+    assert all(isinstance(line.get("by", {}), dict) for line in good)
     assert {line["step"] for line in good} == {7, 8, 9}
     assert {line["loss"] for line in good if "loss" in line} == {-1, 1.0, 1.5, 2.0, 5}
     assert good[-2] == {"step": 8, "loss": 1.0, "by": {"point": {"reward": 0.5}}}
