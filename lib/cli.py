@@ -197,7 +197,8 @@ def convert(text: str, kind, name: str):
             raise ValueError("1e-3 is not an int")
         return kind(value)
     except (ValueError, OverflowError):
-        raise UserError(f"--{name} takes {kind.__name__}, not '{text}'") from None
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"--{name} takes {what}, not '{text}'") from None
 
 
 def cli(config, argv=None, about: str = "", positional: str | None = None):
