@@ -78,7 +78,7 @@ class Args:
     seed: Seed = 0                # of weights and samples
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
-    workers: Annotated[int, Range(-1, 512)] = -1    # that load samples; -1: one a core, max 8
+    workers: Annotated[int, Range(-1, 512)] = -1    # processes that load; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
 
 
@@ -138,10 +138,11 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
         model = GLMV(config)
         if args.mtp or config.mtp_depths:
             attach(model, args.mtp)
-    began, made = time.perf_counter(), []
-    while len(made) < 20 or time.perf_counter() - began < 1:
-        made.append(stream(10 ** 9 + len(made)))    # beyond the samples of the first levels
-    seconds = (time.perf_counter() - began) / len(made)
+    made = [stream(10 ** 9 + i) for i in range(50)]     # beyond the easy ones; they fill caches
+    began = time.perf_counter()
+    while (spent := time.perf_counter() - began) < 1:
+        made.append(stream(10 ** 9 + len(made)))
+    seconds = spent / (len(made) - 50)
     own, *others = count(made, config.vision.patch_size)
     tokens = args.steps * args.rows * args.row_tokens
     learnt, _, patches = (tokens * other / own for other in others)

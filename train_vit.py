@@ -98,7 +98,7 @@ class Args:
     seed: Seed = 0                # of weights and samples
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
-    workers: Annotated[int, Range(-1, 512)] = -1    # that load samples; -1: one a core, max 8
+    workers: Annotated[int, Range(-1, 512)] = -1    # processes that load; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
 
 
