@@ -269,15 +269,15 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
         tasks = [Task(name, seed + i, i % levels, split, task_pixels(name, model.config))
                  for i in range(count)]
         bar.set_postfix_str(name)
-        shown, grey = (run_tasks(model, tokens, tasks, slots, blank=blank, bar=bar)
-                       for blank in (False, True))
-        valid = [e for e in shown if e.score.error is None]
+        shown, blanked = (run_tasks(model, tokens, tasks, slots, blank=blank, bar=bar)
+                          for blank in (False, True))
+        valid, grey = ([e for e in played if e.score.error is None] for played in (shown, blanked))
         if not valid:       # nothing was measured: 0% would be wrong
             print(f"{name} is left out, as all {count} tasks ended in errors, the first one in: "
                   f"{shown[0].score.error}", file=sys.stderr)
             continue
-        accuracy, blank = (sum(e.score.reward > 0.999 for e in episodes) / len(valid)
-                           for episodes in (valid, grey))
+        accuracy, blank = (sum(e.score.reward > 0.999 for e in played) / max(1, len(played))
+                           for played in (valid, grey))
         low, high = interval(accuracy, len(valid))
         chance = sum(type(gym.make(t)).chance(t.level) for t in tasks) / count
         table[name] = {
