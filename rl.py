@@ -99,7 +99,7 @@ class Args:
     out: str = "out/rl"           # run folder: log.jsonl, config.json, checkpoints, pictures
     save_every: Positive = 50     # steps between checkpoints
     eval_every: Natural = 50      # steps between evaluations on held-out tasks; 0: never
-    eval_count: Positive = 50     # held-out tasks a category
+    eval_count: Annotated[int, Range(1, 100_000)] = 50  # held-out tasks a category
     log_every: Positive = 5       # steps between printed lines
     seed: Seed = 0                # of tasks and sampling
     device: Device = "auto"       # auto, cpu, cuda or mps
