@@ -154,14 +154,13 @@ class Stream:
         for name, _ in self.mix:
             if name not in known:
                 raise UserError(f"--mix names '{name}'; there are {', '.join(known)}")
+            if name not in TEXTS:
+                task_pixels(name, self.config, self.pixels)     # refuses what can't be seen
         for name in self.parts:
             if name not in gym.names() or not gym.demonstrate(Task(name, 0), parts=True):
                 raise UserError(f"--parts: there are no questions about the screens of '{name}'")
             if name not in dict(self.mix):
                 raise UserError(f"--parts names {name}, which is no part of --mix")
-        most = min(MOST_PIXELS, math.isqrt(self.config.max_tokens) * unit_of(self.config))
-        if self.pixels > most:
-            raise UserError(f"--pixels={self.pixels} is more than this model can see: {most}")
         total = sum(weight for _, weight in self.mix)
         # Source k owns the numbers between edges[k-1] and edges[k] in [0, 1].
         self.edges = np.cumsum([weight / total for _, weight in self.mix])
@@ -236,9 +235,13 @@ def task_pixels(name: str, config: Config, pixels: int = 0) -> int:
 
     The least size of a category suits patches of 8 pixels, those of `tiny`. For larger patches the
     picture is larger in proportion, so that every model has as many visual tokens of it. [O]
-    pixels: take this side instead, where the category can be drawn so small.
+    pixels: take this side instead, where the category can be drawn so small. Raises UserError if
+    it is more than the model can see.
     """
     least, unit = gym.CATEGORIES[name].env.min_pixels, unit_of(config)
+    most = min(MOST_PIXELS, math.isqrt(config.max_tokens) * unit)
+    if pixels > most:
+        raise UserError(f"--pixels={pixels} is more than this model can see: {most}")
     side = pixels or least * config.vision.patch_size / 8
     return min(MOST_PIXELS, max(least, math.ceil(side / unit) * unit))
 

@@ -32,7 +32,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from lib.cli import main, Natural, Positive, Range, run_verb, Seed, UserError
+from lib.cli import Count, main, Natural, Positive, Range, run_verb, Seed, UserError
 from tasks import CATEGORIES, verify
 from tasks.base import box, Env, IMAGE, Message, Obs, OneShot, Step, Task
 from tasks.contact_sheet import contact_sheet
@@ -197,7 +197,7 @@ class Check:
     names: list[str] = field(default_factory=list)  # categories, also as bare words; default: all
     level: Literal["ends", "0", "1", "2", "3", "4"] = "ends"    # 0 (easy) to 4; ends = 0 and 4
     all_levels: bool = False      # check levels 0 to 4 instead
-    count: Positive = 200         # instances of each category and level
+    count: Count = 200            # instances of each category and level
     split: str = "train"          # train; any other word is a held-out split
     pixels: Natural = 0           # side of the picture; 0 = the smallest that can be read
     jobs: Positive = 1            # processes side by side
@@ -247,7 +247,7 @@ def check(args: Check):
 @dataclass
 class Bench:
     names: list[str] = field(default_factory=list)  # categories, also as bare words; default: all
-    count: Positive = 200         # instances of each category, levels 0 to 4 in turn
+    count: Count = 200            # instances of each category, levels 0 to 4 in turn
     split: str = "train"          # train; any other word is a held-out split
     pixels: Natural = 0           # side of the picture; 0 = the smallest that can be read
 

@@ -42,13 +42,13 @@ import torch
 import torch.distributed as dist
 
 import gym
-from data import collate, Document, pack_rows, parse_mix, sight, Stream
+from data import collate, Document, pack_rows, parse_mix, sight, Stream, task_pixels
 from engine import Engine
 from kernels import linear_logp
 from lib import async_rl
 from lib.checkpoint import load_model, restore, save_model, start_from
-from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
-                     Positive, Range, Schedule, Seed, Share, UserError)
+from lib.cli import (check_options, cli, Count, Device, Drafts, Dtype, Levels, main, Natural,
+                     NonNegative, Positive, Range, Schedule, Seed, Share, UserError)
 from lib.common import check_same_start, Log, print_plan, ROOT, setup, write_json
 from lib.curriculum import Curriculum
 from lib.episodes import accuracy, Episode, figures_of, report_evaluation, rewards_of
@@ -72,6 +72,7 @@ class Args:
     row_tokens: Positive = 2048   # tokens a packed row
     mix: str = "shape_attr,counting,ocr_line,point,gui_click,gui_form"  # categories and weights
     levels: Levels = 1            # levels of difficulty; each opens when the one below is learned
+    pixels: Natural = 0           # side of the pictures; 0: the least that suits the patches
     max_new: Positive = 48        # tokens a reply may have
     think: Natural = 0            # tokens of thought before it; then </think> is inserted
     context: Annotated[int, Range(1, 131_072)] = 512  # tokens of a whole conversation
@@ -90,7 +91,7 @@ class Args:
     max_staleness: Annotated[int, Range(0, 100)] = 0  # steps a sample may lag; 0: synchronous
     slots: Annotated[int, Range(1, 100_000)] = 128  # conversations generated side by side
     flight: Natural = 0           # asynchronous: rollouts at once; 0: as staleness allows
-    drafts: Annotated[int, Range(0, 64)] = 0  # tokens that the MTP head drafts ahead in generation
+    drafts: Drafts = 0            # tokens that the MTP head drafts ahead in generation
     workers: Annotated[int, Range(0, 1000)] = 1  # verifying processes; from 2 on: asynchronous
     patience: NonNegative = 60.0  # asynchronous: seconds until a group, or its rest, is given up
     rollout_ranks: Positive = 1   # of torchrun's processes, how many play
@@ -99,7 +100,7 @@ class Args:
     out: str = "out/rl"           # run folder: log.jsonl, config.json, checkpoints, pictures
     save_every: Positive = 50     # steps between checkpoints
     eval_every: Natural = 50      # steps between evaluations on held-out tasks; 0: never
-    eval_count: Annotated[int, Range(1, 100_000)] = 50  # held-out tasks a category
+    eval_count: Count = 50        # held-out tasks a category
     log_every: Positive = 5       # steps between printed lines
     seed: Seed = 0                # of tasks and sampling
     device: Device = "auto"       # auto, cpu, cuda or mps
@@ -306,8 +307,9 @@ def prepare(args: Args, hw, trains: bool = True):
         f"{args.out}")
     say("pg_loss stays near 0, since the advantages of a group add up to 0: it does not measure "
         "progress; watch reward and held-out accuracy")
-    stream = Stream(model.config, mix, args.seed, "train", args.levels)
-    curriculum = Curriculum(mix, args.seed, args.levels, say)
+    stream = Stream(model.config, mix, args.seed, "train", args.levels, pixels=args.pixels)
+    sides = {name: task_pixels(name, model.config, args.pixels) for name, _ in mix}
+    curriculum = Curriculum(mix, args.seed, args.levels, say, sides)
     return model, optimizer, reference, settings, stream, curriculum, progress
 
 
@@ -324,8 +326,11 @@ def evaluate(model: GLMV, settings: RolloutSettings, rewards, args: Args,
     """Play held-out tasks greedily, the same ones every time. Adds the accuracies to `progress`,
     prints them, writes report.json and returns their mean."""
     names = [name for name, _ in parse_mix(args.mix, sight(model.config))]
-    episodes = [Episode(Task(name, 1_000_000 + i, i % args.levels, "test"), i, 0)
-                for name in names for i in range(args.eval_count)]
+    episodes = []
+    for name in names:
+        side = task_pixels(name, model.config, args.pixels)
+        episodes += [Episode(Task(name, 1_000_000 + i, i % args.levels, "test", side), i, 0)
+                     for i in range(args.eval_count)]
     rollout(make_engine(model, args), episodes, replace(settings, temperature=0.0), rewards)
     shares, reward = accuracy(episodes), float(np.mean(progress.rewards or [0.0]))
     progress.rewards = []

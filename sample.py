@@ -29,8 +29,8 @@ import gym
 from data import document, parse_mix, sight, task_pixels
 from engine import Engine, Request
 from lib.checkpoint import load_model
-from lib.cli import (Count, Device, Drafts, Dtype, main, NonNegative, Positive, Range, run_verb,
-                     Seed, Share, UserError)
+from lib.cli import (Count, Device, Drafts, Dtype, main, Natural, NonNegative, Positive, Range,
+                     run_verb, Seed, Share, UserError)
 from lib.common import read_json, ROOT, setup, write_json
 from lib.images import open_image, resize
 from lib.rollout import Episode, rollout, RolloutSettings
@@ -59,25 +59,17 @@ def load(ckpt: str, device: str, dtype: str):
 
 # ---- what a model was trained on ----------------------------------------------------------------
 
-def object_of(path: Path) -> dict:
-    """A JSON file that holds an object. Raises UserError where it is damaged."""
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return found
-
-
 def trained_on(folder: Path) -> tuple[str, int, str]:
     """Mix and levels that the checkpoint `folder` was trained on, and which file says so: its own
     report.json (ckpt/demo), or the run folder's config.json. Otherwise the whole gym at level 0.
     Raises UserError where that file is damaged."""
     report, options = folder / "report.json", folder.parent / "config.json"
     if report.exists():
-        table = object_of(report).get("table")
+        table = read_json(report).get("table")
         if not table or not isinstance(table, dict):
             raise UserError(f"{report} is damaged: it has no table of categories")
         return ",".join(table), 1, str(report)
-    found = object_of(options) if options.exists() else {}
+    found = read_json(options) if options.exists() else {}
     mix, levels = found.get("mix"), found.get("levels", 1)
     if mix and not (isinstance(mix, str) and isinstance(levels, int) and 1 <= levels <= 5):
         raise UserError(f"{options} is damaged: its mix is {mix}, its levels are {levels}")
@@ -220,6 +212,7 @@ class Eval:
     mix: str = ""                 # categories; default: those that it was trained on
     levels: Annotated[int, Range(0, 5)] = 0  # tasks of levels 0..levels-1; 0: as it was trained
     count: Count = 200            # tasks a category
+    pixels: Natural = 0           # side of the pictures; 0: the least that suits the patches
     split: Literal["test", "train"] = "test"  # test: held-out seeds and factors; or train
     seed: Seed = 1_000_000        # of the first task; the next one has the next seed
     slots: Positive = 64          # conversations generated side by side
@@ -248,7 +241,7 @@ def interval(share: float, n: int) -> tuple[float, float]:
 
 
 def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1_000_000,
-             slots=64) -> dict:
+             slots=64, pixels=0) -> dict:
     """Evaluate a model on `count` tasks of each category in `mix`, from levels 0..levels-1 in turn.
 
     Returns {category: {accuracy, low, high, blank, chance, reward, errors, n}}: accuracy is the
@@ -266,8 +259,8 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
     table = {}
     bar = tqdm(total=2 * count * len(names), desc="eval", disable=not sys.stderr.isatty())
     for name in names:
-        tasks = [Task(name, seed + i, i % levels, split, task_pixels(name, model.config))
-                 for i in range(count)]
+        side = task_pixels(name, model.config, pixels)
+        tasks = [Task(name, seed + i, i % levels, split, side) for i in range(count)]
         bar.set_postfix_str(name)
         shown, blanked = (run_tasks(model, tokens, tasks, slots, blank=blank, bar=bar)
                           for blank in (False, True))
@@ -317,7 +310,8 @@ def evaluation(args: Eval):
         if not args.mix:
             print(f"what it was trained on, by {source}: {mix}")
     began = time.time()
-    table = evaluate(model, tokens, mix, levels, args.count, args.split, args.seed, args.slots)
+    table = evaluate(model, tokens, mix, levels, args.count, args.split, args.seed, args.slots,
+                     args.pixels)
     show(table)
     write_json(args.out, {"ckpt": args.ckpt or "ckpt/demo", "split": args.split,
                           "levels": levels, "seed": args.seed, "table": table})

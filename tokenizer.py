@@ -17,6 +17,8 @@ from pathlib import Path
 
 import tiktoken
 
+from lib.cli import main, UserError
+
 HERE = Path(__file__).resolve().parent
 RANKS, CORPUS = HERE / "ranks.txt", HERE / "corpus.txt"
 N_RANKS = 4096
@@ -98,7 +100,7 @@ def train() -> str:
     """Rebuild ranks.txt; returns one line about it. Raises ValueError where corpus.txt is not the
     text that the ranks were made from."""
     if digest(CORPUS) != CORPUS_DIGEST:
-        raise ValueError(f"{CORPUS.name} has digest {digest(CORPUS)}, not {CORPUS_DIGEST}: "
+        raise UserError(f"{CORPUS.name} has digest {digest(CORPUS)}, not {CORPUS_DIGEST}: "
                          "restore it, or change CORPUS_DIGEST and retrain every model")
     tokens = train_bpe(CORPUS.read_text(encoding="utf-8"), N_RANKS)
     text = "".join(base64.b64encode(token).decode() + "\n" for token in tokens)
@@ -205,18 +207,18 @@ class Tokenizer:
         return [piece for piece in pieces if piece[0]]
 
 
-if __name__ == "__main__":
+def entry():
     words = sys.argv[1:]
-    try:
-        if words == ["train"]:
-            print(train())
-        elif len(words) == 2 and words[0] == "show":
-            tokens = Tokenizer(N_RANKS)
-            print(" ".join(f"{i}:{tokens.decode([i])!r}" for i in tokens.encode(words[1])))
-        elif words and words[0] not in ("--help", "-h"):
-            raise ValueError(f"'{' '.join(words)}' is not a command: train, or show TEXT")
-        else:
-            print(__doc__)
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    if words == ["train"]:
+        print(train())
+    elif len(words) == 2 and words[0] == "show":
+        tokens = Tokenizer(N_RANKS)
+        print(" ".join(f"{i}:{tokens.decode([i])!r}" for i in tokens.encode(words[1])))
+    elif words and words[0] not in ("--help", "-h"):
+        raise UserError(f"'{' '.join(words)}' is not a command: train, or show TEXT")
+    else:
+        print(__doc__)
+
+
+if __name__ == "__main__":
+    main(entry)

@@ -35,10 +35,10 @@ import torch
 
 import pretrain
 import train_vit
-from data import sight
 from lab import report
 from lib.checkpoint import load_model, save_model
-from lib.cli import check_options, cli, Device, Levels, main, Natural, Positive, Seed, UserError
+from lib.cli import (check_options, cli, Count, Device, Levels, main, Natural, Positive, Seed,
+                     UserError)
 from lib.common import clock, cores, read_json, read_log, ROOT, setup, write_json
 from lib.probes import RANDOM
 from lib.runs import checkpoints, find_checkpoint, same_options, step_of
@@ -94,7 +94,7 @@ class Args:
     own_question: bool = True     # always ask a task's own question about its picture
     rl_steps: Natural = 9         # of RL in each of the two experiments; 0: no RL
     seed: Seed = 0                # of weights and samples
-    count: Positive = 300         # held-out tasks a category in the evaluation
+    count: Count = 300            # held-out tasks a category in the evaluation
     levels: Levels = 1            # levels of difficulty, trained and evaluated, from 0
     out: str = "out/demo"         # run folder
     keep: str = ""                # also write the weights here, in bf16
@@ -260,7 +260,7 @@ def demo(args: Args):
     show(table)
     stages["pretraining"] = accuracy_row(table)
     announce("answers")
-    tasks = report.tasks_of(MIX, args.levels, sight(model.config))
+    tasks = report.tasks_of(MIX, args.levels, model.config)
     samples = report.answer(model, tokens, tasks, out / "pictures")
     for s in samples:
         print(f"  {s['category']:<11} {s['question']}  {s['answer']}   (truth: {s['truth']})")

@@ -30,13 +30,13 @@ import torch
 import gym
 import mmtp
 import sample
-from data import document
+from data import document, task_pixels
 from engine import Engine, Request
 from lab.bench import in_batches, padded, peer
 from lib.cli import (check_options, cli, Count, Device, Dtype, main, Positive, Range, Seed, Share,
                      UserError)
 from lib.common import setup, write_json
-from model import GLMV, sized
+from model import Config, GLMV, sized
 from tasks.base import Task
 from tokenizer import Tokenizer
 
@@ -75,9 +75,10 @@ def load(args: Args):
     return model, tokens, hw
 
 
-def held_out_messages(i: int) -> list:
+def held_out_messages(i: int, config: Config) -> list:
     """The opening messages of held-out task i; the categories take turns."""
-    task = Task(NAMES[i % len(NAMES)], 3_000_000 + i, 0, "test")
+    name = NAMES[i % len(NAMES)]
+    task = Task(name, 3_000_000 + i, 0, "test", task_pixels(name, config))
     return next(gym.drive(gym.make(task)))
 
 
@@ -203,10 +204,11 @@ def run(args: Args):
         k = model.config.mtp_depths or 1        # as many as the head was trained for
         print(f"greedy, {k} drafts a step, {TRACED} held-out tasks\n")
         for i in range(TRACED):
-            print("\n".join(trace(model, tokens, held_out_messages(i), k, args.max_new)) + "\n")
+            messages = held_out_messages(i, model.config)
+            print("\n".join(trace(model, tokens, messages, k, args.max_new)) + "\n")
         return
     print(f"{hw.description}; {args.prompts} prompts, {args.slots} slots, {args.rounds} rounds")
-    prompts = [document(held_out_messages(i), tokens, model.config, True)
+    prompts = [document(held_out_messages(i, model.config), tokens, model.config, True)
                for i in range(args.prompts)]
     requests = [Request(p, args.max_new) for p in prompts]
     context = max(len(p.ids) for p in prompts) + args.max_new + 1

@@ -27,13 +27,14 @@ import gym
 import pretrain
 import rl
 import train_vit
-from data import parse_mix, sight
+from data import parse_mix, sight, task_pixels
 from lab.fields import CHARTS, field_of, print_fields
 from lib.checkpoint import load_model
 from lib.cli import cli, field_comments, main, UserError
-from lib.common import clock, read_log, setup, write_json, write_text
+from lib.common import clock, read_json, read_log, setup, write_json, write_text
 from lib.runs import checkpoints
-from sample import object_of, readable, run_tasks
+from model import Config
+from sample import readable, run_tasks
 from tasks.base import Task
 from tokenizer import Tokenizer
 
@@ -285,13 +286,15 @@ def by_category(lines: list[dict]) -> dict[str, dict]:
 
 # ---- questions and answers ----------------------------------------------------------------------
 
-def tasks_of(mix: str, levels: int, pixels: int, count: int = QUESTIONS) -> list[Task]:
-    """`count` held-out tasks, spread evenly over the categories and levels of a mix."""
-    names = [name for name, _ in parse_mix(mix, pixels) if name in gym.names()]
+def tasks_of(mix: str, levels: int, config: Config, count: int = QUESTIONS) -> list[Task]:
+    """`count` held-out tasks, spread evenly over the categories and levels of a mix, as a model of
+    this configuration sees them."""
+    names = [name for name, _ in parse_mix(mix, sight(config)) if name in gym.names()]
     if not names:
         return []
     chosen = sorted(i * len(names) // count for i in range(count))  # some twice, or some left out
-    return [Task(names[k], FIRST_SEED + i, i % levels, "test") for i, k in enumerate(chosen)]
+    return [Task(names[k], FIRST_SEED + i, i % levels, "test", task_pixels(names[k], config))
+            for i, k in enumerate(chosen)]
 
 
 def answer(model, tokens: Tokenizer, tasks: list[Task], folder: Path) -> list[dict]:
@@ -330,7 +333,7 @@ def answer_questions(run: Path, config: dict):
     """Let the newest checkpoint of a run of pretrain.py answer QUESTIONS held-out tasks, and keep
     them in the run's report.json, unless it has answered already."""
     path, found = run / "report.json", checkpoints(run)
-    facts = object_of(path) if path.exists() else {}
+    facts = read_json(path) if path.exists() else {}
     mix, levels = config.get("mix"), config.get("levels")
     if not isinstance(mix, str) or levels not in range(1, 6):
         raise UserError(f"{run / 'config.json'} is damaged: mix is {mix!r}, levels is {levels!r}")
@@ -338,7 +341,7 @@ def answer_questions(run: Path, config: dict):
         return
     hw = setup(config.get("device", "auto"))
     model = load_model(found[-1], hw.device, hw.dtype)
-    tasks = tasks_of(mix, levels, sight(model.config))
+    tasks = tasks_of(mix, levels, model.config)
     if not tasks or not model.config.n_ranks:       # a mix of text only; another tokenizer
         return
     samples = answer(model, Tokenizer(model.config.n_ranks), tasks, run / "pictures")
@@ -481,8 +484,8 @@ def page(run: Path) -> str:
     found = next((run / n for n in ("report.json", "eval.json") if (run / n).exists()), None)
     if not logs and not found:
         raise UserError(f"nothing to show in {run}: no log.jsonl, report.json or eval.json")
-    facts = object_of(found) if found else {}
-    configs = {folder: object_of(folder / "config.json")
+    facts = read_json(found) if found else {}
+    configs = {folder: read_json(folder / "config.json")
                for folder in (run, *logs) if (folder / "config.json").exists()}
     try:
         return page_of(run, facts, configs, logs)
@@ -555,8 +558,10 @@ def report(args: Args):
     """The command line: print the fields, or make a run's page and print its path."""
     if args.run == "fields":
         return print_fields()
+    if not args.run:
+        raise UserError("which run? give its folder, or the word `fields`")
     run = Path(args.run)
-    config = object_of(run / "config.json") if (run / "config.json").exists() else {}
+    config = read_json(run / "config.json") if (run / "config.json").exists() else {}
     if script_of(config)[0] == "pretrain.py":
         try:
             answer_questions(run, config)

@@ -29,7 +29,7 @@ import torch
 import gym
 import pretrain
 import rl
-from data import parse_mix
+from data import parse_mix, task_pixels
 from lab import report
 from lib.checkpoint import load_model, save_model
 from lib.cli import check_options, cli, Count, main, Natural, NonNegative, Positive, UserError
@@ -148,7 +148,8 @@ def pace(work, settings, folder: Path, steps: int = 10) -> float:
 def evaluate(folder: Path, count: int) -> dict[str, dict[str, float]]:
     """{greedy, sampled: {category: accuracy}} of a checkpoint, on the same tasks for all."""
     model, args, table = load_model(folder), rl.Args(max_new=16), {}
-    tasks = [Task(name, 3_000_000 + i, 0, "test") for name in NAMES for i in range(count)]
+    tasks = [Task(name, 3_000_000 + i, 0, "test", task_pixels(name, model.config))
+             for name in NAMES for i in range(count)]
     for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         settings = rl.RolloutSettings(Tokenizer(model.config.n_ranks), model.config, args.context,
                                       args.max_new, temperature=temperature)

@@ -279,23 +279,29 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path):
-    """Read a JSON file that a script of ours has written. Raises UserError where it is damaged."""
+def read_json(path: Path) -> dict:
+    """Read a JSON file that a script of ours has written, which holds an object. Raises UserError
+    where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is damaged: remove it to go on") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: remove it to go on")
+    return found
 
 
 # ---- logs ---------------------------------------------------------------------------------------
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; [] where there is no such file. A line that was cut short is left
-    out."""
+    """The lines of a log.jsonl, each an object with a number of a step; [] where there is no such
+    file. Other lines are left out: they were cut short or damaged."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):   # also a text that is no UTF-8
+            line = json.loads(text)
+            if isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0:
+                lines.append(line)
     return lines
 
 

@@ -30,8 +30,9 @@ class Curriculum:
     STATE = {"drawn": "drawn", "kept": "replay", "cells": "cells", "top": "top",
              "faults": "faults", "silent": "no_signal"}
 
-    def __init__(self, mix: tuple, seed: int, levels: int, say=print):
+    def __init__(self, mix: tuple, seed: int, levels: int, say=print, pixels: dict | None = None):
         self.mix, self.seed, self.levels, self.say = dict(mix), seed, levels, say
+        self.pixels = pixels or {}                  # {category: side of its pictures}
         self.drawn = 0                              # tasks so far, without those of `replay`
         self.replay: list[tuple] = []               # tasks of dropped rollouts: they go first
         self.cells: dict[str, list] = {}            # "category/level": mean reward, groups
@@ -96,7 +97,7 @@ class Curriculum:
         rng = np.random.default_rng([self.seed, self.drawn])
         self.drawn += 1
         name, level = cells[int(rng.choice(len(cells), p=weights / weights.sum()))]
-        return Task(name, int(rng.integers(2 ** 31)), level)
+        return Task(name, int(rng.integers(2 ** 31)), level, pixels=self.pixels.get(name, 0))
 
     def next_group(self, size: int) -> list[Episode]:
         """The next task as a GRPO group: `size` episodes that are to be played."""

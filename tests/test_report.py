@@ -14,6 +14,7 @@ import train_vit
 from lab import fields, report
 from lib.cli import UserError
 from lib.probes import read_report
+from model import sized
 from tasks.base import Task
 
 
@@ -240,12 +241,12 @@ def test_every_curve_is_of_a_field_that_is_explained_and_drawn_once():
 
 
 def test_questions_are_spread_over_categories_and_levels():
-    few = report.tasks_of("point:3,counting,text", 2, 64, 6)
+    few = report.tasks_of("point:3,counting,text", 2, sized("tiny"), 6)
     assert [t.category for t in few] == ["point"] * 3 + ["counting"] * 3
     assert [t.level for t in few] == [0, 1] * 3 and len(set(few)) == 6
-    many = report.tasks_of("gym", 1, 64, 12)
+    many = report.tasks_of("gym", 1, sized("tiny"), 12)
     assert len({t.category for t in many}) == 12
-    assert report.tasks_of("text,code", 1, 64) == []
+    assert report.tasks_of("text,code", 1, sized("tiny")) == []
 
 
 def test_pictures_of_an_answer_are_those_that_the_model_saw():

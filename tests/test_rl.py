@@ -752,6 +752,27 @@ def test_each_token_is_marked_with_the_version_of_its_weights(tiny):
         assert collector._is_stale(ended, 1) == late and len(collector.curriculum.replay) == late
 
 
+def test_tasks_are_drawn_at_a_size_that_suits_the_patches(tmp_path, monkeypatch):
+    """With patches of 14 pixels a picture of 64 would be four visual tokens."""
+    config = sized("tiny")
+    config.vision.patch_size, config.max_tokens = 14, 64
+    save_model(GLMV(config), tmp_path / "begin")
+    asked, played = SMALL | {"init": str(tmp_path / "begin"), "eval_count": 1}, []
+    monkeypatch.setattr(rl, "report_evaluation", lambda *_: None)
+    monkeypatch.setattr(rl, "accuracy", lambda _: {"mean": 0.0})
+    monkeypatch.setattr(rl, "rollout", lambda engine, episodes, *_: played.extend(episodes))
+    for pixels, side in ((0, 112), (140, 140)):
+        args = Args(**asked, pixels=pixels, out=str(tmp_path / f"out{pixels}"))
+        model, _, _, settings, stream, curriculum, progress = rl.prepare(args, setup("cpu"))
+        rl.evaluate(model, settings, None, args, progress)
+        played += curriculum.next_group(2)
+        assert {e.task.pixels for e in played} == {side}
+        assert {image.shape[:2] for d in stream(0) for image in d.images} == {(side, side)}
+        played.clear()
+    with pytest.raises(UserError, match="--pixels=10000 is more than this model can see"):
+        rl.prepare(Args(**asked, pixels=10_000, out=str(tmp_path / "out")), setup("cpu"))
+
+
 def test_a_category_that_fails_is_paused_and_a_run_that_fails_ends():
     said = []
     curriculum = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 1, said.append)

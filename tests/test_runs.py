@@ -269,3 +269,20 @@ def test_a_line_that_cant_be_printed_ends_no_run(tmp_path, monkeypatch, capfd, n
         os.close(held)
     assert log.reader_gone == gone
     log.close()
+
+
+def test_lines_of_a_log_that_are_none_are_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2}\n5\n[]\nnull\n"x"\n{}\n{"step": "x"}\n'
+                     b'{"step": true}\n{"step": -1}\n\xa7\xff\n' + b"[" * 100_000
+                     + b'\n{"step": 2}\n{"ste')
+    assert common.read_log(path) == [{"step": 1, "loss": 2}, {"step": 2}]
+    common.Log(tmp_path, "run", 9, start=1).close()     # a resumed run reads it
+    assert path.read_text() == '{"step": 1, "loss": 2}\n'
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"5", b"[]", b"null", b"\xa7", b"[" * 100_000])
+def test_a_json_file_that_holds_no_object_is_named(tmp_path, data):
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(UserError, match="config.json is damaged: remove it to go on"):
+        common.read_json(tmp_path / "config.json")

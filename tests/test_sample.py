@@ -13,9 +13,11 @@ import sample
 from lib.checkpoint import save_model
 from lib.cli import UserError
 from lib.common import ROOT
+from lib.episodes import Episode
 from model import GLMV, sized
 from tasks import verify
 from tasks.base import Task
+from tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -154,3 +156,18 @@ def test_the_example_of_the_readme(capsys):
              for q, a in zip(talk[::2], talk[1::2])}
     assert dict(asked)["List all."] == right["List all."] and "orange circle" in right["List all."]
     assert dict(asked)["What color is the circle?"] == "orange"
+
+
+def test_an_evaluation_draws_tasks_at_a_size_that_suits_the_patches(monkeypatch):
+    model, sides = GLMV(sized("tiny")), []
+    model.config.vision.patch_size, model.config.max_tokens = 14, 64
+
+    def played(model, tokens, tasks, *_, **more):
+        sides.append(tasks[0].pixels)
+        return [Episode(task, 0, 0, score=gym.Score(0.0, {}, "gone")) for task in tasks]
+
+    monkeypatch.setattr(sample, "run_tasks", played)
+    for pixels in (0, 140):
+        with pytest.raises(UserError, match="no task of point"):
+            sample.evaluate(model, Tokenizer(512), "point", 1, 2, pixels=pixels)
+    assert sides == [112, 112, 140, 140]

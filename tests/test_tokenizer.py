@@ -6,6 +6,7 @@ import pytest
 
 import tokenizer
 from tasks.base import Message
+from lib.cli import UserError
 from tokenizer import SPECIAL, Tokenizer, train_bpe
 
 
@@ -72,7 +73,7 @@ def test_the_rank_file_is_reproduced_byte_for_byte(tmp_path, monkeypatch):
 def test_another_corpus_is_refused(tmp_path, monkeypatch):
     (tmp_path / "corpus.txt").write_text("something else")
     monkeypatch.setattr(tokenizer, "CORPUS", tmp_path / "corpus.txt")
-    with pytest.raises(ValueError, match="digest"):
+    with pytest.raises(UserError, match="digest"):
         tokenizer.train()
 
 
