@@ -275,7 +275,7 @@ def prepare(stage: str, args: Args, config: Config, hw, say):
     out = Path(args.out) / stage
     model, stream = build(stage, args, config, hw)
     resumed = find_checkpoint(out) if args.resume and checkpoints(out) else None
-    if resumed and (size := read_json(resumed / "config.json")["size"]) != args.size:
+    if resumed and (size := read_json(resumed / "config.json").get("size")) != args.size:
         raise UserError(f"{out} was begun with --size={size}")
     if not resumed:
         first = args.init if stage in (args.stage, "distill") else ""

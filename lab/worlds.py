@@ -163,7 +163,7 @@ def course(work, settings, count: int) -> list:
     """A whole run, stopped PARTS times to be evaluated: [(minutes, table of `evaluate`), ...]. The
     learning rate is constant until the last part and falls in it, as in a run without stops."""
     path = Path(settings.out) / "course.json"
-    points = (read_json(path) if path.exists()
+    points = (read_json(path, list) if path.exists()
               else [(0.0, evaluate(Path(settings.init), count))])
     for part in range(len(points), PARTS + 1):
         seconds = timed(work, replace(

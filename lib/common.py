@@ -279,14 +279,14 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file that a script of ours has written, which holds an object. Raises UserError
-    where it is damaged."""
+def read_json(path: Path, kind: type = dict):
+    """Read a JSON file that a script of ours has written. Raises UserError where it is damaged or
+    holds something else than a `kind`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, kind):
         raise UserError(f"{path} is damaged: remove it to go on")
     return found
 

@@ -328,8 +328,7 @@ def test_every_size_of_model_has_as_many_visual_tokens():
         assert [image.shape for image in made.images] == [(side, side, 3)]
     small = sized("small")
     assert task_pixels("doc_qa", TINY) == 256 and task_pixels("doc_qa", small) == 448
-    assert [task_pixels("point", small, asked) for asked in (1, 64, 100, 9999)] == [
-        64, 84, 112, 1024]
+    assert [task_pixels("point", small, asked) for asked in (1, 64, 100)] == [64, 84, 112]
     [made, *_] = Stream(small, mix, pixels=200)(0)
     assert made.images[0].shape == (224, 224, 3)
     for config, most in ((TINY, 64), (small, 896), (sized("base"), 1024)):

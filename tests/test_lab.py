@@ -11,7 +11,7 @@ import pretrain
 import rl
 import train_vit
 from data import parse_mix
-from lab import demo, dino, drafts, mmtp_options, vit_claims, vit_pays, worlds
+from lab import campaign, demo, dino, drafts, mmtp_options, vit_claims, vit_pays, worlds
 from lib.checkpoint import save_model
 from lib.cli import UserError
 from lib.common import ROOT
@@ -320,3 +320,42 @@ def test_self_distillation_runs_and_centring_and_scaling_keep_it_from_collapse(t
     assert used["none"] > 0.9 > 0.6 > sure["none"]      # all prototypes, and decided targets
     assert used["centre"] < 0.01 and used["both"] < 0.01    # one prototype for all
     assert sure["std"] > 0.9                                # targets that say nothing
+
+
+# ---- the campaign of faults ---------------------------------------------------------------------
+
+def test_a_campaign_tells_its_outcomes_apart(monkeypatch, capsys):
+    """A trial for each outcome, in a round of six; the table and the number of faults."""
+    def clear(rng, ground):
+        raise UserError("this file is damaged")
+
+    def two_lines(rng, ground):
+        raise UserError("two\nlines")
+
+    def wrong(rng, ground):
+        raise campaign.Silent("other weights")
+
+    def trial(rng, ground):
+        drawn.append(int(rng.integers(10 ** 9)))
+        (ground.folder / "file").write_text("left behind")
+        folders.append(ground.folder)
+
+    drawn, folders = [], []
+    monkeypatch.setattr(campaign, "reference", lambda ref: None)
+    monkeypatch.setattr(campaign, "KINDS", {
+        "reply": (trial, 2), "page": (clear, 1), "bytes": (wrong, 1), "kill": (two_lines, 1),
+        "disk": (lambda rng, ground: 1 // 0, 1)})
+    assert campaign.campaign(campaign.Args(minutes=0, seed=7)) == 3
+    said = capsys.readouterr().out
+    assert said.splitlines()[-2].split() == ["all", "6", "2", "1", "2", "1"]
+    assert "seed 7" in said and not any(folder.exists() for folder in folders)
+    again = campaign.Args(kind="reply", trial=1, seed=7)
+    assert campaign.campaign(again) == 0 and drawn[0] != drawn[1] == drawn[2]
+    with pytest.raises(UserError, match="--trial needs a --kind"):
+        campaign.campaign(campaign.Args(trial=3))
+
+
+@pytest.mark.slow
+def test_a_minute_of_faults_finds_none(capsys):
+    faults = campaign.campaign(campaign.Args(minutes=1))
+    assert faults == 0, capsys.readouterr()

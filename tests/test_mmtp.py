@@ -431,7 +431,7 @@ def test_a_traced_reply_is_the_plain_one():
     model = load_model(find_checkpoint(DEMO)).eval()
     tokens, seen = Tokenizer(model.config.n_ranks), 0
     for i in range(drafts.TRACED):
-        messages = drafts.held_out_messages(i)
+        messages = drafts.held_out_messages(i, model.config)
         first, *steps, last = drafts.trace(model, tokens, messages, 3, 32)[1:]
         said = first.split("trunk")[1].split()[0]
         for drafted, accepted, trunk in zip(*[iter(steps)] * 3, strict=True):
