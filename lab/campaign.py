@@ -117,13 +117,16 @@ class Ground:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
-    def final(self, name: str, root: Path | None = None) -> dict[str, bytes]:
-        """{stage: the weights' bytes} of the last step of a run; {} where nothing was saved."""
+    def steps(self, name: str, root: Path | None = None) -> dict[str, Path]:
+        """{stage: the newest checkpoint of a run}; {} where nothing was saved."""
         root = root or self.folder / "out"
         stages = ("semantic", "texture") if name == "train_vit" else ("",)
-        steps = {stage: checkpoints(root / stage) for stage in stages}
-        return {stage: (found[-1] / "model.safetensors").read_bytes()
-                for stage, found in steps.items() if found}
+        return {stage: found[-1] for stage in stages if (found := checkpoints(root / stage))}
+
+    def final(self, name: str, root: Path | None = None) -> dict[str, bytes]:
+        """{stage: the weights' bytes} of the last step of a run."""
+        return {stage: (folder / "model.safetensors").read_bytes()
+                for stage, folder in self.steps(name, root).items()}
 
 
 def finish(process, seconds: float = LONGEST) -> str:
@@ -209,16 +212,16 @@ def beside(rng, ground: Ground) -> str:
     one must not notice."""
     name = str(rng.choice(list(RUNS)))
     first = ground.start(name, "--steps=100000")
-    while first.poll() is None and not ground.final(name):
+    while first.poll() is None and not ground.steps(name):
         time.sleep(0.01)
     try:
         finish(ground.start(name, *(["--resume"] if rng.random() < 0.5 else [])))
         raise Silent(f"{name}: two runs in one folder")
     finally:
-        before = ground.final(name)
+        before = ground.steps(name)
         first.terminate()
         finish(first)
-        if first.returncode != 130 or ground.final(name) == before:
+        if first.returncode != 130 or ground.steps(name) == before:
             raise Silent(f"{name}: the first run did not go on and save")
 
 
