@@ -1,9 +1,13 @@
 """Drawing: colours, shapes, characters, and a canvas to paste them on.
 
-The layout of a picture is measured in units: a picture is 64 units wide and has a grid of 4 x 4
-cells of 16 units. At 64 pixels one cell is one visual token (patch 8, merged 2 x 2). Each object
-lies in a cell of its own, because a small model learns aligned objects many times sooner than
-freely placed ones. A larger picture has the same layout, only sharper.
+The layout of a picture is measured in units: a square picture is 64 units wide and has a grid of
+4 x 4 cells of 16 units. At 64 pixels one cell is one visual token (patch 8, merged 2 x 2). Other
+pictures are wider or higher, with whole cells and never more of them than the square, so that a
+model sees them with as many tokens. A larger picture has the same layout, only sharper.
+
+What begins at level 0 lies in cells, each object in one of its own, because a small model learns
+aligned objects many times sooner than freely placed ones. From level 1 on objects may lie anywhere:
+a model that saw aligned ones only would click on a lattice of points in every picture.
 
 Each shape is drawn once at four times its size, reduced to a smooth mask, and cached. To draw a
 picture is then to paste a few masks, which takes about a tenth of a millisecond.
@@ -17,7 +21,11 @@ from threading import Lock
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .base import pick
+
 GRID, CELL, UNITS = 4, 16, 64
+SQUARE = (GRID, GRID)           # columns and rows of cells
+OBLONG = ((3, 4), (4, 3), (3, 5), (5, 3), (2, 7), (7, 2))
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLORS = {                      # name: shade in training, held-out shade
     "red": ((220, 30, 35), (195, 25, 50)),
@@ -29,8 +37,12 @@ COLORS = {                      # name: shade in training, held-out shade
     "cyan": ((25, 195, 215), (50, 185, 200)),
     "pink": ((255, 120, 190), (245, 130, 182)),
 }
-DARK = ((18, 18, 22), (34, 36, 44))         # plain backgrounds: training, held-out
+DARK = ((18, 18, 22), (34, 36, 44))         # ink on light and on dark: training, held-out
 LIGHT = ((246, 246, 242), (228, 232, 238))
+# The greys of plain backgrounds, dark and light, in training and held out. What lies outside 0-255
+# becomes black or white, the commonest grounds of the pictures that people show to a model.
+GREYS = (((-16, 46), (48, 62)), ((222, 272), (200, 218)))
+LIGHT_SHARE = (0.3, 0.5, 0.5, 0.5, 0.5)     # of the plain backgrounds, for each level
 CACHE_BYTES = 24 << 20                      # the most that each cache of pictures may keep
 # One colour of each shape never occurs in training; held-out scenes use all pairs.
 HELD_PAIRS = {(list(COLORS)[(3 * i + 1) % 8], shape) for i, shape in enumerate(SHAPES)}
@@ -46,16 +58,22 @@ def shades(rng, heldout: bool, spread: int = 14) -> dict:
 
 
 def plain(rng, heldout: bool, level: int) -> tuple:
-    """(background, ink): light ink on a dark background, from level 3 on also dark on light.
+    """(background, ink): light ink on a dark background or dark ink on a light one. Half of the
+    backgrounds are grey, black or white, the others slightly tinted.
 
-    With both kinds of background from the start the smallest model learns more slowly: after 150
-    steps it named the colour of a single object in 42-52% of the cases, with dark backgrounds only
-    in 93%. [O]
+    At level 0 fewer are light: with as many light as dark ones from the start the smallest model
+    learns more slowly. [O]
     """
-    dark, light = DARK[heldout], LIGHT[heldout]
-    moves = rng.integers(-8, 9, 4).tolist()
-    ground, ink = (light, dark) if level >= 3 and moves[3] < 0 else (dark, light)
-    return tuple(min(255, max(0, c + d)) for c, d in zip(ground, moves)), ink
+    light = rng.random() < LIGHT_SHARE[level]
+    grey, tinted = int(rng.integers(*GREYS[light][heldout])), int(rng.integers(2))
+    ground = tuple(min(255, max(0, grey + move)) for move in rng.integers(-10, 11, 3) * tinted)
+    ink = (LIGHT, DARK)[light][heldout]
+    return tuple(map(int, ground)), blend(ink, ground, 0.2 * rng.random())
+
+
+def aspect(rng, level: int) -> tuple:
+    """(columns, rows) of a picture, in cells: a square at level 0, half of the time from 1 on."""
+    return pick(rng, OBLONG) if level and rng.integers(2) else SQUARE
 
 
 def ink_on(color) -> tuple:
@@ -174,18 +192,23 @@ def glyph_mask(char: str, cell: int, height: float, bold: float, angle: int) -> 
 
 
 class Canvas:
-    """A square picture. Positions and sizes are in units, 64 to the side. Each drawing method
-    returns the box (x0, y0, x1, y1) that it filled, in the 0-999 coordinates of answers."""
+    """A picture. Positions and sizes are in units, which are as long down as across: `size` is
+    (width, height), (64, 64) for the square. Each drawing method returns the box (x0, y0, x1, y1)
+    that it filled, in the coordinates of answers, 0-999 on each axis.
 
-    def __init__(self, pixels: int, color: tuple):
-        self.unit = pixels / UNITS
-        self.image = Image.new("RGB", (pixels, pixels), color)
+    pixels: the side of the square, also where another `grid`, (columns, rows) in cells, is drawn.
+    """
+
+    def __init__(self, pixels: int, color: tuple, grid=SQUARE):
+        self.unit, self.size = pixels / UNITS, (CELL * grid[0], CELL * grid[1])
+        self.image = Image.new("RGB", tuple(map(self.px, self.size)), color)
 
     @classmethod
-    def on(cls, image: Image.Image):
-        """A canvas that continues to draw on an existing picture."""
-        canvas = cls(1, (0, 0, 0))
-        canvas.unit, canvas.image = image.width / UNITS, image
+    def on(cls, image: Image.Image, pixels: int = 0):
+        """A canvas that continues to draw on an existing picture. pixels: as above, where the
+        picture isn't square."""
+        canvas = cls(pixels or image.width, (0, 0, 0), (0, 0))
+        canvas.image, canvas.size = image, tuple(side / canvas.unit for side in image.size)
         return canvas
 
     def px(self, units: float) -> int:
@@ -201,9 +224,9 @@ class Canvas:
         return ImageDraw.Draw(self.image)
 
     @staticmethod
-    def area(x0, y0, x1, y1) -> tuple:
-        """A box in units -> (x0, y0, x1, y1) in 0-999."""
-        return tuple(round(u * 999 / UNITS, 1) for u in (x0, y0, x1, y1))
+    def area(x0, y0, x1, y1, size=(UNITS, UNITS)) -> tuple:
+        """A box in units -> (x0, y0, x1, y1) in 0-999, in a picture of this size."""
+        return tuple(round(u * 999 / side, 1) for u, side in zip((x0, y0, x1, y1), 2 * size))
 
     def width(self, text: str, size: float, bold=False) -> float:
         """The width of a line of text in units. size: of the font, in units."""
@@ -215,9 +238,8 @@ class Canvas:
             raise ValueError(f"the font has no glyph for {ascii(text)}")
         face, at = font(self.px(size)), self.at(x, y)
         self.pen.text(at, text, color, face, anchor, stroke_width=int(bold))
-        scale = 999 / self.image.width
         corners = self.pen.textbbox(at, text, face, anchor, stroke_width=int(bold))
-        return tuple(round(c * scale, 1) for c in corners)
+        return self.area(*corners, self.image.size)
 
     def word(self, text, x, y, color, size, anchor="l"):
         """Draw a short line from cached masks, five times as fast as `text`. y is its middle; x is
@@ -241,9 +263,8 @@ class Canvas:
         """Paste a colour, or an image, through a mask whose top left corner is at (x, y)."""
         left, top = self.px(x), self.px(y)
         self.image.paste(color, (left, top), mask)
-        scale = 999 / self.image.width
         corners = (left, top, left + mask.width, top + mask.height)
-        return tuple(round(c * scale, 1) for c in corners)
+        return self.area(*corners, self.image.size)
 
     def shape(self, name, x, y, size, color):
         return self.stamp(shape_mask(name, self.px(size)), x, y, color)
@@ -251,13 +272,13 @@ class Canvas:
     def plate(self, x, y, width, height, color, radius=3):
         return self.stamp(plate_mask(self.px(width), self.px(height), self.px(radius)), x, y, color)
 
-    def glyph(self, char, x, y, color, height=13 / 16, bold=0.0, angle=0):
-        """Draw a character in the 16-unit cell whose top left corner is (x, y)."""
-        return self.stamp(glyph_mask(char, self.px(CELL), height, bold, angle), x, y, color)
+    def glyph(self, char, x, y, color, height=13 / 16, bold=0.0, angle=0, cell=CELL):
+        """Draw a character in the cell, 16 units wide by default, with (x, y) as its top left."""
+        return self.stamp(glyph_mask(char, self.px(cell), height, bold, angle), x, y, color)
 
     def noise(self, rng, strength: float):
         """Add grey noise with a standard deviation of `strength` (of 255)."""
-        grain = rng.normal(0, strength, self.image.size)[..., None]
+        grain = rng.normal(0, strength, self.image.size[::-1])[..., None]
         pixels = np.asarray(self.image) + grain
         self.image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 

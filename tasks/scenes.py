@@ -9,10 +9,18 @@ from dataclasses import dataclass
 from .base import box, IMAGE, middle, Obs, OneShot, pick
 from .draw import Canvas, CELL, COLORS, GRID, PAIRS, plain, shades, SHAPES, TRAIN_PAIRS
 
-COLOR_OF = ("What color is the {}?", "Color of the {}?")
-SHAPE_OF = ("What shape is the {} one?", "Shape of the {} one?")
-HOW_MANY = ("How many {}?", "Count the {}.")
-LIST_ALL = "List all."
+# How a user may word a question; screens.py asks the same about screens.
+COLOR_OF = ("What color is the {}?", "What colour is the {}?", "Which color is the {}?",
+            "What color does the {} have?", "Tell me the color of the {}.", "Color of the {}?")
+SHAPE_OF = ("What shape is the {} one?", "Which shape is the {} one?", "What shape is {}?",
+            "What is the shape of the {} one?", "Name the {} shape.", "Shape of the {} one?")
+HOW_MANY = ("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?",
+            "How many {}?", "Count the {}.")
+POINT_AT = ("Point at the {}.", "Point to the {}.", "Where is the {}?", "Where's the {}?",
+            "Find the {}.")
+CLICK_ON = ("Click the {}.", "Click on the {}.", "Press the {}.", "Tap the {}.")
+LIST_ALL = ("List all.", "List the shapes row by row.", "Name all shapes, row by row.",
+            "What shapes are there, row by row?")
 PARTS = ("color", "shape", "place")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
           "bottom right")
@@ -20,7 +28,6 @@ CHINESE = dict(zip((*COLORS, *SHAPES, *PLACES), (
     "红色 绿色 蓝色 黄色 紫色 橙色 青色 粉色 "
     "圆形 方形 三角形 五角星 十字 菱形 "
     "左上 上方 右上 左边 中间 右边 左下 下方 右下").split()))
-POINT_AT = ("Point at the {}.", "Where is the {}?")
 
 
 @dataclass(frozen=True)
@@ -217,7 +224,7 @@ class Scene(OneShot):
                 more.append((question, reply))
         if len(items) <= 6:     # a caption has the most to learn from for its length
             listed = sorted(items, key=lambda item: (item.area[1] // 250, item.area[0]))
-            more.append((LIST_ALL, box(", ".join(item.name for item in listed))))
+            more.append((pick(rng, LIST_ALL), box(", ".join(item.name for item in listed))))
         return more
 
 
