@@ -7,14 +7,14 @@ import re
 import textwrap
 from math import ceil, sqrt
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from . import CATEGORIES
 from .base import IMAGE, Task
 from .draw import font
 from .driver import make
 
-SEED, LEVEL = 0, 3                              # from level 3 on there are light grounds as well
+SEED, LEVEL = 0, 3                              # both kinds of ground and pictures of any aspect
 COLUMNS, SIDE, GAP, FOOT = 6, 256, 18, 88       # tiles in a row; pixels: picture, between, caption
 COLORS = 200                                    # of the palette: as sharp, half the size
 PAPER, CARD, INK = (255, 255, 255), (247, 248, 250), (28, 32, 40)
@@ -23,8 +23,8 @@ FAMILIES = {"perception": (38, 90, 216), "reasoning": (206, 92, 22), "agent": (2
 
 
 def framed(image: Image.Image, side: int) -> Image.Image:
-    """An image at this size, with a thin line along its border."""
-    image = image.resize((side, side), Image.LANCZOS)       # a copy where the size stays
+    """An image in a square of this side, on grey where it is oblong, with a thin border."""
+    image = ImageOps.pad(image, (side, side), Image.LANCZOS, EDGE)
     ImageDraw.Draw(image).rectangle((0, 0, side - 1, side - 1), outline=EDGE)
     return image
 

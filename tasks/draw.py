@@ -284,8 +284,8 @@ class Canvas:
 
 
 def tile(picture: Image.Image, caption: str, side: int = 192) -> Image.Image:
-    """A picture, enlarged by a whole factor to about `side` pixels, with its caption below."""
-    scale = max(1, side // picture.width)
+    """A picture, its longer side enlarged to about `side` pixels, with its caption below."""
+    scale = max(1, round(side / max(picture.size)))
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     lines, face, width = [], font(12), max(192, picture.width)
     for line in caption.splitlines():

@@ -5,53 +5,77 @@ frame in which something happens; directions as seen from inside the scene; a sc
 import json
 from collections import Counter
 from itertools import product
+from math import cos, radians, sin
 
-from .base import box, held, IMAGE, Obs, pick
-from .draw import COLORS, GRID, shape_mask
-from .scenes import cell, Item, kinds, plural, refer, Scene, spot
+from .base import box, held, IMAGE, middle, Obs, pick
+from .draw import aspect, CELL, COLORS, GRID, shape_mask
+from .scenes import by_rows, clear, Item, kinds, offset, plural, refer, Scene
 from .verify import KEYS
 from .words import some_of
 
-BOX = ("Box the {}.", "Give the box of the {}.")
+# How a user may word a question.
+BOX = ("Box the {}.", "Give the box of the {}.", "Draw a box around the {}.",
+       "Mark the {} with a box.", "What is the bounding box of the {}?")
+BOX_ALL = ("Box all {}.", "Give the boxes of all {}.", "Draw a box around each of the {}.",
+           "Mark the {} with boxes.", "What are the bounding boxes of the {}?")
+CHANGED = ("Box what has changed.", "Give the boxes of what differs.", "Box all differences.",
+           "Mark what is different with boxes.", "Draw a box around each change.")
+HOW_MANY_IN = ("How many shapes are in the {} picture?", "How many shapes has the {} picture?",
+               "Count the shapes in the {} picture.", "How many are in the {} picture?")
+FIRST_FRAME = ("Which is the first frame {} the {}?", "Name the first frame {} the {}.",
+               "What is the number of the first frame {} the {}?",
+               "Give the first frame {} the {}.")
+ORDER = ("In what order do shapes {}? Name their colors.", "Shapes {}: in what order? Name the colors.",
+         "Which shapes {} one after the other? Name their colors in this order.")
+JSON = ("List the shapes as JSON: color, shape, size (small or big), at [x, y].",
+        "Give all shapes as JSON with color, shape, size (small or big), at [x, y].",
+        "What is in the picture? Answer in JSON: color, shape, size (small or big), at [x, y].",
+        "Describe each shape as JSON: color, shape, size (small or big), at [x, y].")
 ENDS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}     # axis, direction
 WAYS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 RANKS = ("first", "second", "third", "fourth")
 
 
 def ranked(item, items):
-    """Expressions such as "second star from the left", if no two stars share a column."""
+    """Expressions such as "second star from the left", if the middles of any two stars lie at least
+    half a star apart that way."""
     calls = []
     for name, fits in kinds(item):
         for end, (axis, sign) in ENDS.items():
-            line = sorted(sign * cell(other.area)[axis] for other in items if fits(other))
-            if 1 < len(line) == len(set(line)):
-                rank = RANKS[line.index(sign * cell(item.area)[axis])]
-                calls.append(f"{rank} {name} from the {end}")
+            line = sorted((other for other in items if fits(other)),
+                          key=lambda other: sign * middle(other.area)[axis])
+            steps = [sign * offset(b.area, a.area, axis) for a, b in zip(line, line[1:])]
+            if 0 < len(steps) < len(RANKS) and min(steps) >= 0.5:
+                calls.append(f"{RANKS[line.index(item)]} {name} from the {end}")
     return calls
 
 
-def ahead(item, anchor, way) -> tuple[int, int]:
-    """(distance, offset): how many cells an item lies from the anchor that way, and to its side."""
-    (axis, sign), away = WAYS[way], [a - b for a, b in zip(cell(item.area), cell(anchor.area))]
-    return sign * away[axis], abs(away[1 - axis])
+def ahead(item, anchor, way) -> tuple[float, float]:
+    """(distance, aside): how far an item lies from the anchor that way, and to its side, as
+    `offset` measures it."""
+    axis, sign = WAYS[way]
+    return (sign * offset(item.area, anchor.area, axis),
+            abs(offset(item.area, anchor.area, 1 - axis)))
 
 
 def related(item, items):
-    """Expressions for an item such as "star left of the blue square". The star must be further to
-    the left than above or below, and no other star may lie to the left of the square."""
+    """Expressions for an item such as "star left of the blue square". The star must be clearly
+    further to the left than above or below, and no other star may lie to the left of the square;
+    one that is nearly straight above or below does not."""
     calls, count = [], Counter(other.name for other in items)
     for name, fits in kinds(item):
         rivals = [other for other in items if fits(other) and other is not item]
         anchors = [other for other in items if count[other.name] == 1 and not fits(other)]
         for anchor, way in product(anchors if rivals else [], WAYS):
             far, aside = ahead(item, anchor, way)
-            if far > aside and all(ahead(other, anchor, way)[0] <= 0 for other in rivals):
+            others = [ahead(other, anchor, way) for other in rivals]
+            if far > max(0.75, 1.25 * aside) and all(x <= y / 4 for x, y in others):
                 calls.append(f"{name} {way} the {anchor.name}")
     return calls
 
 
 class Grounding(Scene):
-    """Scenes with things of several sizes that never touch."""
+    """Scenes with things of several sizes that never touch, not even at level 0."""
     tier, verifier, sizes, gap = 1, "F1", (9, 10, 11, 12, 13), 1
 
 
@@ -105,15 +129,14 @@ class GroundMulti(Grounding):
                            lambda p: p[0] == color or p[1] == shape)
         wanted = [pair for pair in self.pairs() if fits(*pair)]
         image, items = self.paint([pick(rng, wanted) for _ in range(count)] + rest)
-        question = pick(rng, ("Box all {}.", "Give the boxes of all {}.")).format(what)
+        question = pick(rng, BOX_ALL).format(what)
         self.more = self.follow_up(items, question, items)
         self.shown = [[item.area for item in items]]
         return Obs(IMAGE + question, [image]), self.shown[0][:count]
 
     def reply(self, gold):
         """The boxes row by row, from left to right."""
-        rows = sorted(gold, key=lambda area: cell(area)[::-1])
-        return box([[round(corner) for corner in area] for area in rows])
+        return box([[round(corner) for corner in area] for area in by_rows(gold)])
 
 
 class SpotDiff(Grounding):
@@ -131,12 +154,12 @@ class SpotDiff(Grounding):
             kept = before[i][1 - kind % 2]
             other = pick(rng, [p for p in self.pairs() if kept in p and p != before[i]])
             (after if kind else before)[i] = other if kind > 1 else None
-        palette, spots = self.palette(), self.place(some_of(rng, range(GRID ** 2)))
+        palette, spots = self.palette(), self.place(len(before))
         (first, old), (second, new) = (self.draw(palette, p, spots) for p in (before, after))
         self.shown = [[(a or b).area] for a, b in zip(old, new)]
-        self.more = [(f"How many shapes are in the {which} picture?", box(sum(map(bool, pairs))))
+        self.more = [(pick(rng, HOW_MANY_IN).format(which), box(sum(map(bool, pairs))))
                      for which, pairs in (("first", before), ("second", after))]
-        question = pick(rng, ("Box what has changed.", "Give the boxes of what differs."))
+        question = pick(rng, CHANGED)
         # Noise comes last: it draws more numbers for a larger picture, and everything before it
         # must be the same at every size.
         for canvas in (first, second) if self.level >= 4 else ():
@@ -165,19 +188,22 @@ class VideoEvents(Grounding):
         acts = [act] * n + [other] * (len(pairs) - n)
         self.shown = range(2, length + 1)
         times = some_of(rng, self.shown, n) + [pick(rng, self.shown) for _ in pairs[n:]]
-        palette, spots, film = self.palette(), self.place(some_of(rng, range(GRID ** 2))), []
+        jumpers = [i for i, does in enumerate(acts) if does == "jump"]
+        places, palette, film = len(pairs) + len(jumpers), self.palette(), []
+        spots = self.place(places, [12 if places <= 8 else 9] * places)
+        landing = dict(zip(jumpers, spots[len(pairs):]))
         for frame in range(1, length + 1):
             done = [frame >= when and does for does, when in zip(acts, times)]
             shown = [None if did == "vanish" or does == "appear" and not did else pair
                      for pair, does, did in zip(pairs, acts, done)]
-            stand = [spots[i + 8 * (did == "jump")] for i, did in enumerate(done)]
+            stand = [landing[i] if did == "jump" else spots[i] for i, did in enumerate(done)]
             film.append(self.draw(palette, shown, stand)[0].image)
         items = [Item(*pair, None) for pair in pairs]
         calls = [refer(rng, item, items) for item in items]
-        asked = [(f"Which is the first frame {self.acts[does]} the {call}?", when)
+        asked = [(pick(rng, FIRST_FRAME).format(self.acts[does], call), when)
                  for call, does, when in zip(calls, acts, times) if does]
         events = sorted(zip(times, self.cast[:n]))
-        told = f"In what order do shapes {act}? Name their colors.", [color for _, color in events]
+        told = pick(rng, ORDER).format(act), [color for _, color in events]
         (question, gold), *rest = [told, *asked] if rng.integers(2) else [*asked, told]
         self.why = "; ".join(f"frame {when}: {color}" for when, color in events)
         self.more = [(later, self.reply(answer)) for later, answer in rest[:4]]
@@ -210,14 +236,16 @@ class SpatialRelation(Grounding):
         rng, n = self.rng, self.number()
         pairs = some_of(rng, self.pairs(), n)
         apart = 2 if self.level in (0, 2) else 1        # angle between two sides, in eighths
-        cells = None
-        while not cells or held(f"{arrow} {looks} {cells}") != self.heldout:
-            arrow = (1 + rng.integers(2, size=2)).tolist()
+        layout = None           # at level 0 the cells, then only the directions, in order
+        while not layout or held(f"{looks} {layout}") != self.heldout:
             looks = 0 if self.level < 2 else 2 * int(rng.integers(1, 4))
-            ways = some_of(rng, range(0, 8, apart), n)
-            cells = [self.beside(arrow, way) for way in ways]
+            ways = layout = some_of(rng, range(0, 8, apart), n)
+            if self.level == 0:
+                arrow = (1 + rng.integers(2, size=2)).tolist()
+                layout = [*(self.beside(arrow, way) for way in ways), arrow]
+        *spots, (x, y, size) = (self.around(ways, 12 * apart) if self.level else
+                                self.in_cells([x + GRID * y for x, y in layout]))
         palette = self.palette()
-        *spots, (x, y, size) = self.place([x + GRID * y for x, y in [*cells, arrow]])
         canvas, items = self.draw(palette, pairs, spots)
         canvas.stamp(shape_mask("arrow", canvas.px(size)).rotate(-45 * looks), x, y, palette[2])
         (question, gold, self.why), *more = [self.ask(looks, way, item.name, SIDES[::apart])
@@ -232,6 +260,28 @@ class SpatialRelation(Grounding):
         room = max(dx * (3 - x), -dx * x, dy * (3 - y), -dy * y)
         far = 1 if dx and dy else 1 + int(self.rng.integers(room))
         return x + far * dx, y + far * dy
+
+    def around(self, ways, spread):
+        """A random (x, y, size) for a thing in each of these directions from the arrow, up to
+        `spread` degrees beside them, and last the arrow's. They don't touch."""
+        rng = self.rng
+        while True:
+            self.grid = aspect(rng, self.level)
+            wide, high = (CELL * side for side in self.grid)
+            x, y = rng.uniform(0.35, 0.65, 2) * (wide, high)    # the arrow's middle
+            spots = [(x - 6, y - 6, 12)]
+            for way, turn in zip(ways, rng.uniform(-spread, spread, len(ways))):
+                size, angle = int(rng.integers(9, 13)), radians(45 * way + turn)
+                dx, dy = sin(angle), -cos(angle)
+                room = min((abs((side if d > 0 else 0) - c) - size / 2) / max(abs(d), 1e-9)
+                           for side, c, d in ((wide, x, dx), (high, y, dy)))
+                far = rng.uniform(11, max(11, room))
+                left, top = x + far * dx - size / 2, y + far * dy - size / 2
+                if far > room or not clear(left, top, size, spots):
+                    break
+                spots.append((left, top, size))
+            else:
+                return spots[1:] + spots[:1]
 
     def ask(self, looks, way, name, sides):
         """(question, answer, thought) about a thing that lies in direction `way` (an index of SKY)
@@ -250,25 +300,25 @@ class SpatialRelation(Grounding):
 
 
 class SceneToJson(Grounding):
-    """List everything in the picture as JSON, row by row; "at" is any point on the thing."""
+    """List everything in the picture as JSON, row by row; "at" is any point on the thing. Small
+    things measure 8 or 9 units, big ones 13 or 14."""
     tier, sizes, blind = 0, (8, 13), (0.01,) * 5        # one thing in one of 16 cells
     objects = ((2, 2), (2, 3), (3, 4), (4, 6), (6, 8))
 
     def make(self):
         rng, pairs = self.rng, [pick(self.rng, self.pairs()) for _ in range(self.number())]
-        cells = sorted(some_of(rng, range(GRID ** 2), len(pairs)))
         palette, spots = self.palette(), []
-        while len({size for _, _, size in spots}) < 2:      # "small" needs a big one to compare
-            spots = self.place(cells)
+        while len({size > 10 for _, _, size in spots}) < 2:     # "small" needs a big one to compare
+            spots = self.place(len(pairs), [pick(rng, (8, 9, 13, 14)) for _ in pairs])
         canvas, items = self.draw(palette, pairs, spots)
         gold = [{"color": item.color, "shape": item.shape, "size": ("small", "big")[size > 10],
                  "box": item.area} for item, (_, _, size) in zip(items, spots)]
+        gold = by_rows(gold, lambda thing: thing["box"])
         self.more = [(pick(rng, BOX).format(call), GroundBox.reply(self, item.area))
                      for item in items if (call := refer(rng, item, items))][:2]
         self.shown = [gold[:3]]                 # `glance` lists three things at most
-        question = "List the shapes as JSON: color, shape, size (small or big), at [x, y]."
-        return Obs(IMAGE + question, [canvas.image]), gold
+        return Obs(IMAGE + pick(rng, JSON), [canvas.image]), gold
 
     def reply(self, gold):
-        told = [{key: thing.get(key, spot(thing["box"])) for key in KEYS} for thing in gold]
+        told = [{key: thing.get(key, self.spot(thing["box"])) for key in KEYS} for thing in gold]
         return box(json.dumps(told, separators=(",", ":")))

@@ -1,13 +1,21 @@
-"""Coloured shapes on a grid: name them, count them, point at them.
+"""Coloured shapes: name them, count them, point at them.
 
-The three categories draw the same scenes. A demonstration asks the category's own question first
-and then up to four questions of the other two. A question is asked only if it has exactly one right
-answer and no earlier turn has given that answer away.
+The three categories draw the same scenes. At level 0 a scene is square and each shape has a cell of
+the grid for itself; from level 1 on half of the scenes are wider or higher, and shapes lie anywhere
+without touching, in many sizes. What is held out are pairs of colour and shape, shades, and grounds.
+
+A demonstration asks the category's own question first and then up to four questions of the other
+two, or to click something: a picture must not tell which kind of reply is wanted. A question is
+asked only if it has exactly one right answer and no earlier turn has given that answer away. Where
+it depends on an order, the places in that order must be clearly apart.
 """
 from dataclasses import dataclass
+from itertools import combinations
+from math import sqrt
 
 from .base import box, IMAGE, middle, Obs, OneShot, pick
-from .draw import Canvas, CELL, COLORS, GRID, PAIRS, plain, shades, SHAPES, TRAIN_PAIRS
+from .draw import (aspect, Canvas, CELL, COLORS, GRID, PAIRS, plain, shades, SHAPES, SQUARE,
+                   TRAIN_PAIRS)
 
 # How a user may word a question; screens.py asks the same about screens.
 COLOR_OF = ("What color is the {}?", "What colour is the {}?", "Which color is the {}?",
@@ -51,11 +59,22 @@ def cell(area) -> list[int]:
     return [int(GRID * c / 1000) for c in middle(area)]
 
 
-def spot(area) -> list[int]:
-    """The middle of the cell that contains a thing, which is always a point on the thing. Of all
-    right answers it is the one that does not depend on the random shift of the thing, so the
-    training targets have no noise. [O]"""
-    return [round((c + 0.5) * 999 / GRID) for c in cell(area)]
+def offset(one, other, axis: int) -> float:
+    """How far the middle of a box lies from that of another along an axis, in lengths of the larger
+    box. Shapes are as wide as high, so offsets along both axes have the same scale."""
+    lengths = [area[axis + 2] - area[axis] for area in (one, other)]
+    return (one[axis] + one[axis + 2] - other[axis] - other[axis + 2]) / 2 / max(lengths)
+
+
+def by_rows(things, area=lambda thing: thing) -> list:
+    """Things row by row, each row from left to right. A row has all things whose middle lies at
+    most half a thing below the middle of its highest. area: the box of a thing."""
+    rows = []
+    for thing in sorted(things, key=lambda thing: middle(area(thing))[1]):
+        if not rows or offset(area(thing), area(rows[-1][0]), 1) > 0.5:
+            rows.append([])
+        rows[-1].append(thing)
+    return [thing for row in rows for thing in sorted(row, key=lambda thing: area(thing)[0])]
 
 
 def ask_attribute(rng, item, items):
@@ -127,24 +146,40 @@ def moving(item: Item, move: str, language: str = "en", parts=PARTS) -> str:
     return f"{''.join(map(CHINESE.get, words))}向{dict(zip(MOVES, '左右上下'))[move]}移动"
 
 
+APART = 1.5                     # least distance between things that lie anywhere, in units
+
+
+def clear(x, y, size, spots) -> bool:
+    """Whether a thing at (x, y) would lie APART from those at `spots`, each an (x, y, size)."""
+    return not any(x < x1 + size1 + APART and x1 < x + size + APART
+                   and y < y1 + size1 + APART and y1 < y + size + APART for x1, y1, size1 in spots)
+
+
 class Scene(OneShot):
-    """Shapes on a plain background, each in a cell of its own, shifted by up to two units."""
+    """Shapes on a plain background."""
     objects = ((1, 3), (2, 4), (4, 6), (6, 9), (9, 13))     # least and most, for each level
-    sizes, gap = (11, 12, 13), 0    # in units; gap: least distance from the border of the cell
+    sizes, gap = (11, 12, 13), 0    # level 0, in units; gap: least distance from the cell's border
+    grid = SQUARE                   # columns and rows of the picture, in cells
 
     def paint(self, pairs):
-        """Draw (color, shape) pairs in random cells -> (picture, items in the pairs' order)."""
-        palette = self.palette()
-        cells = self.rng.permutation(GRID * GRID)[:len(pairs)].tolist()
-        canvas, items = self.draw(palette, pairs, self.place(cells))
+        """Draw (color, shape) pairs at random places -> (picture, items in the pairs' order)."""
+        palette, spots = self.palette(), self.place(len(pairs))
+        canvas, items = self.draw(palette, pairs, spots)
         return canvas.image, items
 
     def palette(self):
         """(RGB of each colour, background, ink)"""
         return shades(self.rng, self.heldout), *plain(self.rng, self.heldout, self.level)
 
-    def place(self, cells):
-        """A random (x, y, size), in units, for a thing in each of these cells."""
+    def place(self, n, sizes=()):
+        """A random (x, y, size), in units, for each of n things. sizes: those of level 1 on, if
+        they are not left to chance."""
+        if self.level == 0:
+            return self.in_cells(self.rng.permutation(GRID * GRID)[:n].tolist())
+        return self.anywhere(n, sizes)
+
+    def in_cells(self, cells):
+        """A random (x, y, size) for a thing in each of these cells, shifted by up to two units."""
         rng, n, spots = self.rng, len(cells), []
         sizes, moves = rng.integers(len(self.sizes), size=n), rng.integers(-2, 3, (n, 2))
         for number, i, (dx, dy) in zip(cells, sizes.tolist(), moves.tolist()):
@@ -155,10 +190,41 @@ class Scene(OneShot):
                           number // GRID * CELL + room + max(-reach, min(reach, dy)), size))
         return spots
 
+    def anywhere(self, n, sizes=()):
+        """A random (x, y, size) for each of n things, in a picture of a random aspect with at least
+        a cell for each. Sizes are whole units, at least 9, so that there are few masks; the fewer
+        things, the larger. The largest things are placed first, or there would be no room."""
+        rng = self.rng
+        while True:
+            self.grid = columns, rows = aspect(rng, self.level)
+            wide, high = CELL * columns, CELL * rows
+            most = int(sqrt(0.4 * wide * high / n) - APART)     # covers two fifths at most
+            chosen = sizes or rng.integers(9, max(9, min(24, most)) + 1, n).tolist()
+            spots = {}
+            for i in sorted(range(n), key=lambda i: -chosen[i]) if n <= columns * rows else ():
+                size = chosen[i]
+                corners = rng.random((20, 2)) * (wide - size, high - size)
+                for x, y in corners.tolist():
+                    if clear(x, y, size, spots.values()):
+                        spots[i] = x, y, size
+                        break
+                else:
+                    break
+            if len(spots) == n:
+                return [spots[i] for i in range(n)]
+
+    def spot(self, area) -> list[int]:
+        """The answer to the question where a thing is: the middle of its box, which is always a
+        point on it. At level 0 the middle of its cell, which is, too: it does not depend on the
+        random shift of the thing, so the training targets have no noise. [O]"""
+        if self.level:
+            return list(middle(area))
+        return [round((c + 0.5) * 999 / GRID) for c in cell(area)]
+
     def draw(self, palette, pairs, spots):
         """Draw a (color, shape), or nothing for None, at each spot -> (canvas, items in order)."""
         colors, ground, _ = palette
-        canvas = Canvas(self.pixels, ground)
+        canvas = Canvas(self.pixels, ground, self.grid)
         items = [pair and Item(*pair, canvas.shape(pair[1], x, y, size, colors[pair[0]]))
                  for pair, (x, y, size) in zip(pairs, spots)]
         return canvas, items
@@ -171,7 +237,7 @@ class Scene(OneShot):
         move = pick(rng, tuple(MOVES))
         dx, dy = MOVES[move]
         x, y = rng.integers(1, GRID - 1, 2).tolist()    # every direction is possible from there
-        [(left, top, size)] = self.place([y * GRID + x])
+        [(left, top, size)] = self.in_cells([y * GRID + x])
         (before, [item]), (after, _) = (
             self.draw(palette, [pair], [(left + far * dx, top + far * dy, size)])
             for far in (0, CELL // 4))
@@ -199,10 +265,10 @@ class Scene(OneShot):
         return int(self.rng.integers(low, high + 1))
 
     def follow_up(self, items, own, named):
-        """Up to four more (question, reply) after the question `own`, and a caption. named: items
-        whose colour and shape the dialogue has already given away."""
+        """Up to four more (question, reply) after the question `own`, and a list of all. named:
+        items whose colour and shape the dialogue has already given away."""
         rng, asked, more = self.rng, {own}, []
-        for kind in rng.integers(3, size=8).tolist():
+        for kind in rng.integers(4, size=8).tolist():
             item = pick(rng, items)
             if kind == 0 and item not in named and (found := ask_attribute(rng, item, items)):
                 question, reply = found[0], box(found[1])
@@ -213,17 +279,20 @@ class Scene(OneShot):
                 if count == 1 and rng.integers(4):      # or nearly every answer would be 1
                     continue
                 reply = box(count)
-            elif kind == 2 and (called := refer(rng, item, items)):
-                question = pick(rng, POINT_AT).format(called)
-                reply = box(spot(item.area))
+            elif kind >= 2 and (called := refer(rng, item, items)):
+                question = pick(rng, CLICK_ON if kind == 3 else POINT_AT).format(called)
+                x, y = self.spot(item.area)
+                reply = f"click({x}, {y})" if kind == 3 else box([x, y])
                 named = [*named, item]
             else:
                 continue
             if question not in asked and len(more) < 4:
                 asked.add(question)
                 more.append((question, reply))
-        if len(items) <= 6:     # a caption has the most to learn from for its length
-            listed = sorted(items, key=lambda item: (item.area[1] // 250, item.area[0]))
+        # A list has the most to learn from for its length. Its rows must be clear.
+        if len(items) <= 6 and not any(0.4 < abs(offset(one.area, other.area, 1)) < 0.75
+                                       for one, other in combinations(items, 2)):
+            listed = by_rows(items, lambda item: item.area)
             more.append((pick(rng, LIST_ALL), box(", ".join(item.name for item in listed))))
         return more
 
@@ -303,7 +372,7 @@ class Point(Scene):
         return Obs(IMAGE + question, [image]), self.items[0].area
 
     def reply(self, gold):
-        return box(spot(gold))
+        return box(self.spot(gold))
 
     def glance(self, rng):
         return self.reply(pick(rng, self.items).area)

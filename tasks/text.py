@@ -1,10 +1,14 @@
-"""Reading: a short line of large characters, one in each cell of the grid."""
-from .base import box, held, IMAGE, Obs, OneShot, pick
-from .draw import Canvas, CELL, GRID, plain
+"""Reading: a short line of large characters. At level 0 each has a cell of the grid for itself;
+from level 1 on the line lies anywhere, in many sizes, and half of the pictures are not square."""
+from .base import box, click, held, IMAGE, middle, Obs, OneShot, pick
+from .draw import aspect, Canvas, CELL, GRID, plain, SQUARE
+from .scenes import CLICK_ON, POINT_AT
 
 UPPER = "ABCDEFGHJKLMNPRTUVWXY2346789"      # without O and 0, I and 1, S and 5, Z, Q
 LOWER = "abdefhnrt"                         # letters that do not look like their capitals
-QUESTIONS = ("Read the text.", "What does it say?")
+QUESTIONS = ("Read the text.", "What does it say?", "What is written here?",
+             "Read what is written.", "What text is this?")
+CHARACTER = ("What is character {}?", "Which character is number {}?", "Read character {}.")
 
 
 def jitter(rng, first: int, end: int) -> int:
@@ -30,21 +34,38 @@ class OcrLine(OneShot):
         gold = ""
         while not gold or held(gold) != self.heldout:
             gold = "".join(pick(rng, letters) for _ in range(int(rng.integers(low, high + 1))))
-        row, column = int(rng.integers(GRID)), int(rng.integers(GRID - len(gold) + 1))
         ground, ink = plain(rng, self.heldout, self.level)
-        canvas = Canvas(self.pixels, ground)
         bold = 0.02 if self.heldout else pick(rng, (0.0, 0.04))
-        dx = jitter(rng, column, column + len(gold))    # the same shift for the whole line
-        dy = jitter(rng, row, row + 1)
+        grid, x, y, side = self.place(len(gold))
+        canvas, areas = Canvas(self.pixels, ground, grid), []
         for i, char in enumerate(gold):
             angle = int(rng.integers(-3, 4)) * 5 if self.level >= 3 else 0
-            x, y = (column + i) * CELL + dx, row * CELL + dy
-            canvas.glyph(char, x, y, ink, 12 / 16, bold, angle)
+            areas.append(canvas.glyph(char, x + i * side, y, ink, 12 / 16, bold, angle, side))
         if self.level >= 4:
             canvas.noise(rng, 25)
         i = int(rng.integers(len(gold)))
-        self.more = [(f"What is character {i + 1}?", box(gold[i]))]
+        self.more = [(pick(rng, CHARACTER).format(i + 1), box(gold[i]))]
+        if gold.count(gold[i]) == 1:        # else it would have two right answers
+            self.more.append((pick(rng, CLICK_ON).format(gold[i]), click(areas[i])))
+            self.more.append((pick(rng, POINT_AT).format(gold[i]), box([*middle(areas[i])])))
         return Obs(IMAGE + pick(rng, QUESTIONS), [canvas.image]), gold
+
+    def place(self, n):
+        """A random (grid, x, y, side) for a line of n characters: the picture's columns and rows,
+        the line's top left and the side of a character's square, in units. A capital, three
+        quarters of the side, is nine units high or more."""
+        rng = self.rng
+        if self.level == 0:
+            row, column = int(rng.integers(GRID)), int(rng.integers(GRID - n + 1))
+            dx, dy = jitter(rng, column, column + n), jitter(rng, row, row + 1)
+            return SQUARE, column * CELL + dx, row * CELL + dy, CELL
+        most = 0
+        while most < 12:
+            grid = aspect(rng, self.level)
+            wide, high = (CELL * side for side in grid)
+            most = min(24, wide // n, high)
+        side = int(rng.integers(12, most + 1))
+        return grid, rng.uniform(0, wide - n * side), rng.uniform(0, high - side), side
 
     def glance(self, rng):
         return box(self.gold[:2] + "?" * (len(self.gold) - 2))

@@ -1,6 +1,7 @@
 """Grounding: expressions that fit exactly one thing, films, viewpoints, and their verifiers."""
 import json
 import re
+from itertools import combinations
 
 import pytest
 
@@ -8,7 +9,7 @@ from gym import make, play_out, Rewards
 from tasks import Task, verify
 from tasks.base import box, IMAGE
 from tasks.grounding import ranked, related, SIDES
-from tasks.scenes import cell, Item
+from tasks.scenes import by_rows, Item
 
 
 def stand(*things):
@@ -28,6 +29,22 @@ def test_expressions_fit_exactly_one_thing():
     assert not any(call.startswith("star left") for call in related(beside, items))
 
 
+def test_orders_are_asked_only_where_they_are_clear():
+    left, right = items = stand(("red star", 1, 0), ("blue star", 1.2, 2))
+    assert ranked(left, items) == ["first star from the top", "second star from the bottom"]
+    anchor = stand(("pink cross", 3, 0.4))
+    assert "star left of the pink cross" not in related(left, items + anchor)   # nor is the other
+    askew = stand(("red star", 1, 1), ("pink cross", 3, 2.9), ("blue star", 3.1, 0))
+    assert not any(call.endswith("pink cross") for call in related(askew[0], askew))
+
+
+def test_things_are_listed_row_by_row():
+    names = "red star", "blue star", "pink cross", "green circle"
+    places = (2, 0.2), (0, 0.3), (3, 0), (0, 1.2)
+    listed = by_rows(stand(*((name, *at) for name, at in zip(names, places))), lambda i: i.area)
+    assert [item.name for item in listed] == [names[i] for i in (1, 0, 2, 3)]
+
+
 @pytest.mark.parametrize("level", range(5))
 def test_a_box_on_every_cell_earns_nothing(level):
     cells = [[250 * x + 35, 250 * y + 35, 250 * x + 215, 250 * y + 215]
@@ -42,23 +59,25 @@ def test_a_box_on_every_cell_earns_nothing(level):
 def test_crowded_scenes_terminate_and_things_never_touch():
     for seed in range(300):                 # in a few of these nothing at first tells it apart
         make(Task("ground_box", seed, 4)).reset()
-    for seed in range(20):
-        env = make(Task("ground_multi", seed, 4))
-        env.reset()
-        for area in env.shown[0]:
-            x, y = cell(area)
-            assert area[0] > 249.7 * x + 7 and area[3] < 249.7 * (y + 1) - 7
+    for seed in range(50):
+        env = make(Task("ground_multi", seed, seed % 5))
+        width, height = env.reset().images[0].size
+        corners = [[round(c * side / 999) for c, side in zip(area, (width, height) * 2)]
+                   for area in env.shown[0]]
+        assert all(0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height for x0, y0, x1, y1 in corners)
+        for a, b in combinations(corners, 2):           # a pixel of the ground lies between them
+            assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
 
 
 def test_the_pictures_differ_in_the_gold_boxes_and_nowhere_else():
     for seed in range(20):
         env = make(Task("spot_diff", seed, 2, pixels=256))
-        first, second = (image.load() for image in env.reset().images)
-        seen = set()
-        for y in range(256):
-            for x in range(256):
+        images = env.reset().images
+        (first, second), (width, height), seen = [i.load() for i in images], images[0].size, set()
+        for y in range(height):
+            for x in range(width):
                 if first[x, y] != second[x, y]:
-                    at = (x + 0.5) * 999 / 256, (y + 0.5) * 999 / 256
+                    at = (x + 0.5) * 999 / width, (y + 0.5) * 999 / height
                     seen.add(next(i for i, b in enumerate(env.gold) if verify.inside(at, b)))
         assert seen == set(range(len(env.gold)))
 

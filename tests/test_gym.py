@@ -23,7 +23,7 @@ from lib.cli import main
 from tasks import CATEGORIES, Category, contract, Obs, OneShot, Step, Task, verify
 from tasks.base import box, click, held, IMAGE, quoted, recap
 from tasks.contract import CategoryCheck, fingerprints, in_fresh_process
-from tasks.draw import Canvas, HELD_PAIRS
+from tasks.draw import Canvas, HELD_PAIRS, LIGHT_SHARE, OBLONG, plain, shades
 from tasks.hostile import hostile_reply
 from tokenizer import SPECIAL
 
@@ -108,7 +108,9 @@ def test_oracle_solves_the_held_out_split_at_any_size(name, level):
     for seed, pixels in enumerate((0, least + 36, 1024)):
         task = Task(name, seed, level, "test", pixels)
         images = make(task).reset().images
-        assert not images or max(max(image.size) for image in images) == (pixels or least)
+        square, area = pixels or least, [image.width * image.height for image in images]
+        # An oblong picture is never larger than the square, and never much smaller.
+        assert not images or 0.7 * square ** 2 < max(area) <= 1.02 * square ** 2
         assert all(image.mode == "RGB" for image in images)
         assert Rewards().score(task, play_out(task)[2]).reward == pytest.approx(1)
 
@@ -132,6 +134,54 @@ def test_a_group_shares_the_picture():
     assert [env.evidence()["reply"] for env in envs] == ["a", "b"]
     first, second = gym.begin(form), gym.begin(form)
     assert first.reset().images[0] is not second.reset().images[0]
+
+
+SCENES = "shape_attr", "counting", "point", "ground_box", "ocr_line"
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_from_level_1_on_pictures_have_many_aspects_and_no_more_tokens(name):
+    for level in range(5):
+        sizes = [make(Task(name, seed, level)).reset().images[0].size for seed in range(60)]
+        assert all(w % 16 == h % 16 == 0 and w * h <= 64 ** 2 for w, h in sizes)
+        square = sizes.count((64, 64))
+        assert square == 60 if level == 0 else 15 < square < 45 and len(set(sizes)) >= 4
+
+
+def test_answers_lie_on_the_grid_at_level_0_only():
+    points = {}
+    for level in (0, 1):
+        replies = [play_out(Task("point", seed, level))[1][0] for seed in range(150)]
+        points[level] = len(set(replies))
+    assert points[0] <= 16 and points[1] > 140
+
+
+def test_grounds_are_light_and_dark_and_no_colour_is_lost_on_them():
+    rng, seen = np.random.default_rng(0), {True: set(), False: set()}
+    for i in range(2000):
+        level, heldout = i % 5, i % 3 == 0
+        ground, ink = plain(rng, heldout, level)
+        grey = np.mean(ground)
+        seen[heldout].add(ground)
+        assert abs(grey - np.mean(ink)) > 100 and not 70 < grey < 180
+        for color in shades(rng, heldout).values():
+            assert np.abs(np.subtract(color, ground)).sum() > 75
+    assert not seen[True] & seen[False] and {(255,) * 3, (0,) * 3} <= seen[False]
+    light = [np.mean([np.mean(plain(rng, False, level)[0]) > 128 for _ in range(400)])
+             for level in range(5)]
+    assert light == pytest.approx(LIGHT_SHARE, abs=0.09)
+
+
+def test_a_scene_does_not_tell_which_kind_of_reply_is_wanted():
+    replies = {name: "".join(reply for seed in range(30) for _, reply in
+                             drawn(Task(name, seed, seed % 5)).turns()) for name in SCENES}
+    assert all("click(" in said and verify.BEGIN in said for said in replies.values())
+
+
+def drawn(task):
+    env = make(task)
+    env.reset()
+    return env
 
 
 def test_training_never_draws_what_is_held_out():
@@ -413,6 +463,18 @@ def test_a_broken_contract_ends_with_1(careless, capsys):
     out = capsys.readouterr().out
     assert "counting, level 1: no image 1.00 is too far above chance" in out
     assert "the contract holds" not in out
+
+
+def test_a_canvas_of_any_aspect_measures_each_axis_by_itself():
+    for grid in OBLONG:
+        canvas = Canvas(64, (0, 0, 0), grid)
+        wide, high = canvas.size
+        assert canvas.image.size == (wide, high) == (16 * grid[0], 16 * grid[1])
+        full = canvas.plate(0, 0, wide, high, (255, 255, 255), 0)
+        assert full == canvas.area(0, 0, wide, high, canvas.size) == (0, 0, 999, 999)
+        x0, y0, x1, y1 = canvas.text("abc", wide / 2, high / 2, (0, 0, 0), 9)
+        assert abs(x0 - 500) < 40 and 450 < y0 < y1 and x1 * wide / 999 < wide / 2 + 20
+        assert Canvas.on(canvas.image, 64).size == canvas.size
 
 
 def test_a_missing_glyph_is_refused():
