@@ -1,129 +1,317 @@
 """Small screens: click a named button; fill in a form, with one action in each turn.
 
-Widgets lie on the grid of draw.py. A button with an icon fills one cell, one with a word two cells,
-with a large letter in each (a smaller label can't be read at patch 8). Held-out splits use other
-words and other layouts: other combinations of places, though each place occurs in training.
+Screens look as people's do: light or dark, with buttons that are coloured, outlined in a colour,
+grey with a border, or flat, and with labels that are an icon, two large letters or a word in one
+line. A goal calls a button by what can be seen on it: by a colour only where the button has one.
+
+At level 0 the screen is square and the widgets lie in the cells of draw.py, where they are learned
+soonest. From level 1 on they have any place and size, half of the screens are portrait or landscape
+ones, and some have their widgets in a row or a column. Further questions about the same screen ask
+for places, colours, words and numbers, so that only the words of a question tell its kind.
+
+Held-out splits use other words and other layouts: other combinations of places, though each place
+occurs in training.
 """
 from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
 
-from .base import click, Env, held, IMAGE, Obs, OneShot, pick, recap, Step
-from .draw import Canvas, CELL, COLORS, GRID, ink_on, plain, shades, SHAPES
+from PIL import Image, ImageDraw
+
+from .base import box, click, Env, held, IMAGE, middle, Obs, OneShot, pick, recap, Step
+from .draw import (blend, cached_mask, Canvas, CELL, COLORS, font, GRID, ink_on, OBLONG, plain,
+                   shades, SHAPES, SQUARE)
+from .scenes import COLOR_OF, HOW_MANY, POINT_AT
 from .verify import inside, is_point, parse_action
+from .words import CONTROLS, some, some_of
 
-WORDS = ("OK", "NO", "GO", "UP", "ON", "IN", "AT", "BY", "DO", "HI", "ME", "MY",
+SHORT = ("OK", "NO", "GO", "UP", "ON", "IN", "AT", "BY", "DO", "HI", "ME", "MY",
          "WE", "US", "TO", "IT", "IS", "OF", "OR", "AN", "AS", "BE", "HE", "SO", "KG", "OW")
-GOALS = ("Click {}.", "Press {}.")
+# Longer words are written in one line; the held-out split has "NEXT", "COPY", "PRINT" and others.
+WORDS = (*SHORT, "SAVE", "OPEN", "BACK", "NEXT", "HELP", "SEND", "PLAY", "STOP", "EDIT", "EXIT",
+         "MENU", "HOME", "LOGIN", "RESET", "START", "CLOSE", "APPLY", "PRINT", "SHARE", "RETRY",
+         "DONE", "VIEW", "FIND", "COPY", "QUIT", "SKIP", "YES", "UNDO", "LIST", "BUY")
+# How a user may word a goal or a question; other wordings are those of scenes.py.
+GOALS = ("Click {}.", "Click on {}.", "Press {}.", "Tap {}.", "Push {}.", "Please click {}.",
+         "Hit {}.")
+SAYS = ("What does the {} button say?", "Read the {} button.", "What is written on the {} button?")
+ICON_ON = ("Which icon is on the {} button?", "What icon does the {} button have?")
+LIST = ("List the buttons from top to bottom.", "What buttons are there, from top to bottom?")
+FORM_GOALS = ("Tick {}. Press {}.", "Tick {}, then press {}.", "Check {} and press {}.",
+              "Select {}. Then click {}.", "Tick {} and tap {}.", "Choose {}, then {}.")
+TICK = ("Tick {}.", "Check {}.", "Select {}.", "Tick the box of {}.")
+ENDINGS = (("OK", "NO"), ("GO", "NO"), ("Save", "Back"), ("Send", "Exit"), ("Done", "Undo"))
+KINDS = ("plate", "outlined", "grey", "flat")       # of buttons; the first two have a colour
+# Fill, border and ink of grey buttons: on light screens, on dark ones.
+GREY = (((239, 239, 239), (118, 118, 118), (0, 0, 0)), ((224, 224, 224), (140, 140, 140), (0,) * 3),
+        ((250, 250, 250), (190, 190, 190), (40,) * 3), ((60, 60, 66), (135, 135, 140), (240,) * 3))
 
 
-def button(canvas, column, row, color, label):
-    """Draw a button, one cell wide with an icon, else two, and return its box in 0-999."""
-    wide = label not in SHAPES
-    x, y = column * CELL, row * CELL
-    area = canvas.plate(x + 1, y + 1, CELL * (1 + wide) - 2, CELL - 2, color)
-    ink = ink_on(color)
-    if label in SHAPES:
-        canvas.shape(label, x + 3, y + 3, 10, ink)
-    else:
-        for i, char in enumerate(label):
-            canvas.glyph(char, x + i * CELL + (1, -1)[i], y, ink, 10 / 16, 0.02)
-    return area
+def proportions(rng, level: int) -> tuple:
+    """(columns, rows) of a screen, in cells: a square at level 0, half of the time from 1 on."""
+    return pick(rng, OBLONG[:4]) if level and rng.integers(2) else SQUARE
+
+
+@lru_cache(maxsize=4096)
+def length(text: str, size: int) -> int:
+    """The width of a line of text in units, measured at one unit a pixel, so that all sizes of a
+    picture have the same layout."""
+    return ceil(font(size).getlength(text))
+
+
+@cached_mask
+def bold_mask(text: str, size: int) -> Image.Image:
+    """A line of thick text as a smooth mask with the full height of the font."""
+    face, stroke = font(4 * size), round(0.12 * size)
+    width, height = face.getlength(text) + 2 * stroke, sum(face.getmetrics())
+    mask = Image.new("L", (4 * ceil(width / 4) + 4, 4 * ceil(height / 4)))
+    ImageDraw.Draw(mask).text((2, 0), text, 255, face, stroke_width=stroke)
+    return mask.reduce(4)
+
+
+class Theme:
+    """What the widgets of one screen have in common, drawn at random."""
+
+    def __init__(self, rng, heldout: bool, level: int):
+        self.colors = shades(rng, heldout)
+        self.ground, self.ink = plain(rng, heldout, level)
+        self.round = pick(rng, (0, 0.2, 0.2, 0.5))      # radius of the corners / height
+        self.shadow, self.bold = rng.integers(4) == 0, rng.integers(3) == 0
+        self.tinted = bool(rng.integers(2))             # flat buttons: a faint plate, or a line
+        dark = sum(self.ground) < 384
+        self.grey = pick(rng, GREY[-2:] if dark else GREY[:3])
+        self.bar_height = int(rng.integers(8, 13)) if level else 12
+        self.bar_color = pick(rng, ((128, 134, 144), blend(self.ground, self.ink, 0.15),
+                                    blend(self.ground, self.ink, 0.8), *self.colors.values()))
+        self.dots_left = bool(rng.integers(2))
+        self.accent = self.colors[pick(rng, ("green", "green", "blue", "purple"))]
+        # border and inside of a box to tick, its mark, and whether it is filled when ticked
+        self.edge, self.inside, self.mark = pick(rng, (
+            (self.ink, self.ground, self.accent), (self.ink, self.ground, self.ink),
+            ((118, 118, 118), (255, 255, 255), (0, 0, 0))))
+        self.filled, self.line = rng.integers(3) == 0, int(rng.integers(1, 3))
+
+    def write(self, canvas, text, x, y, color, size):
+        """Write a line of text around the point (x, y)."""
+        if not self.bold:
+            canvas.word(text, x, y, color, size, "m")
+            return
+        mask = bold_mask(text, canvas.px(size))
+        canvas.stamp(mask, x - mask.width / 2 / canvas.unit, y - mask.height / 2 / canvas.unit,
+                     color)
+
+    def bar(self, canvas, side):
+        """Draw a title bar with three dots at the top or bottom -> its height; 0 without a side."""
+        (width, height), thick = canvas.size, self.bar_height
+        if not side:
+            return 0
+        y = 0 if side == "top" else height - thick
+        canvas.plate(0, y, width, thick, self.bar_color, 0)
+        for i in range(3):
+            left = (3 if self.dots_left else width - 19) + 6 * i
+            canvas.shape("circle", left, y + thick / 2 - 2, 4, ink_on(self.bar_color))
+        return thick
+
+    def check(self, canvas, x, y, side, ticked):
+        """Draw a box to tick and return its box in 0-999."""
+        full, line = ticked and self.filled, self.line
+        area = canvas.plate(x, y, side, side, self.accent if full else self.edge, 2)
+        if not full:
+            canvas.plate(x + line, y + line, side - 2 * line, side - 2 * line, self.inside, 1)
+        if ticked:
+            canvas.shape("tick", x + 2, y + 2, side - 4,
+                         ink_on(self.accent) if full else self.mark)
+        return area
+
+    def button(self, canvas, kind, spot, color, label, size=0):
+        """Draw a button and return its box in 0-999. spot: x, y, width, height in units; size: of
+        a label in one line; 0: of two letters, each as high as the button allows."""
+        x, y, width, height = spot
+        # a square button never looks like a circle, which may be the icon of another one
+        radius = height * (self.round if width > 1.5 * height else min(0.25, self.round))
+        paint = self.colors.get(color)
+        fill, edge, ink = {
+            "plate": lambda: (paint, None, ink_on(paint)),
+            "outlined": lambda: (self.ground, paint, self.ink),
+            "grey": lambda: self.grey,
+            "flat": lambda: (blend(self.ground, self.ink, 0.12 * self.tinted), None, self.ink),
+        }[kind]()
+        if self.shadow and kind != "flat":
+            canvas.plate(x, y + 1, width + 1, height, blend(self.ground, (0, 0, 0), 0.3), radius)
+        area = canvas.plate(x, y, width, height, edge or fill, radius)
+        if edge:
+            line = 2 if kind == "outlined" and height - size > 4 else 1
+            canvas.plate(x + line, y + line, width - 2 * line, height - 2 * line, fill,
+                         max(0, radius - line))
+        if kind == "flat" and not self.tinted:
+            canvas.plate(x + 1, y + height - 1, width - 2, 1, self.ink, 0)
+        if label in SHAPES:
+            side = min(width, height) - 4
+            canvas.shape(label, x + (width - side) / 2, y + (height - side) / 2, side, ink)
+        elif size:
+            self.write(canvas, label, x + width / 2, y + height / 2, ink, size)
+        else:
+            cell, inner = min(height + 2, width // 2 + 1), bool(edge)
+            for i, char in enumerate(label):
+                left = x + width / 2 + (i - 1) * cell + (1 + 2 * inner) * (1, -1)[i]
+                canvas.glyph(char, left, y + (height - cell) // 2, ink, (10 - 2 * inner) / 16, 0.02 + 0.03 * self.bold,
+                             cell=cell)
+        return area
 
 
 @dataclass(frozen=True)
 class Widget:
     """One button of a screen."""
     label: str                  # a word, the name of a shape, or ""
-    color: str
+    color: str                  # "" for grey and flat buttons
     area: tuple                 # x0, y0, x1, y1 in 0-999
+    kind: str = "plate"
 
     def names(self):
         """The names by which a goal may call it, the shortest first."""
-        the = "the " if self.label in SHAPES else ""
-        named = [the + self.label, f"the {self.color} {self.label}"] if self.label else []
-        return [*named, f"the {self.color} button"]
+        label, color = self.label, self.color
+        named = ["the " * (label in SHAPES) + label, f"the {label} button"] if label else []
+        named += [f"the {color} {label} button"] if label and color else []
+        return named + [f"the {color} button"] if color else named
 
     def answers_to(self, name):
         return name in self.names()
 
 
 class GuiClick(OneShot):
-    """Click the button that is named by its word, its icon or its colour. From level 3 on two
-    buttons have the same word or icon and differ only in colour."""
+    """Click the button that is named by its word, its icon or its colour. From level 3 on, where
+    buttons have colours, two have the same word or icon and differ only in colour."""
     family, tier, verifier = "agent", 2, "HIT"
+    blind = (0.15, 0.2, 0.2, 0.17, 0.15)    # few buttons are large ones
     widgets = ((2, 3), (3, 4), (4, 5), (5, 6), (6, 7))
-
-    @classmethod
-    def chance(cls, level):
-        return 0.12             # a word covers two of 12 to 16 cells, an icon one
+    gap = 2                     # least distance between two buttons, in units
 
     def make(self):
-        rng = self.rng
-        colors = shades(rng, self.heldout)
-        ground, ink = plain(rng, self.heldout, self.level)
-        canvas = Canvas(self.pixels, ground)
-        low, high = self.widgets[self.level]
-        labels = self.labels(int(rng.integers(low, high + 1)))
-        bar, spots = self.arrange(labels)
-        if bar:
-            y = 0 if bar == "top" else (GRID - 1) * CELL + 4
-            canvas.plate(0, y, GRID * CELL, CELL - 4, (128, 134, 144), 0)
-            for i in range(3):
-                canvas.shape("circle", 3 + 6 * i, y + 4, 4, ink)
-        self.shown = [Widget(label, color, button(canvas, *spot, colors[color], label))
-                      for (label, color), spot in zip(labels, spots) if spot]
+        rng, theme = self.rng, Theme(self.rng, self.heldout, self.level)
+        grid, bar = proportions(rng, self.level), pick(rng, (None, "top", "bottom"))
+        canvas, (low, high) = Canvas(self.pixels, theme.ground, grid), self.widgets[self.level]
+        self.letters = bool(rng.integers(2))        # two large letters, else words in one line
+        entries = self.entries(int(rng.integers(low, high + 1)))
+        sizes = [self.measure(label, len(entries)) for label, *_ in entries]
+        spots = self.arrange(sizes, canvas.size, bar, theme.bar(canvas, bar))
+        self.shown = [
+            Widget(label, color, theme.button(canvas, kind, (*spot, *size[:2]), color, label,
+                                              size[2]), kind)
+            for (label, color, kind), size, spot in zip(entries, sizes, spots) if spot]
         goals = [(w, name) for w in self.shown if (name := self.call(w))]
         order = rng.permutation(len(goals)).tolist()
         # the first widget is the target if it has a name of its own: its label suits the split
-        ranked = sorted(order, key=lambda i: goals[i][0] is not self.shown[0])[:5]
-        asked = [(pick(rng, GOALS).format(goals[i][1]), goals[i][0]) for i in ranked]
-        self.more = [(question, click(w.area)) for question, w in asked[1:]]
-        question, target = asked[0]
-        return Obs(IMAGE + question, [canvas.image]), {"action": "click", "box": target.area}
+        ranked = sorted(order, key=lambda i: goals[i][0] is not self.shown[0])
+        (question, area), *more = [(pick(rng, GOALS).format(goals[i][1]), goals[i][0].area)
+                                   for i in ranked]
+        clicks = [(other, click(place)) for other, place in more[:2]]
+        self.more = some_of(rng, clicks + some_of(rng, self.questions(), 5 - len(clicks)))
+        self.more.sort(key=lambda entry: entry[0] in LIST)      # it tells much, so it comes last
+        return Obs(IMAGE + question, [canvas.image]), {"action": "click", "box": area}
 
-    def arrange(self, labels):
-        """(bar, spots): bar is None, "top" or "bottom"; spots has a (column, row) for each label,
-        or None where there is no room left. One in five layouts is held out."""
-        while True:
-            bar = pick(self.rng, (None, "top", "bottom"))
-            rows = {None: range(GRID), "top": range(1, GRID), "bottom": range(GRID - 1)}[bar]
-            free = {(column, row) for row in rows for column in range(GRID)}
-            spots = [self.place(free, 1 if label in SHAPES else 2) for label, _ in labels]
-            if held(f"{bar} {spots}") == self.heldout:
-                return bar, spots
-
-    def labels(self, n):
-        """(label, colour) of n widgets, the target first."""
+    def entries(self, n):
+        """(label, colour, kind) of n widgets, the target first."""
         rng, found = self.rng, []
-        words = [w for w in WORDS if held(w) == self.heldout]
+        words = [w for w in (SHORT if self.letters else WORDS) if held(w) == self.heldout]
+        common = pick(rng, (*KINDS, *KINDS, "plate", "plate", None, None))      # None: several
         for i, c in zip(range(n), rng.permutation(len(COLORS)).tolist()):
-            kind, color = int(rng.integers(5)), list(COLORS)[c]
-            label = pick(rng, words) if kind < 2 else pick(rng, SHAPES) if kind < 4 else ""
-            if self.level >= 3 and i == 0:
-                label = label or pick(rng, words)
-            elif self.level >= 3 and i == 1:
-                label = found[0][0]             # the target's label in another colour,
-            elif any(label == other for other, _ in found):
+            sort, color, kind = int(rng.integers(5)), list(COLORS)[c], common or pick(rng, KINDS)
+            label = pick(rng, SHAPES) if 1 < sort < 4 else pick(rng, words) if sort < 2 else ""
+            if not self.letters and label in words and (rng.integers(2) or length(label, 9) > 25):
+                label = label.capitalize()
+            twin = self.level >= 3 and common in (None, *KINDS[:2]) and i < 3
+            if twin:
+                kind = kind if kind in KINDS[:2] else "plate"
+                label = (label or pick(rng, words)) if i == 0 else found[0][0] if i == 1 else label
+                color = found[0][1] if i == 2 else color    # the target's colour with another label
+            used = [other.upper() for other, *_ in found]
+            if not (twin and i == 1) and label.upper() in used:
                 label = ""
-            if self.level >= 3 and i == 2:
-                color = found[0][1]             # and the target's colour with another label
-            found.append((label, color))
+            if kind not in KINDS[:2]:
+                color, label = "", label or pick(rng, [word for word in (*words, *SHAPES)
+                                                       if word.upper() not in used])
+            found.append((label, color, kind))
         return found
 
-    def place(self, free, width):
-        """Take `width` cells at a random (column, row) out of `free`; None if there is no room."""
-        spots = sorted((c, r) for c, r in free if width == 1 or (c + 1, r) in free)
-        if not spots:
-            return None
-        column, row = pick(self.rng, spots)
-        free -= {(column + i, row) for i in range(width)}
-        return column, row
+    def measure(self, label, n):
+        """(width, height, size of its font; 0: large letters) of a button, one of n, in units."""
+        rng, icon = self.rng, label in SHAPES
+        line = not (icon or self.letters)
+        if not self.level:
+            sizes = [s for s in range(9, 13) if length(label, s) <= 25] if line else [0]
+            return CELL * (2 - icon) - 2, CELL - 2, pick(rng, sizes or [9])
+        scale = 0.75 + (0.95 - 0.1 * n) * rng.random()      # smaller where there are many
+        if line and label:
+            size = max(9, round(10 * scale))
+            return (length(label, size) + 4 + int(rng.integers(8)),
+                    size + 2 + int(rng.integers(1 + round(6 * scale))), size)
+        height = max(11, round(14 * scale))
+        return height if icon else 2 * height + 2, height, 0
+
+    def arrange(self, sizes, room, bar, thick):
+        """The (x, y) of each button, or None where there is no room left. One in five layouts,
+        compared by cells, is held out."""
+        while True:
+            spots, taken, line = [], [], int(self.rng.integers(4))
+            for width, height, _ in sizes:
+                spot = self.place(width, height, taken, room, bar, thick, line)
+                spots.append(spot)
+                taken += [(*spot, width, height)] if spot else []
+            cells = [spot and (int(spot[0]) // CELL, int(spot[1]) // CELL) for spot in spots]
+            if len(taken) > 1 and held(f"{bar} {cells}") == self.heldout:
+                return spots
+
+    def place(self, width, height, taken, room, bar, thick, line):
+        """A random place for a button of this size beside those that are `taken`, or None. line:
+        1 and 2 ask for one column or row, if there is room in it."""
+        first, last = thick * (bar == "top"), room[1] - thick * (bar == "bottom")
+        if not self.level:          # whole cells
+            ys = range(CELL * (bar == "top"), int(last) // CELL * CELL, CELL)
+            spots = [(x + 1, y + 1) for x in range(0, room[0] - width, CELL) for y in ys]
+            spots = some_of(self.rng, spots)
+        else:
+            low = (1, first + 1)
+            spots = [tuple(int(a + (b - a + 1) * share) for a, b, share in zip(
+                low, (room[0] - width - 1, last - height - 1), pair))
+                for pair in self.rng.random((40, 2)).tolist()]
+            if line in (1, 2) and taken:
+                x, y = taken[0][:2]
+                spots = [(x, b) if line == 1 else (a, y) for a, b in spots[:20]] + spots
+        for x, y in spots:
+            if x + width < room[0] and y + height < last and not any(
+                    x < a + w + self.gap and a < x + width + self.gap and
+                    y < b + h + self.gap and b < y + height + self.gap for a, b, w, h in taken):
+                return x, y
+        return None
+
+    def fitting(self, widget):
+        """The names that fit only this widget."""
+        return [name for name in widget.names()
+                if sum(other.answers_to(name) for other in self.shown) == 1]
 
     def call(self, widget):
-        """A name that fits only this widget, or None if every name also fits another. Mostly it is
-        the shortest name; in one case of four the longest, its colour if that is unique."""
-        names = [name for name in widget.names()
-                 if sum(other.answers_to(name) for other in self.shown) == 1]
-        return (names[-1] if self.rng.integers(4) == 0 else names[0]) if names else None
+        """A name that fits only this widget, mostly the shortest, or None if there is none."""
+        names = self.fitting(widget)
+        return (pick(self.rng, names) if self.rng.integers(3) == 0 else names[0]) if names else None
+
+    def questions(self):
+        """[(question, reply)] that ask for something else than a click."""
+        rng, asked = self.rng, []
+        for w in self.shown:
+            names = [name[4:] for name in self.fitting(w) if name.startswith("the ")]
+            bare = [name for name in names if name == f"{w.label} button"]
+            if names:
+                asked.append((pick(rng, POINT_AT).format(pick(rng, names)),
+                              box(list(middle(w.area)))))
+            about = [(pick(rng, COLOR_OF).format(bare[0]), box(w.color))] if w.color and bare else []
+            if w.color and w.label and f"{w.color} button" in names:
+                forms = ICON_ON if w.label in SHAPES else SAYS
+                about.append((pick(rng, forms).format(w.color), box(w.label)))
+            asked += some_of(rng, about, 1)     # either gives the other away
+        down = sorted(self.shown, key=lambda w: w.area[1::-1])
+        told = ", ".join(" ".join(filter(None, (w.color, w.label or "button"))) for w in down)
+        return [*asked, (pick(rng, HOW_MANY).format("buttons"), box(len(down))),
+                (pick(rng, LIST), box(told))]
 
     def reply(self, gold):
         return click(gold["box"])
@@ -133,69 +321,115 @@ class GuiClick(OneShot):
 
 
 class GuiForm(Env):
-    """Tick exactly the named boxes, then press OK. From level 3 on there is also NO, which closes
-    the form. Some forms start with wrong ticks, so that demonstrations show how to correct them."""
+    """Tick exactly the named boxes, then press the button that the goal names, OK. From level 3 on
+    there is also NO, which closes the form; from 1 on both may have other words. Some forms start
+    with wrong ticks, so that demonstrations show how to correct them."""
     family, tier, verifier, layout = "agent", 3, "STATE", "segment"
     max_turns = 16
     fields = ((1, 2), (2, 3), (3, 3), (4, 4), (5, 6))
     letters = "ABCDEFHKLMPR"
-
-    @classmethod
-    def chance(cls, level):
-        return (0.12, 0.06, 0.05, 0.03, 0.01)[level]         # measured: some start almost right
+    words = [word for word in CONTROLS if len(word) <= 5]
+    blind = (0.12, 0.06, 0.05, 0.03, 0.01)      # some start almost right
 
     def reset(self):
         rng = self.rng
         low, high = self.fields[self.level]
         n = int(rng.integers(low, high + 1))
         self.max_turns = 2 * (n + 1) + 2
-        labels = [*self.letters, *SHAPES]
-        names = [labels[i] for i in rng.permutation(len(labels))[:n].tolist()]
-        # (row, column) of OK; from level 3 on NO takes the other half of that row
-        corners = ((3, 0), (3, 2), (0, 0), (0, 2), (3, 1))[:4 if self.level >= 3 else 5]
-        while True:             # one in five layouts is held out
-            ok_row, ok_column = pick(rng, corners)
-            slots = rng.permutation(6)[:n].tolist()
-            if held(f"{ok_row} {ok_column} {slots}") == self.heldout:
-                break
-        rows = [row for row in range(GRID) if row != ok_row]
-        self.spots = {name: (s % 2 * 2, rows[s // 2]) for name, s in zip(names, slots)}
-        self.buttons = {"OK": (ok_column, ok_row)}
-        if self.level >= 3:
-            self.buttons["NO"] = (2 - ok_column, ok_row)
+        self.theme = Theme(rng, self.heldout, self.level)
+        self.place(n)
         wanted = rng.permutation(n)[:1 + int(rng.integers(n))].tolist()
-        self.wanted = {name: i in wanted for i, name in enumerate(names)}
+        self.wanted = {name: i in wanted for i, name in enumerate(self.spots)}
         wrong = rng.integers(2, size=n).tolist() if rng.integers(5) < 2 else [0] * n
-        self.ticks = {name: bool(w) for name, w in zip(names, wrong)}
+        self.ticks = {name: bool(w) for name, w in zip(self.spots, wrong)}
         self.submitted = self.closed = False
-        self.colors = shades(rng, self.heldout)
-        self.ground, self.ink = plain(rng, self.heldout, self.level)
         self.actions = []
-        self.chosen = [name for name in names if self.wanted[name]]
+        self.chosen = [name for name in self.spots if self.wanted[name]]
         listed = " and ".join(filter(None, (", ".join(self.chosen[:-1]), self.chosen[-1])))
-        self.goal = f"Tick {listed}. Press OK."
+        self.goal = pick(rng, FORM_GOALS).format(listed, self.buttons["OK"][0])
         first = self.observe()
         # single clicks are learned before whole forms: each tier builds on the one below [C]
-        self.more = [(f"Tick {name}.", click(self.areas[name])) for name in names]
+        self.more = [(pick(rng, TICK).format(name), click(self.areas[name])) for name in self.spots]
         return first
+
+    def place(self, n):
+        """Choose names and places for n fields, places for the buttons, and their words. A field is
+        (x, y of its label, x of its box), a button (word, kind, colour, font size, x, y, width,
+        height)."""
+        rng, level = self.rng, self.level
+        self.grid = proportions(rng, level)
+        width, height = (CELL * cells for cells in self.grid)
+        while True:             # one in five layouts is held out
+            self.bar = pick(rng, (None, None, "top", "bottom")) if level else None
+            room = height - self.theme.bar_height * bool(self.bar)
+            single = bool(level) and (n + 1) * 12 <= room and rng.integers(3) > 0
+            rows = n + 1 if single else -(-n // 2) + 1 if level else GRID
+            if rows * 11 > room:        # too low for a bar
+                continue
+            slots = rng.permutation(n if single else 2 * rows - 2)[:n].tolist()
+            last, left = pick(rng, (0, rows - 1, rows - 1)), int(rng.integers(3))
+            if held(f"{self.grid} {self.bar} {single} {last} {left} {slots}") == self.heldout:
+                break
+        pitch = room // rows
+        pitch = int(rng.integers(min(pitch, 12), pitch + 1)) if level else CELL
+        top = int(rng.integers(room - rows * pitch + 1)) + self.theme.bar_height * (
+            self.bar == "top")
+        span = width if single else width // 2
+        # the next column is farther from a box than its own label
+        self.side = min(pitch - 1, 14, span // 2 - 3) - int(rng.integers(3)) if level else 14
+        self.side = max(9, self.side)
+        self.size = min(12, pitch - 3)
+        worded, swap = single and rng.integers(3) > 0, bool(level) and rng.integers(2)
+        names = (some(rng, self.words, n, self.heldout) if worded else
+                 some_of(rng, [*self.letters, *SHAPES], n))
+        long = max(length(name, self.size) for name in names) + 2 if worded else self.side + 2
+        spare = span - long - self.side - 2
+        start = 1 + int(rng.integers(max(1, spare))) * bool(level)
+        ys = [top + pitch * row for row in range(rows) if row != last]
+        self.spots = {}
+        for name, slot in zip(names, slots):
+            row, column = (slot, 0) if single else (slot // 2, slot % 2)
+            x = column * span + start
+            self.spots[name] = ((x + self.side + 3, ys[row], x) if swap else
+                                (x, ys[row], x + long))
+        self.pitch = pitch
+        self.end(top + pitch * last, left, width)
+
+    def end(self, y, left, width):
+        """Choose the last buttons in the row at height y."""
+        rng, level, pair = self.rng, self.level, ENDINGS[0]
+        if level and width >= 64:
+            pair = ENDINGS[-1] if self.heldout else pick(rng, ENDINGS[:-1])
+        kind, height = pick(rng, (*KINDS[:2], *KINDS)), self.pitch - 2
+        colors = some_of(rng, list(COLORS)) if level else ["green", "red"]
+        size = 0 if len(pair[0]) == 2 and rng.integers(2) else min(12, height - 2)
+        wide = min(width // 2 - 2, 30, 2 * height + 2) if not size else min(
+            width // 2 - 2, max(length(word, size) for word in pair) + 4)
+        xs = (1, width - wide - 1, (width - wide) // 2)[left], (width - wide - 1, 1, 0)[left]
+        if level >= 3 and left == 2:
+            xs = 1, width - wide - 1
+        self.buttons = {name: (word, kind, color, size, x, y + 1, wide, height) for
+                        name, word, color, x in list(zip(("OK", "NO"), pair, colors, xs))[
+                            :1 + (level >= 3)]}
 
     def observe(self):
         """Draw the form -> observation."""
-        canvas = Canvas(self.pixels, self.ground)
+        theme, side = self.theme, self.side
+        canvas = Canvas(self.pixels, theme.ground, self.grid)
+        theme.bar(canvas, self.bar)
         self.areas = {}
-        for name, (column, row) in self.spots.items():
-            x, y = column * CELL, row * CELL
+        for name, (x, y, at) in self.spots.items():
+            top = y + (self.pitch - side) // 2
             if name in SHAPES:
-                canvas.shape(name, x + 2, y + 2, 12, self.ink)
+                canvas.shape(name, x, top + 1, side - 2, theme.ink)
+            elif len(name) == 1:
+                canvas.glyph(name, x - 1, top - 1, theme.ink, 12 / 16, 0.02, cell=side + 2)
             else:
-                canvas.glyph(name, x, y, self.ink, 12 / 16, 0.02)
-            self.areas[name] = canvas.plate(x + CELL + 1, y + 1, 14, 14, self.ink, 2)
-            canvas.plate(x + CELL + 2.5, y + 2.5, 11, 11, self.ground, 1)
-            if self.ticks[name]:
-                canvas.shape("tick", x + CELL + 3, y + 3, 10, self.colors["green"])
-        for word, (column, row) in self.buttons.items():
-            color = self.colors["green" if word == "OK" else "red"]
-            self.areas[word] = button(canvas, column, row, color, word)
+                theme.write(canvas, name, x + length(name, self.size) / 2, y + self.pitch / 2,
+                            theme.ink, self.size)
+            self.areas[name] = theme.check(canvas, at, top, side, self.ticks[name])
+        for name, (word, kind, color, size, *spot) in self.buttons.items():
+            self.areas[name] = theme.button(canvas, kind, spot, color, word, size)
         return Obs(recap(self.goal, self.actions), [canvas.image])
 
     def over(self):
@@ -235,7 +469,7 @@ class GuiForm(Env):
     def oracle(self):
         """Tick what is missing, in the order of the goal; then untick what is wrong, from the top
         down; then press OK. So each click follows from the goal and the current screen."""
-        down = sorted(self.spots, key=lambda name: self.spots[name][::-1])
+        down = sorted(self.spots, key=lambda name: self.spots[name][1::-1])
         while not self.over():
             wrong = [name for name in self.chosen if not self.ticks[name]]
             wrong += [name for name in down if self.ticks[name] and not self.wanted[name]]
