@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from .base import box, click, Env, held, IMAGE, middle, Obs, OneShot, pick, recap, Step
 from .draw import (blend, cached_mask, Canvas, CELL, COLORS, font, GRID, ink_on, OBLONG, plain,
-                   shades, SHAPES, SQUARE)
+                   shades, SHAPES, SQUARE, UNITS)
 from .scenes import COLOR_OF, HOW_MANY, POINT_AT
 from .verify import inside, is_point, parse_action
 from .words import CONTROLS, some, some_of
@@ -154,8 +154,8 @@ class Theme:
             cell, inner = min(height + 2, width // 2 + 1), bool(edge)
             for i, char in enumerate(label):
                 left = x + width / 2 + (i - 1) * cell + (1 + 2 * inner) * (1, -1)[i]
-                canvas.glyph(char, left, y + (height - cell) // 2, ink, (10 - 2 * inner) / 16, 0.02 + 0.03 * self.bold,
-                             cell=cell)
+                canvas.glyph(char, left, y + (height - cell) // 2, ink, (10 - 2 * inner) / 16,
+                             0.02 + 0.03 * self.bold, cell=cell)
         return area
 
 
@@ -303,7 +303,9 @@ class GuiClick(OneShot):
             if names:
                 asked.append((pick(rng, POINT_AT).format(pick(rng, names)),
                               box(list(middle(w.area)))))
-            about = [(pick(rng, COLOR_OF).format(bare[0]), box(w.color))] if w.color and bare else []
+            about = []
+            if w.color and bare:
+                about.append((pick(rng, COLOR_OF).format(bare[0]), box(w.color)))
             if w.color and w.label and f"{w.color} button" in names:
                 forms = ICON_ON if w.label in SHAPES else SAYS
                 about.append((pick(rng, forms).format(w.color), box(w.label)))
@@ -382,6 +384,8 @@ class GuiForm(Env):
         worded, swap = single and rng.integers(3) > 0, bool(level) and rng.integers(2)
         names = (some(rng, self.words, n, self.heldout) if worded else
                  some_of(rng, [*self.letters, *SHAPES], n))
+        if worded and span < UNITS:     # a long word and its box fit side by side
+            self.size, self.side = 9, 9
         long = max(length(name, self.size) for name in names) + 2 if worded else self.side + 2
         spare = span - long - self.side - 2
         start = 1 + int(rng.integers(max(1, spare))) * bool(level)
