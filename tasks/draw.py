@@ -312,7 +312,7 @@ def strip(images) -> Image.Image:
     """All images of one observation on one picture; a white line where there are none."""
     if len(images) == 1:
         return images[0]
-    framed = [ImageOps.expand(image, 2, "white") for image in images]
+    framed = [ImageOps.expand(image, 2, "silver") for image in images]
     row = max(1, 1100 // framed[0].width) if framed else 1
     return sheet([framed[i:i + row] for i in range(0, len(framed), row)]
                  or [[Image.new("RGB", (384, 1), "white")]])

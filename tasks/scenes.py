@@ -2,7 +2,7 @@
 
 The three categories draw the same scenes. At level 0 a scene is square and each shape has a cell of
 the grid for itself; from level 1 on half of the scenes are wider or higher, and shapes lie anywhere
-without touching, in many sizes. What is held out are pairs of colour and shape, shades, and grounds.
+without touching, in many sizes. Held out are some pairs of colour and shape, shades, and grounds.
 
 A demonstration asks the category's own question first and then up to four questions of the other
 two, or to click something: a picture must not tell which kind of reply is wanted. A question is
@@ -356,11 +356,7 @@ class Counting(Scene):
 
 class Point(Scene):
     """Point at the red star."""
-    tier, verifier = 1, "HIT"
-
-    @classmethod
-    def chance(cls, level):
-        return 1 / GRID ** 2
+    tier, verifier, blind = 1, "HIT", (0.08, 0.10, 0.08, 0.05, 0.04)
 
     def make(self):
         target = pick(self.rng, self.pairs())
