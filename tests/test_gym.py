@@ -49,12 +49,12 @@ def test_same_bytes_in_a_fresh_process():
 # What was drawn when these digests were recorded, a digest for each file of tasks/.
 RECORDED_WITH = {"pillow": "13.0.0", "numpy": "2.4.6"}
 DIGESTS = {
-    "agent": "4e2241c8e1593574", "atlas": "963af100a6f40fa2",
-    "charts": "559e4e78c0ee3fe4", "documents": "95087642ef409a3c",
-    "geometry": "a4422284f1448a1b", "grounding": "a497d0369ed08785",
-    "programs": "81bb2c111e6340ad", "puzzles": "9843e8cab0e663d3",
-    "scenes": "98d2c6de51145565", "screens": "946a551f21df753a",
-    "text": "2e4e56d9b91089da", "tools": "5d1e496c61c0e634",
+    "agent": "4e2241c8e1593574", "atlas": "4a9ece2f5798566c",
+    "charts": "559e4e78c0ee3fe4", "documents": "edea27a08810cc4b",
+    "geometry": "d11985707542219a", "grounding": "42158f024ac960ab",
+    "programs": "81bb2c111e6340ad", "puzzles": "07eeae942953d1fe",
+    "scenes": "ec18abf307369476", "screens": "946a551f21df753a",
+    "text": "5682fb4107a94ace", "tools": "36ff43a9bdfcf608",
     "webdev": "3412ef72e3dae891"}
 same_wheels = pytest.mark.skipif(
     any(version(package) != number for package, number in RECORDED_WITH.items()),
