@@ -10,9 +10,14 @@ from copy import deepcopy
 
 from .base import box, click, Env, IMAGE, Obs, OneShot, pick, recap, Step
 from .draw import Canvas, UNITS
+from .grounding import BOX
 from .phone import control, Device, FORMS, plain_text, random_device, ROW, TEXT
 from .verify import inside, parse_action, plain
 from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
+
+# How a user may word a goal.
+TURN = ("turn {} {}", "switch {} {}")
+SET = ("set {} to {}", "change {} to {}", "switch {} to {}")
 
 
 class GuidedDevice(Device):
@@ -196,8 +201,9 @@ class GuiNavigate(Errand):
             others = [c for c in world["controls"][key][1] or (False, True) if c != now]
             want = now if i and rng.integers(3) == 0 else pick(rng, others)
             self.due["Settings"][key] = want
-            what = (f"turn {name} {('off', 'on')[want]}" if type(want) is bool else
-                    f"set {name} to {want}")
+            switched = type(want) is bool
+            what = pick(rng, TURN if switched else SET).format(
+                name, ("off", "on")[want] if switched else want)
             goals.append(f"{what} in {' > '.join(page)}")
         self.start, goal = ("Settings", []), ", then ".join(goals)
         return f"{goal[0].upper()}{goal[1:]}."
@@ -305,7 +311,8 @@ class UiGround(OneShot):
             device.act("scroll", ["down"])
         if level < 2 and rng.integers(8) == 0:
             device.popup = pick(rng, list(world["controls"]))
-        marks = [(f"Where is the {name}?", [*map(round, area)]) for name, area in device.named()]
+        marks = [(pick(rng, BOX).format(name), [*map(round, area)])
+                 for name, area in device.named()]
         self.shown = [area for _, area in marks]
         (question, gold), *more = some_of(rng, marks, 5)
         self.more = [(question, box(area)) for question, area in more]
