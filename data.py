@@ -258,7 +258,7 @@ def parse_mix(text: str, pixels: int = MOST_PIXELS) -> tuple:
 
     'gym' means every category whose least size is at most `pixels`, which `sight` gives for a
     model, with equal shares of its weight. The weights of a name that comes twice are added. Raises
-    UserError on a wrong weight, or if the sum of the weights is not finite and above 0.
+    UserError on a larger category, a wrong weight, or a sum that is not finite and above 0.
     """
     mix = {}
     for part in filter(None, text.split(",")):
@@ -271,6 +271,9 @@ def parse_mix(text: str, pixels: int = MOST_PIXELS) -> tuple:
             raise UserError(f"--mix takes weights from 0 on, not '{part}'")
         names = gym.names(pixels) if name == "gym" else [name]
         for n in names:
+            if n in gym.names() and (least := gym.CATEGORIES[n].env.min_pixels) > pixels:
+                raise UserError(f"--mix names {n}, which needs pictures of {least} pixels; this "
+                                f"model sees {pixels}, and one of --size=mini or larger sees all")
             mix[n] = mix.get(n, 0.0) + value / len(names)
     total = sum(mix.values())
     if not 0 < total < math.inf:

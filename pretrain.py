@@ -47,7 +47,7 @@ from optim import OptimConfig, Optimizer, schedule
 
 @dataclass
 class Args:
-    size: Literal["auto", "tiny", "small", "base"] = "auto"     # auto: that of --init, or tiny
+    size: Literal["auto", "tiny", "mini", "small", "base"] = "auto"     # that of --init, or tiny
     steps: Positive = 1000        # optimizer updates
     rows: Annotated[int, Range(1, 2 ** 20)] = 2             # packed rows a step, over all ranks
     row_tokens: Annotated[int, Range(32, 2 ** 24)] = 2048   # tokens a row
@@ -72,6 +72,7 @@ class Args:
     vit: str = ""                 # folder of train_vit.py whose tower to start from
     resume: bool = False          # continue from the newest checkpoint in --out
     out: str = "out/pretrain"     # run folder: log.jsonl, config.json, checkpoints
+    keep: str = ""                # folder that gets the weights of each checkpoint too, in bf16
     save_every: Positive = 500    # steps between checkpoints
     eval_every: Natural = 100     # steps between losses on held-out tasks; 0: never
     log_every: Positive = 20      # steps between printed lines
@@ -229,6 +230,8 @@ def save(folder: Path, step: int, model: GLMV, optimizer: Optimizer, packer: Pac
     save_state(folder / "train.pt", {
         "step": step, "position": packer.state(), "seed": args.seed,
         "optimizer": optimizer.state_dict(), "args": asdict(args), "rng": torch.get_rng_state()})
+    if args.keep:
+        save_model(model, args.keep, torch.bfloat16, optimizer.masters)
 
 
 # ---- the run ------------------------------------------------------------------------------------

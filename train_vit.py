@@ -62,12 +62,12 @@ from vit import CogViT
 
 @dataclass
 class Args:
-    size: Literal["tiny", "small", "base"] = "tiny"     # 2 cores, one GPU, or CogViT-L
+    size: Literal["tiny", "mini", "small", "base"] = "tiny"     # base: CogViT-L
     stage: Literal["all", "teachers", "distill", "align"] = "all"   # what to train
     steps: Positive = 600         # optimizer updates of each stage
     batch: Annotated[int, Range(0, 2 ** 24)] = 0    # images a step, over all ranks; 0: 64 or so
     micro: Natural = 0            # images at a time on a rank; 0: its whole share
-    side: Annotated[int, Range(0, 1024)] = 0        # of pictures, in pixels; 0: 64 at tiny, or 224
+    side: Annotated[int, Range(0, 1024)] = 0        # of pictures, in pixels; 0: 64 or 224, by size
     mask: Literal["block", "random"] = "block"          # which patches are hidden
     masked: Share = 0.35          # the share of them [C]
     supervise: Literal["all", "masked"] = "all"         # which patches the loss counts [O]
@@ -510,16 +510,16 @@ def patch_budgets(stage: str, args: Args) -> tuple:
 def check(args: Args) -> Args:
     """The arguments, defaults filled in. Raises UserError on what would fail hours later."""
     check_options(args)
-    world, tiny = int(os.environ.get("WORLD_SIZE", 1)), args.size == "tiny"
+    world, cpu = int(os.environ.get("WORLD_SIZE", 1)), args.size in ("tiny", "mini")
     patch = sized(args.size).vision.patch_size
     batch = args.batch or -(-64 // world) * world       # the first multiple from 64 on
-    side = args.side or (64 if tiny else 224)           # 224 [C]
+    side = args.side or (64 if cpu else 224)            # 224 [C]
     own = (side // patch) ** 2
-    # SigLIP2's budgets [R]. For scenes of `tiny`: sizes around the scene's own, and that one twice,
-    # since shapes are learnt much later from scenes off the grid of patches [O].
+    # SigLIP2's budgets [R]. On CPUs: sizes around the scene's own, and that one twice, since shapes
+    # are learnt much later from scenes off the grid of patches [O].
     around = f"{own * 9 // 16},{own},{own},{own * 25 // 16}"
     args = replace(args, batch=batch, micro=args.micro or batch // world, side=side,
-                   budgets=args.budgets or (around if tiny else "128,256,576,784,1024"))
+                   budgets=args.budgets or (around if cpu else "128,256,576,784,1024"))
     refused = (
         (args.pairs and args.clips, "--clips is a share of drawings; --pairs takes their place"),
         (args.batch % (world * args.micro),

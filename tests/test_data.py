@@ -313,15 +313,22 @@ def test_gym_means_what_the_model_can_see():
     """A model sees a category if a picture of `task_pixels` fits into its visual tokens."""
     assert sight(TINY) == 64 and "chart_read" not in dict(parse_mix("gym", 64))
     assert set(gym.names(64)) < set(gym.names()) == set(dict(parse_mix("gym")))
-    for config in (*map(sized, ("tiny", "small", "base")), *map(odd_config, range(3))):
+    for config in (*map(sized, ("tiny", "mini", "small", "base")), *map(odd_config, range(3))):
         seen = [name for name in gym.names()
                 if (task_pixels(name, config) / unit_of(config)) ** 2 <= config.max_tokens]
         assert gym.names(sight(config)) == seen
 
 
+def test_a_category_that_the_model_cant_see_is_refused():
+    """By each size that it is given, where a named picture would have been made smaller."""
+    assert parse_mix("doc_qa:2", sight(sized("mini"))) == (("doc_qa", 2.0),)
+    with pytest.raises(UserError, match="^--mix names doc_qa, .* of 256 pixels; .* sees 64, and"):
+        parse_mix("gym,doc_qa", sight(TINY))
+
+
 def test_every_size_of_model_has_as_many_visual_tokens():
     mix = parse_mix("point,gui_click")
-    for size, side in (("tiny", 64), ("small", 112), ("base", 112)):
+    for size, side in (("tiny", 64), ("mini", 64), ("small", 112), ("base", 112)):
         config = sized(size)
         [made, *_] = Stream(config, mix)(0)
         assert (made.ids == config.image_token_id).sum() == 16

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import gym
 from conftest import odd_config, random_document
-from data import collate
+from data import collate, sight
 from engine import Cache, probabilities
 from kernels import attention, linear_cross_entropy, rotary_half, rotary_pairs, Segments
 from lib.cli import UserError
-from lib.images import open_image
+from lib.images import open_image, resize
 from mmtp import attach, categorical
 from model import GLMV, rope_positions, sized
 from pretrain import loss_sum
@@ -78,10 +79,24 @@ def test_released_counts():
     assert [round(part / 1e6) for part in parts] == [403, 434, 582, 91]
 
 
-@pytest.mark.parametrize("size,least,most", [("tiny", 0.6e6, 0.9e6), ("small", 45e6, 75e6)])
+@pytest.mark.parametrize("size,least,most", [("tiny", 0.6e6, 0.9e6), ("mini", 2.5e6, 3.5e6),
+                                             ("small", 45e6, 75e6)])
 def test_sizes(size, least, most):
     with torch.device("meta"):
         assert least < GLMV(sized(size)).counts()["total"] < most
+
+
+def test_mini_sees_every_category_and_weighs_at_most_eight_megabytes():
+    """In bf16, with its MTP head. A picture of 256 x 320 pixels is not made smaller."""
+    config = sized("mini")
+    model = GLMV(config)
+    attach(model, 3)
+    assert 2 * model.counts()["total"] < 8e6 and gym.names(sight(config)) == gym.names()
+    assert resize(Image.new("RGB", (320, 256)), config).shape == (256, 320, 3)
+    batch = collate([random_document(config, ((16, 20), (32, 40)), 40)], config)
+    loss, ahead = loss_sum(model, batch, 3)
+    (loss + sum(ahead)).backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("depths", [0, 2])

@@ -453,7 +453,8 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("changes,words", [
-    (dict(init="nowhere"), "no such folder"), (dict(size="huge"), "tiny, small or base"),
+    (dict(init="nowhere"), "no such folder"), (dict(size="huge"), "tiny, mini, small or base"),
+    (dict(mix="point,doc_qa"), "doc_qa, which needs pictures of 256 pixels; .* sees 64,"),
     (dict(mix="pont"), "names 'pont'"), (dict(mix="point:-1"), "weight"),
     (dict(mix="point:many"), "name:weight"), (dict(mix=""), "--mix"),
     (dict(schedule="square"), "constant, linear or cosine"), (dict(rows=0), "--rows"),
@@ -494,6 +495,19 @@ def test_a_size_that_the_checkpoint_does_not_have_is_refused(tmp_path):
     assert len(train(tmp_path / "tiny", size="tiny", steps=2, resume=True)) == 2
 
 
+def test_the_newest_weights_are_kept_in_bf16(tmp_path):
+    """By --keep, at each checkpoint, with the masters' values; a run that is done keeps nothing."""
+    options = dict(size="mini", save_every=1, keep=str(tmp_path / "kept"), mix="point")
+    train(tmp_path / "run", steps=2, **options)
+    newest, kept = (load_tensors(tmp_path / name) for name in ("run/step_000002", "kept"))
+    assert newest.keys() == kept.keys()
+    assert all(torch.equal(newest[name].bfloat16(), kept[name]) for name in newest)
+    assert load_model(tmp_path / "kept").config.text == sized("mini").text
+    (tmp_path / "kept/model.safetensors").unlink()
+    train(tmp_path / "run", steps=2, resume=True, **options)
+    assert not (tmp_path / "kept/model.safetensors").exists()
+
+
 def test_samples_that_cant_be_loaded_end_a_run_that_saves(tmp_path, monkeypatch):
     """A category fails after the second step."""
     def spoil(step):
@@ -507,7 +521,8 @@ def test_samples_that_cant_be_loaded_end_a_run_that_saves(tmp_path, monkeypatch)
 
 # ---- plans, and learning ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size,millions", [("tiny", 0.96), ("small", 60), ("base", 1100)])
+@pytest.mark.parametrize("size,millions", [("tiny", 0.96), ("mini", 3.8), ("small", 60),
+                                           ("base", 1100)])
 def test_a_plan_prints_and_stops(tmp_path, capsys, size, millions):
     pretrain.run(Args(size=size, plan=True, device="cpu", out=str(tmp_path / "run")))
     printed = capsys.readouterr().out
