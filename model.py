@@ -84,11 +84,11 @@ def sized(size: str) -> Config:
         vision = VitConfig(2, 96, 3, 256, patch_size=8, out_hidden_size=96)
         return Config(text, vision, tokens.image, 4, 16, n_ranks, mrope=(2, 6, 8))
     if size == "mini":
-        # Patches of 8 pixels, since the letters of a page of 256 pixels are about 8 high. One thread
+        # Patches of 8 pixels, as the letters of a page of 256 pixels are about 8 high. One thread
         # of a busy machine draws and learns 19 pictures of 128 and 3.7 of 256 pixels a second; with
         # patches of 16 it is 12 and 2.1 at the sizes of data.task_pixels, 35 and 7.9 at half of
-        # them, where a visual token covers four letters by three lines. 120 CPU seconds did not
-        # tell which learns better. 1,024 ranks: 144 tokens a conversation, with 512 it is 164, with
+        # them, where a token covers four letters by three lines. Two minutes of CPU did not tell
+        # which learns better. 1,024 ranks: 144 tokens a conversation, with 512 it is 164, with
         # 2,048 it is 133, but the vocabulary's two matrices are twice as large. Base 20: the
         # frequencies of the columns rotate by 0.06 to 0.22 radians a token, for 16 columns. [O]
         text = TextConfig(tokens.vocab_size, 192, 512, 4, 6, 3, 32, rope_theta=20.0,
