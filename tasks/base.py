@@ -67,6 +67,12 @@ def pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
 
+def worded(rng, forms, level: int) -> str:
+    """One of several wordings of a question. Level 0, the first minutes of a small model, has only
+    the first two. [O]"""
+    return pick(rng, forms if level else forms[:2])
+
+
 def held(text: str) -> bool:
     """Whether a string is held out of training. One in five is, decided by its checksum. [O]"""
     return crc32(text.encode()) % 5 == 0

@@ -42,7 +42,7 @@ LIGHT = ((246, 246, 242), (228, 232, 238))
 # The greys of plain backgrounds, dark and light, in training and held out. What lies outside 0-255
 # becomes black or white, the commonest grounds of the pictures that people show to a model.
 GREYS = (((-16, 46), (48, 62)), ((222, 272), (200, 218)))
-LIGHT_SHARE = (0.3, 0.5, 0.5, 0.5, 0.5)     # of the plain backgrounds, for each level
+LIGHT_SHARE = (0, 0.5, 0.5, 0.5, 0.5)       # of the plain backgrounds, for each level
 CACHE_BYTES = 24 << 20                      # the most that each cache of pictures may keep
 # One colour of each shape never occurs in training; held-out scenes use all pairs.
 HELD_PAIRS = {(list(COLORS)[(3 * i + 1) % 8], shape) for i, shape in enumerate(SHAPES)}
@@ -61,9 +61,13 @@ def plain(rng, heldout: bool, level: int) -> tuple:
     """(background, ink): light ink on a dark background or dark ink on a light one. Half of the
     backgrounds are grey, black or white, the others slightly tinted.
 
-    At level 0 fewer are light: with as many light as dark ones from the start the smallest model
-    learns more slowly. [O]
+    At level 0 all are nearly black. With light ones from the start the smallest model still guessed
+    colours and letters when it named most of them on dark ones (LOG.md: 43.8 against 54.5% after
+    1,200 steps). [O]
     """
+    if level == 0:
+        dark, light = DARK[heldout], LIGHT[heldout]
+        return tuple(min(255, max(0, c + d)) for c, d in zip(dark, rng.integers(-8, 9, 3))), light
     light = rng.random() < LIGHT_SHARE[level]
     grey, tinted = int(rng.integers(*GREYS[light][heldout])), int(rng.integers(2))
     ground = tuple(min(255, max(0, grey + move)) for move in rng.integers(-10, 11, 3) * tinted)

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import sqrt
 
-from .base import box, IMAGE, middle, Obs, OneShot, pick
+from .base import box, IMAGE, middle, Obs, OneShot, pick, worded
 from .draw import (aspect, Canvas, CELL, COLORS, GRID, PAIRS, plain, shades, SHAPES, SQUARE,
                    TRAIN_PAIRS)
 
-# How a user may word a question; screens.py asks the same about screens.
-COLOR_OF = ("What color is the {}?", "What colour is the {}?", "Which color is the {}?",
-            "What color does the {} have?", "Tell me the color of the {}.", "Color of the {}?")
-SHAPE_OF = ("What shape is the {} one?", "Which shape is the {} one?", "What shape is {}?",
-            "What is the shape of the {} one?", "Name the {} shape.", "Shape of the {} one?")
-HOW_MANY = ("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?",
-            "How many {}?", "Count the {}.")
-POINT_AT = ("Point at the {}.", "Point to the {}.", "Where is the {}?", "Where's the {}?",
+# How a user may word a question; level 0 has the first two of each. screens.py asks the same about
+# screens.
+COLOR_OF = ("What color is the {}?", "Color of the {}?", "What colour is the {}?",
+            "Which color is the {}?", "What color does the {} have?", "Tell me the color of the {}.")
+SHAPE_OF = ("What shape is the {} one?", "Shape of the {} one?", "Which shape is the {} one?",
+            "What shape is {}?", "What is the shape of the {} one?", "Name the {} shape.")
+HOW_MANY = ("How many {}?", "Count the {}.", "How many {} are there?", "How many {} do you see?",
+            "How many {} are in the picture?")
+POINT_AT = ("Point at the {}.", "Where is the {}?", "Point to the {}.", "Where's the {}?",
             "Find the {}.")
 CLICK_ON = ("Click the {}.", "Click on the {}.", "Press the {}.", "Tap the {}.")
 LIST_ALL = ("List all.", "List the shapes row by row.", "Name all shapes, row by row.",
@@ -77,13 +78,15 @@ def by_rows(things, area=lambda thing: thing) -> list:
     return [thing for row in rows for thing in sorted(row, key=lambda thing: area(thing)[0])]
 
 
-def ask_attribute(rng, item, items):
+def ask_attribute(rng, item, items, level):
     """(question, answer) about an item's colour or shape; None if neither identifies it."""
     by_shape = sum(other.shape == item.shape for other in items) == 1
     by_color = sum(other.color == item.color for other in items) == 1
     if by_shape and (not by_color or rng.integers(2)):
-        return pick(rng, COLOR_OF).format(item.shape), item.color
-    return (pick(rng, SHAPE_OF).format(item.color), item.shape) if by_color else None
+        return worded(rng, COLOR_OF, level).format(item.shape), item.color
+    if not by_color:
+        return None
+    return worded(rng, SHAPE_OF, level).format(item.color), item.shape
 
 
 def window(rng, items):
@@ -128,11 +131,11 @@ def refer(rng, item, items):
     return pick(rng, fitting) if fitting else None
 
 
-def ask_count(rng, color, shape, items):
+def ask_count(rng, color, shape, items, level):
     """(question, answer); a color or shape of None means any."""
     count = sum(color in (None, i.color) and shape in (None, i.shape) for i in items)
     what = " ".join(filter(None, (color, plural(shape) if shape else "ones")))
-    return pick(rng, HOW_MANY).format(what), count
+    return worded(rng, HOW_MANY, level).format(what), count
 
 
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -268,19 +271,21 @@ class Scene(OneShot):
         """Up to four more (question, reply) after the question `own`, and a list of all. named:
         items whose colour and shape the dialogue has already given away."""
         rng, asked, more = self.rng, {own}, []
-        for kind in rng.integers(4, size=8).tolist():
+        for kind in rng.integers(4 if self.level else 3, size=8).tolist():
             item = pick(rng, items)
-            if kind == 0 and item not in named and (found := ask_attribute(rng, item, items)):
+            if kind == 0 and item not in named and (found := ask_attribute(
+                    rng, item, items, self.level)):
                 question, reply = found[0], box(found[1])
                 named = [*named, item]
             elif kind == 1:
                 color, shape = (item.color, None) if rng.integers(2) else (None, item.shape)
-                question, count = ask_count(rng, color, shape, items)
+                question, count = ask_count(rng, color, shape, items, self.level)
                 if count == 1 and rng.integers(4):      # or nearly every answer would be 1
                     continue
                 reply = box(count)
             elif kind >= 2 and (called := refer(rng, item, items)):
-                question = pick(rng, CLICK_ON if kind == 3 else POINT_AT).format(called)
+                forms = CLICK_ON if kind == 3 else POINT_AT
+                question = worded(rng, forms, self.level).format(called)
                 x, y = self.spot(item.area)
                 reply = f"click({x}, {y})" if kind == 3 else box([x, y])
                 named = [*named, item]
@@ -293,7 +298,8 @@ class Scene(OneShot):
         if len(items) <= 6 and not any(0.4 < abs(offset(one.area, other.area, 1)) < 0.75
                                        for one, other in combinations(items, 2)):
             listed = by_rows(items, lambda item: item.area)
-            more.append((pick(rng, LIST_ALL), box(", ".join(item.name for item in listed))))
+            ask = pick(rng, LIST_ALL) if self.level else LIST_ALL[0]
+            more.append((ask, box(", ".join(item.name for item in listed))))
         return more
 
 
@@ -312,7 +318,7 @@ class ShapeAttr(Scene):
         given, gold, forms = (color, shape, SHAPE_OF) if self.by_color else (shape, color, COLOR_OF)
         rest = self.others(self.number() - 1, lambda pair: given not in pair)
         image, self.items = self.paint([(color, shape), *rest])
-        question = pick(rng, forms).format(given)
+        question = worded(rng, forms, self.level).format(given)
         self.more = self.follow_up(self.items, question, self.items[:1])
         return Obs(IMAGE + question, [image]), gold
 
@@ -346,7 +352,7 @@ class Counting(Scene):
                            lambda p: kind == 2 and (p[0] == color or p[1] == shape))
         pairs = [pick(rng, wanted) for _ in range(count)] + rest
         image, items = self.paint(pairs)
-        question, gold = ask_count(rng, color, shape, items)
+        question, gold = ask_count(rng, color, shape, items, self.level)
         self.more = self.follow_up(items, question, [])
         return Obs(IMAGE + question, [image]), gold
 
@@ -363,7 +369,8 @@ class Point(Scene):
         rest = self.others(self.number() - 1, lambda p: p != target,
                            lambda p: p[0] == target[0] or p[1] == target[1])
         image, self.items = self.paint([target, *rest])
-        question = pick(self.rng, POINT_AT).format(refer(self.rng, self.items[0], self.items))
+        called = refer(self.rng, self.items[0], self.items)
+        question = worded(self.rng, POINT_AT, self.level).format(called)
         self.more = self.follow_up(self.items, question, self.items[:1])
         return Obs(IMAGE + question, [image]), self.items[0].area
 

@@ -18,7 +18,8 @@ from math import ceil
 
 from PIL import Image, ImageDraw
 
-from .base import box, click, Env, held, IMAGE, middle, Obs, OneShot, pick, recap, Step
+from .base import (box, click, Env, held, IMAGE, middle, Obs, OneShot, pick, recap, Step,
+                   worded)
 from .draw import (blend, cached_mask, Canvas, CELL, COLORS, font, GRID, ink_on, OBLONG, plain,
                    shades, SHAPES, SQUARE, UNITS)
 from .scenes import COLOR_OF, HOW_MANY, POINT_AT
@@ -32,7 +33,7 @@ WORDS = (*SHORT, "SAVE", "OPEN", "BACK", "NEXT", "HELP", "SEND", "PLAY", "STOP",
          "MENU", "HOME", "LOGIN", "RESET", "START", "CLOSE", "APPLY", "PRINT", "SHARE", "RETRY",
          "DONE", "VIEW", "FIND", "COPY", "QUIT", "SKIP", "YES", "UNDO", "LIST", "BUY")
 # How a user may word a goal or a question; other wordings are those of scenes.py.
-GOALS = ("Click {}.", "Click on {}.", "Press {}.", "Tap {}.", "Push {}.", "Please click {}.",
+GOALS = ("Click {}.", "Press {}.", "Click on {}.", "Tap {}.", "Push {}.", "Please click {}.",
          "Hit {}.")
 SAYS = ("What does the {} button say?", "Read the {} button.", "What is written on the {} button?")
 ICON_ON = ("Which icon is on the {} button?", "What icon does the {} button have?")
@@ -90,6 +91,11 @@ class Theme:
             (self.ink, self.ground, self.accent), (self.ink, self.ground, self.ink),
             ((118, 118, 118), (255, 255, 255), (0, 0, 0))))
         self.filled, self.line = rng.integers(3) == 0, int(rng.integers(1, 3))
+        if not level:           # one look, which the smallest model learns in minutes
+            self.round, self.shadow, self.bold = 0.2, False, False
+            self.bar_color, self.dots_left, self.accent = (128, 134, 144), True, self.colors["green"]
+            self.edge, self.inside, self.mark = self.ink, self.ground, self.accent
+            self.filled, self.line = False, 1.5
 
     def write(self, canvas, text, x, y, color, size):
         """Write a line of text around the point (x, y)."""
@@ -190,7 +196,8 @@ class GuiClick(OneShot):
         rng, theme = self.rng, Theme(self.rng, self.heldout, self.level)
         grid, bar = proportions(rng, self.level), pick(rng, (None, "top", "bottom"))
         canvas, (low, high) = Canvas(self.pixels, theme.ground, grid), self.widgets[self.level]
-        self.letters = bool(rng.integers(2))        # two large letters, else words in one line
+        # two large letters, else words in one line
+        self.letters = not self.level or bool(rng.integers(2))
         entries = self.entries(int(rng.integers(low, high + 1)))
         sizes = [self.measure(label, len(entries)) for label, *_ in entries]
         spots = self.arrange(sizes, canvas.size, bar, theme.bar(canvas, bar))
@@ -202,10 +209,12 @@ class GuiClick(OneShot):
         order = rng.permutation(len(goals)).tolist()
         # the first widget is the target if it has a name of its own: its label suits the split
         ranked = sorted(order, key=lambda i: goals[i][0] is not self.shown[0])
-        (question, area), *more = [(pick(rng, GOALS).format(goals[i][1]), goals[i][0].area)
+        (question, area), *more = [(worded(rng, GOALS, self.level).format(goals[i][1]),
+                                    goals[i][0].area)
                                    for i in ranked]
-        clicks = [(other, click(place)) for other, place in more[:2]]
-        self.more = some_of(rng, clicks + some_of(rng, self.questions(), 5 - len(clicks)))
+        clicks = [(other, click(place)) for other, place in more[:2 if self.level else 4]]
+        others = self.questions() if self.level else []
+        self.more = some_of(rng, clicks + some_of(rng, others, 5 - len(clicks)))
         self.more.sort(key=lambda entry: entry[0] in LIST)      # it tells much, so it comes last
         return Obs(IMAGE + question, [canvas.image]), {"action": "click", "box": area}
 
@@ -214,6 +223,8 @@ class GuiClick(OneShot):
         rng, found = self.rng, []
         words = [w for w in (SHORT if self.letters else WORDS) if held(w) == self.heldout]
         common = pick(rng, (*KINDS, *KINDS, "plate", "plate", None, None))      # None: several
+        if not self.level:
+            common = "plate"
         for i, c in zip(range(n), rng.permutation(len(COLORS)).tolist()):
             sort, color, kind = int(rng.integers(5)), list(COLORS)[c], common or pick(rng, KINDS)
             label = pick(rng, SHAPES) if 1 < sort < 4 else pick(rng, words) if sort < 2 else ""
@@ -348,10 +359,12 @@ class GuiForm(Env):
         self.actions = []
         self.chosen = [name for name in self.spots if self.wanted[name]]
         listed = " and ".join(filter(None, (", ".join(self.chosen[:-1]), self.chosen[-1])))
-        self.goal = pick(rng, FORM_GOALS).format(listed, self.buttons["OK"][0])
+        self.goal = pick(rng, FORM_GOALS if self.level else FORM_GOALS[:1]).format(listed, self.buttons["OK"][0])
         first = self.observe()
         # single clicks are learned before whole forms: each tier builds on the one below [C]
-        self.more = [(pick(rng, TICK).format(name), click(self.areas[name])) for name in self.spots]
+        forms = TICK if self.level else TICK[:1]
+        self.more = [(pick(rng, forms).format(name), click(self.areas[name]))
+                     for name in self.spots]
         return first
 
     def place(self, n):
@@ -369,7 +382,8 @@ class GuiForm(Env):
             if rows * 11 > room:        # too low for a bar
                 continue
             slots = rng.permutation(n if single else 2 * rows - 2)[:n].tolist()
-            last, left = pick(rng, (0, rows - 1, rows - 1)), int(rng.integers(3))
+            last = pick(rng, (0, rows - 1, rows - 1))
+            left = int(rng.integers(3 if level or last else 2))
             if held(f"{self.grid} {self.bar} {single} {last} {left} {slots}") == self.heldout:
                 break
         pitch = room // rows
@@ -404,9 +418,10 @@ class GuiForm(Env):
         rng, level, pair = self.rng, self.level, ENDINGS[0]
         if level and width >= 64:
             pair = ENDINGS[-1] if self.heldout else pick(rng, ENDINGS[:-1])
-        kind, height = pick(rng, (*KINDS[:2], *KINDS)), self.pitch - 2
+        kind, height = pick(rng, (*KINDS[:2], *KINDS) if level else ("plate",)), self.pitch - 2
         colors = some_of(rng, list(COLORS)) if level else ["green", "red"]
-        size = 0 if len(pair[0]) == 2 and rng.integers(2) else min(12, height - 2)
+        large = not level or rng.integers(2)
+        size = 0 if len(pair[0]) == 2 and large else min(12, height - 2)
         wide = min(width // 2 - 2, 30, 2 * height + 2) if not size else min(
             width // 2 - 2, max(length(word, size) for word in pair) + 4)
         xs = (1, width - wide - 1, (width - wide) // 2)[left], (width - wide - 1, 1, 0)[left]

@@ -1,12 +1,12 @@
 """Reading: a short line of large characters. At level 0 each has a cell of the grid for itself;
 from level 1 on the line lies anywhere, in many sizes, and half of the pictures are not square."""
-from .base import box, click, held, IMAGE, middle, Obs, OneShot, pick
+from .base import box, click, held, IMAGE, middle, Obs, OneShot, pick, worded
 from .draw import aspect, Canvas, CELL, GRID, plain, SQUARE
 from .scenes import CLICK_ON, POINT_AT
 
 UPPER = "ABCDEFGHJKLMNPRTUVWXY2346789"      # without O and 0, I and 1, S and 5, Z, Q
 LOWER = "abdefhnrt"                         # letters that do not look like their capitals
-QUESTIONS = ("Read the text.", "What does it say?", "What is written here?",
+QUESTIONS = ("What does it say?", "Read the text.", "What is written here?",
              "Read what is written.", "What text is this?")
 CHARACTER = ("What is character {}?", "Which character is number {}?", "Read character {}.")
 
@@ -40,11 +40,12 @@ class OcrLine(OneShot):
         if self.level >= 4:
             canvas.noise(rng, 25)
         i = int(rng.integers(len(gold)))
-        self.more = [(pick(rng, CHARACTER).format(i + 1), box(gold[i]))]
-        if gold.count(gold[i]) == 1:        # else it would have two right answers
+        ask = pick(rng, CHARACTER) if self.level else CHARACTER[0]
+        self.more = [(ask.format(i + 1), box(gold[i]))]
+        if self.level and gold.count(gold[i]) == 1:     # else it would have two right answers
             self.more.append((pick(rng, CLICK_ON).format(gold[i]), click(areas[i])))
             self.more.append((pick(rng, POINT_AT).format(gold[i]), box([*middle(areas[i])])))
-        return Obs(IMAGE + pick(rng, QUESTIONS), [canvas.image]), gold
+        return Obs(IMAGE + worded(rng, QUESTIONS, self.level), [canvas.image]), gold
 
     def place(self, n):
         """A random (grid, x, y, side) for a line of n characters: the picture's columns and rows,

@@ -1,5 +1,6 @@
 """Fixtures: small models with random weights, and batches over them. One thread, no network."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from model import Config, GLMV, TextConfig
 from vit import VitConfig
 
 torch.set_num_threads(1)
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and so would every process
+# that they start: a run must not save for a signal that is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def odd_config(which: int = 0) -> Config:
