@@ -162,7 +162,7 @@ def play(args: Play):
     solve their tasks:
 
     python gym.py play shape_attr --script=triangle
-    python gym.py play gui_form --script="click(375, 375); click(874, 125); click(749, 874)"
+    python gym.py play gui_form --script="click(375, 375); click(500, 874)"
     """
     task = Task(args.name, args.seed, args.level, args.split, args.pixels)
     check_task(task)

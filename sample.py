@@ -1,7 +1,7 @@
 """Using a model: ask it about pictures, or evaluate it on the gym.
 
     python sample.py ask                                 lists the questions that it was trained on
-    python sample.py ask --image=docs/example.png "What color is the circle?"
+    python sample.py ask --image=docs/example.png "What color is the diamond?"
     python sample.py ask --image=docs/example.png "List all." --temperature=0.7
     python sample.py ask --image=docs/example.png "List all." --drafts=3    speculative decoding
     python sample.py eval --count=300                    held-out tasks of what it was trained on
@@ -216,18 +216,20 @@ class Eval:
     split: Literal["test", "train"] = "test"  # test: held-out seeds and factors; or train
     seed: Seed = 1_000_000        # of the first task; the next one has the next seed
     slots: Positive = 64          # conversations generated side by side
+    context: Positive = 512       # tokens of a whole conversation
+    max_new: Positive = 48        # tokens a reply may have
     out: str = "out/eval.json"    # file for the figures
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16
 
 
-def run_tasks(model, tokens, tasks, slots: int = 64, context: int = 512, blank: bool = False,
-              bar=None) -> list[Episode]:
+def run_tasks(model, tokens, tasks, slots: int = 64, context: int = 512, max_new: int = 48,
+              blank: bool = False, bar=None) -> list[Episode]:
     """Let the model do `tasks`, greedily and `slots` of them side by side. Returns their Episodes
     in the same order. blank: every picture is replaced by plain grey of the same size."""
     engine = Engine(model, max(1, min(slots, len(tasks))), context)
     engine.stops.add(tokens.image)          # a visual slot in a reply would have no pixels
-    settings = RolloutSettings(tokens, model.config, context, 48, temperature=0.0, blank=blank)
+    settings = RolloutSettings(tokens, model.config, context, max_new, temperature=0.0, blank=blank)
     episodes = [Episode(task, i, 0) for i, task in enumerate(tasks)]
     return rollout(engine, episodes, settings, gym.Rewards(), bar)
 
@@ -241,7 +243,7 @@ def interval(share: float, n: int) -> tuple[float, float]:
 
 
 def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1_000_000,
-             slots=64, pixels=0) -> dict:
+             slots=64, pixels=0, context=512, max_new=48) -> dict:
     """Evaluate a model on `count` tasks of each category in `mix`, from levels 0..levels-1 in turn.
 
     Returns {category: {accuracy, low, high, blank, chance, reward, errors, n}}: accuracy is the
@@ -262,7 +264,7 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
         side = task_pixels(name, model.config, pixels)
         tasks = [Task(name, seed + i, i % levels, split, side) for i in range(count)]
         bar.set_postfix_str(name)
-        shown, blanked = (run_tasks(model, tokens, tasks, slots, blank=blank, bar=bar)
+        shown, blanked = (run_tasks(model, tokens, tasks, slots, context, max_new, blank, bar)
                           for blank in (False, True))
         valid, grey = ([e for e in played if e.score.error is None] for played in (shown, blanked))
         if not valid:       # nothing was measured: 0% would be wrong
@@ -311,7 +313,7 @@ def evaluation(args: Eval):
             print(f"what it was trained on, by {source}: {mix}")
     began = time.time()
     table = evaluate(model, tokens, mix, levels, args.count, args.split, args.seed, args.slots,
-                     args.pixels)
+                     args.pixels, args.context, args.max_new)
     show(table)
     write_json(args.out, {"ckpt": args.ckpt or "ckpt/demo", "split": args.split,
                           "levels": levels, "seed": args.seed, "table": table})

@@ -70,7 +70,7 @@ BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws t
 @dataclass
 class Args:
     what: str = ""             # train, decode, vit, rl or busy
-    size: Literal["tiny", "small", "base"] = "tiny"
+    size: Literal["tiny", "mini", "small", "base"] = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"    # auto, cpu, cuda or mps
     rounds: Positive = 5       # measurements of each side, in turn

@@ -47,7 +47,7 @@ TRACED = 6      # replies that --trace prints: one a category
 @dataclass
 class Args:
     ckpt: str = ""             # checkpoint with a head; default: the demo's
-    size: Literal["", "tiny", "small", "base"] = ""     # random weights, made-up acceptance
+    size: Literal["", "tiny", "mini", "small", "base"] = ""     # random weights, made-up acceptance
     p: Share = 0.8             # that acceptance
     drafts: str = "1,2,3,5"    # values of K
     slots: Positive = 16       # conversations side by side

@@ -71,7 +71,7 @@ def slip(question: str, reply: str) -> str:
     row = 1000 // GRID
     if re.search("How many|Count the", question):
         return re.sub(r"\d+", lambda n: str(int(n[0]) - (int(n[0]) > 2)), reply)
-    if re.search("Point at|Where is|Click|Press", question):
+    if re.search(r"click\(\d+, \d+\)|\[\d+, \d+\]", reply):
         return re.sub(r"(?<=, )\d+", lambda y: str(
             int(y[0]) + (row if int(y[0]) < 1000 - row else -row)), reply)
     return reply

@@ -35,8 +35,8 @@ train() {
 # turn.
 examine() {
     [ -f "$2" ] && return
-    $PYTHON sample.py eval --ckpt="$1" --mix="$EXAM" --levels=2 --slots=16 --out="$2" \
-        --count="$(awk "BEGIN { n = int($3 * $HOURS / 20); print n < 2 ? 2 : n }")"
+    $PYTHON sample.py eval --ckpt="$1" --mix="$EXAM" --levels=2 --slots=16 \
+        --context=4096 --max_new=512 --out="$2" --count="$(awk "BEGIN { n = int($3 * $HOURS / 20); print n < 2 ? 2 : n }")"
 }
 
 # The mixture. A category's weight is 1 / sqrt(cost of a sample), in units of a cheap one: of the

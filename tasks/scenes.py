@@ -20,7 +20,8 @@ from .draw import (aspect, Canvas, CELL, COLORS, GRID, PAIRS, plain, shades, SHA
 # How a user may word a question; level 0 has the first two of each. screens.py asks the same about
 # screens.
 COLOR_OF = ("What color is the {}?", "Color of the {}?", "What colour is the {}?",
-            "Which color is the {}?", "What color does the {} have?", "Tell me the color of the {}.")
+            "Which color is the {}?", "What color does the {} have?",
+            "Tell me the color of the {}.")
 SHAPE_OF = ("What shape is the {} one?", "Shape of the {} one?", "Which shape is the {} one?",
             "What shape is {}?", "What is the shape of the {} one?", "Name the {} shape.")
 HOW_MANY = ("How many {}?", "Count the {}.", "How many {} are there?", "How many {} do you see?",

@@ -1,13 +1,13 @@
 """Small screens: click a named button; fill in a form, with one action in each turn.
 
-Screens look as people's do: light or dark, with buttons that are coloured, outlined in a colour,
-grey with a border, or flat, and with labels that are an icon, two large letters or a word in one
-line. A goal calls a button by what can be seen on it: by a colour only where the button has one.
-
-At level 0 the screen is square and the widgets lie in the cells of draw.py, where they are learned
-soonest. From level 1 on they have any place and size, half of the screens are portrait or landscape
-ones, and some have their widgets in a row or a column. Further questions about the same screen ask
-for places, colours, words and numbers, so that only the words of a question tell its kind.
+At level 0 a screen is dark and square, buttons have colours, and widgets lie in the cells of
+draw.py: a small model learns it in minutes. From level 1 on screens look as people's do: light or
+dark, with buttons that are coloured, outlined in a colour, grey with a border, or flat, and with
+labels that are an icon, two large letters or a word in one line. Widgets have any place and size,
+half of the screens are portrait or landscape ones, and some have their widgets in a row or a
+column. A goal calls a button by what can be seen on it: by a colour only where the button has one.
+Further questions about the same screen ask for places, colours, words and numbers, so that only the
+words of a question tell its kind.
 
 Held-out splits use other words and other layouts: other combinations of places, though each place
 occurs in training.
@@ -93,7 +93,8 @@ class Theme:
         self.filled, self.line = rng.integers(3) == 0, int(rng.integers(1, 3))
         if not level:           # one look, which the smallest model learns in minutes
             self.round, self.shadow, self.bold = 0.2, False, False
-            self.bar_color, self.dots_left, self.accent = (128, 134, 144), True, self.colors["green"]
+            self.bar_color, self.dots_left = (128, 134, 144), True
+            self.accent = self.colors["green"]
             self.edge, self.inside, self.mark = self.ink, self.ground, self.accent
             self.filled, self.line = False, 1.5
 
@@ -359,7 +360,8 @@ class GuiForm(Env):
         self.actions = []
         self.chosen = [name for name in self.spots if self.wanted[name]]
         listed = " and ".join(filter(None, (", ".join(self.chosen[:-1]), self.chosen[-1])))
-        self.goal = pick(rng, FORM_GOALS if self.level else FORM_GOALS[:1]).format(listed, self.buttons["OK"][0])
+        goal = pick(rng, FORM_GOALS) if self.level else FORM_GOALS[0]
+        self.goal = goal.format(listed, self.buttons["OK"][0])
         first = self.observe()
         # single clicks are learned before whole forms: each tier builds on the one below [C]
         forms = TICK if self.level else TICK[:1]

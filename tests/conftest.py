@@ -18,8 +18,8 @@ from model import Config, GLMV, TextConfig
 from vit import VitConfig
 
 torch.set_num_threads(1)
-# A shell that starts the tests in the background lets them ignore Ctrl-C, and so would every process
-# that they start: a run must not save for a signal that is ignored.
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and every process that
+# they start as well; but then no run saves for it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

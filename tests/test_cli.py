@@ -294,7 +294,7 @@ def test_help(script, words, expect):
 
 @pytest.mark.parametrize("words,message", [
     ("pretrain.py --stepz=3", "did you mean --steps"), ("pretrain.py 3", "unexpected '3'"),
-    ("pretrain.py --size=huge", "tiny, small or base"), ("pretrain.py --seed=-1", "--seed"),
+    ("pretrain.py --size=huge", "tiny, mini, small or base"), ("pretrain.py --seed=-1", "--seed"),
     ("pretrain.py --out=OUT --init=nowhere", "no such folder"),
     ("pretrain.py --out=OUT --mix=pont", "names 'pont'"),
     ("rl.py --out=OUT --mix=pont", "not 'pont'"), ("rl.py --group=1", "--group takes 2"),

@@ -46,7 +46,8 @@ def test_a_miniature_survives_a_kill(tmp_path):
     out = tmp_path / "night"
     night = dict(args=["bash", NIGHT, out], text=True, start_new_session=True,
                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                 env={**os.environ, "HOURS": "0.001", "EXAM": "point,doc_qa", "PYTHON": sys.executable})
+                 env={**os.environ, "HOURS": "0.001", "EXAM": "point,doc_qa",
+                      "PYTHON": sys.executable})
     with subprocess.Popen(**night) as run:
         for line in run.stdout:
             if "run folder" in line:        # all the tower's stages are done

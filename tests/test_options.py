@@ -35,6 +35,7 @@ ENTRIES = {
     "lab.bench": [("Args", "run", ("setup",), ("--what=train",))],
     "lab.bench_busy": [("Args", "worker", ("training_step",), ())],
     "lab.mmtp_options": [("Args", "run", ("count_bytes",), ())],
+    "lab.out_of_gym": [("Args", "out_of_gym", ("find_browser",), ())],
     "lab.drafts": [("Args", "run", ("load",), ())],
     "lab.vit_claims": [("Args", "run", ("one_seed", "subprocess.run"), ())],
     "lab.vit_pays": [("Args", "pays", ("make_tower",), ())],

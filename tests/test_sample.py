@@ -140,7 +140,7 @@ def test_a_model_of_unknown_training_has_no_notes(run, capsys):
 
 def test_the_example_of_the_readme(capsys):
     """Its picture is the held-out task that the README's command draws; the replies are right."""
-    task = Task("counting", 6, 0, "test")
+    task = Task("counting", 44, 0, "test")
     drawn = gym.make(task).reset().images[0]
     assert Image.open(ROOT / "docs/example.png").tobytes() == drawn.tobytes()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -154,8 +154,8 @@ def test_the_example_of_the_readme(capsys):
     talk = [message for talk in gym.demonstrate(task) for message in talk]
     right = {q.text.replace("<|image|>", ""): verify.boxed(a.text)
              for q, a in zip(talk[::2], talk[1::2])}
-    assert dict(asked)["List all."] == right["List all."] and "orange circle" in right["List all."]
-    assert dict(asked)["What color is the circle?"] == "orange"
+    assert dict(asked)["List all."] == right["List all."] and "pink diamond" in right["List all."]
+    assert dict(asked)["What color is the diamond?"] == "pink"
 
 
 def test_an_evaluation_draws_tasks_at_a_size_that_suits_the_patches(monkeypatch):
