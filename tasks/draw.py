@@ -41,7 +41,7 @@ DARK = ((18, 18, 22), (34, 36, 44))         # ink on light and on dark: training
 LIGHT = ((246, 246, 242), (228, 232, 238))
 # The greys of plain backgrounds, dark and light, in training and held out. What lies outside 0-255
 # becomes black or white, the commonest grounds of the pictures that people show to a model.
-GREYS = (((-16, 26), (48, 62)), ((222, 272), (200, 218)))
+GREYS = (((-16, 26), (48, 62)), ((230, 272), (198, 210)))
 LIGHT_SHARE = (0, 0.5, 0.5, 0.5, 0.5)       # of the plain backgrounds, for each level
 CACHE_BYTES = 24 << 20                      # the most that each cache of pictures may keep
 # One colour of each shape never occurs in training; held-out scenes use all pairs.

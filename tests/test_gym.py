@@ -49,12 +49,12 @@ def test_same_bytes_in_a_fresh_process():
 # What was drawn when these digests were recorded, a digest for each file of tasks/.
 RECORDED_WITH = {"pillow": "13.0.0", "numpy": "2.4.6"}
 DIGESTS = {
-    "agent": "f66768193b5141ab", "atlas": "6e66bf9612c5bb00",
-    "charts": "559e4e78c0ee3fe4", "documents": "21f53f8be0cc1cd0",
-    "geometry": "6ccb72fe36280ffd", "grounding": "373b0c085c8acaef",
-    "programs": "81bb2c111e6340ad", "puzzles": "2afa76ebe25d7465",
-    "scenes": "3b751cb32250cfe1", "screens": "98cb5a2c67527b6c",
-    "text": "2916a734f195fd63", "tools": "cda068302c4f4284",
+    "agent": "f66768193b5141ab", "atlas": "897a8d33b4ed0698",
+    "charts": "559e4e78c0ee3fe4", "documents": "da678b5618f7869b",
+    "geometry": "027c0af6c45ff50a", "grounding": "4c43b085fadaa5ce",
+    "programs": "81bb2c111e6340ad", "puzzles": "cc469f97b736dec3",
+    "scenes": "68d311a8a91522a2", "screens": "46ec53681e2d6eb8",
+    "text": "e3562b67222a4fe0", "tools": "cdc569f0446dcec6",
     "webdev": "3412ef72e3dae891"}
 same_wheels = pytest.mark.skipif(
     any(version(package) != number for package, number in RECORDED_WITH.items()),
