@@ -35,8 +35,10 @@ train() {
 # turn.
 examine() {
     [ -f "$2" ] && return
-    $PYTHON sample.py eval --ckpt="$1" --mix="$EXAM" --levels=2 --slots=16 \
-        --context=4096 --max_new=512 --out="$2" --count="$(awk "BEGIN { n = int($3 * $HOURS / 20); print n < 2 ? 2 : n }")"
+    local count
+    count=$(awk "BEGIN { n = int($3 * $HOURS / 20); print n < 2 ? 2 : n }")
+    $PYTHON sample.py eval --ckpt="$1" --mix="$EXAM" --levels=2 --slots=16 --context=4096 \
+        --max_new=512 --count="$count" --out="$2"
 }
 
 # The mixture. A category's weight is 1 / sqrt(cost of a sample), in units of a cheap one: of the
@@ -75,14 +77,15 @@ END
     --steps="$(steps 0.00625 0.7)" --probes=256 --eval_every=0 --save_every=100
 touch "$OUT/vit/done"
 
-# 2. Level 0 of everything, 7 hours. A model first learns how answers read, and later to look at the
+# 2. Level 0 of everything, 5 hours. A model first learns how answers read, and later to look at the
 #    picture; it does so sooner on easy ones. Look at: `loss` falls in steps, `held_out` with it.
-train first "$(steps 0.35 1.4)" --vit="$OUT/vit/align" --mix="$MIX" --levels=1 --curriculum=0 --mtp=0
+train first "$(steps 0.25 1.4)" --vit="$OUT/vit/align" --mix="$MIX" --levels=1 --curriculum=0 --mtp=0
 examine "$OUT/first" "$OUT/first.json" 20
 
-# 3. Levels 0 to 2, 7 hours, with the mixture of what still improves. Look at: OUT/first.json says
-#    which categories that is; is their accuracy above `blank`, that with grey pictures?
-train second "$(steps 0.35 1.4)" --init="$OUT/first" --mix="$(improving "$OUT/first.json")" \
+# 3. Levels 0 to 2, 9 hours: from level 1 on with light grounds, and things anywhere in pictures of
+#    any aspect. The mixture is that of what still improves. Look at: OUT/first.json says which
+#    categories that is; is their accuracy above `blank`, that with grey pictures?
+train second "$(steps 0.45 1.4)" --init="$OUT/first" --mix="$(improving "$OUT/first.json")" \
     --levels=3 --curriculum=0 --mtp=0 --lr=3e-3
 examine "$OUT/second" "$OUT/second.json" 20
 
