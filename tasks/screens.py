@@ -195,13 +195,15 @@ class GuiClick(OneShot):
 
     def make(self):
         rng, theme = self.rng, Theme(self.rng, self.heldout, self.level)
-        grid, bar = proportions(rng, self.level), pick(rng, (None, "top", "bottom"))
-        canvas, (low, high) = Canvas(self.pixels, theme.ground, grid), self.widgets[self.level]
+        bar, (low, high) = pick(rng, (None, "top", "bottom")), self.widgets[self.level]
         # two large letters, else words in one line
         self.letters = not self.level or bool(rng.integers(2))
         entries = self.entries(int(rng.integers(low, high + 1)))
-        sizes = [self.measure(label, len(entries)) for label, *_ in entries]
-        spots = self.arrange(sizes, canvas.size, bar, theme.bar(canvas, bar))
+        spots = None
+        while not spots:        # again, with another aspect and other sizes, if there is no room
+            canvas = Canvas(self.pixels, theme.ground, proportions(rng, self.level))
+            sizes = [self.measure(label, len(entries)) for label, *_ in entries]
+            spots = self.arrange(sizes, canvas.size, bar, theme.bar(canvas, bar))
         self.shown = [
             Widget(label, color, theme.button(canvas, kind, (*spot, *size[:2]), color, label,
                                               size[2]), kind)
@@ -261,9 +263,9 @@ class GuiClick(OneShot):
         return height if icon else 2 * height + 2, height, 0
 
     def arrange(self, sizes, room, bar, thick):
-        """The (x, y) of each button, or None where there is no room left. One in five layouts,
-        compared by cells, is held out."""
-        while True:
+        """The (x, y) of each button, or None where there is no room left; None if there is hardly
+        room for two. One in five layouts, compared by cells, is held out."""
+        for _ in range(50):
             spots, taken, line = [], [], int(self.rng.integers(4))
             for width, height, _ in sizes:
                 spot = self.place(width, height, taken, room, bar, thick, line)
@@ -272,6 +274,7 @@ class GuiClick(OneShot):
             cells = [spot and (int(spot[0]) // CELL, int(spot[1]) // CELL) for spot in spots]
             if len(taken) > 1 and held(f"{bar} {cells}") == self.heldout:
                 return spots
+        return None
 
     def place(self, width, height, taken, room, bar, thick, line):
         """A random place for a button of this size beside those that are `taken`, or None. line:

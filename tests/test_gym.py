@@ -53,7 +53,7 @@ DIGESTS = {
     "charts": "559e4e78c0ee3fe4", "documents": "da678b5618f7869b",
     "geometry": "027c0af6c45ff50a", "grounding": "4c43b085fadaa5ce",
     "programs": "81bb2c111e6340ad", "puzzles": "cc469f97b736dec3",
-    "scenes": "68d311a8a91522a2", "screens": "46ec53681e2d6eb8",
+    "scenes": "68d311a8a91522a2", "screens": "66d9157f521d5848",
     "text": "e3562b67222a4fe0", "tools": "cdc569f0446dcec6",
     "webdev": "3412ef72e3dae891"}
 same_wheels = pytest.mark.skipif(

@@ -106,3 +106,10 @@ def test_a_screen_of_any_size_asks_the_same():
                 task = Task(name, seed, 1, "train", pixels)
                 assert make(task).reset().text == make(Task(name, seed, 1)).reset().text
                 assert Rewards().score(task, play_out(task)[2]).reward == 1
+
+
+def test_a_screen_without_room_is_drawn_again():
+    """A long word and large buttons: in this instance no two fit on the first screen."""
+    env = make(Task("gui_click", 753578758, 1))
+    env.reset()
+    assert len(env.shown) > 1
