@@ -62,6 +62,7 @@ def test_asynchronous_rl_beside_synchronous(tmp_path, capsys, monkeypatch):
     assert "samples learnt/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_beside_busy_processes(tmp_path, capsys, monkeypatch):
     """Every row is measured alone and beside the busy processes, and nothing is left running."""
     started, popen = [], bench_busy.subprocess.Popen

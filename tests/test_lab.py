@@ -138,6 +138,7 @@ def test_two_stages_compute_what_one_process_does_and_send_what_the_formula_says
     assert rows["embed"]["bytes"] > rows["token"]["bytes"] == rows["mask"]["bytes"]
 
 
+@pytest.mark.slow
 def test_an_ablation_in_small(tmp_path, monkeypatch, capsys):
     """Two options, one seed, a few steps: figures for each, and a page."""
     monkeypatch.setattr(mmtp, "OPTIONS", ("embed", "token"))

@@ -286,7 +286,7 @@ def half_right(engine, replies: dict):
 
 
 @pytest.mark.parametrize("slots", [1, 16])
-@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("k", [1, 3, pytest.param(10, marks=pytest.mark.slow)])
 def test_greedy_with_drafts_is_plain_greedy(k, slots):
     """50 prompts with and without pictures, replies of 4 to 16 tokens, half of the requests with
     drafts from the random head, half with drafts that are mostly accepted."""

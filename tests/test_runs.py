@@ -188,6 +188,7 @@ def test_a_terminal_that_closes_asks_to_stop_and_may_do_so_twice():
 def test_nohup_stays(monkeypatch):
     def act():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stop = StopSignal()
         signal.raise_signal(signal.SIGHUP)
         assert not stop.received
