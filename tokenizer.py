@@ -97,11 +97,11 @@ def digest(path: Path) -> str:
 
 
 def train() -> str:
-    """Rebuild ranks.txt; returns one line about it. Raises ValueError where corpus.txt is not the
+    """Rebuild ranks.txt; returns one line about it. Raises UserError where corpus.txt is not the
     text that the ranks were made from."""
     if digest(CORPUS) != CORPUS_DIGEST:
         raise UserError(f"{CORPUS.name} has digest {digest(CORPUS)}, not {CORPUS_DIGEST}: "
-                         "restore it, or change CORPUS_DIGEST and retrain every model")
+                        "restore it, or change CORPUS_DIGEST and retrain every model")
     tokens = train_bpe(CORPUS.read_text(encoding="utf-8"), N_RANKS)
     text = "".join(base64.b64encode(token).decode() + "\n" for token in tokens)
     RANKS.write_text(text, encoding="ascii", newline="\n")

@@ -235,8 +235,8 @@ def option(rng, ground: Ground) -> str:
     value = ODD[rng.integers(len(ODD))]
     word = f"--{field}={value}".encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
     what = f"{name} {word!a}"
-    if field in ("out", "keep") and value not in ("", "-1"):
-        word = f"--{field}={ground.folder}/{value.encode('utf-8', 'replace').decode()}"
+    if field in ("out", "keep") and value not in ("", "-1"):     # "../../x" stays in the folder
+        word = f"--{field}={ground.folder}/a/b/{value.encode('utf-8', 'replace').decode()}"
     process = ground.start(name, word)
     try:
         process.wait(LONGEST / 2)

@@ -67,10 +67,10 @@ def pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
 
-def worded(rng, forms, level: int) -> str:
+def worded(rng, forms, level: int, few: int = 2) -> str:
     """One of several wordings of a question. Level 0, the first minutes of a small model, has only
-    the first two. [O]"""
-    return pick(rng, forms if level else forms[:2])
+    the first `few`. [O]"""
+    return pick(rng, forms if level else forms[:few])
 
 
 def held(text: str) -> bool:

@@ -42,7 +42,6 @@ LIGHT = ((246, 246, 242), (228, 232, 238))
 # The greys of plain backgrounds, dark and light, in training and held out. What lies outside 0-255
 # becomes black or white, the commonest grounds of the pictures that people show to a model.
 GREYS = (((-16, 26), (48, 62)), ((230, 272), (198, 210)))
-LIGHT_SHARE = (0, 0.5, 0.5, 0.5, 0.5)       # of the plain backgrounds, for each level
 CACHE_BYTES = 24 << 20                      # the most that each cache of pictures may keep
 # One colour of each shape never occurs in training; held-out scenes use all pairs.
 HELD_PAIRS = {(list(COLORS)[(3 * i + 1) % 8], shape) for i, shape in enumerate(SHAPES)}
@@ -69,7 +68,7 @@ def plain(rng, heldout: bool, level: int) -> tuple:
         dark, light = DARK[heldout], LIGHT[heldout]
         moves = rng.integers(-8, 9, 3).tolist()
         return tuple(max(0, c + d) for c, d in zip(dark, moves)), light
-    light = rng.random() < LIGHT_SHARE[level]
+    light = rng.random() < 0.5
     grey, tinted = int(rng.integers(*GREYS[light][heldout])), int(rng.integers(2))
     ground = tuple(min(255, max(0, grey + move)) for move in rng.integers(-10, 11, 3) * tinted)
     ink = (LIGHT, DARK)[light][heldout]

@@ -299,7 +299,7 @@ class Scene(OneShot):
         if len(items) <= 6 and not any(0.4 < abs(offset(one.area, other.area, 1)) < 0.75
                                        for one, other in combinations(items, 2)):
             listed = by_rows(items, lambda item: item.area)
-            ask = pick(rng, LIST_ALL) if self.level else LIST_ALL[0]
+            ask = worded(rng, LIST_ALL, self.level, 1)
             more.append((ask, box(", ".join(item.name for item in listed))))
         return more
 

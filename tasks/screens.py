@@ -363,12 +363,11 @@ class GuiForm(Env):
         self.actions = []
         self.chosen = [name for name in self.spots if self.wanted[name]]
         listed = " and ".join(filter(None, (", ".join(self.chosen[:-1]), self.chosen[-1])))
-        goal = pick(rng, FORM_GOALS) if self.level else FORM_GOALS[0]
+        goal = worded(rng, FORM_GOALS, self.level, 1)
         self.goal = goal.format(listed, self.buttons["OK"][0])
         first = self.observe()
         # single clicks are learned before whole forms: each tier builds on the one below [C]
-        forms = TICK if self.level else TICK[:1]
-        self.more = [(pick(rng, forms).format(name), click(self.areas[name]))
+        self.more = [(worded(rng, TICK, self.level, 1).format(name), click(self.areas[name]))
                      for name in self.spots]
         return first
 

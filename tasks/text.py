@@ -40,8 +40,7 @@ class OcrLine(OneShot):
         if self.level >= 4:
             canvas.noise(rng, 25)
         i = int(rng.integers(len(gold)))
-        ask = pick(rng, CHARACTER) if self.level else CHARACTER[0]
-        self.more = [(ask.format(i + 1), box(gold[i]))]
+        self.more = [(worded(rng, CHARACTER, self.level, 1).format(i + 1), box(gold[i]))]
         if self.level and gold.count(gold[i]) == 1:     # else it would have two right answers
             self.more.append((pick(rng, CLICK_ON).format(gold[i]), click(areas[i])))
             self.more.append((pick(rng, POINT_AT).format(gold[i]), box([*middle(areas[i])])))

@@ -222,6 +222,17 @@ def test_a_rank_that_stops_for_another_ends_as_interrupted(tmp_path, monkeypatch
 
 # ---- kills and full disks -----------------------------------------------------------------------
 
+def dies_before(operation: int):
+    """End this process with code 9 before its n-th operation on files."""
+    def count(event, _):
+        nonlocal operation
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            operation -= 1
+            if operation < 0:
+                os._exit(9)
+    sys.addaudithook(count)
+
+
 def child_dies(act) -> bool:
     """Call act() in a fork of this process; return whether that was killed before it was done."""
     child = os.fork()
@@ -291,15 +302,6 @@ def test_a_kill_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path, s
     def write(folder):
         for name in ("config.json", "model.safetensors"):
             (folder / name).write_text(name)
-
-    def dies_before(operation: int):
-        def count(event, _):
-            nonlocal operation
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-                operation -= 1
-                if operation < 0:
-                    os._exit(9)
-        sys.addaudithook(count)
 
     for operation in range(100):
         run = tmp_path / str(operation)

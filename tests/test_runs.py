@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from test_pretrain import child_dies
+from test_pretrain import child_dies, dies_before
 
 from lib import common, runs
 from lib.cli import UserError
@@ -85,15 +85,6 @@ def test_an_old_checkpoint_that_cant_be_removed_is_said_once(tmp_path, monkeypat
 
 def test_the_same_step_saved_twice_and_killed_at_any_operation(tmp_path):
     """There is no other checkpoint to fall back to; the next save cleans up."""
-    def dies_before(operation: int):
-        def count(event, _):
-            nonlocal operation
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-                operation -= 1
-                if operation < 0:
-                    os._exit(9)
-        sys.addaudithook(count)
-
     for operation in range(100):
         run, died = tmp_path / str(operation), True
         save_checkpoint(run, 3, write)
