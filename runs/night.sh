@@ -4,6 +4,7 @@
 #   bash runs/night.sh                      20 hours, into out/night
 #   HOURS=8 bash runs/night.sh out/short    every stage in proportion
 #   HOURS=0.02 bash runs/night.sh out/try   a few steps of each stage, to see that everything runs
+#   THREADS=2 nice bash runs/night.sh       two cores, 1.5 times as fast; other programs go first
 #
 # Interrupted, even by SIGKILL or a power cut? Start it again with the same HOURS and folder. A stage
 # that is done is skipped, the others go on from their newest checkpoint, minutes old at most.
@@ -15,11 +16,11 @@ set -euo pipefail
 {   # bash reads all of a block before it runs it: the file may be edited while the run goes on
 cd "$(dirname "$0")/.."
 OUT=${1:-out/night} HOURS=${HOURS:-20} EXAM=${EXAM:-gym} PYTHON=${PYTHON:-.venv/bin/python}
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=${THREADS:-1}
 mkdir -p "$OUT"
 
 # A share of the hours in steps, at least one. Seconds a step, measured on one thread: 0.7 for the
-# tower (64 pictures), 1.4 for pretraining (a row of 4,096 tokens). A busy machine takes longer.
+# tower (64 pictures), 1.2 for pretraining (a row of 4,096 tokens). A busy machine takes longer.
 steps() { awk "BEGIN { n = int($1 * $HOURS * 3600 / $2); print n < 1 ? 1 : n }"; }
 
 # train RUN STEPS OPTIONS: one run of pretrain.py, unless it is done. A checkpoint every 150 steps is
@@ -77,22 +78,22 @@ END
     --steps="$(steps 0.00625 0.7)" --probes=256 --eval_every=0 --save_every=100
 touch "$OUT/vit/done"
 
-# 2. Level 0 of everything, 5 hours. A model first learns how answers read, and later to look at the
+# 2. Level 0 of everything, 2.4 hours. A model first learns how answers read, and later to look at the
 #    picture; it does so sooner on easy ones. Look at: `loss` falls in steps, `held_out` with it.
-train first "$(steps 0.25 1.4)" --vit="$OUT/vit/align" --mix="$MIX" --levels=1 --curriculum=0 --mtp=0
+train first "$(steps 0.12 1.2)" --vit="$OUT/vit/align" --mix="$MIX" --levels=1 --curriculum=0 --mtp=0
 examine "$OUT/first" "$OUT/first.json" 20
 
-# 3. Levels 0 to 2, 9 hours: from level 1 on with light grounds, and things anywhere in pictures of
+# 3. Levels 0 to 2, 11 hours: from level 1 on with light grounds, and things anywhere in pictures of
 #    any aspect. The mixture is that of what still improves. Look at: OUT/first.json says which
 #    categories that is; is their accuracy above `blank`, that with grey pictures?
-train second "$(steps 0.45 1.4)" --init="$OUT/first" --mix="$(improving "$OUT/first.json")" \
+train second "$(steps 0.55 1.2)" --init="$OUT/first" --mix="$(improving "$OUT/first.json")" \
     --levels=3 --curriculum=0 --mtp=0 --lr=3e-3
 examine "$OUT/second" "$OUT/second.json" 20
 
 # 4. Supervised fine-tuning, 4 hours: half of the replies begin with the oracle's reasons, where it
 #    states any; the categories of tiers 0 to 3 include whole episodes of tools and phones. The
 #    MTP head learns beside it, without changing the rest. Look at: `mtp1` below 1.
-train sft "$(steps 0.2 1.4)" --init="$OUT/second" --mix="$(improving "$OUT/second.json")" \
+train sft "$(steps 0.2 1.2)" --init="$OUT/second" --mix="$(improving "$OUT/second.json")" \
     --levels=3 --curriculum=0 --think=0.5 --mtp_alone --lr=1.5e-3
 
 # 5. The examination, an hour or less. Its figures lie beside the weights, where `sample.py ask`
