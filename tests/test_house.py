@@ -13,12 +13,13 @@ from lib.common import ROOT
 # A file imports only files of a lower floor. `lib` and `lab` have a floor a file; what is not named
 # here is on its folder's floor.
 FLOORS = {
-    "lib": 0, "lib.cli": 0.1, "lib.tensors": 0.2, "lib.common": 1, "lib.runs": 1.1,
+    "lib": 0, "lib.cli": 0.1, "lib.tensors": 0.2, "lib.dispatch": 0.2, "lib.attention": 0.5,
+    "lib.memory": 0.5, "lib.common": 1, "lib.runs": 1.1,
     "tokenizer": 1, "kernels": 1, "tasks": 2, "vit": 2, "optim": 2,
     "gym": 3, "model": 3, "lib.images": 3, "lib.teachers": 3,
     "data": 4, "mmtp": 4, "lib.captions": 4.5,
     "engine": 5, "lib.checkpoint": 5, "lib.episodes": 5, "lib.curriculum": 5.1, "lib.probes": 5.1,
-    "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.async_rl": 5.2,
+    "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.roofline": 5.1, "lib.async_rl": 5.2,
     "pretrain": 6, "train_vit": 6, "rl": 6, "sample": 6, "serve": 6, "lab": 7, "recipes": 7}
 PACKAGES = {"torch", "numpy", "einops", "tiktoken", "PIL", "tqdm", "triton", "pytest"}
 NOT_OURS = {".git", ".venv", "out", "__pycache__", ".pytest_cache"}
