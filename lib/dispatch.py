@@ -79,8 +79,8 @@ def use_kernels(x: Tensor) -> bool:
             return True
         if x.device not in old:
             old.add(x.device)
-            print(f"{torch.cuda.get_device_name(x.device)} is too old for the Triton kernels, which "
-                  "need compute capability 8.0: plain PyTorch is used", file=sys.stderr)
+            print(f"{torch.cuda.get_device_name(x.device)} is too old for the Triton kernels, "
+                  "which need compute capability 8.0: plain PyTorch is used", file=sys.stderr)
         return False
     if FORCED == "1" and not INTERPRETED:
         raise UserError(f"NANOGLMV_KERNELS=1 on {x.device.type} needs TRITON_INTERPRET=1")

@@ -18,7 +18,8 @@ FLOORS = {
     "tokenizer": 1, "kernels": 1, "tasks": 2, "vit": 2, "optim": 2,
     "gym": 3, "model": 3, "lib.images": 3, "lib.teachers": 3,
     "data": 4, "mmtp": 4, "lib.captions": 4.5,
-    "engine": 5, "lib.checkpoint": 5, "lib.episodes": 5, "lib.curriculum": 5.1, "lib.probes": 5.1,
+    "engine": 5, "lib.checkpoint": 5, "lib.episodes": 5,
+    "lib.card": 5.1, "lib.curriculum": 5.1, "lib.probes": 5.1,
     "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.roofline": 5.1, "lib.async_rl": 5.2,
     "pretrain": 6, "train_vit": 6, "rl": 6, "sample": 6, "serve": 6, "lab": 7, "recipes": 7}
 PACKAGES = {"torch", "numpy", "einops", "tiktoken", "PIL", "tqdm", "triton", "pytest"}
@@ -138,7 +139,7 @@ def shelves() -> dict[str, tuple[int, int]]:
 def test_the_shelves_have_room():
     """Aims, in lines; clarity goes before a count, so a tenth more is allowed.
     `pytest -s tests/test_house.py -k shelves` prints the counts."""
-    aims = {"top": 6500, "lib": 4000, "tasks": 6600, "lab": 3900}
+    aims = {"top": 6500, "lib": 5200, "tasks": 6600, "lab": 3900}
     for shelf, aim in aims.items():
         files, lines = shelves()[shelf]
         print(f"{shelf:<6} {files:3} files {lines:6,} lines of {aim:,}")
@@ -230,5 +231,6 @@ def test_debugging_stays_out():
         text = (ROOT / source).read_text(encoding="utf-8")
         read = set(re.findall(r"environ(?:\.get\(|\[)\s*[\"'](\w+)", text))
         assert read <= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS",
-                        "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "NANOGLMV_KERNELS"}, source
+                        "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "NANOGLMV_KERNELS",
+                        "TRITON_INTERPRET"}, source
         assert not re.search(r"\bbreakpoint\(\)|\bpdb\b", text), source
