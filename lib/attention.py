@@ -51,17 +51,30 @@ def rotary_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Segments:
     """Where the documents of a packed row begin and end; made once a batch, used by every layer.
 
-    On a GPU in half precision the varlen kernel reads `cu_seqlens` (D+1,) as it is. Elsewhere there
-    is no such kernel, so documents of the same length become small dense batches (see `layout`).
+    On a GPU the kernels read `cu_seqlens` (D+1,) as it is. Elsewhere documents of the same length
+    become small dense batches (see `layout`).
+
+    `longest` is the number of tokens of the longest document, `host` is a copy of cu_seqlens on the
+    CPU. Pass them where they are known: each that is missing is computed from cu_seqlens when it is
+    needed, and for that the CPU waits until the GPU has done everything that was launched before.
     """
 
-    def __init__(self, cu_seqlens: Tensor, causal: bool):
+    def __init__(self, cu_seqlens: Tensor, causal: bool, longest: int | None = None,
+                 host: Tensor | None = None):
         self.causal, self.cu_seqlens = causal, cu_seqlens
+        # An attribute that is set here hides the property of the same name below.
+        if longest is not None:
+            self.longest = longest
+        if host is not None:
+            self.host = host
+
+    @functools.cached_property
+    def host(self) -> Tensor:
+        return self.cu_seqlens.cpu()
 
     @functools.cached_property
     def longest(self) -> int:
-        """Tokens of the longest document."""
-        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+        return int(self.host.diff().max())
 
     @functools.cached_property
     def layout(self) -> tuple[list[tuple[int, int]], Tensor | None]:
@@ -81,7 +94,7 @@ class Segments:
 
         and (shapes, place) is returned.
         """
-        borders = self.cu_seqlens.cpu().long()
+        borders = self.host.long()
         starts, lengths = borders[:-1], borders.diff()
         if bool((lengths == lengths[0]).all()):
             return [(len(lengths), int(lengths[0]))], None
