@@ -8,16 +8,75 @@ among the earlier actions. [O]
 import json
 from copy import deepcopy
 
-from .base import box, click, Env, IMAGE, Obs, OneShot, pick, recap, Step
-from .draw import Canvas, UNITS
+from .base import box, click, Env, IMAGE, Obs, OneShot, pick, recap, Step, worded
+from .draw import Canvas
 from .grounding import BOX
-from .phone import control, Device, FORMS, plain_text, random_device, ROW, TEXT
+from .phone import appearance, control, Device, FORMS, plain_text, random_device, ROW, TEXT
 from .verify import inside, parse_action, plain
 from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
-# How a user may word a goal.
-TURN = ("turn {} {}", "switch {} {}")
-SET = ("set {} to {}", "change {} to {}", "switch {} to {}")
+# How a user may word a goal; level 0 has the first of each, but two of TURN.
+TURN = ("turn {} {}", "switch {} {}", "turn {1} {0}", "switch {1} {0}", "set {} to {}",
+        "make sure that {} is {}")
+SET = ("set {} to {}", "change {} to {}", "switch {} to {}", "put {} on {}", "choose {1} for {0}")
+GOALS = {                       # of GuiMultiApp, by kind and app
+    "ask Shop": (
+        "What does {label} cost in Shop?", "How much is {label} in Shop?",
+        "What is the price of {label} in Shop?", "Look up the price of {label} in Shop.",
+        "Tell me what {label} costs in Shop."),
+    "ask Notes": (
+        "What does the note {label} say?", "What is in the note {label}?",
+        "Read me the note {label}.", "What have I written in the note {label}?",
+        "Tell me what the note {label} says."),
+    "ask Calendar": (
+        "Which day is {label} in Calendar?", "On which day is {label} in Calendar?",
+        "When is {label} in Calendar?", "Look up the day of {label} in Calendar.",
+        "Tell me the day of {label} in Calendar."),
+    "set Notes": (
+        "Set {name} in {page} to what the note {label} says.",
+        "Change {name} in {page} to the value in the note {label}.",
+        "The note {label} says what to set {name} in {page} to. Do it.",
+        "Look in the note {label} and set {name} in {page} to its value.",
+        "Read the note {label}, then put {name} in {page} on that value."),
+    "cart Notes": (
+        "Put what the note {label} names into the cart of Shop.",
+        "Add to the cart of Shop what the note {label} names.",
+        "The note {label} names a thing. Put it into the cart of Shop.",
+        "Look in the note {label} and put that thing into the cart of Shop.",
+        "Read the note {label}, then add what it names to the cart of Shop."),
+    "write Shop": (
+        "Write a note {note} with the price of {label}.",
+        "Make a note {note} that says what {label} costs.",
+        "Look up the price of {label} and write it into a new note {note}.",
+        "I need a note {note} with the price of {label}.",
+        "Find out what {label} costs and note it down as {note}."),
+    "date Notes": (
+        "Enter {event} in Calendar for the day in the note {label}.",
+        "Add {event} to Calendar on the day that the note {label} names.",
+        "The note {label} names a day. Enter {event} in Calendar for it.",
+        "Look in the note {label} and enter {event} in Calendar for that day.",
+        "Read the note {label}, then put {event} on that day in Calendar.")}
+# Questions about a page of settings, by the kind of the control.
+IS_ON = ("Is {} on?", "Is {} turned on?", "Is {} switched on?", "Is the switch {} on?",
+         "Tell me whether {} is on.")
+IS_TICKED = ("Is {} ticked?", "Is {} checked?", "Is the box {} ticked?", "Is there a tick at {}?",
+             "Tell me whether {} is ticked.")
+WHICH_TAB = ("Which tab is open?", "What is the open tab?", "Which tab is selected?",
+             "Name the open tab.", "Tell me which tab is open.")
+WHAT_VALUE = ("What is {} set to?", "What is the value of {}?", "Which value does {} have?",
+              "Read the value of {}.", "Tell me what {} is set to.")
+HOW_MANY_ON = ("How many switches are on?", "Count the switches that are on.",
+               "How many switches are turned on?", "What is the number of switches that are on?",
+               "Tell me how many switches are on.")
+ASKS = {"switch": IS_ON, "check": IS_TICKED, "tabs": WHICH_TAB}
+# The question about a recorded errand.
+CRITIC = ("One action is wrong. Which, and is it misread, mis-target or wrong-next?",
+          "Which action is wrong, and is it misread, mis-target or wrong-next?",
+          "Find the wrong action. Is it misread, mis-target or wrong-next?",
+          "There is one mistake. At which action, and is it misread, mis-target or wrong-next?",
+          "Name the wrong action and its kind: misread, mis-target or wrong-next.")
+REMEMBER = ("Remember {}", "Look up and remember {}", "Keep in mind {}", "Find and remember {}",
+            "Learn {}")
 
 
 class GuidedDevice(Device):
@@ -202,7 +261,7 @@ class GuiNavigate(Errand):
             want = now if i and rng.integers(3) == 0 else pick(rng, others)
             self.due["Settings"][key] = want
             switched = type(want) is bool
-            what = pick(rng, TURN if switched else SET).format(
+            what = worded(rng, TURN if switched else SET, self.level).format(
                 name, ("off", "on")[want] if switched else want)
             goals.append(f"{what} in {' > '.join(page)}")
         self.start, goal = ("Settings", []), ", then ".join(goals)
@@ -252,15 +311,8 @@ class GuiMultiApp(Errand):
         self.start = ("Home", []) if self.level else (app, [])
         self.aim = "infeasible" if lacking else "answer" if kind == "ask" else "done"
         *page, name = ["Settings", *key.split("/")]
-        goals = {
-            "ask Shop": f"What does {label} cost in Shop?",
-            "ask Notes": f"What does the note {label} say?",
-            "ask Calendar": f"Which day is {label} in Calendar?",
-            "set Notes": f"Set {name} in {' > '.join(page)} to what the note {label} says.",
-            "cart Notes": f"Put what the note {label} names into the cart of Shop.",
-            "write Shop": f"Write a note {note} with the price of {label}.",
-            "date Notes": f"Enter {event} in Calendar for the day in the note {label}."}
-        return goals[f"{kind} {app}"]
+        return worded(rng, GOALS[f"{kind} {app}"], self.level, 1).format(
+            label=label, name=name, page=" > ".join(page), note=note, event=event)
 
 
 class WidgetState(OneShot):
@@ -269,11 +321,12 @@ class WidgetState(OneShot):
     blind = (0.5, 0.5, 0.4, 0.3, 0.27)
     kinds = (("switch",), ("switch", "check"), ("switch", "check", "slider"),
              ("switch", "check", "slider", "choice"), ("switch", "slider", "slider", "choice"))
-    asks = {"switch": "Is {} on?", "check": "Is {} ticked?", "tabs": "Which tab is open?"}
 
     def make(self):
         rng, rows = self.rng, (2, 4, 5, 6, 7)[self.level]
         world, data = random_device(rng, self.heldout, 0)
+        if self.level:
+            world.update(appearance(rng, self.heldout, self.level, rows))
         names = some(rng, CONTROLS, rows, self.heldout)
         settings = {name: control(rng, self.kinds[self.level]) for name in names}
         if self.level >= 3:
@@ -282,12 +335,12 @@ class WidgetState(OneShot):
         world["tree"] = {"": some_of(rng, names)}
         world["controls"] = {name: setting[:2] for name, setting in settings.items()}
         data["Settings"] = {name: value for name, (_, _, value) in settings.items()}
-        asked = [(self.asks.get(kind, "What is {} set to?").format(name),
+        asked = [(worded(rng, ASKS.get(kind, WHAT_VALUE), self.level, 1).format(name),
                   ("no", "yes")[value] if type(value) is bool else str(value))
                  for name, (kind, _, value) in some_of(rng, list(settings.items()))]
         if self.level == 4:
             on = sum(kind == "switch" and value for kind, _, value in settings.values())
-            asked.insert(int(rng.integers(3)), ("How many switches are on?", str(on)))
+            asked.insert(int(rng.integers(3)), (worded(rng, HOW_MANY_ON, 4), str(on)))
         (question, gold), *more = asked[:5]
         self.more = [(question, box(answer)) for question, answer in more]
         self.shown = [answer for _, answer in asked[:5]]
@@ -311,7 +364,7 @@ class UiGround(OneShot):
             device.act("scroll", ["down"])
         if level < 2 and rng.integers(8) == 0:
             device.popup = pick(rng, list(world["controls"]))
-        marks = [(pick(rng, BOX).format(name), [*map(round, area)])
+        marks = [(worded(rng, BOX, level, 5).format(name), [*map(round, area)])
                  for name, area in device.named()]
         self.shown = [area for _, area in marks]
         (question, gold), *more = some_of(rng, marks, 5)
@@ -367,8 +420,9 @@ class GuiCritic(OneShot, Errand):
         unlike = {lookup[3]: lookup for lookup in some_of(self.rng, lookups)}
         self.lookups = [*unlike.values()][:(1, 2, 2, 3, 3)[self.level]]
         world["margin"] = 1
-        return "Remember " + ", then ".join(
+        things = ", then ".join(
             f"the {what.lower()} of {path[0]} in {app}" for app, path, what, _ in self.lookups)
+        return worded(self.rng, REMEMBER, self.level, 1).format(things)
 
     def make(self):
         self.begin()
@@ -381,15 +435,17 @@ class GuiCritic(OneShot, Errand):
                            for kind, wrong in self.wrong(ways)]
             self.take(ways[0])
         kind, turn, actions[turn - 1], self.why = pick(self.rng, self.slips)
-        y = UNITS - ROW if self.device.world["bar"] == "top" else 0
+        width, height = self.device.size
+        y = height - ROW if self.device.world["bar"] == "top" else 0
         for screen, action in zip(screens, actions):
-            canvas, (verb, args) = Canvas.on(screen), parse_action(action)
-            canvas.plate(0, y, UNITS, ROW, (255, 226, 130), 0)
+            canvas, (verb, args) = Canvas.on(screen, self.pixels), parse_action(action)
+            canvas.plate(0, y, width, ROW, (255, 226, 130), 0)
             canvas.word(action, 2, y + ROW / 2, (0, 0, 0), TEXT)
             if verb == "click":             # a ring around the place
-                ring = [a * UNITS / 999 + d for d in (-3, 3) for a in args]
-                canvas.pen.ellipse(canvas.at(*ring), None, (255, 0, 170), canvas.px(1))
-        ask = "One action is wrong. Which, and is it misread, mis-target or wrong-next?"
+                across, down = args[0] * width / 999, args[1] * height / 999
+                ring = canvas.at(across - 3, down - 3, across + 3, down + 3)
+                canvas.pen.ellipse(ring, None, (255, 0, 170), canvas.px(1))
+        ask = worded(self.rng, CRITIC, self.level, 1)
         return Obs(f"{IMAGE * len(screens)}{self.goal}. {ask}", screens), f"{turn}, {kind}"
 
     def wrong(self, ways):

@@ -55,11 +55,18 @@ class Message:
     images: tuple = ()
 
 
-def stream(task: Task) -> np.random.Generator:
+class Stream(np.random.Generator):
+    """The random generator of a task, which also knows whether the task's split is held out."""
+    heldout = False
+
+
+def stream(task: Task) -> Stream:
     """The random generator of a task. It is seeded by all fields but the size, so splits never
     share random numbers, and a larger picture shows the same scene. [O]"""
     key = [crc32(task.category.encode()), crc32(task.split.encode()), task.level, task.seed]
-    return np.random.default_rng(key)
+    rng = Stream(np.random.PCG64(key))
+    rng.heldout = task.split != "train"
+    return rng
 
 
 def pick(rng, options):
@@ -67,10 +74,13 @@ def pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
 
-def worded(rng, forms, level: int, few: int = 2) -> str:
+def worded(rng: Stream, forms, level: int, few: int = 2) -> str:
     """One of several wordings of a question. Level 0, the first minutes of a small model, has only
-    the first `few`. [O]"""
-    return pick(rng, forms if level else forms[:few])
+    the first `few`. From level 1 on the last of four or more wordings is held out: it never occurs
+    in training, and a quarter of the questions of a held-out split have it. [O]"""
+    if level == 0 or len(forms) < 4:
+        return pick(rng, forms if level else forms[:few])
+    return forms[-1] if rng.heldout and rng.integers(4) == 0 else pick(rng, forms[:-1])
 
 
 def held(text: str) -> bool:

@@ -3,24 +3,23 @@
 `world` holds what never changes, `data` what actions can change, and the other attributes which
 screen is open. A screen is a list of rows. A row defines both how it is drawn and what a click on
 it does, so the renderer, the touch screen and the oracle can't disagree. Positions are in units (64
-to the side); at 128 pixels a row, 8 units high, is one row of visual tokens, with text of 10
-pixels.
+to the side of a square); at 128 pixels a row, 8 units high, is one row of visual tokens, with text
+of 10 pixels. From level 1 on half of the screens are portrait or landscape ones, with as many rows
+as they have room for, and their colours, bars, corners and lines vary.
 """
 import re
 from collections import namedtuple
 from typing import Any
 
 from .base import held, pick
-from .draw import blend, Canvas, DARK, ink_on, LIGHT, shades, UNITS
+from .draw import blend, Canvas, CELL, DARK, ink_on, LIGHT, plain, shades, UNITS
 from .verify import inside, is_point
 from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
-ROW, TEXT = 8, 5                            # heights of a row and of its font
-VISIBLE, SCROLL_ROWS = 7, 5                 # rows on the screen, rows that a scroll moves
-TRACK, TRACK_WIDTH = 36, 17                 # left end of a slider's track, and its length
-# The box of a control inside its row.
-MARKS = {"switch": (50, 1.5, 59.5, 6.5), "check": (53, 1, 59, 7), "field": (20, 0.5, 60, 7.5),
-         "slider": (TRACK - 7.5, 1, TRACK + TRACK_WIDTH + 7, 7), "button": (10, 0.5, 54, 7.5)}
+ROW, TEXT, TRACK = 8, 5, 34              # heights of a row and its font; left end of a slider
+# Widths and heights of screens that are not square, in units: whole rows, and whole visual tokens at
+# 128 pixels, never more of them than the square has.
+SCREENS = ((56, 72), (56, 64), (72, 56), (80, 48))
 AMOUNTS = ((2, 3, 4), (3, 4, 5), (4, 5, 6), (5, 6, 8), (6, 9, 9))   # pages, rows in each, records
 FORMS = {"Notes": ("Title", "Text"), "Calendar": ("Title", "Day")}
 ICONS = dict(Home="square", Settings="cross", Notes="star", Shop="diamond", Calendar="circle")
@@ -43,15 +42,37 @@ def plain_text(args) -> bool:
             and re.fullmatch(r"[A-Za-z0-9 .,:'-]{1,20}", args[0]) is not None)
 
 
-def theme(rng, heldout: bool) -> dict:
-    """Random colours, {role: RGB}: a light or a dark theme with an accent colour."""
-    dark = bool(rng.integers(2))
-    ground, ink = (pair[heldout] for pair in ((DARK, LIGHT) if dark else (LIGHT, DARK)))
-    accent = shades(rng, heldout)[pick(rng, ACCENTS)]
-    return {"ground": ground, "ink": ink, "accent": blend(accent, (0, 0, 0), 0.15),
+def theme(rng, heldout: bool, level: int) -> dict:
+    """Random colours, {role: RGB}: a light or a dark theme with an accent colour. "round" is not a
+    colour, but the radius of corners as a share of the roundest."""
+    if level:
+        ground, ink = plain(rng, heldout, level)
+    else:
+        dark = bool(rng.integers(2))
+        ground, ink = (pair[heldout] for pair in ((DARK, LIGHT) if dark else (LIGHT, DARK)))
+    dark, accent = sum(ground) < 384, shades(rng, heldout)[pick(rng, ACCENTS)]
+    look = {"ground": ground, "ink": ink, "accent": blend(accent, (0, 0, 0), 0.15),
             "panel": blend(ground, (255, 255, 255), 0.1 if dark else 0.8),
             "line": blend(ground, ink, 0.2), "soft": blend(ground, ink, 0.62),
-            "off": blend(ground, ink, 0.38)}
+            "off": blend(ground, ink, 0.38), "round": 1}
+    look["bar"] = look["accent"]
+    if level:
+        faint = blend(ground, ink, 0.1)
+        look["bar"] = pick(rng, (look["bar"], faint, blend(ground, ink, 0.8)))
+        look["panel"] = pick(rng, (look["panel"], faint))
+        look["line"] = pick(rng, (look["line"], look["soft"], ground))
+        look["soft"] = blend(ground, ink, 0.75)
+        look["round"] = pick(rng, (0, 0.5, 1))
+    return look
+
+
+def appearance(rng, heldout: bool, level: int, rows=0) -> dict:
+    """{"theme", "size": (width, height)} of a random screen. rows: how many it must show at least,
+    below or above its bar."""
+    oblong = level and rng.integers(2)
+    return {"theme": theme(rng, heldout, level),
+            "size": pick(rng, [size for size in SCREENS if size[1] >= ROW * (rows + 1)]) if oblong
+            else (UNITS, UNITS)}
 
 
 def control(rng, kinds) -> tuple[str, tuple, Any]:
@@ -94,7 +115,7 @@ def random_device(rng, heldout: bool, level: int) -> tuple[dict, dict]:
                 "bar": pick(rng, ("top", "bottom")), "cards": bool(rng.integers(2)),
                 "new": bool(rng.integers(2)), "swap": bool(rng.integers(2)),
                 "lift": int(rng.integers(10, 27)), "items": dict(some_of(rng, [*items.items()]))}
-    world = {**look, "theme": theme(rng, heldout), "controls": controls, "words": words,
+    world = {**look, **appearance(rng, heldout, level), "controls": controls, "words": words,
              "popups": {}, "margin": 0}
     return world, {"Settings": values, "Notes": notes, "Shop": [],
                    "Calendar": [list(event) for event in events.items()]}
@@ -113,7 +134,8 @@ class Device:
         self.world, self.data, self.app = world, data, app
         self.paths = {name: [*path] if name == app else [] for name in ("Home", *world["apps"])}
         self.path = self.paths[app]         # the pages opened in this app; the last one is shown
-        self.turn, self.popup, self.visible = 0, None, VISIBLE - world["margin"]
+        self.turn, self.popup, self.size = 0, None, world["size"]
+        self.visible = self.size[1] // ROW - 1 - world["margin"]
         self.reset_page()
 
     def reset_page(self, up=False):
@@ -181,35 +203,44 @@ class Device:
 
     def dialog(self) -> list[tuple[tuple, str, bool]]:
         """[(box in units, word, whether it means yes)] of the buttons of a dialog."""
-        pair, y = list(zip(self.world["words"]["popup"], (True, False))), self.world["lift"] + 16
-        return [((8 + 25 * i, y, 31 + 25 * i, y + 7), *entry)
+        pair = list(zip(self.world["words"]["popup"], (True, False)))
+        step, y = (self.size[0] - 14) / 2, self.dialog_top() + 16
+        return [((8 + step * i, y, 6 + step * (i + 1), y + 7), *entry)
                 for i, entry in enumerate(pair[::-1] if self.world["swap"] else pair)]
+
+    def dialog_top(self) -> int:
+        """The top of a dialog, which is 27 units high."""
+        return min(self.world["lift"], self.size[1] - 28)
+
+    def area(self, box) -> tuple:
+        """A box in units -> in 0-999."""
+        return Canvas.area(*box, self.size)
 
     def spots(self) -> list[tuple[tuple, str, Any, tuple]]:
         """[(box in 0-999, label, choice, effect)] of everything that a click can hit."""
         if self.popup:
-            return [(Canvas.area(*box), word, None, ("answer", agrees))
+            return [(self.area(box), word, None, ("answer", agrees))
                     for box, word, agrees in self.dialog()]
-        rows = self.in_sight()
+        rows, width = self.in_sight(), self.size[0]
         found = [(box, row.label, choice, (*row.effect, choice))
-                 for y, row in rows for choice, box in choice_boxes(row, y)]
+                 for y, row in rows for choice, box in choice_boxes(row, y, width)]
         # a click anywhere in a row counts, but for a button it must be on the button
-        found += [(control_box("button" if row.kind == "button" else "row", y), row.label, None,
-                   row.effect) for y, row in rows if row.effect and not row.choices]
-        return [(Canvas.area(*box), *rest) for box, *rest in found]
+        found += [(control_box("button" if row.kind == "button" else "row", y, width), row.label,
+                   None, row.effect) for y, row in rows if row.effect and not row.choices]
+        return [(self.area(box), *rest) for box, *rest in found]
 
     def named(self) -> list[tuple[str, tuple]]:
         """[(name, box in 0-999)] of all controls, and of the rows without a control."""
         if self.popup:
-            return [(f"{word} button", Canvas.area(*box)) for box, word, _ in self.dialog()]
-        rows = self.in_sight()
+            return [(f"{word} button", self.area(box)) for box, word, _ in self.dialog()]
+        rows, width = self.in_sight(), self.size[0]
         found = [(f"{choice} tab", box) for y, row in rows if row.kind == "tabs"
-                 for choice, box in choice_boxes(row, y)]
+                 for choice, box in choice_boxes(row, y, width)]
         for y, row in rows:
             if row.kind != "tabs":
-                kind = row.kind if row.kind in MARKS else "row"
-                found.append((f"{row.label} {kind}", control_box(row.kind, y)))
-        return [(name, Canvas.area(*box)) for name, box in found]
+                kind = row.kind if row.kind in marks(width) else "row"
+                found.append((f"{row.label} {kind}", control_box(row.kind, y, width)))
+        return [(name, self.area(box)) for name, box in found]
 
     def act(self, name: str, args: list) -> str | None:
         """Carry out an action. Returns None, or an error message in one line if the call is not
@@ -229,7 +260,7 @@ class Device:
         elif name == "type":
             self.draft[self.focus] = args[0]
         elif name == "scroll":
-            way = SCROLL_ROWS if args == ["down"] else -SCROLL_ROWS
+            way = (self.visible - 2) * (1 if args == ["down"] else -1)
             self.scroll = min(max(0, self.scroll + way), self.lowest())
         elif name == "open" or not self.path:
             self.press(("open", args[0] if args else "Home"))
@@ -272,99 +303,116 @@ class Device:
                     self.reset_page(up=True)
 
     def draw(self, pixels: int):
-        """Draw the screen -> PIL image, `pixels` wide and high."""
-        look, rows = self.world["theme"], self.in_sight()
-        canvas, ink = Canvas(pixels, look["ground"]), ink_on(look["accent"])
+        """Draw the screen -> PIL image. pixels: the side of a square one."""
+        look, rows, (width, height) = self.world["theme"], self.in_sight(), self.size
+        canvas = Canvas(pixels, look["ground"], (width / CELL, height / CELL))
         for y, row in rows:
             draw_row(canvas, look, row, y, self.world["cards"], row.label == self.focus)
-        y = 0 if self.world["bar"] == "top" else UNITS - ROW
-        canvas.plate(0, y, UNITS, ROW, look["accent"], 0)
+        y, ink = 0 if self.world["bar"] == "top" else height - ROW, ink_on(look["bar"])
+        canvas.plate(0, y, width, ROW, look["bar"], 0)
         canvas.shape(ICONS[self.app], 2.5, y + 1.5, 5, ink)
         canvas.word([self.app, *self.path][-1], 10, y + ROW / 2, ink, TEXT)
         if self.lowest():
-            top, height, n = rows[0][0], ROW * self.visible, len(self.rows())
-            canvas.plate(UNITS - 1.5, top, 1.5, height, look["line"], 0)
-            canvas.plate(UNITS - 1.5, top + height * self.scroll / n, 1.5,
-                         height * self.visible / n, look["soft"], 0)
+            top, span, n = rows[0][0], ROW * self.visible, len(self.rows())
+            canvas.plate(width - 1.5, top, 1.5, span, look["off"], 0)
+            canvas.plate(width - 1.5, top + span * self.scroll / n, 1.5,
+                         span * self.visible / n, look["ink"], 0)
         if self.popup:
             canvas.image.paste(canvas.image.point([v // 2 for v in range(256)] * 3))
-            y = self.world["lift"]
-            canvas.plate(4, y, 56, 27, look["panel"], 3)
-            canvas.word("Turn this on:", UNITS / 2, y + 5, look["ink"], TEXT, "m")
-            canvas.word(self.popup.split("/")[-1] + "?", UNITS / 2, y + 11, look["ink"], TEXT, "m")
+            y, ink, middle = self.dialog_top(), ink_on(look["accent"]), width / 2
+            canvas.plate(4, y, width - 8, 27, look["panel"], 3 * look["round"])
+            canvas.word("Turn this on:", middle, y + 5, look["ink"], TEXT, "m")
+            canvas.word(self.popup.split("/")[-1] + "?", middle, y + 11, look["ink"], TEXT, "m")
             for (x0, y0, x1, y1), word, _ in self.dialog():
-                canvas.plate(x0, y0, x1 - x0, y1 - y0, look["accent"], 2)
+                canvas.plate(x0, y0, x1 - x0, y1 - y0, look["accent"], 2 * look["round"])
                 canvas.word(word, (x0 + x1) / 2, (y0 + y1) / 2, ink, TEXT, "m")
         return canvas.image
 
 
-def choice_boxes(row: Row, y: float) -> list[tuple[Any, tuple]]:
+def track(width: float) -> tuple:
+    """(left end, length) of a slider's track on a screen of this width."""
+    return TRACK, width - 10 - TRACK
+
+
+def marks(width: float) -> dict:
+    """{kind of a row: the box of its control inside the row} on a screen of this width."""
+    left, long = track(width)
+    return {"switch": (width - 14, 1.5, width - 4.5, 6.5), "check": (width - 11, 1, width - 5, 7),
+            "field": (20, 0.5, width - 4, 7.5), "button": (10, 0.5, width - 10, 7.5),
+            "slider": (left - 7, 1, left + long + 7, 7)}
+
+
+def choice_boxes(row: Row, y: float, width: float) -> list[tuple[Any, tuple]]:
     """[(choice, box in units)] of the positions of a slider or of tabs."""
-    left, step = 0, (UNITS - 2) / max(1, len(row.choices))
+    left, step = 0, (width - 2) / max(1, len(row.choices))
     if row.kind == "slider":
-        step = TRACK_WIDTH / (len(row.choices) - 1)
-        left = TRACK - step / 2
+        left, long = track(width)
+        step = long / (len(row.choices) - 1)
+        left -= step / 2
     return [(choice, (left + step * i, y, left + step * (i + 1), y + ROW))
             for i, choice in enumerate(row.choices)]
 
 
-def control_box(kind: str, y: float) -> tuple:
+def control_box(kind: str, y: float, width: float) -> tuple:
     """The box, in units, of the control of a row of this kind, or of the row if it has none."""
-    x0, y0, x1, y1 = MARKS.get(kind, (0, 0, UNITS - 2, ROW))
+    x0, y0, x1, y1 = marks(width).get(kind, (0, 0, width - 2, ROW))
     return x0, y + y0, x1, y + y1
 
 
 def draw_row(canvas, look, row, y, cards, focused):
     """Draw a row: its background and label, then its value or control."""
     ink, soft, accent, off = (look[name] for name in ("ink", "soft", "accent", "off"))
-    kind, value, middle, left = row.kind, row.value, y + ROW / 2, control_box(row.kind, y)[0]
+    width, radius, middle = canvas.size[0], look["round"], y + ROW / 2
+    kind, value, left = row.kind, row.value, control_box(row.kind, y, width)[0]
     on = accent if value else off
     if kind == "button":
-        canvas.plate(left, y + 0.5, 44, 7, accent, 2)
-        canvas.word(row.label, UNITS / 2, middle, ink_on(accent), TEXT, "m")
+        canvas.plate(left, y + 0.5, width - 20, 7, accent, 2 * radius)
+        canvas.word(row.label, width / 2, middle, ink_on(accent), TEXT, "m")
         return
     if cards:
-        canvas.plate(0.5, y + 0.5, UNITS - 2.5, ROW - 1, look["panel"], 1.5)
+        canvas.plate(0.5, y + 0.5, width - 2.5, ROW - 1, look["panel"], 1.5 * radius)
     else:
-        canvas.plate(2, y + ROW - 0.5, UNITS - 5, 0.5, look["line"], 0)
+        canvas.plate(2, y + ROW - 0.5, width - 5, 0.5, look["line"], 0)
     if kind != "tabs":
         color = soft if kind == "field" else ink
         canvas.word(row.label, 10 if kind == "app" else 3, middle, color, TEXT)
     if kind in ("app", "link"):
-        canvas.shape("chevron", 56.5, y + 2.5, 3, soft)
+        canvas.shape("chevron", width - 7.5, y + 2.5, 3, soft)
     if kind == "app":
-        canvas.plate(2, y + 1, 6, 6, accent, 1.5)
+        canvas.plate(2, y + 1, 6, 6, accent, 1.5 * radius)
         canvas.shape(ICONS[row.label], 3.5, y + 2.5, 3, ink_on(accent))
     elif kind in ("link", "fact") and value is not None:
-        at, color = (55, soft) if kind == "link" else (59, ink)
+        at, color = (width - 9, soft) if kind == "link" else (width - 5, ink)
         canvas.word(str(value), at, middle, color, TEXT, "r")
     elif kind == "switch":
-        canvas.plate(left, y + 1.5, 9.5, 5, on, 2.5)
+        canvas.plate(left, y + 1.5, 9.5, 5, on, 2.5 * radius)
         canvas.shape("circle", left + (5 if value else 0.5), y + 2, 4, (255, 255, 255))
     elif kind == "check":
-        canvas.plate(left, y + 1, 6, 6, on, 1)
-        canvas.plate(left + 0.5, y + 1.5, 5, 5, accent if value else look["panel"], 0.5)
+        canvas.plate(left, y + 1, 6, 6, on, radius)
+        canvas.plate(left + 0.5, y + 1.5, 5, 5, accent if value else look["panel"], radius / 2)
     elif kind == "tabs":
-        for choice, (x0, _, x1, _) in choice_boxes(row, y):
+        size = TEXT if width >= UNITS else 4.5      # five short words, still 9 pixels high
+        for choice, (x0, _, x1, _) in choice_boxes(row, y, width):
             if choice == value:
-                canvas.plate(x0 + 0.5, y + 0.5, x1 - x0 - 1, ROW - 1, accent, 1.5)
+                canvas.plate(x0 + 0.5, y + 0.5, x1 - x0 - 1, ROW - 1, accent, 1.5 * radius)
             color = ink_on(accent) if choice == value else ink
-            canvas.word(choice, (x0 + x1) / 2, middle, color, TEXT, "m")
+            canvas.word(choice, (x0 + x1) / 2, middle, color, size, "m")
     elif kind == "slider":
-        canvas.word(str(row.choices[0]), TRACK - 4, middle, soft, TEXT, "r")
-        canvas.word(str(row.choices[-1]), TRACK + TRACK_WIDTH + 4, middle, soft, TEXT)
-        canvas.plate(TRACK, middle - 0.5, TRACK_WIDTH, 1, off, 0)
-        ends = [x0 + x1 for _, (x0, _, x1, _) in choice_boxes(row, y)]
+        start, long = track(width)
+        canvas.word(str(row.choices[0]), start - 3.5, middle, soft, TEXT, "r")
+        canvas.word(str(row.choices[-1]), start + long + 3.5, middle, soft, TEXT)
+        canvas.plate(start, middle - 0.5, long, 1, off, 0)
+        ends = [x0 + x1 for _, (x0, _, x1, _) in choice_boxes(row, y, width)]
         for both in ends:
             canvas.plate((both - 1) / 2, middle - 1.5, 1, 3, off, 0)
         canvas.shape("circle", (ends[value] - 5) / 2, middle - 2.5, 5, accent)
     elif kind == "field":
-        canvas.plate(left, y + 0.5, 40, 7, accent if focused else off, 1.5)
-        canvas.plate(left + 0.5, y + 1, 39, 6, look["panel"], 1)
-        while (width := canvas.width(value, TEXT)) > 36:
+        canvas.plate(left, y + 0.5, width - 24, 7, accent if focused else off, 1.5 * radius)
+        canvas.plate(left + 0.5, y + 1, width - 25, 6, look["panel"], radius)
+        while (long := canvas.width(value, TEXT)) > width - 28:
             value = value[1:]
         canvas.word(value, left + 2, middle, ink, TEXT)
         if focused:
-            canvas.plate(left + 2.5 + width, y + 2, 0.5, 4, ink, 0)
+            canvas.plate(left + 2.5 + long, y + 2, 0.5, 4, ink, 0)
     if kind in ("check", "option") and value:
-        canvas.shape("tick", 54, y + 2, 4, ink_on(accent) if kind == "check" else accent)
+        canvas.shape("tick", width - 10, y + 2, 4, ink_on(accent) if kind == "check" else accent)

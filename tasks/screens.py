@@ -35,9 +35,12 @@ WORDS = (*SHORT, "SAVE", "OPEN", "BACK", "NEXT", "HELP", "SEND", "PLAY", "STOP",
 # How a user may word a goal or a question; other wordings are those of scenes.py.
 GOALS = ("Click {}.", "Press {}.", "Click on {}.", "Tap {}.", "Push {}.", "Please click {}.",
          "Hit {}.")
-SAYS = ("What does the {} button say?", "Read the {} button.", "What is written on the {} button?")
-ICON_ON = ("Which icon is on the {} button?", "What icon does the {} button have?")
-LIST = ("List the buttons from top to bottom.", "What buttons are there, from top to bottom?")
+SAYS = ("What does the {} button say?", "Read the {} button.", "What is written on the {} button?",
+        "What text is on the {} button?")
+ICON_ON = ("Which icon is on the {} button?", "What icon does the {} button have?",
+           "Name the icon on the {} button.", "What is the icon of the {} button?")
+LIST = ("List the buttons from top to bottom.", "What buttons are there, from top to bottom?",
+        "Name all buttons from top to bottom.", "Which buttons do you see, from top to bottom?")
 FORM_GOALS = ("Tick {}. Press {}.", "Tick {}, then press {}.", "Check {} and press {}.",
               "Select {}. Then click {}.", "Tick {} and tap {}.", "Choose {}, then {}.")
 TICK = ("Tick {}.", "Check {}.", "Select {}.", "Tick the box of {}.")
@@ -311,24 +314,24 @@ class GuiClick(OneShot):
 
     def questions(self):
         """[(question, reply)] that ask for something else than a click."""
-        rng, asked = self.rng, []
+        rng, level, asked = self.rng, self.level, []
         for w in self.shown:
             names = [name[4:] for name in self.fitting(w) if name.startswith("the ")]
             bare = [name for name in names if name == f"{w.label} button"]
             if names:
-                asked.append((pick(rng, POINT_AT).format(pick(rng, names)),
+                asked.append((worded(rng, POINT_AT, level).format(pick(rng, names)),
                               box(list(middle(w.area)))))
             about = []
             if w.color and bare:
-                about.append((pick(rng, COLOR_OF).format(bare[0]), box(w.color)))
+                about.append((worded(rng, COLOR_OF, level).format(bare[0]), box(w.color)))
             if w.color and w.label and f"{w.color} button" in names:
                 forms = ICON_ON if w.label in SHAPES else SAYS
-                about.append((pick(rng, forms).format(w.color), box(w.label)))
+                about.append((worded(rng, forms, level).format(w.color), box(w.label)))
             asked += some_of(rng, about, 1)     # either gives the other away
         down = sorted(self.shown, key=lambda w: w.area[1::-1])
         told = ", ".join(" ".join(filter(None, (w.color, w.label or "button"))) for w in down)
-        return [*asked, (pick(rng, HOW_MANY).format("buttons"), box(len(down))),
-                (pick(rng, LIST), box(told))]
+        return [*asked, (worded(rng, HOW_MANY, level).format("buttons"), box(len(down))),
+                (worded(rng, LIST, level), box(told))]
 
     def reply(self, gold):
         return click(gold["box"])
@@ -399,12 +402,12 @@ class GuiForm(Env):
         self.side = min(pitch - 1, 14, span // 2 - 3) - int(rng.integers(3)) if level else 14
         self.side = max(9, self.side)
         self.size = min(12, pitch - 3)
-        worded, swap = single and rng.integers(3) > 0, bool(level) and rng.integers(2)
-        names = (some(rng, self.words, n, self.heldout) if worded else
+        spelt, swap = single and rng.integers(3) > 0, bool(level) and rng.integers(2)
+        names = (some(rng, self.words, n, self.heldout) if spelt else
                  some_of(rng, [*self.letters, *SHAPES], n))
-        if worded and span < UNITS:     # a long word and its box fit side by side
+        if spelt and span < UNITS:     # a long word and its box fit side by side
             self.size, self.side = 9, 9
-        long = max(length(name, self.size) for name in names) + 2 if worded else self.side + 2
+        long = max(length(name, self.size) for name in names) + 2 if spelt else self.side + 2
         spare = span - long - self.side - 2
         start = 1 + int(rng.integers(max(1, spare))) * bool(level)
         ys = [top + pitch * row for row in range(rows) if row != last]

@@ -39,12 +39,13 @@ class OcrLine(OneShot):
             areas.append(canvas.glyph(char, x + i * side, y, ink, 12 / 16, bold, angle, side))
         if self.level >= 4:
             canvas.noise(rng, 25)
-        i = int(rng.integers(len(gold)))
-        self.more = [(worded(rng, CHARACTER, self.level, 1).format(i + 1), box(gold[i]))]
-        if self.level and gold.count(gold[i]) == 1:     # else it would have two right answers
-            self.more.append((pick(rng, CLICK_ON).format(gold[i]), click(areas[i])))
-            self.more.append((pick(rng, POINT_AT).format(gold[i]), box([*middle(areas[i])])))
-        return Obs(IMAGE + worded(rng, QUESTIONS, self.level), [canvas.image]), gold
+        i, level = int(rng.integers(len(gold))), self.level
+        self.more = [(worded(rng, CHARACTER, level, 1).format(i + 1), box(gold[i]))]
+        if level and gold.count(gold[i]) == 1:     # else it would have two right answers
+            place = box([*middle(areas[i])])
+            self.more.append((worded(rng, CLICK_ON, level).format(gold[i]), click(areas[i])))
+            self.more.append((worded(rng, POINT_AT, level).format(gold[i]), place))
+        return Obs(IMAGE + worded(rng, QUESTIONS, level), [canvas.image]), gold
 
     def place(self, n):
         """A random (grid, x, y, side) for a line of n characters: the picture's columns and rows,

@@ -13,7 +13,7 @@ from gym import make, play_out, Rewards, Task
 from tasks import verify
 from tasks.agent import GuidedDevice, GuiMultiApp, GuiNavigate
 from tasks.base import box, IMAGE
-from tasks.phone import random_device, VISIBLE
+from tasks.phone import random_device
 
 
 def phone(seed=0, level=3, **where):
@@ -57,11 +57,11 @@ def test_a_form_is_filled_in_and_a_record_erased():
 def test_lists_scroll_and_stop_at_both_ends():
     device = phone(level=4, app="Shop")
     rows = [row.label for row in device.rows()]
-    assert len(rows) > VISIBLE
+    assert len(rows) > device.visible
     do(device, *['scroll("down")'] * 5)
-    assert [row.label for _, row in device.in_sight()] == rows[-VISIBLE:]
+    assert [row.label for _, row in device.in_sight()] == rows[-device.visible:]
     do(device, *['scroll("up")'] * 5)
-    assert [row.label for _, row in device.in_sight()] == rows[:VISIBLE]
+    assert [row.label for _, row in device.in_sight()] == rows[:device.visible]
 
 
 def test_an_open_dialog_blocks_everything_else():
