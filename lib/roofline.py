@@ -1,0 +1,531 @@
+"""What a step would take on a GPU that is not here: the roofline model.
+
+A GPU moves bytes between its memory and its cores, and it computes. Both go on at the same time, so
+an operation takes as long as the slower of the two:
+
+    seconds = max(bytes / bandwidth, FLOPs / peak)
+
+Drawn over FLOPs per byte on logarithmic axes, the speed that this allows looks like a roof: it
+rises with the bandwidth, then it is flat at the peak. An H100 moves 3.35 TB/s and computes 989
+TFLOP/s in bf16; the edge of its roof is at 989 / 3.35, about 300 FLOPs a byte. Two examples:
+
+    x + y, elements of 2 bytes     reads 4 bytes, writes 2, computes 1 FLOP: 0.2 FLOPs a byte. Only
+                                   the bytes count; to save time, read and write less, as a kernel
+                                   does that does several such operations at once
+    A @ B, both 4096 x 4096        reads and writes 100 MB, computes 137 GFLOP: 1,400 FLOPs a byte.
+                                   Only the FLOPs count
+
+There is a third limit: the host launches one operation after the other and needs some microseconds
+for each. Where operations are shorter than that, the GPU waits for the host.
+
+No machine reaches its data sheet. How close it comes is assumed here, by the constants below; they
+are typical of what people measure on an H100. So every figure from this file is computed, not
+measured. It does not know about waits of the host for the device, fragmented memory, or a GPU that
+lowers its clock when it gets hot.
+
+How a step is followed: it runs as it is, on meta tensors, which have shapes but no memory:
+
+    trace = Trace(find_machine("8xH100"))
+    with trace:
+        model, optimizer = ...                  on meta
+        trace.hold("weights", model.parameters())
+        trace.begin("forward")                  from here on operations are noted
+        loss = ...
+        trace.begin("backward")
+        loss.backward()
+    trace.seconds, trace.launches, trace.memory, trace.lines.most_common(10)
+
+PyTorch calls a mode before each operation, which notes its bytes and FLOPs and the line of ours
+that it comes from. Small integers that shapes depend on (tokens, borders of documents) are computed
+beside it on the CPU. Collectives of torch.distributed are noted as those of rank 0.
+"""
+import contextlib
+import difflib
+import math
+import re
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lib import dispatch
+from lib.cli import UserError
+from lib.common import ROOT
+
+
+# ---- machines -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind in one computer, by their data sheets; price and cores are assumptions."""
+    name: str
+    peak: float             # FLOP/s of one GPU in bf16, dense
+    bandwidth: float        # bytes/s of its memory
+    memory: float           # bytes
+    link: float             # bytes/s to other GPUs (NVLink), in one direction
+    processors: int         # streaming multiprocessors
+    price: float            # $/h of one GPU: what it may be rented for
+    cores: int              # CPU cores that the computer has for each GPU
+    count: int = 1
+
+    def __str__(self):
+        return self.name if self.count == 1 else f"{self.count}x{self.name}"
+
+
+MACHINES = {m.name: m for m in (
+    Machine("A100", 312e12, 2.04e12, 80e9, 300e9, 108, 1.5, 16),
+    Machine("H100", 989e12, 3.35e12, 80e9, 450e9, 132, 2.5, 24),
+    Machine("H200", 989e12, 4.8e12, 141e9, 450e9, 132, 3.5, 24),
+    Machine("B200", 2250e12, 8e12, 180e9, 900e9, 148, 5.0, 24))}
+
+BANDWIDTH = 0.85        # the share of the data sheet's bytes/s, of memory and links
+LAUNCH = 8e-6           # seconds that the host needs to launch an operation
+SHORTEST = 2.5e-6       # seconds of the shortest operation
+# A matrix product is cut into tiles, each computed by one multiprocessor, and large tiles come
+# closer to the peak: {(rows, columns): share of it}.
+TILES = {(128, 256): 0.78, (128, 128): 0.68, (64, 256): 0.68, (64, 128): 0.55, (64, 64): 0.35}
+ATTENTION, ATTENTION_BACKWARD = 0.35, 0.30      # the same shares for fused attention
+PRODUCTS_IN_KERNELS = 0.55                      # and for matrix products in Triton kernels of ours
+
+
+def find_machine(text: str) -> Machine:
+    """'8xH100' -> eight of them. Raises UserError where there is no such machine."""
+    match = re.fullmatch(r"(?:(\d{1,4})x)?(\w+)", text.strip(), re.IGNORECASE)
+    count, name = (int(match[1] or 1), match[2].upper()) if match else (0, text.upper())
+    if name not in MACHINES or not count:
+        near = difflib.get_close_matches(name, MACHINES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--on takes {', '.join(MACHINES)} or several, as 8xH100, not "
+                        f"'{text}'{hint}")
+    return replace(MACHINES[name], count=count)
+
+
+def product_share(machine: Machine, rows: int, columns: int, inner: int, batch: int = 1) -> float:
+    """The share of the peak at which a matrix product of these sizes runs, with the best tile.
+
+    All multiprocessors work on one tile each, then on the next: the last of these waves leaves some
+    of them idle, and tiles at the edges are partly empty. A short inner dimension is not enough to
+    hide the start and end of a tile.
+    """
+    best = 0.0
+    for (high, wide), share in TILES.items():
+        tiles = batch * math.ceil(rows / high) * math.ceil(columns / wide)
+        room = math.ceil(tiles / machine.processors) * machine.processors * high * wide
+        best = max(best, share * batch * rows * columns / room)
+    return best * min(1.0, inner / (inner + 200))
+
+
+# ---- what is counted ----------------------------------------------------------------------------
+
+@dataclass
+class Cost:
+    """What some operations take together."""
+    launches: int = 0
+    bytes: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other):
+        return Cost(self.launches + other.launches, self.bytes + other.bytes,
+                    self.flops + other.flops, self.seconds + other.seconds)
+
+
+# Operations that launch nothing.
+FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided",
+        "_unsafe_view", "alias", "lift_fresh", "sym_size", "resize_", "set_",
+        "_record_function_enter_new", "_record_function_exit"}
+# They read as many values as they return, and not all that they are given.
+PICKS = {"embedding", "index", "index_select", "gather"}
+# They write their first argument without reading it.
+OVERWRITES = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_"}
+SMALL = 2 ** 22         # elements of the largest tensor whose values are computed
+
+
+def tensors(tree) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def size(some: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each counted once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in some}.values())
+
+
+class Trace:
+    """Follows a step on meta tensors; see the top. On several GPUs it is rank 0 of them."""
+
+    def __init__(self, machine: Machine):
+        self.machine, self.phase, self.inside = machine, "", False
+        self.costs: dict[tuple[str, str], Cost] = {}    # {(phase, operation): Cost}
+        self.by_line: dict[str, Cost] = {}              # {"model.py:210": Cost}
+        self.exposed = self.hidden = 0.0    # seconds of communication that the GPU waits for, or not
+        self.sent = 0.0                     # bytes over the links
+        self.held = Counter()               # {kind: bytes that stay for the whole run}
+        self.storages: dict[int, int] = {}  # {address: bytes} of what was made since
+        self.live = self.peak = self.activations = 0
+        self.values = WeakIdKeyDictionary()     # {meta tensor: its values, on the CPU}
+
+    # ---- figures ------------------------------------------------------------------------------
+
+    def total(self, phase: str = "") -> Cost:
+        """The sum over all operations, of one phase or of all."""
+        return sum((cost for (p, _), cost in self.costs.items() if phase in ("", p)), Cost())
+
+    @property
+    def host_seconds(self) -> float:
+        return self.total().launches * LAUNCH
+
+    @property
+    def seconds(self) -> float:
+        """Of the step: the GPU's, or the host's where launching takes longer. Communication that
+        goes on beside the computation costs time only where it is the longer of the two."""
+        gpu = max(self.total().seconds, self.hidden) + self.exposed
+        return max(gpu, self.host_seconds)
+
+    def memory(self) -> dict[str, float]:
+        """Bytes by kind. `activations`: what is there when the backward begins; `total`: at the
+        moment of the step with the most of everything."""
+        return {**self.held, "activations": self.activations,
+                "total": sum(self.held.values()) + self.peak}
+
+    # ---- noting -------------------------------------------------------------------------------
+
+    def begin(self, phase: str):
+        """All operations from here on belong to this phase: forward, backward, update."""
+        if self.phase == "forward":
+            self.activations = max(self.activations, self.live)
+        self.phase = phase
+
+    def hold(self, kind: str, some: Iterable[Tensor]):
+        """These tensors stay for the whole run: count their memory under `kind`."""
+        for t in some:
+            storage = t.untyped_storage()
+            made = self.storages.get(storage._cdata)
+            if made == 0 or not t.is_meta:
+                continue                            # held already
+            self.live -= made or 0
+            self.storages[storage._cdata] = 0
+            self.held[kind] += storage.nbytes()
+            if made is None:
+                weakref.finalize(storage, self._free, storage._cdata).atexit = False
+        self.peak = max(0, self.live)
+
+    def note(self, name: str, nbytes: float, flops: float = 0.0, share: float = 1.0,
+             launches: int = 1, dtype=torch.bfloat16):
+        """Count one operation that reaches this share of the peak."""
+        if not self.phase or self.inside:
+            return
+        # fp32 products run as TF32 on the tensor cores, at half the speed.
+        peak = self.machine.peak * share * (0.5 if dtype == torch.float32 else 1.0)
+        seconds = max(nbytes / self.machine.bandwidth / BANDWIDTH, flops / peak,
+                      SHORTEST * launches)
+        cost, line = Cost(launches, nbytes, flops, seconds), line_of_ours()
+        key = self.phase, name
+        self.costs[key] = self.costs.get(key, Cost()) + cost
+        self.by_line[line] = self.by_line.get(line, Cost()) + cost
+
+    def note_kernel(self, name: str, given: list[Tensor], constants: dict):
+        """lib.dispatch calls this where a Triton kernel would be launched."""
+        flops = KERNELS[name](given, constants) if name in KERNELS else 0.0
+        self.note(name, size(given), flops, PRODUCTS_IN_KERNELS)
+
+    def note_sent(self, nbytes: float, beside: bool = False):
+        """Count bytes that rank 0 sends; beside: while the GPU computes."""
+        if self.phase:
+            seconds = nbytes / self.machine.link / BANDWIDTH
+            self.sent += nbytes
+            self.hidden += seconds * beside
+            self.exposed += seconds * (not beside)
+
+    def _allocate(self, t: Tensor):
+        storage = t.untyped_storage()
+        if storage._cdata not in self.storages:
+            self.storages[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, storage._cdata).atexit = False
+
+    def _free(self, address: int):
+        self.live -= self.storages.pop(address)
+
+    # ---- running operations -------------------------------------------------------------------
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        self.stack.callback(setattr, dispatch, "noted", dispatch.noted)
+        dispatch.noted = self.note_kernel
+        if self.machine.count > 1:
+            for name, function in collectives(self).items():
+                self.stack.callback(setattr, dist, name, getattr(dist, name))
+                setattr(dist, name, function)
+        self.stack.enter_context(_Operations(self))
+        self.stack.enter_context(_Functions(self))
+        return self
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+    def value(self, t: Tensor) -> Tensor | None:
+        """The values of a tensor, where they are known."""
+        return self.values.get(t) if t.is_meta else t
+
+    def run(self, func, args, kwargs):
+        """Run an operation on meta tensors and note it; also on the values, where all are known."""
+        name = func._schema.name.split("::")[1]
+        given, to = tensors((args, kwargs)), str(kwargs.get("device", ""))
+        known = [self.value(t) for t in given]
+        if name == "_local_scalar_dense":       # what the host reads: float(x), x.item()
+            return known[0].item() if known[0] is not None else 1
+        if to.startswith("cpu") and given:      # x.cpu(): large ones stay as they are, on meta
+            small = given[0].numel() <= SMALL
+            kwargs = {**kwargs, "device": "cpu" if small else "meta"}
+            return func(known[0] if known[0] is not None
+                        else torch.zeros_like(args[0], device=kwargs["device"]), **kwargs)
+        if to != "meta" and not any(t.is_meta for t in given):
+            return func(*args, **kwargs)
+
+        args, kwargs = tree_map(self._on_meta, (args, kwargs))
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            args = (args[0], self._indices(args[1]), *args[2:])
+        real = None
+        if given and all(v is not None and v.numel() <= SMALL for v in known):
+            real = func(*tree_map(self._as_value, args), **tree_map(self._as_value, kwargs)
+                        | ({"device": "cpu"} if to else {}))
+        changes = func._schema.is_mutable
+        if real is not None and not changes and not func.is_view:
+            out = tree_map(lambda x: torch.empty_like(x, device="meta")
+                           if isinstance(x, Tensor) else x, real)
+        else:
+            out = func(*args, **kwargs)
+            if changes and real is None:        # values that are no longer known
+                for t in tensors(args[0]):
+                    self.values.pop(t, None)
+            if not given and not out.is_floating_point() and out.numel() <= SMALL:
+                real = func(*args, **kwargs | {"device": "cpu"})        # torch.arange
+        made = tensors(out)
+        if not changes and real is not None:
+            self.values.update(zip(made, tensors(real)))
+        for t in made:
+            self._allocate(t)
+        if not func.is_view and name not in FREE:
+            self._note_operation(name, args, [t for t in given if t.is_meta], made, changes)
+        return out
+
+    def _as_value(self, x):
+        return self.value(x) if isinstance(x, Tensor) else x
+
+    def _on_meta(self, x):
+        return self.put(x) if isinstance(x, Tensor) and x.dim() and not x.is_meta else x
+
+    def _indices(self, indices: list) -> list:
+        """The indices of x[indices], with masks as the numbers of the elements that they choose."""
+        found = []
+        for x in indices:
+            if x is not None and x.dtype == torch.bool and self.value(x) is not None:
+                found += [self.put(chosen) for chosen in self.value(x).nonzero(as_tuple=True)]
+            else:
+                found.append(x)
+        return found
+
+    def put(self, x: Tensor) -> Tensor:
+        """A tensor of the CPU on meta, with known values."""
+        moved = x.to("meta")
+        self.values[moved] = x
+        return moved
+
+    def _note_operation(self, name: str, args, given: list[Tensor], made: list[Tensor],
+                        changes: bool):
+        read, written = size(given), size(made)
+        if changes and not made:                    # torch._foreach_*: lists, and no result
+            written = size(tensors(args[0]))
+        if name in PICKS:
+            read = written + size(t for t in given if not t.is_floating_point())
+        if name in OVERWRITES:
+            read -= size(tensors(args[0]))
+        launches = 1
+        if name.startswith(("_foreach", "_fused")):     # about 30 tensors a launch
+            launches = max(1, len(args[0]) // 30)
+        if name.startswith("_fused_adam"):              # reads four tensors, writes three of them
+            written = 3 * size(args[0])
+        flops, share, dtype = 0.0, 1.0, given[0].dtype if given else torch.bfloat16
+        if name in PRODUCTS:
+            a, b = [t for t in args if isinstance(t, Tensor)][-2:]
+            batch = a.shape[0] if a.ndim == 3 else 1
+            rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+            flops, dtype = 2.0 * batch * rows * inner * columns, a.dtype
+            share = product_share(self.machine, rows, columns, inner, batch)
+        elif "varlen_attn" in name or "scaled_dot_product" in name:
+            backward = "backward" in name
+            flops = self._attention_flops(args, backward)
+            share, launches = (ATTENTION_BACKWARD, 3) if backward else (ATTENTION, 1)
+        self.note(name, read + written, flops, share, launches, dtype)
+
+    def _attention_flops(self, args, backward: bool) -> float:
+        """Two matrix products forward, five backward; half of each where attention is causal."""
+        whole = [x for x in args if isinstance(x, Tensor)]
+        q = whole[1] if backward else whole[0]
+        borders = next((self.value(t) for t in whole if t.dtype == torch.int32), None)
+        causal = any(x is True for x in args)
+        if borders is None:                         # dense: (B, H, L, C)
+            pairs, heads, width = q.shape[0] * q.shape[2] ** 2, q.shape[1], q.shape[3]
+        else:                                       # packed: (T, H, C)
+            pairs, (_, heads, width) = int(borders.diff().square().sum()), q.shape
+        return (10.0 if backward else 4.0) * heads * width * pairs * (0.5 if causal else 1.0)
+
+
+# FLOPs of our Triton kernels that compute matrix products; for all others bytes are what counts.
+# {name: function of the launch's tensors and constants}
+KERNELS: dict = {}
+
+
+# ---- how PyTorch calls it -----------------------------------------------------------------------
+
+class _Operations(TorchDispatchMode):
+    """Sees each operation that reaches the device, also those of the backward pass."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.trace.run(func, args, kwargs or {})
+
+
+class _Functions(TorchFunctionMode):
+    """Sees each call of a function of torch, before autograd."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, first = kwargs or {}, args[0] if args else None
+        if func == IS_CUDA:         # so that the code takes the ways that it takes on a GPU
+            return first.is_meta
+        if func is torch.Tensor.backward:
+            with self:              # functions of ours that run in the backward are seen as well
+                return torch.autograd.backward(first, kwargs.get("gradient"))
+        if func is torch.tensor and str(kwargs.get("device")) == "meta":
+            return self.trace.put(torch.tensor(*args, **kwargs | {"device": "cpu"}))
+        if func is torch.Tensor.tolist and first.is_meta:
+            known = self.trace.value(first)
+            return (torch.ones(first.shape) if known is None else known).tolist()
+        if func is F.rms_norm and first.is_meta:
+            out = _RmsNorm.apply(first, kwargs["weight"], self.trace)
+        else:
+            out = func(*args, **kwargs)
+        for t in tensors(out) if torch.is_grad_enabled() else ():
+            remember_line(t.grad_fn)
+        return out
+
+
+IS_CUDA = torch.Tensor.is_cuda.__get__
+
+
+class _RmsNorm(torch.autograd.Function):
+    """The fused kernels that F.rms_norm has on a GPU; on meta tensors it would be ten operations.
+    The backward is two: one for x, one that adds up the gradients of the weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, trace):
+        ctx.save_for_backward(x, weight)
+        ctx.trace = trace
+        if not x.is_contiguous():
+            trace.note("contiguous", 2 * size([x]))
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        trace.note("rms_norm", size([x, out]))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
+        ctx.trace.note("rms_norm_backward", size([x, grad, d_x]), launches=2)
+        return d_x, d_weight, None
+
+
+# ---- lines of ours ------------------------------------------------------------------------------
+
+SHORT: dict[str, str] = {}      # {file name: its path in the repository; empty if it isn't ours}
+
+
+def short_name(path: str) -> str:
+    if path not in SHORT:
+        ours = path.startswith(f"{ROOT}/") and "site-packages" not in path
+        name = path.removeprefix(f"{ROOT}/") if ours else ""
+        SHORT[path] = "" if name in ("lib/roofline.py", "lib/dispatch.py") else name
+    return SHORT[path]
+
+
+def line_of_ours() -> str:
+    """The line of this repository that runs now. In the backward pass no line runs: the one that
+    the operation's forward came from."""
+    frame = sys._getframe(1)
+    while frame:
+        if frame.f_code.co_name == "_engine_run_backward":
+            node = torch._C._current_autograd_node()
+            return node.metadata.get("line", "backward") if node else "backward"
+        if name := short_name(frame.f_code.co_filename):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+def remember_line(node):
+    """Write the line that runs now on this node of the graph, and on those before it that have
+    none: one function of torch can make several."""
+    todo, line = [node], ""
+    while todo:
+        node = todo.pop()
+        if node is not None and "line" not in node.metadata:
+            line = line or line_of_ours()
+            node.metadata["line"] = line
+            todo += [before for before, _ in node.next_functions]
+
+
+# ---- several GPUs -------------------------------------------------------------------------------
+
+class _Done:
+    """The handle of a collective that is over at once."""
+
+    def wait(self, *_):
+        return None
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def collectives(trace: Trace) -> dict:
+    """What stands in for torch.distributed: {name: function}. A ring of n ranks sends (n-1)/n of
+    the data of each rank to gather or to scatter it, and twice that to sum it everywhere."""
+    n = trace.machine.count
+    part = (n - 1) / n
+
+    def note(nbytes, async_op):
+        trace.note_sent(nbytes, async_op)
+        return _Done()
+
+    def exchange(operations):
+        note(sum(size([t]) for kind, t, *_ in operations if kind is dist.isend), False)
+        return [_Done()]
+
+    return {
+        "is_initialized": lambda: True, "get_rank": lambda *_, **__: 0,
+        "get_world_size": lambda *_, **__: n, "barrier": lambda *_, **__: None,
+        "all_reduce": lambda x, *_, async_op=False, **__: note(2 * part * size([x]), async_op),
+        "reduce_scatter_tensor": lambda out, x, *_, async_op=False, **__: note(
+            part * size([x]), async_op),
+        "all_gather_into_tensor": lambda out, x, *_, async_op=False, **__: note(
+            part * size([out]), async_op),
+        "broadcast": lambda x, *_, async_op=False, **__: note(size([x]), async_op),
+        "P2POp": lambda *operation: operation, "batch_isend_irecv": exchange}
