@@ -47,6 +47,7 @@ from torch import nn, Tensor
 
 from kernels import angles, linear_cross_entropy, Segments
 from lib.cli import UserError
+from lib.memory import Runner
 from model import DecoderLayer, GLMV
 from vit import RMSNorm
 
@@ -126,7 +127,8 @@ def predict(model: GLMV, hidden: Tensor, embedded: Tensor, positions: Tensor,
     embedded = embedded.masked_fill((positions == 0).all(0)[:, None], 0)
     x = head.eh_proj(torch.cat([head.enorm(embedded), head.hnorm(hidden)], dim=-1))
     freqs = angles(positions, c.sections, c.text.rope_theta)
-    return head(x, (freqs.cos(), freqs.sin()), segments, c.text.num_hidden_layers, cache)
+    run = Runner(model.model.language_model.memory.decoder)
+    return run(head, x, (freqs.cos(), freqs.sin()), segments, c.text.num_hidden_layers, cache)
 
 
 def logits(model: GLMV, hidden: Tensor) -> Tensor:

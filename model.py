@@ -19,6 +19,7 @@ from torch import nn, Tensor
 
 from kernels import angles, attention, rotary_pairs, Segments, swiglu
 from lib.cli import UserError
+from lib.memory import in_chunks, Memory, Runner
 from tokenizer import Tokenizer
 from vit import CogViT, RMSNorm, VitConfig
 
@@ -205,13 +206,15 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList([DecoderLayer(c) for _ in range(c.num_hidden_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.memory = Memory()      # what the backward keeps, set by the training scripts
 
     def forward(self, x: Tensor, rope, segments: Segments | None, cache=None) -> Tensor:
         """Embeddings (T, W) -> hidden states (T, W) after the last norm. rope: cosines and sines
         (T, C/2); segments: where documents begin; None while decoding, when the cache knows what
         a token may attend to."""
+        run = Runner(self.memory.decoder)
         for i in range(self.depth):
-            x = self.layers[i](x, rope, segments, i, cache)
+            x = run(self.layers[i], x, rope, segments, i, cache)
         return self.norm(x)
 
 
@@ -259,8 +262,11 @@ class GLMV(nn.Module):
 
     def encode(self, patches: Tensor, grids: Tensor) -> Tensor:
         """Pixels (P, F, 3*p*p) uint8 and grids (N, 3) -> (P/4, W), one embedding for each visual
-        token: the adapter merges 2x2 patches into one."""
-        return self.model.visual.merge(self.model.visual(patches, grids))
+        token: the adapter merges 2x2 patches into one. Tower and adapter encode a chunk of images
+        together, so that not even the tower's output is kept for all of them."""
+        visual = self.model.visual
+        return in_chunks(lambda patches, grids: visual.merge(visual(patches, grids)),
+                         visual.parameters(), visual.memory.chunk_patches, patches, grids)
 
     def encode_images(self, batch) -> Tensor | None:
         """The embeddings (slots, W) for all visual slots of a Batch, in order; None if it has no

@@ -10,6 +10,7 @@ W width, H heads, C width of a head.
 Sizes and names are those of the released relative GLM-OCR [R]; the class defaults are its CogViT-L
 with 403M parameters.
 """
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from einops import rearrange
 from torch import nn, Tensor
 
 from kernels import angles, attention, rms_norm, rotary_half, Segments, swiglu
+from lib.memory import in_chunks, Memory, Runner
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's [R]
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -252,6 +254,7 @@ class CogViT(nn.Module):
         merge = config.spatial_merge_size
         self.downsample = nn.Conv2d(config.hidden_size, config.out_hidden_size, merge, stride=merge)
         self.merger = Merger(config)
+        self.memory = Memory()      # what the backward keeps, set by the training scripts
 
     def forward(self, patches: Tensor, grids: Tensor, mask: Tensor | None = None,
                 token: Tensor | None = None) -> Tensor:
@@ -259,6 +262,12 @@ class CogViT(nn.Module):
 
         mask (P,) bool: hidden patches, whose embedding is replaced by `token` (W,).
         """
+        parameters = [*self.parameters(), *([] if token is None else [token])]
+        return in_chunks(functools.partial(self.encode, token), parameters,
+                         self.memory.chunk_patches, patches, grids, mask)
+
+    def encode(self, token, patches, grids, mask):
+        """`forward` for the images of one chunk."""
         c = self.config
         # A head of width C has C/2 angles: C/4 for the row and C/4 for the column, both with the
         # same frequencies.
@@ -271,13 +280,19 @@ class CogViT(nn.Module):
         x = self.patch_embed(patches)
         if mask is not None:
             x = torch.where(mask[:, None], token.to(x.dtype), x)
+        run = Runner(self.memory.vit)
         for block in self.blocks:
-            x = block(x, rope, segments)
+            x = run(block, x, rope, segments)
         return self.post_layernorm(x)
 
     def merge(self, features: Tensor) -> Tensor:
         """(P, W) -> (P/4, out_hidden_size): each downsample group becomes one token of the decoder.
-        The 2x2 convolution is a matrix product: a group's patches are neighbours in memory."""
+        """
+        parameters = *self.downsample.parameters(), *self.merger.parameters()
+        return Runner(self.memory.adapter)(self.adapter, features, parameters=parameters)
+
+    def adapter(self, features):
+        """The 2x2 convolution is a matrix product: a group's patches are neighbours in memory."""
         merge = self.config.spatial_merge_size
         groups = rearrange(features, "(n b d) w -> n (w b d)", b=merge, d=merge)
         tokens = F.linear(groups, self.downsample.weight.flatten(1), self.downsample.bias)
