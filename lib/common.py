@@ -6,12 +6,15 @@ prints them as one line and exits with code 2.
 import contextlib
 import errno
 import json
+import math
 import os
+import platform
 import signal
 import sys
 import threading
 import time
 import uuid
+from collections import defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +50,7 @@ class Hardware:
     world: int = 1          # number of ranks
     local_rank: int = 0     # rank among the processes of this machine
     store: object = None    # torch.distributed's key-value store, shared by all ranks
+    deadline: float = math.inf      # on time.monotonic's clock: when --max_hours are over
 
 
 def cores(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
@@ -105,14 +109,16 @@ def read_quota(group: Path) -> list[float]:
         return []
 
 
-def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
+def setup(device: str = "auto", dtype: str = "auto", max_hours: float = 0) -> Hardware:
     """Choose device and dtype, and join torchrun's process group if there is one.
 
     device: auto | cpu | cuda | mps; dtype: auto | float32 | bfloat16. A CPU process uses all its
     cores, or OMP_NUM_THREADS; one where torchrun has started several. fp16 is never used: it needs
-    loss scaling on a GPU and is a hundred times slower on a CPU. Raises UserError where there is no
-    such device, or a rank does not join.
+    loss scaling on a GPU and is a hundred times slower on a CPU. max_hours: from now to the
+    deadline, 0 for none. Raises UserError where there is no such device, a rank does not join, or
+    two ranks would share a GPU.
     """
+    deadline = time.monotonic() + 3600 * max_hours if max_hours else math.inf
     rank, world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
     local = from_environment("LOCAL_RANK", 0)
     if rank >= world:
@@ -127,13 +133,15 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
         raise UserError(f"--device takes auto, cpu, cuda or mps, not '{device}'")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda, but torch sees no GPU here")
-    if device == "cuda" and local >= torch.cuda.device_count():
+    # A batch system may show each task one GPU, its own: that is device 0, whatever LOCAL_RANK is.
+    index = local if device == "cuda" and torch.cuda.device_count() > 1 else 0
+    if device == "cuda" and index >= torch.cuda.device_count():
         raise UserError(f"LOCAL_RANK={local}, but this machine has {torch.cuda.device_count()} "
                         "GPUs: start fewer processes on it")
     if device == "cuda":
-        torch.cuda.set_device(local)
-        name = torch.cuda.get_device_name(local)
-        capability = torch.cuda.get_device_capability(local)
+        torch.cuda.set_device(index)
+        name = torch.cuda.get_device_name(index)
+        capability = torch.cuda.get_device_capability(index)
         bf16, because = capability >= (8, 0), f"{name}, compute capability {capability}"
         peak, price = next((v for k, v in PEAKS.items() if k in name), (100e12, 1.0))
         torch.set_float32_matmul_precision("high")
@@ -151,7 +159,7 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype takes auto, float32 or bfloat16, not '{dtype}'")
     chosen = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
-    where = torch.device(device, local) if device == "cuda" else torch.device(device)
+    where = torch.device(device, index) if device == "cuda" else torch.device(device)
     store = None
     if world > 1:
         try:
@@ -161,12 +169,35 @@ def setup(device: str = "auto", dtype: str = "auto") -> Hardware:
         except (dist.DistError, ValueError) as error:   # MASTER_ADDR is missing, its port is in use
             raise UserError(f"{world} processes (WORLD_SIZE) can't join: {first_sentence(error)}; "
                             "start them with torchrun") from None
+        if device == "cuda":
+            own = torch.cuda.get_device_properties(index).uuid
+            check_own_gpu(store, rank, world, f"{own} of {platform.node()}")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
                                 rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
     description = f"{where} in {str(chosen)[6:]}: {because}"
     if world > 1:
         description += f", {world} processes"
-    return Hardware(where, chosen, description, peak, price, rank, world, local, store)
+    return Hardware(where, chosen, description, peak, price, rank, world, local, store, deadline)
+
+
+def check_own_gpu(store, rank: int, world: int, gpu: str):
+    """Raise UserError, on all ranks, where two have the same `gpu`, a name that no other has. That
+    is so where one GPU is visible and several processes were started; NCCL would end with a message
+    that says less."""
+    store.set(f"gpu/{rank}", gpu)
+    ranks = defaultdict(list)
+    for other in range(world):
+        ranks[store.get(f"gpu/{other}").decode()].append(other)
+    for name, sharing in ranks.items():
+        if len(sharing) > 1:
+            raise UserError(f"ranks {sharing} would share GPU {name}: start one process for each "
+                            "GPU, or show each its own")
+
+
+def multiples(value: int, unit: int) -> str:
+    """The multiples of `unit` next to value, as text for a message: "8 or 16" for 10 and 8."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
 
 
 def from_environment(name: str, default: int) -> int:

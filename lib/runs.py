@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from time import monotonic
 
 import torch
 import torch.distributed as dist
@@ -230,7 +231,8 @@ class Checkpointer:
         checkpointer.close()                        # saves what is not saved yet
 
     write(folder) fills a checkpoint's folder; only rank 0 calls it. group: the ranks that stop
-    together, as a torch.distributed group; None: all.
+    together, as a torch.distributed group; None: all. Past hw.deadline (--max_hours) the run ends
+    after its step as a signal would end it, but as a success: --resume continues it.
     """
 
     def __init__(self, out: Path, hw: Hardware, steps: int, every: int, start: int, write,
@@ -243,6 +245,7 @@ class Checkpointer:
         self.skipped_in_a_row = 0
         self.postponed = False          # a save was due after such a step
         self.stopping = False           # some rank has been asked to stop
+        self.out_of_time = False        # the deadline has passed on some rank
         if hw.rank == 0:
             lock_run(Path(out))
 
@@ -265,17 +268,20 @@ class Checkpointer:
     def after_step(self, done: int, reader_gone: bool = False) -> bool:
         """Call after each step, on all ranks: saves when due; returns True to stop.
 
-        done: the number of steps done. All ranks stop if one has received a signal, or if nobody
-        reads the printed lines any more.
+        done: the number of steps done. All ranks stop if one has received a signal, if nobody
+        reads the printed lines any more, or if the deadline has passed.
         """
         self.done = done
-        stop = torch.tensor(float(self.stop_signal.received or reader_gone), device=self.hw.device)
+        # On the CPU, where gloo adds it up: the host must not wait for a GPU here.
+        stop = torch.tensor([self.stop_signal.received > 0 or reader_gone,
+                             monotonic() >= self.hw.deadline], dtype=torch.float32)
         if self.hw.world > 1:
             dist.all_reduce(stop, group=self.group)
-        self.stopping = bool(stop)
-        if done % self.every == 0 or done == self.steps or self.stopping or self.postponed:
+        self.stopping, self.out_of_time = (value > 0 for value in stop.tolist())
+        leave = self.stopping or self.out_of_time
+        if done % self.every == 0 or done == self.steps or leave or self.postponed:
             self.save()
-        return self.stopping
+        return leave
 
     def save(self):
         """Save now, on rank 0. If that fails, or the last step was not finite, `saved` stays
@@ -297,6 +303,9 @@ class Checkpointer:
             raise UserError(f"step {self.done} {why}; {self._newest()}")
         if self.saved and self.hw.rank == 0:
             print(f"saved {self.out}/step_{self.saved:06d}")
+            if self.out_of_time and self.done < self.steps:
+                print(f"--max_hours are over after step {self.done} of {self.steps}: --resume "
+                      "continues the run")
         if self.stop_signal.received or self.stopping:
             raise KeyboardInterrupt
 
