@@ -376,7 +376,7 @@ class GuiNextAction(OneShot):
     """Choose the next action in one turn of an errand, from the goal, the actions so far and the
     screen. The reward is the product over the parts of the action: verb, place, text. [R]"""
     family, tier, verifier, min_pixels = "agent", 2, "HIT", 128
-    blind = (0.35, 0.2, 0.15, 0.15, 0.15)
+    blind = (0.35, 0.2, 0.2, 0.2, 0.2)
 
     def make(self):
         errand = (GuiMultiApp if self.level and self.task.seed % 2 else GuiNavigate)(self.task)

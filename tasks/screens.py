@@ -190,7 +190,8 @@ class Widget:
 
 class GuiClick(OneShot):
     """Click the button that is named by its word, its icon or its colour. From level 3 on, where
-    buttons have colours, two have the same word or icon and differ only in colour."""
+    buttons have colours, two have the same word or icon and differ only in colour. Where long words
+    leave no room, there are fewer buttons than `widgets` says: on one screen in twenty at level 4."""
     family, tier, verifier = "agent", 2, "HIT"
     blind = (0.15, 0.2, 0.2, 0.17, 0.15)    # few buttons are large ones
     widgets = ((2, 3), (3, 4), (4, 5), (5, 6), (6, 7))
@@ -202,11 +203,14 @@ class GuiClick(OneShot):
         # two large letters, else words in one line
         self.letters = not self.level or bool(rng.integers(2))
         entries = self.entries(int(rng.integers(low, high + 1)))
-        spots = None
-        while not spots:        # again, with another aspect and other sizes, if there is no room
+        spots, rounds = None, 0
+        while not spots:        # again, with another aspect and smaller, if there is no room
+            if rounds % 10 == 9 and len(entries) > 2:       # long words may leave no room at all
+                entries.pop()
             canvas = Canvas(self.pixels, theme.ground, proportions(rng, self.level))
-            sizes = [self.measure(label, len(entries)) for label, *_ in entries]
+            sizes = [self.measure(label, len(entries) + rounds) for label, *_ in entries]
             spots = self.arrange(sizes, canvas.size, bar, theme.bar(canvas, bar))
+            rounds += 1
         self.shown = [
             Widget(label, color, theme.button(canvas, kind, (*spot, *size[:2]), color, label,
                                               size[2]), kind)
@@ -250,55 +254,65 @@ class GuiClick(OneShot):
             found.append((label, color, kind))
         return found
 
-    def measure(self, label, n):
-        """(width, height, size of its font; 0: large letters) of a button, one of n, in units."""
+    def measure(self, label, crowd):
+        """(width, height, size of its font; 0: large letters) of a button, in units. crowd: how
+        many there are, more if that many had no room."""
         rng, icon = self.rng, label in SHAPES
         line = not (icon or self.letters)
         if not self.level:
             sizes = [s for s in range(9, 13) if length(label, s) <= 25] if line else [0]
             return CELL * (2 - icon) - 2, CELL - 2, pick(rng, sizes or [9])
-        scale = 0.75 + (0.95 - 0.1 * n) * rng.random()      # smaller where there are many
+        spare = max(0, 0.95 - 0.1 * crowd)                  # smaller where there are many
+        scale = 0.75 + spare * rng.random()
         if line and label:
             size = max(9, round(10 * scale))
-            return (length(label, size) + 4 + int(rng.integers(8)),
+            return (length(label, size) + 5 + int(rng.integers(max(1, 8 - crowd))),
                     size + 2 + int(rng.integers(1 + round(6 * scale))), size)
         height = max(11, round(14 * scale))
         return height if icon else 2 * height + 2, height, 0
 
     def arrange(self, sizes, room, bar, thick):
-        """The (x, y) of each button, or None where there is no room left; None if there is hardly
-        room for two. One in five layouts, compared by cells, is held out."""
-        for _ in range(50):
+        """The (x, y) of each button, or None where there is no room for all; at level 0 for two.
+        One in five layouts, compared by cells, is held out."""
+        for _ in range(10 if self.level else 50):
             spots, taken, line = [], [], int(self.rng.integers(4))
             for width, height, _ in sizes:
                 spot = self.place(width, height, taken, room, bar, thick, line)
+                if self.level and not spot:
+                    break
                 spots.append(spot)
                 taken += [(*spot, width, height)] if spot else []
             cells = [spot and (int(spot[0]) // CELL, int(spot[1]) // CELL) for spot in spots]
-            if len(taken) > 1 and held(f"{bar} {cells}") == self.heldout:
+            if (len(spots) == len(sizes) and len(taken) > 1
+                    and held(f"{bar} {cells}") == self.heldout):
                 return spots
         return None
 
     def place(self, width, height, taken, room, bar, thick, line):
         """A random place for a button of this size beside those that are `taken`, or None. line:
-        1 and 2 ask for one column or row, if there is room in it."""
-        first, last = thick * (bar == "top"), room[1] - thick * (bar == "bottom")
+        1 and 2 ask for one column or row, if there is room in it, and 3 for a place beside another
+        button."""
+        gap, first, last = self.gap, thick * (bar == "top"), room[1] - thick * (bar == "bottom")
         if not self.level:          # whole cells
             ys = range(CELL * (bar == "top"), int(last) // CELL * CELL, CELL)
             spots = [(x + 1, y + 1) for x in range(0, room[0] - width, CELL) for y in ys]
             spots = some_of(self.rng, spots)
         else:
-            low = (1, first + 1)
-            spots = [tuple(int(a + (b - a + 1) * share) for a, b, share in zip(
-                low, (room[0] - width - 1, last - height - 1), pair))
-                for pair in self.rng.random((40, 2)).tolist()]
+            free = room[0] - width - 1, last - first - height - 1
+            corners = self.rng.random((30, 2)) * free + (1, first + 1)
+            spots = corners.astype(int).tolist()
             if line in (1, 2) and taken:
                 x, y = taken[0][:2]
                 spots = [(x, b) if line == 1 else (a, y) for a, b in spots[:20]] + spots
+            elif line == 3:
+                beside = [spot for x, y, w, h in taken for spot in (
+                    (x + w + gap, y), (x - width - gap, y), (x, y + h + gap),
+                    (x, y - height - gap))]
+                spots = some_of(self.rng, beside) + spots
         for x, y in spots:
-            if x + width < room[0] and y + height < last and not any(
-                    x < a + w + self.gap and a < x + width + self.gap and
-                    y < b + h + self.gap and b < y + height + self.gap for a, b, w, h in taken):
+            if 0 < x < room[0] - width and first < y < last - height and not any(
+                    x < a + w + gap and a < x + width + gap and
+                    y < b + h + gap and b < y + height + gap for a, b, w, h in taken):
                 return x, y
         return None
 
