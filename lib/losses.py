@@ -1,56 +1,206 @@
 """Losses over a vocabulary, without keeping the logits of all tokens.
 
-Letters: T tokens, W width of the model, V vocabulary.
+The output matrix has tens of thousands of rows: the logits of 16,384 tokens would take 2 GB, their
+softmax and its gradient as much each. So both losses go through the tokens in chunks. The matrix
+products are the library's; a kernel does what lies between them, in place of a chunk's logits.
+
+Letters: T tokens, G groups of them, W width of the model, V vocabulary.
 """
 import torch
 from torch import Tensor
+
+from lib.dispatch import expect, kernel, tl, use_kernels
+
+
+# ---- softmax: losses, gradient, entropy ---------------------------------------------------------
+#
+# One program takes one row of logits, in blocks. The first pass keeps the largest logit so far,
+# `top`, and the sum of exp(logit - top); when a block brings a larger one, the sum is scaled to it.
+# The second pass reads the row again and writes the gradient over it. A row of 59,392 logits in
+# bf16 takes 119 kB, so the rows in work at a time stay in the L2 cache (50 MB on an H100), and the
+# second reading costs little.
+#
+# Roofline: 6 bytes a logit (2 with GRADIENT=False), about 10 FLOPs: bound by memory. 4,096 logits
+# a block are 16 for each of 256 threads, which is two loads of 16 bytes in bf16. Five programs fit
+# on a multiprocessor, and while one waits for its sums over a block the others load.
+SOFTMAX = dict(BLOCK=4096, num_warps=8)
+
+
+@kernel
+def _softmax_kernel(logits, targets, weights, losses, entropies, stride, vocabulary,
+                    GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)     # row * stride passes 2 ** 31 in large chunks
+    logits += row * stride
+    target = tl.load(targets + row)
+    # A target outside the vocabulary gives a loss of NaN; reading there would give any number.
+    right = tl.load(logits + target, mask=(target >= 0) & (target < vocabulary), other=float("nan"))
+    top = float("-inf")
+    mass = 0.0          # the sum of exp(logit - top)
+    moment = 0.0        # the sum of exp(logit - top) * logit
+    for start in range(0, vocabulary, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x, 0))
+        power, scale = tl.exp(x - higher), tl.exp(top - higher)
+        mass = mass * scale + tl.sum(power, 0)
+        if not GRADIENT:    # behind the row's end x is -inf, and power 0
+            moment = moment * scale + tl.sum(power * tl.where(at < vocabulary, x, 0.0), 0)
+        top = higher
+    log_mass = top + tl.log(mass)
+    tl.store(losses + row, log_mass - right.to(tl.float32))
+    if GRADIENT:
+        weight = tl.load(weights + row)
+        for start in range(0, vocabulary, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + at, mask=at < vocabulary, other=0.0).to(tl.float32)
+            grad = tl.exp(x - log_mass) - tl.where(at == target, 1.0, 0.0)
+            tl.store(logits + at, (grad * weight).to(logits.dtype.element_ty), mask=at < vocabulary)
+    else:               # -sum p log p, where log p = logit - log_mass
+        tl.store(entropies + row, log_mass - moment / mass)
+
+
+def plain_softmax_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """What softmax_gradient computes."""
+    full = logits.float()       # the tensor itself, if it is fp32 already
+    right, top = full.gather(1, targets[:, None]), full.amax(-1, keepdim=True)
+    powers = full.sub_(top).exp_()
+    mass = powers.sum(-1, keepdim=True)
+    grad = powers.mul_(weights[:, None] / mass)
+    grad.scatter_add_(1, targets[:, None], -weights[:, None])
+    if full is not logits:
+        logits.copy_(grad)
+    return (mass.log_().add_(top).sub_(right))[:, 0]
+
+
+def softmax_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The losses -log softmax(logits[t])[targets[t]], (T,) fp32. In place of the logits it leaves
+    the gradient of their sum weighted by `weights`: (softmax - onehot) * weight.
+
+    logits: (T, V) bf16 or fp32; targets: (T,) int64; weights: (T,) fp32. Raises ValueError if an
+    argument has another shape, dtype or device.
+    """
+    _check(logits, targets)
+    expect("weights", weights, targets.shape, logits, torch.float32)
+    if not use_kernels(logits):
+        return plain_softmax_gradient(logits, targets, weights)
+    losses = torch.empty_like(weights)
+    _softmax_kernel[(len(logits),)](logits, targets, weights, losses, losses, logits.stride(0),
+                                    logits.shape[1], GRADIENT=True, **SOFTMAX)
+    return losses
+
+
+def plain_logp(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What logp computes."""
+    all_logp = logits.float().log_softmax(-1)
+    return all_logp.gather(1, targets[:, None])[:, 0], -(all_logp.exp() * all_logp).sum(-1)
+
+
+def logp(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(logits[t])[targets[t]], and the entropy of each softmax, in nats; (T,) fp32.
+
+    logits: (T, V) bf16 or fp32; targets: (T,) int64. Raises like softmax_gradient.
+    """
+    _check(logits, targets)
+    if not use_kernels(logits):
+        return plain_logp(logits, targets)
+    losses = torch.empty(len(logits), device=logits.device)
+    entropies = torch.empty_like(losses)
+    _softmax_kernel[(len(logits),)](logits, targets, losses, losses, entropies, logits.stride(0),
+                                    logits.shape[1], GRADIENT=False, **SOFTMAX)
+    return losses.neg_(), entropies
+
+
+def _check(logits: Tensor, targets: Tensor):
+    expect("logits", logits, (None, None))
+    expect("targets", targets, logits.shape[:1], logits, torch.int64)
+    if logits.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"logits is {logits.dtype}, not torch.bfloat16 or torch.float32")
+
+
+# ---- with the output matrix ---------------------------------------------------------------------
+
+def _chunk(hidden: Tensor, weight: Tensor) -> int:
+    """How many tokens to take at a time, in chunks of nearly equal size.
+
+    The gradient of the output matrix, 365 MB in fp32 at the vocabulary of `base`, is read and
+    written once a chunk. The product that makes it takes as long as that at 200 tokens on an H100,
+    so there a chunk has up to 4,096, whose logits take 490 MB. A CPU is slower at products than at
+    memory, so small chunks cost it nothing and save memory: 16 million logits.
+    """
+    most = 4096 if use_kernels(hidden) else max(64, 2 ** 24 // len(weight))
+    chunks = -(-len(hidden) // most)
+    return -(-len(hidden) // max(1, chunks)) or 1
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor):
+    """total += a @ b, where total is fp32 and a and b may be bf16."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda or total.is_meta:    # the library adds in fp32 while it multiplies
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """See linear_cross_entropy. The backward only scales gradients that the forward has made."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, chunk):
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    def forward(ctx, hidden, weight, targets, weights, used, shape, chunk):
+        losses = torch.empty_like(weights)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(hidden), chunk):
-            h, t, w = hidden[i:i + chunk], targets[i:i + chunk, None], weights[i:i + chunk, None]
-            logits = (h @ weight.T).float()
-            right, top = logits.gather(1, t), logits.amax(-1, keepdim=True)
-            powers = logits.sub_(top).exp_()
-            mass = powers.sum(-1, keepdim=True)
-            total += ((mass.log() + top - right) * w).sum()
-            # d loss / d logits = (softmax - onehot) * w, made in place of the logits
-            grad = powers.mul_(w / mass)
-            grad.scatter_add_(1, t, -w)
-            grad = grad.to(hidden.dtype)
-            d_hidden[i:i + chunk] = grad @ weight
-            d_weight += grad.T @ h
+            rows = slice(i, i + chunk)
+            logits = hidden[rows] @ weight.T
+            losses[rows] = softmax_gradient(logits, targets[rows], weights[rows])
+            torch.mm(logits, weight, out=d_hidden[rows])    # they are their gradient now
+            if ctx.needs_input_grad[1]:
+                _add_product(d_weight, logits.T, hidden[rows])
         ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
-        return total
+        every = losses.new_zeros(shape.numel()).index_copy(0, used, losses * weights)
+        return every.view(shape).sum(-1)
 
     @staticmethod
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.saved_tensors
-        grads = d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype)
-        return *grads, None, None, None
+        first = grad.flatten()[0]
+        if grad.numel() > 1:    # d_weight is already the sum over all groups
+            torch._assert_async((grad == first).all(), "linear_cross_entropy: add the losses of the "
+                                "groups up, with one factor for all; use `weights` for others")
+        grads = d_hidden * first.to(d_hidden.dtype), d_weight * first.to(d_weight.dtype)
+        return *grads, *[None] * 5
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor,
-                         chunk: int = 0) -> Tensor:
+                         chunk: int = 0, used: Tensor | None = None) -> Tensor:
     """sum_t weights[t] * -log softmax(hidden[t] @ weight.T)[targets[t]], an fp32 scalar, without
     keeping all T x V logits.
 
     hidden: (T, W); weight: (V, W); targets: (T,) int64; weights: (T,) fp32. Since the weights are
-    known in the forward, the gradients are computed there, for `chunk` rows at a time: three matrix
-    products, and never more than chunk x V logits (chunk 0: about 16 million).
+    known in the forward, the gradients are computed there, for `chunk` rows at a time (0: see
+    _chunk): three matrix products, and never more than chunk x V logits.
+
+    With hidden (G, T, W), targets and weights (G, T), it returns a loss for each group, (G,): the
+    depths of MTP share one output matrix and one gradient of it. What is differentiated must then
+    be their sum times any factor; other gradients raise RuntimeError.
+
+    used: (T',) int64, rows of hidden, or of hidden.flatten(0, 1), that hold all those whose weight
+    is not 0. Without it they are looked for, and on a GPU the host waits for their number. Raises
+    ValueError if an argument has another shape, dtype or device.
     """
-    chunk = chunk or max(64, 2 ** 24 // len(weight))
-    used = weights.nonzero()[:, 0]  # rows of weight 0 take no time
-    if len(used) < len(weights):
-        hidden, targets, weights = hidden[used], targets[used], weights[used]
-    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk)
+    expect("hidden", hidden, (None,) * (hidden.dim() if hidden.dim() == 3 else 2))
+    expect("weight", weight, (None, hidden.shape[-1]), hidden, hidden.dtype)
+    expect("targets", targets, hidden.shape[:-1], hidden, torch.int64)
+    expect("weights", weights, hidden.shape[:-1], hidden, torch.float32)
+    shape, hidden = hidden.shape[:-1], hidden.flatten(0, -2)
+    targets, weights = targets.flatten(), weights.flatten()
+    if used is None:
+        used = weights.nonzero()[:, 0]
+    expect("used", used, (None,), hidden, torch.int64)
+    hidden, targets, weights = (x.index_select(0, used) for x in (hidden, targets, weights))
+    chunk = chunk or _chunk(hidden, weight)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, weights, used, shape, chunk)
 
 
 class _LinearLogp(torch.autograd.Function):
@@ -58,16 +208,15 @@ class _LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
-        logp = torch.empty(len(hidden), device=hidden.device)
-        entropy = torch.empty_like(logp)
+        values = torch.empty(len(hidden), device=hidden.device)
+        entropies = torch.empty_like(values)
         for i in range(0, len(hidden), chunk):
-            all_logp = (hidden[i:i + chunk] @ weight.T).float().log_softmax(-1)
-            logp[i:i + chunk] = all_logp.gather(1, targets[i:i + chunk, None])[:, 0]
-            entropy[i:i + chunk] = -(all_logp.exp() * all_logp).sum(-1)
+            rows = slice(i, i + chunk)
+            values[rows], entropies[rows] = logp(hidden[rows] @ weight.T, targets[rows])
         ctx.save_for_backward(hidden, weight, targets)
         ctx.chunk = chunk
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        ctx.mark_non_differentiable(entropies)
+        return values, entropies
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -75,13 +224,11 @@ class _LinearLogp(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(hidden), ctx.chunk):
-            h, g = hidden[i:i + ctx.chunk], grad[i:i + ctx.chunk, None]
-            # d logp / d logits = onehot - softmax
-            d_logits = (h @ weight.T).float().softmax(-1).mul_(-g)
-            d_logits.scatter_add_(1, targets[i:i + ctx.chunk, None], g)
-            d_logits = d_logits.to(h.dtype)
-            d_hidden[i:i + ctx.chunk] = d_logits @ weight
-            d_weight += d_logits.T @ h
+            rows = slice(i, i + ctx.chunk)
+            logits = hidden[rows] @ weight.T
+            softmax_gradient(logits, targets[rows], -grad[rows])    # logp is the loss times -1
+            torch.mm(logits, weight, out=d_hidden[rows])
+            _add_product(d_weight, logits.T, hidden[rows])
         return d_hidden, d_weight.to(weight.dtype), None, None
 
 
@@ -92,7 +239,17 @@ def linear_logp(hidden: Tensor, weight: Tensor, targets: Tensor,
 
     hidden: (T, W); weight: (V, W); targets: (T,) int64. For losses whose coefficients are known
     only after this forward (RL): the backward computes the logits again, so that there are four
-    matrix products and never more than chunk x V logits (chunk 0: about 16 million). The entropy
-    has no gradient.
+    matrix products and never more than chunk x V logits (chunk 0: see _chunk). The entropy has no
+    gradient. Raises ValueError if an argument has another shape, dtype or device.
     """
-    return _LinearLogp.apply(hidden, weight, targets, chunk or max(64, 2 ** 24 // len(weight)))
+    expect("hidden", hidden, (None, None))
+    expect("weight", weight, (None, hidden.shape[1]), hidden, hidden.dtype)
+    expect("targets", targets, hidden.shape[:1], hidden, torch.int64)
+    return _LinearLogp.apply(hidden, weight, targets, chunk or _chunk(hidden, weight))
+
+
+# For each kernel what lab/kernels.py compiles: the types of its arguments and its constants.
+KERNELS = [
+    (_softmax_kernel, dict(logits="*bf16", targets="*i64", weights="*fp32", losses="*fp32",
+                           entropies="*fp32", stride="i32", vocabulary="i32"),
+     dict(GRADIENT=gradient, **SOFTMAX)) for gradient in (True, False)]
