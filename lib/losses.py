@@ -166,8 +166,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         first = grad.flatten()[0]
         if grad.numel() > 1:    # d_weight is already the sum over all groups
-            torch._assert_async((grad == first).all(), "linear_cross_entropy: add the losses of the "
-                                "groups up, with one factor for all; use `weights` for others")
+            torch._assert_async((grad == first).all(), "linear_cross_entropy: the losses of all "
+                                "groups need one factor; what differs belongs into `weights`")
         grads = d_hidden * first.to(d_hidden.dtype), d_weight * first.to(d_weight.dtype)
         return *grads, *[None] * 5
 
