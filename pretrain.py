@@ -38,7 +38,9 @@ from kernels import linear_cross_entropy
 from lib.checkpoint import load_config, load_model, load_tower, restore, save_model, start_from
 from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
                      Positive, Range, Schedule, Seed, Share, UserError)
-from lib.common import check_same_start, cores, Log, print_plan, setup, sum_over_ranks, write_json
+from lib.common import (check_same_start, cores, Log, print_plan, print_plan_on, setup,
+                        sum_over_ranks, write_json)
+from lib.roofline import check_machine, find_machine, Machine, Part, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from mmtp import attach, head_of, losses as mtp_losses, prefix
 from model import Config, GLMV, sized
@@ -81,6 +83,7 @@ class Args:
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
     workers: Annotated[int, Range(-1, 512)] = -1    # processes that load; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
+    on: str = ""                  # with --plan: on this machine, e.g. H100 or 8xH100; default: here
 
 
 # ---- the loss -----------------------------------------------------------------------------------
@@ -147,6 +150,8 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     own, *others = count(made, config.vision.patch_size)
     tokens = args.steps * args.rows * args.row_tokens
     learnt, _, patches = (tokens * other / own for other in others)
+    if args.on:
+        return plan_on(find_machine(args.on), args, config, stream, made, seconds)
     # The MTP head learns in the last part of the run, all its depths.
     flops = model.flops(tokens, patches, learnt)
     if args.mtp:
@@ -165,11 +170,57 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
           f"sample of {own / len(made):.0f} tokens; the run takes the {both} of both times")
 
 
+def plan_on(machine: Machine, args: Args, config: Config, stream: Stream, made: list,
+            seconds: float):
+    """Print what the run would take on a machine that is not here (`--plan --on`). made: samples of
+    the stream from 10^9 on; seconds: that one of them takes to draw here."""
+    row = Packer(lambda i: made[i] if i < len(made) else stream(10 ** 9 + i), args.row_tokens).row()
+    tokens, learnt, _, patches = count([row], config.vision.patch_size)
+    ahead = args.steps * args.mtp_share if args.mtp else 0.0     # steps in which the head learns
+    parts = []
+    for name, depths, steps in (("steps without MTP", 0, args.steps - ahead),
+                                ("steps with MTP", args.mtp, ahead)):
+        if steps:
+            model, trace = trace_step(machine, args, config, row, depths)
+            flops = args.rows * model.flops(tokens, patches, learnt, depths)
+            parts.append(Part(name, steps, trace, flops))
+    workers = max(1, args.workers) if args.workers >= 0 else min(8, machine.cores)
+    samples = args.steps * args.rows * len(row) / sum(map(len, made)) * len(made)
+    print_plan_on(machine, model.counts(), args.steps * args.rows * tokens, parts,
+                  seconds * samples / workers / 3600,
+                  f"{1000 * seconds:.2f} ms a sample, measured here, by {workers} workers a GPU, "
+                  "an assumption")
+
+
+def trace_step(machine: Machine, args: Args, config: Config, row, depths: int):
+    """(model, Trace): one step of rank 0 on meta tensors, with this row in place of each of its
+    rows. See lib/roofline.py."""
+    trace = Trace(machine)
+    with trace:
+        with torch.device("meta"):
+            model = GLMV(config)
+            if args.mtp or config.mtp_depths:
+                attach(model, args.mtp)
+        optimizer = Optimizer(model.bfloat16().named_parameters(), OptimConfig())
+        trace.hold_training(model, optimizer)
+        batch, rows = collate(row, config, args.row_tokens), -(-args.rows // machine.count)
+        trace.begin("forward", rows)
+        loss, further = loss_sum(model, batch.to("meta"), depths, args.image_option, args.mtp_alone)
+        trace.begin("backward", rows)
+        (loss + 0.3 * sum(further) / max(1, args.mtp)).backward()
+        optimizer.accumulate()
+        trace.begin("update")
+        optimizer.step(1.0, skip_prefix="" if depths else prefix(model))
+        trace.begin("")
+    return model, trace
+
+
 # ---- start and save -----------------------------------------------------------------------------
 
 def check(args: Args):
     """Refuse at once what would fail, or do nothing, hours later."""
     check_options(args)
+    check_machine(args)
     if args.init and args.vit:
         raise UserError("--init and --vit both bring a tower: give one of them")
     if args.vit:

@@ -33,7 +33,7 @@ How a step is followed: it runs as it is, on meta tensors, which have shapes but
         loss = ...
         trace.begin("backward")
         loss.backward()
-    trace.seconds, trace.launches, trace.memory, trace.lines.most_common(10)
+    trace.seconds, trace.total("backward"), trace.memory(), trace.dearest()
 
 PyTorch calls a mode before each operation, which notes its bytes and FLOPs and the line of ours
 that it comes from. Small integers that shapes depend on (tokens, borders of documents) are computed
@@ -110,6 +110,14 @@ def find_machine(text: str) -> Machine:
     return replace(MACHINES[name], count=count)
 
 
+def check_machine(args):
+    """Raise UserError unless the option --on of a script names a machine, and --plan is there."""
+    if args.on:
+        find_machine(args.on)
+        if not args.plan:
+            raise UserError(f"--on={args.on} is a machine to plan for: it needs --plan")
+
+
 def product_share(machine: Machine, rows: int, columns: int, inner: int, batch: int = 1) -> float:
     """The share of the peak at which a matrix product of these sizes runs, with the best tile.
 
@@ -165,10 +173,10 @@ class Trace:
     """Follows a step on meta tensors; see the top. On several GPUs it is rank 0 of them."""
 
     def __init__(self, machine: Machine):
-        self.machine, self.phase, self.inside = machine, "", False
+        self.machine, self.phase, self.times = machine, "", 1
         self.costs: dict[tuple[str, str], Cost] = {}    # {(phase, operation): Cost}
         self.by_line: dict[str, Cost] = {}              # {"model.py:210": Cost}
-        self.exposed = self.hidden = 0.0    # seconds of communication that the GPU waits for, or not
+        self.exposed = self.hidden = 0.0    # seconds of communication: the GPU waits; it computes
         self.sent = 0.0                     # bytes over the links
         self.held = Counter()               # {kind: bytes that stay for the whole run}
         self.storages: dict[int, int] = {}  # {address: bytes} of what was made since
@@ -193,18 +201,37 @@ class Trace:
         return max(gpu, self.host_seconds)
 
     def memory(self) -> dict[str, float]:
-        """Bytes by kind. `activations`: what is there when the backward begins; `total`: at the
-        moment of the step with the most of everything."""
+        """Bytes by kind. `activations`: what the forward has left for the backward; `total`: at the
+        moment of the step at which there is most."""
         return {**self.held, "activations": self.activations,
                 "total": sum(self.held.values()) + self.peak}
 
+    def mfu(self, flops: float) -> float:
+        """Model FLOPs utilisation: the FLOPs that the step of one GPU needs by the sizes of the
+        model (GLMV.flops), as a share of what the GPU could compute in its time."""
+        return flops / self.seconds / self.machine.peak
+
+    def dearest(self, count: int = 10) -> list[tuple[str, Cost]]:
+        """The lines of ours that take most time, with their backward."""
+        return sorted(self.by_line.items(), key=lambda item: -item[1].seconds)[:count]
+
     # ---- noting -------------------------------------------------------------------------------
 
-    def begin(self, phase: str):
-        """All operations from here on belong to this phase: forward, backward, update."""
+    def begin(self, phase: str, times: int = 1):
+        """All operations from here on belong to this phase: forward, backward, update; or to none,
+        and are not counted. times: how often a step repeats them, for example for each row."""
         if self.phase == "forward":
             self.activations = max(self.activations, self.live)
-        self.phase = phase
+        self.phase, self.times = phase, times
+
+    def hold_training(self, model, optimizer):
+        """The model and the optimizer, whose step makes AdamW's moments when it first runs."""
+        optimizer.step(1.0)
+        self.hold("weights", [*model.parameters(), *model.buffers()])
+        self.hold("masters", optimizer.masters.values())
+        self.hold("gradients", optimizer.grads.values())
+        adam = [x for state in optimizer.adam.state.values() for x in state.values()]
+        self.hold("momenta", [*optimizer.momenta.values(), *adam])
 
     def hold(self, kind: str, some: Iterable[Tensor]):
         """These tensors stay for the whole run: count their memory under `kind`."""
@@ -223,14 +250,14 @@ class Trace:
     def note(self, name: str, nbytes: float, flops: float = 0.0, share: float = 1.0,
              launches: int = 1, dtype=torch.bfloat16):
         """Count one operation that reaches this share of the peak."""
-        if not self.phase or self.inside:
+        if not self.phase:
             return
         # fp32 products run as TF32 on the tensor cores, at half the speed.
         peak = self.machine.peak * share * (0.5 if dtype == torch.float32 else 1.0)
         seconds = max(nbytes / self.machine.bandwidth / BANDWIDTH, flops / peak,
                       SHORTEST * launches)
-        cost, line = Cost(launches, nbytes, flops, seconds), line_of_ours()
-        key = self.phase, name
+        n, line, key = self.times, line_of_ours(), (self.phase, name)
+        cost = Cost(n * launches, n * nbytes, n * flops, n * seconds)
         self.costs[key] = self.costs.get(key, Cost()) + cost
         self.by_line[line] = self.by_line.get(line, Cost()) + cost
 
@@ -242,8 +269,8 @@ class Trace:
     def note_sent(self, nbytes: float, beside: bool = False):
         """Count bytes that rank 0 sends; beside: while the GPU computes."""
         if self.phase:
-            seconds = nbytes / self.machine.link / BANDWIDTH
-            self.sent += nbytes
+            seconds = self.times * nbytes / self.machine.link / BANDWIDTH
+            self.sent += self.times * nbytes
             self.hidden += seconds * beside
             self.exposed += seconds * (not beside)
 
@@ -262,15 +289,20 @@ class Trace:
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
-        self.stack.callback(setattr, dispatch, "noted", dispatch.noted)
-        dispatch.noted = self.note_kernel
+        self._replace(dispatch, noted=self.note_kernel)
+        # AdamW(fused=True) refuses other devices than these.
+        self._replace(sys.modules["torch.optim.optimizer"],
+                      _get_fused_kernels_supported_devices=lambda: ["meta", "cpu", "cuda"])
         if self.machine.count > 1:
-            for name, function in collectives(self).items():
-                self.stack.callback(setattr, dist, name, getattr(dist, name))
-                setattr(dist, name, function)
+            self._replace(dist, **collectives(self))
         self.stack.enter_context(_Operations(self))
         self.stack.enter_context(_Functions(self))
         return self
+
+    def _replace(self, module, **others):
+        for name, other in others.items():
+            self.stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, other)
 
     def __exit__(self, *error):
         self.stack.close()
@@ -529,3 +561,12 @@ def collectives(trace: Trace) -> dict:
             part * size([out]), async_op),
         "broadcast": lambda x, *_, async_op=False, **__: note(size([x]), async_op),
         "P2POp": lambda *operation: operation, "batch_isend_irecv": exchange}
+
+
+@dataclass
+class Part:
+    """Steps of a run that are alike, for lib.common.print_plan_on."""
+    name: str
+    steps: float
+    trace: Trace            # of one step
+    flops: float            # what the model needs in one step, over all GPUs
