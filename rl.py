@@ -97,6 +97,7 @@ class Args:
     rollout_ranks: Positive = 1   # of torchrun's processes, how many play
     init: str = ""                # folder whose weights to start from; default: the demo's
     resume: bool = False          # continue from the newest checkpoint in --out
+    max_hours: NonNegative = 0.0  # then save and end after a step, for --resume; 0: no limit
     out: str = "out/rl"           # run folder: log.jsonl, config.json, checkpoints, pictures
     save_every: Positive = 50     # steps between checkpoints
     eval_every: Natural = 50      # steps between evaluations on held-out tasks; 0: never
@@ -434,7 +435,7 @@ def run(args: Args):
     """Train in this process, or, where rollouts should overlap with updates or processes share the
     work, by lib/async_rl.py."""
     check_options(args)
-    hw = setup(args.device, args.dtype)
+    hw = setup(args.device, args.dtype, args.max_hours)
     if args.plan:       # a rollout reads about 64 tokens and says half of what it may
         counts = load_model(find_checkpoint(args.init or DEMO)).counts()
         tokens = args.steps * args.prompts * args.group * (64 + args.max_new / 2)

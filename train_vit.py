@@ -41,16 +41,16 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from data import RankShard, SampleLoader
-from kernels import sigmoid_loss
 from lib.captions import (Captions, collate_pairs, find_pairs, LabelledScenes, Pair, Picture,
                           Pictures, stack_masks, TextTower, TwoTowers)
 from lib.checkpoint import export_tower, load_tower, restore
 from lib.cli import (check_options, cli, Device, Dtype, main, Natural, NonNegative, Positive, Range,
                      Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, cores, Log, print_plan, read_json, setup, sum_over_ranks,
-                        write_json)
+from lib.common import (check_same_start, cores, Log, multiples, print_plan, read_json, setup,
+                        sum_over_ranks, write_json)
 from lib.images import pack
 from lib.probes import evaluate_tower, ProbeSet, read_report
+from lib.ring import ring_sigmoid_loss
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from lib.teachers import load_teacher, TowerTeacher
 from lib.tensors import save_tensors
@@ -89,6 +89,7 @@ class Args:
     schedule: Schedule = "cosine"       # constant, linear or cosine
     init: str = ""                # folder whose tower distill starts from, or align alone
     resume: bool = False          # go on with the newest checkpoints in --out
+    max_hours: NonNegative = 0.0  # then save and end after a step, for --resume; 0: no limit
     out: str = "out/vit"          # run folder: one folder a stage, report.json
     keep: str = ""                # also write each stage's tower here, alone and in bf16
     save_every: Positive = 200    # steps between checkpoints
@@ -256,9 +257,8 @@ def build_optimizer(model: nn.Module, args: Args) -> Optimizer:
     """Muon and AdamW with separate rates and weight decay for vision, text and projections [C]."""
     projections = "pool.", "text.pool.", "image_proj.", "text_proj."
     return Optimizer(model.named_parameters(), OptimConfig(
-        # 4e-3 was tuned for Muon, whose update has the RMS of an AdamW step, so one rate serves
-        # both. In a prototype AdamW alone, at 2e-3, never left the first plateau. Decay 0.05
-        # keeps matrices from growing under updates whose size does not shrink by itself. [O]
+        # 4e-3 was tuned for Muon, whose update has the RMS of an AdamW step: one rate serves both.
+        # Decay keeps matrices from growing under updates that do not shrink by themselves. [O]
         args.lr, args.weight_decay,
         # First match wins. AdamW moves a scalar by about the rate a step, and these two have far to
         # go: in 1,200 steps from log 10 to 3.0 and from -10 to -14.6. So ten times the rate. [O]
@@ -308,7 +308,8 @@ def prepare(stage: str, args: Args, config: Config, hw, say):
 
 
 def train(stage: str, args: Args, hw):
-    """Train one stage, from its newest checkpoint or from the start."""
+    """Train one stage, from its newest checkpoint or from the start. Returns whether the run shall
+    end here, as --max_hours are over."""
     out, lead, config = Path(args.out) / stage, hw.rank == 0, sized(args.size)
     say = print if lead else (lambda *_: None)
     model, stream, optimizer, start = prepare(stage, args, config, hw, say)
@@ -389,6 +390,7 @@ def train(stage: str, args: Args, hw):
     log.close()
     loader.close()
     watch.close()
+    return watch.out_of_time
 
 
 def save_stage(folder: Path, stage: str, step: int, model: nn.Module, optimizer: Optimizer,
@@ -438,59 +440,6 @@ def cached_gradients(model: TwoTowers, load, mine: range, args: Args, collect) -
     return {"loss": loss.detach()} | ({"skipped": loss.new_tensor(skipped)} if args.pairs else {})
 
 
-# ---- align: batches over many ranks -------------------------------------------------------------
-
-def swap(to_right: Tensor | None, to_left: Tensor | None) -> list:
-    """Send a tensor to each neighbour in the ring of ranks; returns [from left, from right]. Where
-    None is sent in one direction, nothing arrives in that direction."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    requests, received = [], []
-    for tensor, target, origin in ((to_right, rank + 1, rank - 1), (to_left, rank - 1, rank + 1)):
-        received.append(None if tensor is None else torch.empty_like(tensor))
-        if tensor is not None:
-            requests.append(dist.P2POp(dist.isend, tensor.contiguous(), target % world))
-            requests.append(dist.P2POp(dist.irecv, received[-1], origin % world))
-    for request in dist.batch_isend_irecv(requests):
-        request.wait()
-    return received
-
-
-class Exchange(torch.autograd.Function):
-    """`swap` with gradients, which travel in the opposite direction."""
-
-    @staticmethod
-    def forward(ctx, to_right, to_left):
-        return tuple(swap(to_right, to_left))
-
-    @staticmethod
-    def backward(ctx, from_left, from_right):
-        return tuple(swap(from_right, from_left)[::-1])
-
-
-def ring(texts: Tensor):
-    """Yield the texts of every other rank, two blocks a round: what came from the left goes on to
-    the right, and the reverse. With an even number of ranks one block is left; a one-way shift
-    brings it. [C: bidirectional; R: open_clip's rounds]"""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rightward = leftward = texts
-    for _ in range((world - 1) // 2):
-        rightward, leftward = Exchange.apply(rightward, leftward)
-        yield rightward
-        yield leftward
-    if world % 2 == 0:
-        yield Exchange.apply(rightward, None)[0]
-
-
-def ring_sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """This rank's part of the summed SigLIP loss of all ranks: its images x (N, E) against its own
-    texts y (N, E), then against those of every other rank, of which none is its pair. The parts add
-    up to the loss of one process, and so do their gradients. On one rank: `sigmoid_loss`."""
-    loss = sigmoid_loss(x, y, scale, bias)
-    for others in ring(y):
-        loss = loss + sigmoid_loss(x, others, scale, bias, paired=False)
-    return loss
-
-
 # ---- the run ------------------------------------------------------------------------------------
 
 def stages(args: Args) -> list[str]:
@@ -518,12 +467,13 @@ def check(args: Args) -> Args:
     # SigLIP2's budgets [R]. On CPUs: sizes around the scene's own, and that one twice, since shapes
     # are learnt much later from scenes off the grid of patches [O].
     around = f"{own * 9 // 16},{own},{own},{own * 25 // 16}"
+    unit = world * (args.micro or 1)
     args = replace(args, batch=batch, micro=args.micro or batch // world, side=side,
                    budgets=args.budgets or (around if cpu else "128,256,576,784,1024"))
     refused = (
         (args.pairs and args.clips, "--clips is a share of drawings; --pairs takes their place"),
-        (args.batch % (world * args.micro),
-         f"--batch={args.batch} is no multiple of {world} ranks x --micro={args.micro}"),
+        (args.batch % unit, f"--batch={args.batch} is no multiple of {world} ranks x --micro="
+         f"{args.micro or 1}: take {multiples(args.batch, unit)}"),
         (args.side % (2 * patch) or args.side < 64, f"--side takes a multiple of {2 * patch}, two "
          f"patches of {patch} pixels, and at least 64, not {args.side}"),
         (round(args.masked * own) < 1, f"--masked={args.masked} hides no patch at all"),
@@ -550,7 +500,7 @@ def check(args: Args) -> Args:
 def run(args: Args):
     """Train the stages one after the other, or print the plan."""
     args = check(args)
-    hw = setup(args.device, args.dtype)
+    hw = setup(args.device, args.dtype, args.max_hours)
     if args.plan:
         return forecast(args, hw) if hw.rank == 0 else None
     say = print if hw.rank == 0 else (lambda *_: None)
@@ -563,7 +513,8 @@ def run(args: Args):
     if args.keep:
         Path(args.keep).mkdir(parents=True, exist_ok=True)  # or fail before hours have passed
     for stage in stages(args):
-        train(stage, args, hw)
+        if train(stage, args, hw):
+            return
         if args.keep and hw.rank == 0:
             export_tower(find_checkpoint(Path(args.out) / stage), Path(args.keep) / stage)
         if hw.world > 1:
@@ -593,7 +544,7 @@ def forecast(args: Args, hw):
 
 # Exercises. Delete the body, write it again, run the test.
 # 1. cached_gradients: 64 micro-batches as one. pytest tests/test_train_vit.py -k cached; 45 min.
-# 2. ring: all ranks' texts in half the rounds. pytest tests/test_train_vit.py -k ring; 45 min.
+# 2. lib/ring.py, ring: all ranks' texts in half the rounds. The same file, -k ring; 45 min.
 
 
 if __name__ == "__main__":

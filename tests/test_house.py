@@ -14,10 +14,11 @@ from lib.common import ROOT
 # here is on its folder's floor.
 FLOORS = {
     "lib": 0, "lib.cli": 0.1, "lib.tensors": 0.2, "lib.dispatch": 0.2, "lib.attention": 0.5,
-    "lib.losses": 0.5, "lib.memory": 0.5, "lib.common": 1, "lib.runs": 1.1,
-    "tokenizer": 1, "kernels": 1, "tasks": 2, "vit": 2, "optim": 2,
+    "lib.losses": 0.5, "lib.memory": 0.5, "lib.prefetch": 0.5, "lib.common": 1,
+    "lib.runs": 1.1,
+    "tokenizer": 1, "kernels": 1, "lib.ring": 1.2, "tasks": 2, "vit": 2, "optim": 2,
     "gym": 3, "model": 3, "lib.images": 3, "lib.teachers": 3,
-    "data": 4, "mmtp": 4, "lib.captions": 4.5,
+    "lib.batch": 3.5, "data": 4, "mmtp": 4, "lib.captions": 4.5,
     "engine": 5, "lib.checkpoint": 5, "lib.episodes": 5,
     "lib.card": 5.1, "lib.curriculum": 5.1, "lib.probes": 5.1,
     "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.roofline": 5.1, "lib.async_rl": 5.2,

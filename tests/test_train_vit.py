@@ -34,13 +34,14 @@ from lib.images import budgeted, open_image, pack
 from lib.probes import (evaluate_tower, extract_features, linear_probe, pca_picture, probe,
                         probe_language, probe_moves, probe_pairs, probe_random_weights,
                         probe_towers, ProbeSet, read_report, salient)
+from lib.ring import ring_sigmoid_loss
 from lib.runs import checkpoints
 from lib.tensors import load_tensors
 from model import GLMV, init, sized
 from tasks.draw import SHAPES
 from tasks.scenes import caption, Item, MOVES, moving, window
 from train_vit import (Args, cached_gradients, check, contrastive_loss, distill_loss, Distiller,
-                       measure_teachers, PatchClassifier, ring_sigmoid_loss, shape_loss)
+                       measure_teachers, PatchClassifier, shape_loss)
 from vit import AttentionPool, naflex
 
 SMALL = dict(steps=4, batch=8, warmup=1, workers=0, eval_every=0, save_every=2, device="cpu",
@@ -599,7 +600,7 @@ def test_two_processes_are_one(tmp_path):
 
 @pytest.mark.parametrize("changes,words", [
     (dict(pairs=".", clips=0.5), "--clips is a share of drawings"), (dict(clips=2.0), "--clips"),
-    (dict(batch=10, micro=4), "--batch=10 is no multiple of 1 ranks x --micro=4"),
+    (dict(batch=10, micro=4), "1 ranks x --micro=4: take 8 or 12"),
     (dict(side=40), "--side takes a multiple of 16"), (dict(side=32), "at least 64"),
     (dict(size="huge"), "--size takes tiny, mini, small"),
     (dict(stage="third"), "--stage takes all"),
