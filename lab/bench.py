@@ -7,6 +7,8 @@
     python -m lab.bench rl --rounds=3      asynchronous RL and synchronous RL (lab/bench_rl.py)
     python -m lab.bench busy               a training step while other processes are busy
                                            (lab/bench_busy.py)
+    python -m lab.bench memory             what each policy of --memory keeps, by number of images
+                                           (lab/bench_memory.py)
 
 In `train`, `decode` and `vit`, both sides get the same random weights, documents, dtype, device and
 number of threads. First a check that both do the same work: equal losses, equal tokens. Then a few
@@ -50,7 +52,7 @@ from einops import rearrange
 import gym
 from data import collate, Document, document, Stream
 from engine import Engine, Request
-from lab import bench_busy, bench_rl
+from lab import bench_busy, bench_memory, bench_rl
 from lib.checkpoint import save_model
 from lib.cli import check_options, cli, Count, Device, main, Natural, Positive, Seed, UserError
 from lib.common import setup, write_json
@@ -69,12 +71,12 @@ BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws t
 
 @dataclass
 class Args:
-    what: str = ""             # train, decode, vit, rl or busy
+    what: str = ""             # train, decode, vit, rl, busy or memory
     size: Literal["tiny", "mini", "small", "base"] = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"    # auto, cpu, cuda or mps
     rounds: Positive = 5       # measurements of each side, in turn
-    documents: Count = 64      # documents to learn, prompts to answer, or pictures to encode
+    documents: Count = 64      # documents to learn, prompts to answer, pictures to encode
     slots: Natural = 0         # decode: our conversations side by side; 0: the best of a few
     seed: Seed = 0             # of weights and documents
     out: str = "out/bench"     # folder of the JSON
@@ -486,7 +488,7 @@ def vit(args: Args, hw) -> dict:
 # ---- the report ---------------------------------------------------------------------------------
 
 VERBS = {"train": train, "decode": decode, "vit": vit, "rl": bench_rl.measure,
-         "busy": bench_busy.measure}
+         "busy": bench_busy.measure, "memory": bench_memory.measure}
 UNITS = {"vit": "useful patches/s", "rl": "samples learnt/s", "busy": "seconds a step"}
 
 
@@ -517,7 +519,8 @@ def run(args: Args) -> dict:
     result = {"args": dataclasses.asdict(args), "hardware": hw.description, "aim": AIM,
               **VERBS[args.what](args, hw)}
     unit = UNITS.get(args.what, "useful tokens/s")
-    print(f"{unit:<26} {'median':>9} {'least':>9} {'most':>9}  setting")
+    if result["cases"]:
+        print(f"{unit:<26} {'median':>9} {'least':>9} {'most':>9}  setting")
     for name, case in result["cases"].items():
         print_case(name, case, result["aim"])
     where = Path(args.out) / f"{args.what}-{args.size}-{str(hw.dtype)[6:]}-{hw.device.type}.json"

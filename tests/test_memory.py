@@ -1,6 +1,6 @@
 """Every policy gives the same gradients and keeps less; torch.compile computes the same."""
-import functools
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +9,22 @@ from torch import nn
 import mmtp
 from conftest import odd_config, random_document
 from data import collate
+from lab import bench_memory
 from lib import memory
-from lib.cli import main, UserError
+from lib.cli import UserError
 from lib.memory import chunks_of, HostCopy, Memory, parse_memory
-from model import GLMV
+from model import GLMV, init
 from pretrain import loss_sum
+from vit import CogViT
 
 ALL = [parse_memory(text) for text in
        ("none", "recompute", "offload", "vit:offload,decoder:recompute", "adapter:recompute")]
+
+
+def images(count: int, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches and grids of images of 4 x 4 patches."""
+    shape = 16 * count, 1, 3 * config.vision.patch_size ** 2
+    return torch.randint(0, 256, shape, dtype=torch.uint8), torch.tensor([[1, 4, 4]] * count)
 
 
 def models(depths: int = 0) -> tuple[GLMV, object]:
@@ -52,3 +60,103 @@ def test_gradients_are_equal_under_every_policy(option):
     plain = gradients(model, batch, ALL[0], 3, option=option)
     for how in ALL[1:]:
         assert same(plain, gradients(model, batch, how, 3, option=option)), how
+
+
+def test_the_towers_of_stage_1_and_2_as_well():
+    """A frozen input, a mask token outside the tower, and images in chunks."""
+    config = odd_config(2)
+    patches, grids = images(6, config)
+    visual, token = CogViT(config.vision), nn.Parameter(torch.randn(40))
+    init(visual, 1)
+    mask, found = torch.rand(len(patches)) < 0.35, []
+    for how in (*ALL, *(replace(how, chunk_patches=len(patches) // 2) for how in ALL)):
+        how.use_in(visual)
+        visual.zero_grad(), setattr(token, "grad", None)
+        visual(patches, grids, mask, token).square().sum().backward()
+        found.append([token.grad, *(p.grad for p in visual.blocks.parameters())])
+    whole, chunked = found[:len(ALL)], found[len(ALL):]
+    for group in (whole, chunked):
+        assert all(torch.equal(a, b) for other in group for a, b in zip(group[0], other))
+    assert any(not torch.equal(a, b) for a, b in zip(whole[0], chunked[0]))
+    for a, b in zip(whole[0], chunked[0]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+
+
+def test_chunks_hold_whole_images():
+    assert chunks_of([4, 4, 9, 2], 8) == [(0, 2), (2, 3), (3, 4)]
+    assert chunks_of([9, 1], 4) == [(0, 1), (1, 2)] and chunks_of([4, 4], 8) == [(0, 2)]
+    assert chunks_of([], 8) == [(0, 0)]
+
+
+def test_the_tower_keeps_as_much_for_64_images_as_for_a_chunk():
+    """And less than a tenth of what it keeps without a policy. Counted through forward and
+    backward, every storage that autograd holds; the pixels are the batch's own."""
+    model = GLMV(odd_config())
+    chunk, many = (images(n, model.config) for n in (4, 64))
+    Memory().use_in(model)
+    everything = bench_memory.saved(model, *many)[0]
+    for policy in ("none", "recompute"):
+        parse_memory(policy, chunk_patches=len(chunk[0])).use_in(model)
+        some, flat = (bench_memory.saved(model, *given)[0] for given in (chunk, many))
+        assert some <= flat <= 1.01 * some and flat < 0.1 * everything
+
+
+def test_a_policy_keeps_the_inputs_of_blocks_and_offload_moves_them():
+    """After the forward: everything; one input a block; nothing on the device."""
+    config = odd_config(2)
+    model = GLMV(config)
+    given, kept = images(2, config), {}
+    for policy in memory.POLICIES:
+        parse_memory(f"vit:{policy}").use_in(model)
+        book = bench_memory.SavedBytes([*model.parameters(), given[0]])
+        with book:
+            y = model.model.visual(*given)
+        kept[policy], inputs = book.now, config.vision.depth * y.nbytes
+        del y
+        assert book.now == 0
+    assert kept["recompute"] - kept["offload"] == inputs < kept["none"] / 10
+
+
+def test_a_copy_on_the_host_is_fetched_once_and_brings_the_one_before():
+    x, y = torch.randn(2, 3, 4)
+    first = HostCopy(x)
+    second = HostCopy(y, first)
+    assert first.host is not x
+    for copy in (first, second):
+        copy.finish()
+        assert copy.x is None
+    assert torch.equal(second.fetch(), y) and first.back is not None and first.host is None
+    assert torch.equal(first.fetch(), x)
+    with pytest.raises(RuntimeError, match="no second one"):
+        first.fetch()
+
+
+def test_nothing_is_held_after_the_backward():
+    """Not even the host's copies, while the loss is still there."""
+    model, batch = models()
+    copies, made = [], HostCopy.__init__
+
+    def note(self, *args):
+        made(self, *args)
+        copies.append(weakref.ref(self.host))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostCopy, "__init__", note)
+        parse_memory("offload").use_in(model)
+        loss = loss_sum(model, batch)[0]
+        assert copies and all(copy() is not None for copy in copies)
+        loss.backward()
+    assert all(copy() is None for copy in copies)
+
+
+@pytest.mark.parametrize("text", ["half", "vit", "vit:half", "tower:offload", "vit:none,decoder",
+                                  "recompute,vit:none"])
+def test_a_wrong_policy_names_those_that_there_are(text):
+    with pytest.raises(UserError, match="none, recompute, offload .* vit, adapter, decoder") as e:
+        parse_memory(text)
+    assert "\n" not in str(e.value) and text.split(",")[-1].split(":")[0] in str(e.value)
+
+
+def test_what_is_asked_for():
+    assert parse_memory("none") == Memory()
+    assert parse_memory("offload", 64) == Memory("offload", "offload", "offload", 64)
+    assert parse_memory("vit:offload,adapter:recompute") == Memory("offload", "recompute", "none")
