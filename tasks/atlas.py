@@ -18,7 +18,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .base import box, held, IMAGE, Obs, OneShot, pick
+from .base import box, held, IMAGE, Obs, OneShot, pick, worded
 from .draw import cached_mask, Canvas, COLORS, ink_on, plain, plate_mask, shades, SHAPES, UNITS
 from .words import invent, some_of
 
@@ -191,6 +191,16 @@ def draw_emblem(canvas: Canvas, page: Page, x, y, height, colors) -> tuple:
     return area
 
 
+# How a user may word a question; level 0 has the first.
+ONE = ("What is the {} of the {} with this {}?", "Name the {} of the {} with this {}.",
+       "This is the {2} of a {1}. What is its {0}?", "Which is the {} of the {} with this {}?",
+       "Tell me the {} of the {} with this {}.")
+TWO = ("Take the {} of each {}. By how much do the two differ?",
+       "Look up the {} of each {}. What is their difference?",
+       "By how much does the {} of one {} differ from that of the other?",
+       "Compare the {} of each {}. What is the difference?")
+
+
 class WorldKnowledge(OneShot):
     """Name the capital of the country with this flag, from what the atlas says. The question is
     about one fact, from level 1 on also of yards; at levels 2 and 4 about a fact of a fact, at 3
@@ -210,8 +220,8 @@ class WorldKnowledge(OneShot):
     def ask(self, kind, path):
         """The question about the end of a path."""
         noun = " of the ".join(reversed(path))
-        return (f"What is the {noun} of the {kind} with this {MARKS[kind]}?" if self.level < 3 else
-                f"Take the {noun} of each {kind}. By how much do the two differ?")
+        return worded(self.rng, ONE if self.level < 3 else TWO, self.level, 1).format(
+            noun, kind, MARKS[kind])
 
     def make(self):
         rng, atlas, names = self.rng, world(), None

@@ -9,7 +9,7 @@ from math import cos, pi, sin
 
 from PIL import Image, ImageDraw
 
-from .base import box, held, IMAGE, Obs, OneShot, pick
+from .base import box, held, IMAGE, Obs, OneShot, pick, worded
 from .draw import blend, Canvas, DARK, ink_on, LIGHT, shades
 from .words import invent, MONTHS, some, some_of, THINGS
 
@@ -170,6 +170,31 @@ class Plot(Canvas):
         self.legend(values if self.level >= 2 else (), 47.5, y - 2.2 * (len(values) - 1), 0, 4.4)
 
 
+# How a user may word a question; level 0 has the first of each.
+VALUE = ("What is {}?", "Read {} from the chart.", "Which value does the chart show for {}?",
+         "Look up {}.", "Tell me {}.")
+HIGHEST = ("In which year is the value{} highest?", "Which year has the highest value{}?",
+           "When is the value{} highest?", "Name the year of the highest value{}.",
+           "In what year is the highest value{}?")
+SUM = ("What do {} and {} make together?", "What is the sum of {} and {}?", "Add {} and {}.",
+       "How much are {} and {} together?", "What do you get if you add {} and {}?")
+DIFFERENCE = ("How much larger is {1} than {0}?", "By how much is {1} larger than {0}?",
+              "What is the difference between {} and {}?", "Take {} from {}.",
+              "How much more is {1} than {0}?")
+RATIO = ("By what must one multiply {} to get {}?", "How many times {} is {}?",
+         "What is {1}, divided by {0}?", "Divide {1} by {0}.", "What is the ratio of {1} to {0}?")
+LATER = ("Which {} after {} has the largest value{}?", "Name the {} after {} with the largest "
+         "value{}.", "After {1}, which {0} has the largest value{2}?",
+         "Which is the {} after {} with the largest value{}?")
+PEAK = ("Where {} is highest, what is the value of {}?", "Where {} is highest, how high is {}?",
+        "Look where {} is highest. What is {} there?",
+        "What is the value of {1} where {0} is highest?")
+SPAN = ("How much larger is the largest value{} than the smallest?",
+        "By how much do the largest and the smallest value{} differ?",
+        "Take the smallest value{0} from the largest.",
+        "What is the difference between the largest and the smallest value{}?")
+
+
 class ChartRead(OneShot):
     """Read one value, or find the year of the maximum."""
     tier, min_pixels, verifier = 0, 256, "NUM"
@@ -184,12 +209,12 @@ class ChartRead(OneShot):
 
     def ask(self, rng, chart):
         """(question, answer). Further questions go into `self.more`."""
-        asked = [(f"What is {chart.call(series, name)}?", value)
+        asked = [(worded(rng, VALUE, self.level, 1).format(chart.call(series, name)), value)
                  for series, name, value in some_of(rng, chart.facts)]
         values, of = chart.one_series(rng)
         year = max(values, key=values.get)
         if chart.link == "in" and year not in MONTHS and rng.integers(2):
-            asked.insert(0, (f"In which year is the value{of} highest?", year))
+            asked.insert(0, (worded(rng, HIGHEST, self.level, 1).format(of), year))
         self.more = [(question, box(answer)) for question, answer in asked[1:4]]
         return asked[0]
 
@@ -209,11 +234,9 @@ class ChartArith(ChartRead):
         """The sum, the difference or, from level 1 on, the ratio of two values."""
         (*low, b), (*high, a) = sorted(some_of(rng, chart.facts, 2), key=lambda fact: fact[2])
         low, high = chart.call(*low), chart.call(*high)
-        sign, gold, question = pick(rng, (
-            ("+", a + b, f"What do {low} and {high} make together?"),
-            ("-", a - b, f"How much larger is {high} than {low}?"),
-            ("/", round(a / b, 2), f"By what must one multiply {low} to get {high}?"),
-        )[:2 + (self.level > 0)])
+        sign, gold, forms = pick(rng, (("+", a + b, SUM), ("-", a - b, DIFFERENCE),
+                                       ("/", round(a / b, 2), RATIO))[:2 + (self.level > 0)])
+        question = worded(rng, forms, self.level, 1).format(low, high)
         why = f"{a} is {high}, {b} is {low}. {a} {sign} {b} = {gold}."
         return (question, gold, why) if a > b else None
 
@@ -225,7 +248,7 @@ class ChartArith(ChartRead):
         start, *names = list(values)[int(rng.integers(len(values) - 3)):]
         told, gold = [values[name] for name in names], max(names, key=values.get)
         what = "month" if gold in MONTHS else "year"
-        question = f"Which {what} after {start} has the largest value{of}?"
+        question = worded(rng, LATER, self.level, 1).format(what, start, of)
         why = f"After {start}: {', '.join(map(str, told))}. The largest is that of {gold}."
         return (question, gold, why) if told.count(max(told)) == 1 else None
 
@@ -235,14 +258,14 @@ class ChartArith(ChartRead):
             return None
         (one, values), (two, others), *_ = some_of(rng, [*chart.series.items()])
         name = max(values, key=values.get)
-        return (f"Where {one} is highest, what is the value of {two}?", others[name],
+        return (worded(rng, PEAK, self.level, 1).format(one, two), others[name],
                 f"{one} is highest in {name}; there {two} is {others[name]}.")
 
     def span(self, rng, chart):
         """The difference between the largest and the smallest value of a series."""
         values, of = chart.one_series(rng)
         high, low = max(values.values()), min(values.values())
-        return (f"How much larger is the largest value{of} than the smallest?", high - low,
+        return (worded(rng, SPAN, self.level, 1).format(of), high - low,
                 f"The largest is {high}, the smallest {low}. {high} - {low} = {high - low}.")
 
     def glance(self, rng):

@@ -6,7 +6,7 @@ one large font size, with some spare room for rounding at small ones.
 from functools import lru_cache
 from itertools import chain, islice, product
 
-from .base import box, held, IMAGE, Obs, OneShot, pick
+from .base import box, held, IMAGE, Obs, OneShot, pick, worded
 from .draw import blend, Canvas, COLORS, DARK, font, ink_on, LIGHT, shades
 from .scenes import Scene, ShapeAttr
 from .words import invent, NAMES, some, some_of, THINGS
@@ -36,6 +36,26 @@ def wrap_words(words, room: float):
             line = []
         line.append(word)
     yield " ".join(line)
+
+
+# How a user may word a question; level 0 has the first of each.
+READ = ("Read the page.", "What does the page say?", "Read what is on the page.",
+        "Write down the text of the page.", "What is written on the page?")
+CELL_OF = ("What is the {} of the {}?", "Look up the {} of the {}.", "Which {} has the {}?",
+           "Find the {} of the {} in the table.", "Tell me the {} of the {}.")
+ROW_OF = ("Which item has the {} {}?", "What item has the {} {}?", "Find the item with the {} {}.",
+          "Name the item that has the {} {}.", "Tell me which item has the {} {}.")
+BY_OTHER = ("What is the {} of the item whose {} is {}?", "Find the {} of the item whose {} is {}.",
+            "Look up the {} of the item with the {} {}.", "Which {} has the item whose {} is {}?",
+            "Tell me the {} of the item whose {} is {}.")
+COST = ("What does the {} cost{}?", "How much is the {}{}?", "What is the price of the {}{}?",
+        "Look up the price of the {}{}.", "How much does the {} cost{}?")
+SHAPE_HAD = ("What shape is the {} thing that {} has?", "Which shape is the {} thing of {}?",
+             "What is the shape of the {} thing that {} has?", "{1} has a {0} thing. Its shape?",
+             "Name the shape of the {} thing that {} has.")
+COLOR_HAD = ("What color is the {} that {} has?", "Which color is the {} of {}?",
+             "What is the color of the {} that {} has?", "{1} has a {0}. Its color?",
+             "Name the color of the {} that {} has.")
 
 
 class Paged(OneShot):
@@ -93,7 +113,7 @@ class OcrDocument(Paged):
             across += [*heads, *chain(*zip(*columns))]
             y += (n + 0.8) * lead
         self.shown = [" ".join(across)]
-        return Obs(f"{IMAGE}Read the page.", [canvas.image]), " ".join(read)
+        return Obs(IMAGE + worded(rng, READ, self.level, 1), [canvas.image]), " ".join(read)
 
 
 class TableRead(Paged):
@@ -113,10 +133,10 @@ class TableRead(Paged):
         for head, i in some_of(rng, [*product(self.cells, range(n))], 4):
             other = pick(rng, [h for h in self.cells if h != head])
             cell, key = self.cells[head][i], self.cells[other][i]
-            ways = [(f"What is the {head} of the {rows[i]}?", cell),
-                    (f"Which item has the {head} {cell}?", rows[i]),
-                    (f"What is the {head} of the item whose {other} is {key}?", cell)]
-            asked.append(pick(rng, ways[:(1, 2, 2, 3, 3)[self.level]]))
+            ways = [(CELL_OF, (head, rows[i]), cell), (ROW_OF, (head, cell), rows[i]),
+                    (BY_OTHER, (head, other, key), cell)]
+            forms, names, answer = pick(rng, ways[:(1, 2, 2, 3, 3)[self.level]])
+            asked.append((worded(rng, forms, self.level, 1).format(*names), answer))
         self.more = [(question, box(answer)) for question, answer in asked[1:]]
         self.shown = [*chain(*self.cells.values()), *(rows if self.level else [])]
         return Obs(IMAGE + asked[0][0], [image]), asked[0][1]
@@ -166,7 +186,8 @@ class DocQa(Paged):
         thing = pick(rng, list(listed))
         where = ("", "", f" in {town}", f" in {town}", f" where {mayor} is mayor")[self.level]
         self.why = f"Page {number} is about {town}, mayor {mayor}: {thing} {listed[thing]}."
-        question = f"What does the {thing} cost{where}? Answer: PRICE, page NUMBER."
+        ask = worded(rng, COST, self.level, 1).format(thing, where)
+        question = f"{ask} Answer: PRICE, page NUMBER."
         return Obs(IMAGE * k + question, images), {"value": listed[thing], "page": number}
 
     def draw(self, town, mayor, prices, number):
@@ -212,8 +233,8 @@ class InterleavedQa(Scene):
             owner = [{a: b, b: a}.get(name, name) for name in owner]
         facts = [(*who, *pair) for *who, bag in zip(owner, names, bags) for pair in bag]
         picked = [(*fact, int(rng.integers(2))) for fact in some_of(rng, facts, 4)]
-        asked = [(f"What shape is the {color} thing that {name} has?", shape) if by_color else
-                 (f"What color is the {shape} that {name} has?", color)
+        asked = [(worded(rng, SHAPE_HAD, self.level, 1).format(color, name), shape) if by_color else
+                 (worded(rng, COLOR_HAD, self.level, 1).format(shape, name), color)
                  for name, _, color, shape, by_color in picked]
         name, first, color, shape, by_color = picked[0]
         self.shown = [fact[2 + by_color] for fact in facts]

@@ -11,11 +11,19 @@ from string import ascii_uppercase
 
 import numpy as np
 
-from .base import held, IMAGE, Obs, OneShot, pick
+from .base import held, IMAGE, Obs, OneShot, pick, worded
 from .draw import blend, Canvas, plain, shades, UNITS
 
-ANGLE, LENGTH = "How many degrees is the angle {}?", "How long is the side {}?"
-AREA, PERIMETER = "What is the area of the figure?", "What is the perimeter of the figure?"
+# How a user may word a question; level 0 has the first of each.
+ANGLE = ("How many degrees is the angle {}?", "How large is the angle {}, in degrees?",
+         "What is the angle {} in degrees?", "Find the angle {}, in degrees.",
+         "How many degrees does the angle {} have?")
+LENGTH = ("How long is the side {}?", "What is the length of the side {}?", "Find the side {}.",
+          "Find the length of the side {}.", "Which length does the side {} have?")
+AREA, PERIMETER = [tuple(form.format(what) for form in (
+    "What is the {} of the figure?", "Find the {} of the figure.", "Compute the figure's {}.",
+    "What is the figure's {}?", "Which {} does the figure have?"))
+    for what in ("area", "perimeter")]
 TRIPLES = [(a, b, c) for c in range(5, 53) for b in range(3, c) for a in range(2 * b // 5, b)
            if a * a + b * b == c * c]
 SIZE = 5.5                      # of the labels' font
@@ -40,7 +48,7 @@ def pythagoras(a, b, c, i):
 class Figure:
     """Strokes (lists of points) and labels, in units, and an outline that is filled.
 
-    The methods from `third_angle` on each draw one kind of figure and return (question, answer, the
+    The methods from `third_angle` on each draw one kind of figure and return (wordings, answer, the
     steps to it in words). `kinds` lists them by level.
     """
 
@@ -124,8 +132,8 @@ class Figure:
 
     def whole(self, area, perimeter, before=""):
         """Ask for one of the two, each (calculation, answer). before: steps that come first."""
-        question, (how, answer) = pick(self.rng, ((AREA, area), (PERIMETER, perimeter)))
-        return question, answer, f"{before}{how} = {answer}."
+        forms, (how, answer) = pick(self.rng, ((AREA, area), (PERIMETER, perimeter)))
+        return forms, answer, f"{before}{how} = {answer}."
 
     def third_angle(self):
         """The third angle of a triangle."""
@@ -257,7 +265,7 @@ class Geometry(OneShot):
         maker, labels = pick(self.rng, Figure.kinds[self.level]), None
         while labels is None:   # until every label finds room
             figure = Figure(self.rng, self.heldout, maker.__name__)
-            question, gold, self.why = maker(figure)
+            forms, gold, self.why = maker(figure)
             labels = figure.place_labels()
         self.shown = re.findall(r"\d+", self.why)       # the numbers in the calculation
         ground, ink = plain(self.rng, self.heldout, self.level)
@@ -271,4 +279,5 @@ class Geometry(OneShot):
         canvas = Canvas.on(canvas.image.reduce(4))
         for label, spot in labels:
             canvas.word(label, spot.real, spot.imag, ink, SIZE, "m")
-        return Obs(IMAGE + question.format(figure.x), [canvas.image]), gold
+        question = worded(self.rng, forms, self.level, 1).format(figure.x)
+        return Obs(IMAGE + question, [canvas.image]), gold

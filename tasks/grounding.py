@@ -7,31 +7,42 @@ from collections import Counter
 from itertools import product
 from math import cos, radians, sin
 
-from .base import box, held, IMAGE, middle, Obs, pick
+from .base import box, held, IMAGE, middle, Obs, pick, worded
 from .draw import aspect, CELL, COLORS, GRID, shape_mask
 from .scenes import by_rows, clear, Item, kinds, offset, plural, refer, Scene
 from .verify import KEYS
 from .words import some_of
 
-# How a user may word a question.
+# How a user may word a question. Level 0 has all but the last of each, but one of the last two.
 BOX = ("Box the {}.", "Give the box of the {}.", "Draw a box around the {}.",
-       "Mark the {} with a box.", "What is the bounding box of the {}?")
+       "Mark the {} with a box.", "What is the bounding box of the {}?",
+       "Show with a box where the {} is.")
 BOX_ALL = ("Box all {}.", "Give the boxes of all {}.", "Draw a box around each of the {}.",
-           "Mark the {} with boxes.", "What are the bounding boxes of the {}?")
+           "Mark the {} with boxes.", "What are the bounding boxes of the {}?",
+           "Show with boxes where the {} are.")
 CHANGED = ("Box what has changed.", "Give the boxes of what differs.", "Box all differences.",
-           "Mark what is different with boxes.", "Draw a box around each change.")
+           "Mark what is different with boxes.", "Draw a box around each change.",
+           "Show each difference with a box.")
 HOW_MANY_IN = ("How many shapes are in the {} picture?", "How many shapes has the {} picture?",
-               "Count the shapes in the {} picture.", "How many are in the {} picture?")
+               "Count the shapes in the {} picture.", "How many are in the {} picture?",
+               "How many shapes does the {} picture show?")
 FIRST_FRAME = ("Which is the first frame {} the {}?", "Name the first frame {} the {}.",
                "What is the number of the first frame {} the {}?",
-               "Give the first frame {} the {}.")
+               "Give the first frame {} the {}.", "Which frame is the first {} the {}?")
 ORDER = ("In what order do shapes {}? Name their colors.",
          "Shapes {}: in what order? Name the colors.",
-         "Which shapes {} one after the other? Name their colors in this order.")
+         "Which shapes {} one after the other? Name their colors in this order.",
+         "Name the colors of the shapes that {}, in the order in which they do.")
 JSON = ("List the shapes as JSON: color, shape, size (small or big), at [x, y].",
         "Give all shapes as JSON with color, shape, size (small or big), at [x, y].",
         "What is in the picture? Answer in JSON: color, shape, size (small or big), at [x, y].",
-        "Describe each shape as JSON: color, shape, size (small or big), at [x, y].")
+        "Describe each shape as JSON: color, shape, size (small or big), at [x, y].",
+        "Write all shapes down in JSON: color, shape, size (small or big), at [x, y].")
+WHAT_AT = ("What is at your {}?", "Which thing is at your {}?", "What do you have at your {}?",
+           "Name the thing at your {}.", "Tell me what is at your {}.")
+WHERE_AT = ("Where is the {}: {} or {}?", "Where do you have the {}: {} or {}?",
+            "On which side is the {}: {} or {}?", "In which direction is the {}: {} or {}?",
+            "Tell me where the {} is: {} or {}.")
 ENDS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}     # axis, direction
 WAYS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 RANKS = ("first", "second", "third", "fourth")
@@ -105,7 +116,7 @@ class GroundBox(Grounding):
         else:
             calls = pick(self.rng, (ranked, related))(item, self.items)
             call = pick(self.rng, calls) if calls else None
-        return call and pick(self.rng, BOX).format(call)
+        return call and worded(self.rng, BOX, self.level, 5).format(call)
 
     def reply(self, gold):
         return box([round(corner) for corner in gold])
@@ -130,7 +141,7 @@ class GroundMulti(Grounding):
                            lambda p: p[0] == color or p[1] == shape)
         wanted = [pair for pair in self.pairs() if fits(*pair)]
         image, items = self.paint([pick(rng, wanted) for _ in range(count)] + rest)
-        question = pick(rng, BOX_ALL).format(what)
+        question = worded(rng, BOX_ALL, self.level, 5).format(what)
         self.more = self.follow_up(items, question, items)
         self.shown = [[item.area for item in items]]
         return Obs(IMAGE + question, [image]), self.shown[0][:count]
@@ -158,9 +169,11 @@ class SpotDiff(Grounding):
         palette, spots = self.palette(), self.place(len(before))
         (first, old), (second, new) = (self.draw(palette, p, spots) for p in (before, after))
         self.shown = [[(a or b).area] for a, b in zip(old, new)]
-        self.more = [(pick(rng, HOW_MANY_IN).format(which), box(sum(map(bool, pairs))))
-                     for which, pairs in (("first", before), ("second", after))]
-        question = pick(rng, CHANGED)
+        ask = [worded(rng, HOW_MANY_IN, self.level, 4).format(which)
+               for which in ("first", "second")]
+        self.more = [(question, box(sum(map(bool, pairs))))
+                     for question, pairs in zip(ask, (before, after))]
+        question = worded(rng, CHANGED, self.level, 5)
         # Noise comes last: it draws more numbers for a larger picture, and everything before it
         # must be the same at every size.
         for canvas in (first, second) if self.level >= 4 else ():
@@ -201,10 +214,10 @@ class VideoEvents(Grounding):
             film.append(self.draw(palette, shown, stand)[0].image)
         items = [Item(*pair, None) for pair in pairs]
         calls = [refer(rng, item, items) for item in items]
-        asked = [(pick(rng, FIRST_FRAME).format(self.acts[does], call), when)
+        asked = [(worded(rng, FIRST_FRAME, self.level, 4).format(self.acts[does], call), when)
                  for call, does, when in zip(calls, acts, times) if does]
         events = sorted(zip(times, self.cast[:n]))
-        told = pick(rng, ORDER).format(act), [color for _, color in events]
+        told = worded(rng, ORDER, self.level, 3).format(act), [color for _, color in events]
         (question, gold), *rest = [told, *asked] if rng.integers(2) else [*asked, told]
         self.why = "; ".join(f"frame {when}: {color}" for when, color in events)
         self.more = [(later, self.reply(answer)) for later, answer in rest[:4]]
@@ -294,9 +307,10 @@ class SpatialRelation(Grounding):
             who, why = f"{who} and {turn}", f"{why}, then {SKY[looks]}"
         side = SIDES[(way - looks) % 8]
         if self.rng.integers(2):
-            return (f"{who}. What is at your {side}?", name,
+            return (f"{who}. {worded(self.rng, WHAT_AT, self.level, 1).format(side)}", name,
                     f"{why}. Its {side} is {SKY[way]} in the picture: {name}.")
-        return (f"{who}. Where is the {name}: {', '.join(sides[:-1])} or {sides[-1]}?", side,
+        where = worded(self.rng, WHERE_AT, self.level, 1)
+        return (f"{who}. {where.format(name, ', '.join(sides[:-1]), sides[-1])}", side,
                 f"{why}. The {name} is {SKY[way]} from it in the picture: its {side}.")
 
 
@@ -315,10 +329,11 @@ class SceneToJson(Grounding):
         gold = [{"color": item.color, "shape": item.shape, "size": ("small", "big")[size > 10],
                  "box": item.area} for item, (_, _, size) in zip(items, spots)]
         gold = by_rows(gold, lambda thing: thing["box"])
-        self.more = [(pick(rng, BOX).format(call), GroundBox.reply(self, item.area))
+        self.more = [(worded(rng, BOX, self.level, 5).format(call),
+                      GroundBox.reply(self, item.area))
                      for item in items if (call := refer(rng, item, items))][:2]
         self.shown = [gold[:3]]                 # `glance` lists three things at most
-        return Obs(IMAGE + pick(rng, JSON), [canvas.image]), gold
+        return Obs(IMAGE + worded(rng, JSON, self.level, 4), [canvas.image]), gold
 
     def reply(self, gold):
         told = [{key: thing.get(key, self.spot(thing["box"])) for key in KEYS} for thing in gold]

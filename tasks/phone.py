@@ -16,9 +16,9 @@ from .draw import blend, Canvas, CELL, DARK, ink_on, LIGHT, plain, shades, UNITS
 from .verify import inside, is_point
 from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
-ROW, TEXT, TRACK = 8, 5, 34              # heights of a row and its font; left end of a slider
-# Widths and heights of screens that are not square, in units: whole rows, and whole visual tokens at
-# 128 pixels, never more of them than the square has.
+ROW, TEXT, TRACK = 8, 5, 34     # heights of a row and its font; left end of a slider
+# Widths and heights of screens that are not square, in units: whole rows, and whole visual tokens
+# at 128 pixels, never more of them than the square has.
 SCREENS = ((56, 72), (56, 64), (72, 56), (80, 48))
 AMOUNTS = ((2, 3, 4), (3, 4, 5), (4, 5, 6), (5, 6, 8), (6, 9, 9))   # pages, rows in each, records
 FORMS = {"Notes": ("Title", "Text"), "Calendar": ("Title", "Day")}

@@ -2,7 +2,7 @@
 import keyword
 import re
 
-from .base import box, held, IMAGE, Obs, OneShot, pick
+from .base import box, held, IMAGE, Obs, OneShot, pick, worded
 from .draw import Canvas, font, text_mask
 from .interpreter import FAULTS, Machine
 from .words import invent, some, some_of, THINGS
@@ -41,7 +41,16 @@ STATEMENTS = (
      '\treturn {p}[{a}:]\n\n{s} = {f}("{w}", "{v}")'))
 # The groups in a program, by level; the question is about the result of the highest group.
 PLANS = ((0, 0), (0, 1), (0, 2), (1, 3, 0), (1, 2, 4))
-ASK = ("What does this program print?", "What is the output?", "What gets printed here?")
+# How a user may word a question; level 0 has three, one and two of them.
+ASK = ("What does this program print?", "What is the output?", "What gets printed here?",
+       "Which output does this code have?", "Run this in your head: what does it print?")
+AT_END = ("What is {} at the end?", "What is the last value of {}?",
+          "Which value does {} end with?", "Tell me the value of {} at the end.")
+WRITE = ("Write a Python function {} for {}: it returns {}.",
+         "Define a Python function {} for {}: it returns {}.",
+         "Give me a Python function {} for {}: it returns {}.",
+         "I need a Python function {} for {}: it returns {}.",
+         "Implement a Python function {} for {}: it returns {}.")
 # Colours of background, panel, plain text, keywords, functions, numbers and strings: a dark and a
 # light theme for training, then a dark and a light one that are held out
 THEMES = (((30, 32, 40), (40, 43, 54), "#e6e8ee", "#ff7ac0", "#6cc7ff", "#ffb86b", "#9be07a"),
@@ -114,10 +123,10 @@ class CodeOutput(OneShot):
         image = editor(self.pixels, pick(rng, THEMES[2 * self.heldout:][:2]), lines)
         others = [(n, v) for n, v in machine.names.items()
                   if lines[-1] != f"print({n})" and not isinstance(v, list)]
-        self.more = [(f"What is {n} at the end?", box(v)) for n, v in others[:2]]
+        self.more = [(worded(rng, AT_END, self.level, 1).format(n), box(v)) for n, v in others[:2]]
         self.trace, self.shown = trace, list(dict(trace).values())
         self.why = ", ".join(f"{n} = {v}" for n, v in trace) + f". It prints {gold}."
-        return Obs(IMAGE + pick(rng, ASK), [image]), gold
+        return Obs(IMAGE + worded(rng, ASK, self.level, 3), [image]), gold
 
 
 # (description of the result, code), three or more for each level. {xs} is a list of numbers, {s} a
@@ -199,9 +208,9 @@ class TextCode(OneShot):
             cases = [([each], machine.invoke(self.name, [each])) for each in inputs]
         least, most = (f"{self.name}({each!r}) is {result!r}" for [each], result in cases[:2])
         self.why = f"{least}, {most}."
-        text = (f"{pick(rng, ('Write', 'Define'))} a Python function {self.name}({self.argument}) "
-                f"for {KINDS[self.kind]}: it returns {what}. For example, {most}.")
-        return Obs(text), {"name": self.name, "cases": cases}
+        text = worded(rng, WRITE, self.level).format(
+            f"{self.name}({self.argument})", KINDS[self.kind], what)
+        return Obs(f"{text} For example, {most}."), {"name": self.name, "cases": cases}
 
     def reply(self, gold):
         return box(self.code)

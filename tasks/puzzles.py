@@ -8,15 +8,26 @@ from itertools import accumulate, permutations, product
 
 import numpy as np
 
-from .base import box, held, IMAGE, Obs, OneShot, pick
+from .base import box, held, IMAGE, Obs, OneShot, pick, worded
 from .draw import blend, Canvas, CELL, COLORS, glyph_mask, plain, shades, SHAPES, UNITS
 from .verify import ahead, MOVES, runs
 from .words import some_of
 
-ROUTES = "Go from the {} to the {} by the shortest way.", "The shortest way from the {} to the {}?"
-MATRIX = "Which choice completes the pattern?", "Which choice belongs in the empty cell?"
-SUDOKU = "Fill the grid: every row, column and block holds each sign once.", "Solve the sudoku."
-NONOGRAM = "Solve the nonogram.", "Fill the cells as the numbers of runs tell."
+# How a user may word a question; level 0 has the first two of each.
+ROUTES = ("Go from the {} to the {} by the shortest way.",
+          "The shortest way from the {} to the {}?",
+          "Find the shortest way from the {} to the {}.",
+          "Which way from the {} to the {} is shortest?",
+          "What is the shortest route from the {} to the {}?")
+MATRIX = ("Which choice completes the pattern?", "Which choice belongs in the empty cell?",
+          "What goes into the empty cell?", "Find the choice that completes the pattern.",
+          "Which of the choices fits into the empty cell?")
+SUDOKU = ("Fill the grid: every row, column and block holds each sign once.", "Solve the sudoku.",
+          "Complete the sudoku.", "Fill the empty cells: each sign once in every row, column and "
+          "block.", "Find the solution of the sudoku.")
+NONOGRAM = ("Solve the nonogram.", "Fill the cells as the numbers of runs tell.",
+            "Complete the nonogram.", "Which cells are filled, as the numbers of runs tell?",
+            "Find the solution of the nonogram.")
 SIZES = {"small": 4.5, "middle": 7, "large": 9.5}
 VALUES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "number": (1, 2, 3, 4)}
 LETTERS = "ABCDEFGH"
@@ -64,7 +75,7 @@ class MapRoute(OneShot):
         exits = [move for move in MOVES if ahead(start, move)[1] in roads]
         self.more = [(f"From the {names[0]}, which moves are possible?", box(", ".join(exits))),
                      ("How many roads are barred?", box(len(bars)))]
-        question = f"{pick(rng, ROUTES).format(*names)} Moves: right, down, left, up."
+        question = f"{worded(rng, ROUTES, self.level).format(*names)} Moves: right, down, left, up."
         gold = {"start": start, "goal": goal, "roads": roads, "moves": moves}
         return Obs(IMAGE + question, [image]), gold
 
@@ -138,7 +149,7 @@ class MatrixPuzzle(OneShot):
         told = [f"{name} {word.get(rules[name], 'the same in a row')}, so {right[name]}"
                 for name in names]
         self.why = f"{'; '.join(told).capitalize()}. That is {gold}."
-        return Obs(IMAGE + pick(rng, MATRIX), [self.paint(matrix)]), gold
+        return Obs(IMAGE + worded(rng, MATRIX, self.level), [self.paint(matrix)]), gold
 
     def paint(self, matrix):
         """Draw the matrix and, below it, the choices -> picture."""
@@ -241,7 +252,7 @@ class GridLogic(OneShot):
                 canvas.shape(cells[i], x + 2.5, y + 2.5, 11, tones[solution[i]])
             else:
                 canvas.glyph(cells[i], x, y, self.ink, 11 / 16, 0.02)
-        question, seen = f"{pick(rng, SUDOKU)} Answer row by row", pick(rng, given)
+        question, seen = f"{worded(rng, SUDOKU, self.level)} Answer row by row", pick(rng, given)
         self.more = [(f"What stands in {places[seen]}?", box(cells[seen])),
                      ("How many cells are empty?", box(empty))]
         told = [f"{places[i].capitalize()} can only be {cells[i]}." for i in forced]
@@ -271,7 +282,8 @@ class GridLogic(OneShot):
                 canvas.stamp(mask, x * cell, y * cell, self.ink)
         names = [f"{kind} {i + 1}" for kind in ("row", "column") for i in range(n)]
         numbers = [" ".join(map(str, want)) for want in wanted]
-        question = f"{pick(rng, NONOGRAM)} Answer row by row, 1 for filled and 0 for empty"
+        question = (f"{worded(rng, NONOGRAM, self.level)} Answer row by row, "
+                    "1 for filled and 0 for empty")
         self.more = [(f"Which numbers belong to {names[i]}?", box(numbers[i]))
                      for i in rng.permutation(2 * n)[:2].tolist()]
         told = [f"{names[i].capitalize()} ({numbers[i]}) can only be {' '.join(lines[i][0])}."

@@ -191,7 +191,7 @@ class Widget:
 class GuiClick(OneShot):
     """Click the button that is named by its word, its icon or its colour. From level 3 on, where
     buttons have colours, two have the same word or icon and differ only in colour. Where long words
-    leave no room, there are fewer buttons than `widgets` says: on one screen in twenty at level 4."""
+    leave no room, there are fewer buttons than `widgets` says: on one screen in 40 at level 4."""
     family, tier, verifier = "agent", 2, "HIT"
     blind = (0.15, 0.2, 0.2, 0.17, 0.15)    # few buttons are large ones
     widgets = ((2, 3), (3, 4), (4, 5), (5, 6), (6, 7))
