@@ -189,6 +189,11 @@ class Trace:
         """The sum over all operations, of one phase or of all."""
         return sum((cost for (p, _), cost in self.costs.items() if phase in ("", p)), Cost())
 
+    def products(self, phase: str = "") -> Cost:
+        """The same sum over matrix products and attention alone."""
+        return sum((cost for (p, _), cost in self.costs.items()
+                    if phase in ("", p) and cost.flops), Cost())
+
     @property
     def host_seconds(self) -> float:
         return self.total().launches * LAUNCH
