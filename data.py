@@ -1,6 +1,6 @@
 """From samples to batches: conversations and text, mixed, packed into rows, loaded ahead.
 
-    sample i --Stream--> Documents --Packer--> row of Documents --collate--> Batch
+    sample i --Stream--> Documents --Packer--> row of Documents --collate--> Batch (lib/batch.py)
 
 Sample i of a stream is a pure function of (seed, i). So a run sees the same samples whatever the
 number of worker processes or ranks, and a resumed run continues bit for bit: a checkpoint holds the
@@ -18,8 +18,7 @@ A worked example, with a 32 x 32 picture, 8 x 8 patches and one visual token per
                   patches (16, 1, 192), grids [[1, 4, 4]]: the shared picture is encoded once
                   visual [0, 1, 2, 3, 0, 1, 2, 3]: the encoded group for each <|image|> slot
 
-Letters: T tokens of a row, L tokens of a document, D documents, P patches, N images, F frames,
-p patch side in pixels.
+Letters: T tokens of a row, L tokens of a document.
 """
 import contextlib
 import functools
@@ -32,18 +31,18 @@ import sysconfig
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import gym
+from lib.batch import Batch, collate, Document
 from lib.cli import UserError
 from lib.common import first_sentence, heartbeat
-from lib.images import pack, resize
-from model import Config, rope_positions
+from lib.images import resize
+from model import Config
 from tasks.atlas import atlas_text
 from tasks.base import IMAGE, Message, OneShot, Task
 from tasks.driver import MOST_PIXELS
@@ -51,16 +50,6 @@ from tokenizer import Tokenizer
 
 
 # ---- documents ----------------------------------------------------------------------------------
-
-@dataclass
-class Document:
-    """A stretch of tokens that attend to each other and to nothing else in the row."""
-    ids: np.ndarray         # (L,) int32
-    weights: np.ndarray     # (L,) float32: loss weight of predicting this token; 0 = not learnt
-    images: list = field(default_factory=list)   # (h, w, 3) uint8 each, as the model sees them
-    source: int = 0         # which entry of the mixture it comes from
-    extras: dict = field(default_factory=dict)   # name -> (L,), e.g. log-probabilities in RL
-
 
 def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
              source: int = 0) -> Document:
@@ -526,70 +515,6 @@ def pack_rows(documents: list[Document], room: int) -> list[list[Document]]:
         rows[k].append(d)
         free[k] -= len(d.ids)
     return rows
-
-
-# ---- batches ------------------------------------------------------------------------------------
-
-@dataclass
-class Batch:
-    """One packed row: all that a forward pass and a loss need. A picture that several documents ask
-    about is in `patches`, and is encoded, once."""
-    tokens: Tensor       # (T,) int64; every visual slot holds the <|image|> id
-    weights: Tensor      # (T,) float32, of predicting this token; 0 at each document's start
-    positions: Tensor    # (3, T) int64: t, h, w for M-RoPE; they restart with each document
-    cu_seqlens: Tensor   # (D+1,) int32, document borders; the tail is a last document of weight 0
-    source: Tensor       # (D,) int64: the document's entry of the mixture; the tail's is -1
-    patches: Tensor      # (P, F, 3*p*p) uint8, block-major; F = 2 where any image is a video
-    grids: Tensor        # (N, 3) int64: 1, height, width in patches
-    visual: Tensor       # (slots,) int64: which of the P/4 encoded groups goes into a visual slot
-    extras: dict = field(default_factory=dict)      # name -> (T,) float32
-
-    def to(self, device) -> "Batch":
-        if torch.device(device).type == "cpu":
-            return self
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if k != "extras"}
-        return Batch(**moved, extras={k: v.to(device) for k, v in self.extras.items()})
-
-
-def collate(documents: list[Document], config: Config, room: int = 0) -> Batch:
-    """Join documents to one row, filled up to `room` tokens by a tail of weight 0.
-
-    Raises ValueError where the image tokens are not as many as the groups of patches.
-    """
-    parts = list(documents)
-    used = sum(len(d.ids) for d in parts)
-    if room > used:
-        tail = np.full(room - used, config.n_ranks or 0, np.int32)      # <|endoftext|>
-        parts.append(Document(tail, np.zeros(len(tail), np.float32), source=-1))
-    tokens = torch.from_numpy(np.concatenate([d.ids for d in parts]).astype(np.int64))
-    weights = torch.from_numpy(np.concatenate([d.weights for d in parts]))
-    borders = np.cumsum([0] + [len(d.ids) for d in parts])
-    cu_seqlens = torch.from_numpy(borders.astype(np.int32))
-    weights[borders[:-1]] = 0   # a document's first token has nothing before it to predict it from
-
-    # Each array once, in order of appearance; documents about one picture hold the same array.
-    shown = [image for d in parts for image in d.images]
-    unique = {id(image): image for image in shown}
-    number = {key: n for n, key in enumerate(unique)}
-    patches, grids = pack(list(unique.values()), config.vision)
-
-    # Image n owns the groups starts[n] .. starts[n] + counts[n] - 1 of the encoded ones.
-    counts = grids.prod(1) // config.vision.spatial_merge_size ** 2
-    starts = counts.cumsum(0) - counts
-    order = [number[id(image)] for image in shown]
-    groups = [torch.arange(starts[n], starts[n] + counts[n]) for n in order]
-    visual = torch.cat(groups) if groups else torch.zeros(0, dtype=torch.long)
-    slots = int((tokens == config.image_token_id).sum())
-    if slots != len(visual):
-        raise ValueError(f"{slots} image tokens for {len(visual)} groups of patches")
-    positions = rope_positions(tokens, grids[order], cu_seqlens, config.image_token_id)
-
-    extras = {}
-    for name in {name for d in parts for name in d.extras}:
-        values = [d.extras.get(name, np.zeros(len(d.ids), np.float32)) for d in parts]
-        extras[name] = torch.from_numpy(np.concatenate(values))
-    source = torch.tensor([d.source for d in parts])
-    return Batch(tokens, weights, positions, cu_seqlens, source, patches, grids, visual, extras)
 
 
 # Exercises. Delete the body, write it again, run the test.

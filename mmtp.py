@@ -48,6 +48,7 @@ from torch import nn, Tensor
 from kernels import angles, linear_cross_entropy, Segments
 from lib.cli import UserError
 from lib.memory import Runner
+from lib.prefetch import send
 from model import DecoderLayer, GLMV
 from vit import RMSNorm
 
@@ -136,13 +137,13 @@ def logits(model: GLMV, hidden: Tensor) -> Tensor:
     return head_of(model).shared_head.norm(hidden) @ tables(model)[1].T
 
 
-def inputs(tokens: Tensor, visual: Tensor, table: Tensor, merged: Tensor | None, option: str):
-    """The embedding of each token as the head reads it, (T, W). tokens (T,); visual (T,) bool;
-    table (V, W); merged (visual slots, W), used by `embed` only."""
+def inputs(tokens: Tensor, slots: Tensor, table: Tensor, merged: Tensor | None, option: str):
+    """The embedding of each token as the head reads it, (T, W). tokens (T,); slots: the places of
+    the visual slots among them; table (V, W); merged (slots, W), used by `embed` only."""
     embedded = F.embedding(tokens, table)
     if option == "embed" and merged is not None:
-        return embedded.index_copy(0, visual.nonzero()[:, 0], merged.to(embedded.dtype))
-    return embedded.masked_fill(visual[:, None], 0) if option == "mask" else embedded
+        return embedded.index_copy(0, slots, merged.to(embedded.dtype))
+    return embedded.index_fill(0, slots, 0) if option == "mask" else embedded
 
 
 @dataclass
@@ -152,6 +153,7 @@ class Ahead:
     kept: Tensor                # (n,) the positions i; all T of them, unless the option is `mask`
     target: Tensor              # (n,) i + k + 1, clamped to the row
     counts: Tensor              # (n,) bool: whether the target is text of the same document
+    learnt: Tensor              # which of the n positions count and have a weight
 
 
 def states(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, depths: int = 3,
@@ -161,24 +163,28 @@ def states(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, dep
     hidden (T, W): the trunk's states after its last norm; batch: a packed row; merged: the visual
     embeddings, used by `embed` only; table (V, W): the embedding matrix, the head's if not given.
     """
-    tokens, visual = batch.tokens, batch.tokens == model.config.image_token_id
-    embedded = inputs(tokens, visual, tables(model)[0] if table is None else table, merged, option)
-    lengths = batch.cu_seqlens.diff().long()
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths)
-    kept, cu_seqlens = torch.arange(len(tokens), device=tokens.device), batch.cu_seqlens
+    embedded = inputs(batch.tokens, batch.slots, tables(model)[0] if table is None else table,
+                      merged, option)
+    # What counts depends on tokens and borders alone: computed on the CPU, see lib/prefetch.py.
+    host, device = batch.host, hidden.device
+    total, borders = len(host.tokens), host.cu_seqlens.long()
+    visual = torch.zeros(total, dtype=torch.bool).index_fill(0, host.slots, True)
+    document = torch.repeat_interleave(borders.diff())      # (T,): the document of each token
+    kept = torch.arange(total)
     if option == "mask":
         kept = (~visual.roll(-1)).nonzero()[:, 0]
-        left = torch.bincount(document[kept], minlength=len(lengths))
-        cu_seqlens = F.pad(left.cumsum(0), (1, 0)).int()
-    segments, positions = Segments(cu_seqlens, causal=True), batch.positions[:, kept]
+        borders = torch.searchsorted(kept, borders)         # how many are kept before each border
+    at, borders = send(kept, device), borders.int()
+    segments = Segments(send(borders, device), causal=True, host=borders)
 
-    h = hidden[kept]
+    h, positions = hidden[at], batch.positions[:, at]
     for k in range(1, depths + 1):
-        h = predict(model, h, embedded.roll(-k, 0)[kept], positions, segments)
-        target = (kept + k + 1).clamp(max=len(tokens) - 1)
-        same = (document[target] == document[kept]) & (kept + k + 1 < len(tokens))
+        h = predict(model, h, embedded.roll(-k, 0)[at], positions, segments)
+        target = (kept + k + 1).clamp(max=total - 1)
+        same = (document[target] == document[kept]) & (kept + k + 1 < total)
         counts = same & ~visual[target]
-        yield Ahead(h, kept, target, counts)
+        learnt = (counts & (host.weights[target] > 0)).nonzero()[:, 0]
+        yield Ahead(h, at, *(send(x, device) for x in (target, counts, learnt)))
 
 
 def losses(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, depths: int = 3,

@@ -13,6 +13,7 @@ W width of the decoder, H query heads, G key-value heads, C channels of a head, 
 """
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import nn, Tensor
@@ -104,7 +105,8 @@ def sized(size: str) -> Config:
 # ---- positions ----------------------------------------------------------------------------------
 
 def rope_positions(tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, image_token: int) -> Tensor:
-    """M-RoPE positions of a packed row. (T,), (N, 3) in patches, (D+1,) -> (3, T) int64 on the CPU.
+    """M-RoPE positions of a packed row. (T,), (N, 3) in patches, (D+1,) -> (3, T) int64; all on the
+    CPU.
 
     A text token has t = h = w, one more than the token before it. The tokens of an image, h x w of
     them after merging, share one t; their h and w count rows and columns from there, and the text
@@ -116,31 +118,34 @@ def rope_positions(tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, image_toke
         h        0  1  2  2  3  3  4  5
         w        0  1  2  3  2  3  4  5
 
-    Raises ValueError if an image has more tokens than its document has left.
+    Raises ValueError if the tokens of an image do not lie side by side in one document.
     """
-    tokens, grids = tokens.cpu(), [tuple(g) for g in grids.tolist()]
-    positions = torch.empty(3, len(tokens), dtype=torch.long)
-    visual = (tokens == image_token).tolist()
-    borders, image = cu_seqlens.tolist(), 0
-    for start, stop in zip(borders, borders[1:]):
-        at, now = start, 0              # index in the row; position of the next token
-        while at < stop:
-            if visual[at]:
-                _, h, w = (grids[image][0], grids[image][1] // 2, grids[image][2] // 2)
-                if at + h * w > stop:
-                    raise ValueError("an image's tokens run over the end of its document")
-                block = positions[:, at:at + h * w]
-                block[0] = now
-                block[1] = now + torch.arange(h).repeat_interleave(w)
-                block[2] = now + torch.arange(w).repeat(h)
-                at, now, image = at + h * w, now + max(h, w), image + 1
-            else:
-                end = at
-                while end < stop and not visual[end]:
-                    end += 1
-                positions[:, at:end] = torch.arange(now, now + end - at)
-                now, at = now + end - at, end
-    return positions
+    visual = (tokens == image_token).numpy()
+    borders, grids = cu_seqlens.numpy().astype(np.int64), grids.numpy() // (1, 2, 2)
+    starts, lengths = borders[:-1], np.diff(borders)
+    # Of each image: its size, and where its first and its last token are in the row.
+    height, width = grids[:, 1], grids[:, 2]
+    count, slots = height * width, np.flatnonzero(visual)
+    ends = np.cumsum(count)
+    if ends[-1:].sum() != len(slots):
+        raise ValueError(f"{len(slots)} image tokens for images of {count.tolist()}")
+    first, last = slots[ends - count], slots[ends - 1]
+    # The border before the first token is the one before the last token too.
+    same = np.searchsorted(borders, first, "right") == np.searchsorted(borders, last, "right")
+    if not (same & (last - first == count - 1)).all():
+        raise ValueError("an image's tokens run over the end of its document")
+    # How far the position moves on after each token: 1, but only behind the last one of an image.
+    step = np.where(visual, 0, 1)
+    step[last] = np.maximum(height, width)
+    begins = np.cumsum(step) - step         # of each token, counted from the start of the row
+    used = lengths > 0
+    begins -= np.repeat(begins[starts[used]], lengths[used])
+    positions = np.stack([begins] * 3)
+    place = np.arange(len(slots)) - np.repeat(ends - count, count)      # inside its image
+    wide = np.repeat(width, count)
+    positions[1, slots] += place // wide
+    positions[2, slots] += place % wide
+    return torch.from_numpy(positions)
 
 
 # ---- the decoder --------------------------------------------------------------------------------
@@ -278,19 +283,18 @@ class GLMV(nn.Module):
     def forward(self, batch, merged: Tensor | None = None, cache=None) -> Tensor:
         """Hidden states (T, W) after the last norm.
 
-        batch: anything with tokens (T,), positions (3, T) and cu_seqlens (D+1,); merged: from
-        `encode_images`, one row for each <|image|> token, in order; cache: from Cache.prefill or
-        Cache.extend of engine.py, which needs no cu_seqlens.
+        batch: a Batch; merged: from `encode_images`, one row for each visual slot, in order; cache:
+        from Cache.prefill or Cache.extend of engine.py. With the latter `batch` only needs tokens
+        (T,), positions (3, T), and None for cu_seqlens.
         """
         decoder, c = self.model.language_model, self.config
         x = decoder.embed_tokens(batch.tokens)
         if merged is not None:      # the splice: visual slots get the encoder's embeddings instead
-            slots = (batch.tokens == c.image_token_id).nonzero()[:, 0]
-            x = x.index_copy(0, slots, merged.to(x.dtype))
+            x = x.index_copy(0, batch.slots, merged.to(x.dtype))
         freqs = angles(batch.positions, c.sections, c.text.rope_theta)
         segments = None
         if batch.cu_seqlens is not None:
-            segments = Segments(batch.cu_seqlens, causal=True)
+            segments = Segments(batch.cu_seqlens, causal=True, host=batch.host.cu_seqlens)
         return decoder(x, (freqs.cos(), freqs.sin()), segments, cache)
 
     def flops(self, tokens: float, patches: float, learnt: float, depths: int = 0) -> float:

@@ -22,6 +22,7 @@ from torch import nn, Tensor
 
 from kernels import angles, attention, rms_norm, rotary_half, Segments, swiglu
 from lib.memory import in_chunks, Memory, Runner
+from lib.prefetch import send
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's [R]
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -101,13 +102,15 @@ def patchify(frames: np.ndarray, patch: int, merge: int = 2) -> tuple[np.ndarray
 
 
 def patch_positions(grids: Tensor, merge: int = 2) -> Tensor:
-    """Row and column of every patch, in stored order. grids (N, 3) -> (2, P) int64"""
-    parts = []
-    for t, h, w in grids.tolist():
-        axes = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")     # two (h, w)
-        stored = [rearrange(axis, "(y b) (x d) -> (y x b d)", b=merge, d=merge) for axis in axes]
-        parts.append(torch.stack(stored).repeat(1, t))      # each frame has the same positions
-    return torch.cat(parts, dim=1).to(grids.device)
+    """Row and column of every patch, in stored order. grids (N, 3) -> (2, P) int64, on the CPU"""
+    frames = torch.repeat_interleave(grids[:, 1:], grids[:, 0], dim=0)  # each frame has its own
+    areas, wide = frames.prod(1), frames[:, 1]
+    wide = torch.repeat_interleave(wide, areas)         # (P,): of the frame that a patch lies in
+    n = torch.arange(len(wide)) - torch.repeat_interleave(areas.cumsum(0) - areas, areas)
+    # A band is one row of blocks; patch n is number `inside` of its block.
+    band, inside = merge * wide, n % merge ** 2
+    return torch.stack([n // band * merge + inside // merge,
+                        n % band // merge ** 2 * merge + inside % merge])
 
 
 # ---- the encoder ------------------------------------------------------------------------------
@@ -258,7 +261,8 @@ class CogViT(nn.Module):
 
     def forward(self, patches: Tensor, grids: Tensor, mask: Tensor | None = None,
                 token: Tensor | None = None) -> Tensor:
-        """patches (P, F, 3*p*p) uint8, grids (N, 3) -> features (P, W) after the last norm.
+        """patches (P, F, 3*p*p) uint8, grids (N, 3) -> features (P, W) after the last norm. Sizes are
+        needed on the host: grids are on the CPU.
 
         mask (P,) bool: hidden patches, whose embedding is replaced by `token` (W,).
         """
@@ -272,11 +276,12 @@ class CogViT(nn.Module):
         # A head of width C has C/2 angles: C/4 for the row and C/4 for the column, both with the
         # same frequencies.
         quarter = c.hidden_size // c.num_heads // 4
-        h, w = patch_positions(grids, c.spatial_merge_size)
+        h, w = send(patch_positions(grids, c.spatial_merge_size), patches.device)
         freqs = torch.cat([angles(axis[None], (quarter,)) for axis in (h, w)], dim=-1)
         rope = freqs.cos(), freqs.sin()
         frames = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
-        segments = Segments(F.pad(frames.cumsum(0), (1, 0)).int(), causal=False)
+        borders = F.pad(frames.cumsum(0), (1, 0)).int()
+        segments = Segments(send(borders, patches.device), causal=False, host=borders)
         x = self.patch_embed(patches)
         if mask is not None:
             x = torch.where(mask[:, None], token.to(x.dtype), x)

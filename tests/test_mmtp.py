@@ -22,7 +22,7 @@ from lib.runs import find_checkpoint
 from lib.tensors import load_tensors, save_tensors
 from model import GLMV
 from mtp_reference import reference
-from sample import DEMO
+from rl import DEMO
 from tasks.base import Task
 from tokenizer import Tokenizer
 
@@ -77,7 +77,9 @@ def test_the_figure_of_the_docstring():
     tokens = torch.tensor([1, 2, model.config.image_token_id, 4, 5])
     letters = dict(zip(tokens.tolist(), "ab#de"))
     batch = SimpleNamespace(tokens=tokens, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
-                            positions=torch.arange(5).expand(3, -1))
+                            positions=torch.arange(5).expand(3, -1), slots=torch.tensor([2]),
+                            weights=torch.ones(5))
+    batch.host = batch
     hidden = torch.zeros(5, model.config.text.hidden_size)
     figure = dict(re.findall(r"k = (\d) {4}reads {7}(.*\n {13}predicts.*)\n", mmtp.__doc__))
     assert len(figure) == 3
@@ -140,14 +142,14 @@ def test_a_sequence_cut_sends_no_visual_embeddings_for_token():
     for cut in range(first + 1, first + 6):
         for a, b in ((0, cut), (cut, len(tokens))):
             near = slice(a, b + depths)
+            slots = visual[near].nonzero()[:, 0]
             own = merged[int(visual[:a].sum()):int(visual[:b].sum())]
             for option in ("token", "mask"):
-                want = mmtp.inputs(tokens, visual, table, None, option)[near]
-                assert torch.equal(mmtp.inputs(tokens[near], visual[near], table, None, option),
-                                   want)
+                want = mmtp.inputs(tokens, batch.slots, table, None, option)[near]
+                assert torch.equal(mmtp.inputs(tokens[near], slots, table, None, option), want)
             if visual[b:b + depths].any():
                 with pytest.raises((IndexError, RuntimeError)):
-                    mmtp.inputs(tokens[near], visual[near], table, own, "embed")
+                    mmtp.inputs(tokens[near], slots, table, own, "embed")
 
 
 def test_detached_only_the_head_learns():
