@@ -21,7 +21,7 @@ from lib.dispatch import expect, kernel, tl, use_kernels
 # second reading costs little.
 #
 # Roofline: 6 bytes a logit (2 with GRADIENT=False), about 10 FLOPs: bound by memory. 4,096 logits
-# a block are 16 for each of 256 threads, which is two loads of 16 bytes in bf16. Five programs fit
+# a block are 16 for each of 256 threads, which is two loads of 16 bytes in bf16. Eight programs fit
 # on a multiprocessor, and while one waits for its sums over a block the others load.
 SOFTMAX = dict(BLOCK=4096, num_warps=8)
 
