@@ -25,6 +25,7 @@ Letters: T tokens of a row.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
+import functools
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -35,11 +36,14 @@ import torch
 
 from data import collate, Packer, parse_mix, SampleLoader, sight, Stream
 from kernels import linear_cross_entropy
+from lib.batch import Batch
 from lib.checkpoint import load_config, load_model, load_tower, restore, save_model, start_from
 from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
                      Positive, Range, Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, cores, Log, print_plan, print_plan_on, setup,
-                        sum_over_ranks, write_json)
+from lib.common import (check_same_start, cores, Log, multiples, print_plan, print_plan_on,
+                        read_json, setup, sum_over_ranks, write_json)
+from lib.memory import parse_memory
+from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Part, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from mmtp import attach, head_of, losses as mtp_losses, prefix
@@ -51,8 +55,8 @@ from optim import OptimConfig, Optimizer, schedule
 class Args:
     size: Literal["auto", "tiny", "mini", "small", "base"] = "auto"     # that of --init, or tiny
     steps: Positive = 1000        # optimizer updates
-    rows: Annotated[int, Range(1, 2 ** 20)] = 2             # packed rows a step, over all ranks
-    row_tokens: Annotated[int, Range(32, 2 ** 24)] = 2048   # tokens a row
+    rows: Natural = 0             # packed rows a step, over all ranks; 0: by size, 1 to 4 a rank
+    row_tokens: Natural = 0       # tokens a row; 0: by size, 2048, 4096 or 16384
     mix: str = "gym:8,text:1,code:1"  # sources and weights; gym = all that the model can see
     levels: Levels = 2            # tasks come from levels 0..levels-1
     think: Share = 0.0            # share of the gym's replies that state their reasons first
@@ -73,6 +77,7 @@ class Args:
     init: str = ""                # folder whose weights to start from
     vit: str = ""                 # folder of train_vit.py whose tower to start from
     resume: bool = False          # continue from the newest checkpoint in --out
+    max_hours: NonNegative = 0.0  # then save and end after a step, for --resume; 0: no limit
     out: str = "out/pretrain"     # run folder: log.jsonl, config.json, checkpoints
     keep: str = ""                # folder that gets the weights of each checkpoint too, in bf16
     save_every: Positive = 500    # steps between checkpoints
@@ -81,22 +86,32 @@ class Args:
     seed: Seed = 0                # of weights and samples
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
+    memory: str = "none"          # recompute or offload activations, or by part: see lib/memory.py
+    chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
     workers: Annotated[int, Range(-1, 512)] = -1    # processes that load; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
     on: str = ""                  # with --plan: on this machine, e.g. H100 or 8xH100; default: here
 
 
+# Rows a rank and tokens a row, where --rows and --row_tokens do not say it. tiny and mini are for
+# CPUs; the longest document of mini has about 2,100 tokens. A GPU wants long rows: each takes the
+# host as many launches as a short one, and for small with 16 rows of 2,048 it would wait for the
+# host half of the time. base: the optimizer's part of a step does not depend on its tokens, and
+# with fewer than 64K of them a GPU it is a large one (both computed for an H100, lab/roofline.py).
+ROWS = {"tiny": (2, 2048), "mini": (1, 4096), "small": (2, 16384), "base": (4, 16384)}
+
+
 # ---- the loss -----------------------------------------------------------------------------------
 
 def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token", alone: bool = False):
-    """The weighted sum of the next-token losses of one row, and a list of the MTP head's sums, one
-    for each depth: fp32 scalars."""
+    """The weighted sum of the next-token losses of one row, and the MTP head's sums, one for each
+    depth: fp32 scalars."""
     merged = model.encode_images(batch)         # (slots, width)
     hidden = model(batch, merged)               # (T, width)
     # Position t-1 predicts token t. A document's first token has weight 0: the position before it
     # belongs to another document.
     loss = linear_cross_entropy(hidden[:-1], model.lm_head.weight,
-                                batch.tokens[1:], batch.weights[1:])
+                                batch.tokens[1:], batch.weights[1:], used=batch.learnt)
     if not depths:
         return loss, []
     return loss, mtp_losses(model, hidden, batch, merged, depths, option, alone)
@@ -157,11 +172,11 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     if args.mtp:
         flops += args.mtp_share * (model.flops(tokens, patches, learnt, args.mtp) - flops)
     # Weights in the model's dtype; 16 bytes a parameter for master, gradient and two moments (Muon
-    # has one). About 34 values a token and layer are kept for the backward pass, in 2 bytes.
-    layers = config.text.num_hidden_layers + 4 * config.vision.depth
+    # has one). What is kept for the backward pass counts 2 bytes, as if all tokens were visual.
+    kept = parse_memory(args.memory, args.chunk_patches).kept(
+        args.row_tokens, config.text.num_hidden_layers, 4 * args.row_tokens, config.vision.depth)
     counts = model.counts()
-    memory = (counts["total"] * (16 + hw.dtype.itemsize)
-              + args.row_tokens * config.text.hidden_size * 2 * 34 * layers)
+    memory = counts["total"] * (16 + hw.dtype.itemsize) + 2 * config.text.hidden_size * kept
     print_plan(hw, counts, tokens, flops, memory)
     # Every rank loads all samples. On a CPU workers do not load while the model trains.
     hours = seconds * tokens / own * len(made) / max(1, workers) / 3600
@@ -201,6 +216,7 @@ def trace_step(machine: Machine, args: Args, config: Config, row, depths: int):
             model = GLMV(config)
             if args.mtp or config.mtp_depths:
                 attach(model, args.mtp)
+        parse_memory(args.memory, args.chunk_patches).use_in(model)
         optimizer = Optimizer(model.bfloat16().named_parameters(), OptimConfig())
         trace.hold_training(model, optimizer)
         batch, rows = collate(row, config, args.row_tokens), -(-args.rows // machine.count)
@@ -215,12 +231,40 @@ def trace_step(machine: Machine, args: Args, config: Config, row, depths: int):
     return model, trace
 
 
+# ---- the rows of a step -------------------------------------------------------------------------
+
+@dataclass
+class Rows:
+    """What one step learns from. Counts are of the rows of all ranks."""
+    batches: list[Batch]    # the rows of this rank; where a GPU trains, in pinned memory
+    tokens: int
+    learnt: int
+    images: int
+    patches: int
+    weight: float           # summed over all tokens
+    position: dict          # of the packer behind these rows: where a resumed run goes on
+
+
+def load_rows(packer: Packer, args: Args, config: Config, hw) -> Rows:
+    """Pack the global batch. Every rank makes the same rows, and takes row r where r mod world is
+    its rank: what a step sees does not depend on the number of ranks."""
+    rows = [packer.row() for _ in range(args.rows)]
+    batches = [collate(row, config, args.row_tokens) for row in rows[hw.rank::hw.world]]
+    if hw.device.type == "cuda":
+        batches = [batch.pinned() for batch in batches]
+    weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)
+    return Rows(batches, *count(rows, config.vision.patch_size), weight, packer.state())
+
+
 # ---- start and save -----------------------------------------------------------------------------
 
 def check(args: Args):
     """Refuse at once what would fail, or do nothing, hours later."""
     check_options(args)
     check_machine(args)
+    parse_memory(args.memory)
+    if 0 < args.row_tokens < 32:
+        raise UserError(f"--row_tokens takes 32 or more, or 0 for the default, not {args.row_tokens}")
     if args.init and args.vit:
         raise UserError("--init and --vit both bring a tower: give one of them")
     if args.vit:
@@ -243,6 +287,21 @@ def start_of(args: Args) -> tuple[Path | None, Config]:
     return folder, config
 
 
+def with_rows(args: Args, config: Config, ranks: int) -> Args:
+    """The arguments with --rows and --row_tokens filled in: those that the resumed run has, or by
+    the size of the model. Raises UserError where the rows can't be dealt out to the ranks."""
+    sizes = [size for size in ROWS if sized(size).text.hidden_size <= config.text.hidden_size]
+    rows, row_tokens = ROWS[sizes[-1] if sizes else "tiny"]
+    default = {"rows": rows * ranks, "row_tokens": row_tokens}
+    if args.resume and checkpoints(args.out) and (begun := Path(args.out, "config.json")).exists():
+        default |= {name: value for name, value in read_json(begun).items() if name in default}
+    args = replace(args, **{name: getattr(args, name) or default[name] for name in default})
+    if args.rows % ranks:
+        raise UserError(f"--rows={args.rows} can't be dealt out to {ranks} ranks: take "
+                        f"{multiples(args.rows, ranks)}")
+    return args
+
+
 def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
     """Returns model, optimizer, the number of steps that are done, and the packer's state."""
     # The newest checkpoint comes before --init, so that a job that is restarted can keep its
@@ -256,6 +315,7 @@ def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
     if args.vit and not resumed:
         load_tower(model.model.visual, find_checkpoint(args.vit))
     model = model.to(hw.device, hw.dtype)
+    parse_memory(args.memory, args.chunk_patches).use_in(model)
 
     # lr 4e-3: Muon's updates have the RMS of AdamW's, so one rate serves both [R: Moonlight]. With
     # it a tiny model leaves the plateau before it uses the picture; with AdamW alone at 2e-3 it was
@@ -275,11 +335,12 @@ def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
     return model, optimizer, state["step"], state["position"]
 
 
-def save(folder: Path, step: int, model: GLMV, optimizer: Optimizer, packer: Packer, args: Args):
+def save(folder: Path, step: int, model: GLMV, optimizer: Optimizer, position: dict,
+         args: Args):
     """Write all that `build` needs to continue as if the run had not been interrupted."""
     save_model(model, folder, weights=optimizer.masters)    # fp32; the model may be bf16
     save_state(folder / "train.pt", {
-        "step": step, "position": packer.state(), "seed": args.seed,
+        "step": step, "position": position, "seed": args.seed,
         "optimizer": optimizer.state_dict(), "args": asdict(args), "rng": torch.get_rng_state()})
     if args.keep:
         save_model(model, args.keep, torch.bfloat16, optimizer.masters)
@@ -290,8 +351,9 @@ def save(folder: Path, step: int, model: GLMV, optimizer: Optimizer, packer: Pac
 def run(args: Args):
     """Train, from the start or from the newest checkpoint, to the last step."""
     check(args)
-    hw = setup(args.device, args.dtype)
+    hw = setup(args.device, args.dtype, args.max_hours)
     out, config = Path(args.out), start_of(args)[1]
+    args = with_rows(args, config, find_machine(args.on).count if args.on else hw.world)
     say = print if hw.rank == 0 else (lambda *_: None)
 
     # Level 0 alone for the first fifth of the run. At first a model only learns how answers read:
@@ -312,6 +374,10 @@ def run(args: Args):
     # On a CPU, workers that load during a step would take its cores: no overlap there.
     loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")
     packer = Packer(loader, args.row_tokens, state=position, say=say)
+    position = packer.state()
+    # On a GPU a thread loads the rows of the next step while this one runs.
+    load = Prefetch(functools.partial(load_rows, packer, args, config, hw), args.steps - start,
+                    ahead=hw.device.type == "cuda")
     # Two rows of the test split, whose tasks are never trained on, from all levels: they do not
     # depend on the step, so that the held-out losses of a run can be compared.
     test_rows = Packer(replace(stream, split="test", easy_samples=0), args.row_tokens,
@@ -328,25 +394,20 @@ def run(args: Args):
     # From here on a signal no longer ends the process: the loop finishes its step and saves.
     checkpointer = Checkpointer(
         out, hw, args.steps, args.save_every, start,
-        lambda folder: save(folder, checkpointer.done, model, optimizer, packer, args))
+        lambda folder: save(folder, checkpointer.done, model, optimizer, position, args))
     log = Log(out, "pretrain", args.steps, start, hw.rank)
 
     for step in range(start, args.steps):
-        began, loading = time.perf_counter(), loader.seconds
+        began, loading = time.perf_counter(), load.seconds
 
-        # 1. Pack the global batch. Every rank makes the same rows, and takes row r where r mod
-        #    world is its rank: what a step sees does not depend on the number of ranks.
+        # 1. The packed rows. Their position is that of this step, though the packer may be ahead.
         try:
-            rows = [packer.row() for _ in range(args.rows)]
+            rows = load()
         except (UserError, OSError):    # samples can't be loaded: keep the steps that are done
             loader.close()
             checkpointer.close()
             raise
-        tokens, learnt, images, patches = count(rows, config.vision.patch_size)
-        # The weight of all rows of all ranks, not of this one. Rows hold different numbers of
-        # learnt tokens; with a mean per row, a token in a row with few of them would count more,
-        # and two processes would compute another update than one.
-        weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)
+        position = rows.position
 
         # The MTP head joins late: until the hidden states are good there is little to look ahead
         # from, and each depth costs a decoder layer and an output matrix more [O].
@@ -354,19 +415,22 @@ def run(args: Args):
         depths = args.mtp if ahead else 0
         losses = torch.zeros(1 + depths, device=hw.device)  # of the next token, of each depth
 
-        for row in rows[hw.rank::hw.world]:
+        for batch in rows.batches:
             # 2. Forward. A row is always T tokens long, filled up by a tail without weight.
-            batch = collate(row, config, args.row_tokens).to(hw.device)
+            batch = batch.to(hw.device)
             loss, further = loss_sum(model, batch, depths, args.image_option, args.mtp_alone)
-            # 3. The loss of this row as a part of the global batch. The parts add up to the mean
-            #    over all learnt tokens. The MTP loss is the mean over its depths.
-            part = (loss + ahead * sum(further) / max(1, args.mtp)) / weight
+            # 3. The loss of this row as a part of the global batch: divided by the weight of all
+            #    rows of all ranks, not of this one. Rows hold different numbers of learnt tokens;
+            #    with a mean per row, a token in a row with few of them would count more, and two
+            #    processes would compute another update than one. The MTP loss is the mean over its
+            #    depths.
+            part = (loss + ahead * sum(further) / max(1, args.mtp)) / rows.weight
             # 4. Backward, and the gradients into the fp32 buffer: in bf16, the sum over several
             #    rows would lose the small ones.
             part.backward()
             optimizer.accumulate()
             # Sums stay on the device: .item() here would make the host wait for every row.
-            losses += torch.stack([loss.detach(), *(x.detach() for x in further)]) / weight
+            losses += torch.stack([loss.detach(), *(x.detach() for x in further)]) / rows.weight
 
         # 5. Update. All ranks decide from the same summed loss whether it is finite, so that all
         #    skip the step or none does. The rate rises first, while momenta are averages of a few
@@ -380,15 +444,16 @@ def run(args: Args):
 
         done, seconds = step + 1, time.perf_counter() - began
         values = {"loss": value, "lr": args.lr * rate, "norm": norm, "dt": seconds,
-                  "tok/s": tokens / seconds, "img/s": images / seconds}
+                  "tok/s": rows.tokens / seconds, "img/s": rows.images / seconds}
         if hw.device.type == "cuda":            # a CPU's peak is not known well enough
-            flops = model.flops(tokens, patches, learnt, depths)
+            flops = model.flops(rows.tokens, rows.patches, rows.learnt, depths)
             values["mfu"] = flops / seconds / hw.peak / hw.world
         values |= {f"mtp{depth}": x for depth, x in enumerate(further, 1)}
-        if loader.seconds - loading > 0.05 * seconds:       # worth a look: more --workers?
-            values["loading"] = loader.seconds - loading
-        if checkpointer.skipped or packer.skipped:          # steps, and samples longer than a row
-            values["skipped"] = checkpointer.skipped + packer.skipped
+        if load.seconds - loading > 0.05 * seconds:         # worth a look: more --workers?
+            values["loading"] = load.seconds - loading
+        # Steps that were not finite, and samples longer than a row.
+        if checkpointer.skipped or position["skipped"]:
+            values["skipped"] = checkpointer.skipped + position["skipped"]
 
         # 6. Held-out loss, without the MTP part; also at the last step, so that two runs can be
         #    compared by their last line.
@@ -401,6 +466,7 @@ def run(args: Args):
         if checkpointer.after_step(done, log.reader_gone):
             break
     log.close()
+    load.close()
     loader.close()
     checkpointer.close()
 

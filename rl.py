@@ -43,19 +43,22 @@ import torch.distributed as dist
 
 import gym
 from data import collate, Document, pack_rows, parse_mix, sight, Stream, task_pixels
-from engine import Engine
+from engine import Engine, Request
 from kernels import linear_logp
 from lib import async_rl
-from lib.checkpoint import load_model, restore, save_model, start_from
+from lib.checkpoint import load_config, load_model, restore, save_model, start_from
 from lib.cli import (check_options, cli, Count, Device, Drafts, Dtype, Levels, main, Natural,
                      NonNegative, Positive, Range, Schedule, Seed, Share, UserError)
-from lib.common import check_same_start, Log, print_plan, ROOT, setup, write_json
+from lib.common import (check_same_start, Log, print_plan, print_plan_on, ROOT, setup,
+                        write_json)
 from lib.curriculum import Curriculum
 from lib.episodes import accuracy, Episode, figures_of, report_evaluation, rewards_of
+from lib.memory import parse_memory
 from lib.rollout import rollout, RolloutSettings
+from lib.roofline import check_machine, find_machine, Machine, Part, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
-from mmtp import head_of, losses as mtp_losses, prefix
-from model import GLMV
+from mmtp import attach, head_of, losses as mtp_losses, prefix
+from model import GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 from tasks.base import Task
 from tokenizer import Tokenizer
@@ -95,6 +98,8 @@ class Args:
     workers: Annotated[int, Range(0, 1000)] = 1  # verifying processes; from 2 on: asynchronous
     patience: NonNegative = 60.0  # asynchronous: seconds until a group, or its rest, is given up
     rollout_ranks: Positive = 1   # of torchrun's processes, how many play
+    memory: str = "none"          # recompute or offload activations, or by part: see lib/memory.py
+    chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
     init: str = ""                # folder whose weights to start from; default: the demo's
     resume: bool = False          # continue from the newest checkpoint in --out
     max_hours: NonNegative = 0.0  # then save and end after a step, for --resume; 0: no limit
@@ -107,6 +112,8 @@ class Args:
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
+    on: str = ""                  # with --plan: on this machine, e.g. H100 or 8xH100; default: here
+    size: Literal["auto", "tiny", "mini", "small", "base"] = "auto"     # with --plan, of no --init
 
 
 # ---- advantages ---------------------------------------------------------------------------------
@@ -281,6 +288,7 @@ def prepare(args: Args, hw, trains: bool = True):
     resumed = args.resume and bool(checkpoints(args.out))
     folder = find_checkpoint(args.out if resumed else args.init or DEMO)
     model = load_model(folder, hw.device, hw.dtype)
+    parse_memory(args.memory, args.chunk_patches).use_in(model)
     if not model.config.n_ranks:
         raise UserError(f"{folder} comes with another tokenizer, which RL can't use")
     mix = parse_mix(args.mix, sight(model.config))
@@ -431,16 +439,117 @@ def train(args: Args, hw):
     checkpointer.close()
 
 
+# ---- the plan -----------------------------------------------------------------------------------
+
+def plan(args: Args, hw):
+    """Print what the run would need (`--plan`), as if each group had a signal and the model's
+    replies were half as long as they may be. Prompts are those of some demonstrations."""
+    config = (sized(args.size) if args.size != "auto"
+              else load_config(find_checkpoint(args.init or DEMO)))
+    with torch.device("meta"):          # shapes without memory
+        model = GLMV(config)
+        if args.size != "auto" or config.mtp_depths:
+            attach(model, config.mtp_depths or 3)
+    stream = Stream(config, parse_mix(args.mix, sight(config)), args.seed, "train", args.levels,
+                    pixels=args.pixels)
+    began, samples = time.perf_counter(), demonstrations(stream, 10 ** 9, 64)
+    seconds = (time.perf_counter() - began) / 64            # to draw one
+    documents = [with_reply(sample[0], args.max_new // 2) for sample in samples]
+    rollouts = args.prompts * args.group
+    length = sum(len(d.ids) for d in documents) / len(documents)
+    patches = sum(i.size // 3 // config.vision.patch_size ** 2
+                  for d in documents for i in d.images) / len(documents)
+    learnt, depths = args.max_new // 2, (config.mtp_depths or 1) * (args.mtp > 0)
+    # A rollout is a forward: a third of a forward and backward. A prompt is read once a group.
+    learning = rollouts * model.flops(length, patches, learnt, depths)
+    playing = rollouts / 3 * (model.flops(learnt, 0, learnt) + model.flops(
+        length - learnt, patches, 0) / args.group)
+    tokens, counts = args.steps * rollouts * length, model.counts()
+    if not args.on:
+        memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
+        return print_plan(hw, counts, tokens, args.steps * (learning + playing), memory)
+
+    # On several GPUs the last ones play while the others train.
+    machine = find_machine(args.on)
+    players = min(args.rollout_ranks, machine.count - 1)
+    trainers = replace(machine, count=machine.count - players)
+    parse_memory(args.memory, args.chunk_patches).use_in(model)
+    update_trace = trace_update(trainers, model.bfloat16(), documents, args, rollouts)
+    play = trace_rollouts(replace(machine, count=1), model, documents, args,
+                          rollouts / max(1, players))
+    print_plan_on(machine, counts, tokens, [
+        Part("updates", args.steps, update_trace, learning),
+        Part("times of playing", args.steps, play, playing / max(1, players), players > 0)],
+        args.steps * args.prompts * seconds / 3600,
+        f"{1000 * seconds:.2f} ms a task, measured here, drawn by one process")
+
+
+def with_reply(d: Document, length: int) -> Document:
+    """A demonstration's prompt with a reply of so many tokens, which all have a weight."""
+    start = int((d.weights > 0).argmax())
+    extras = {name: np.resize(values, start + length) for name, values in d.extras.items()}
+    weights = np.append(np.zeros(start), np.full(length, 1 / max(1, length))).astype(np.float32)
+    return replace(d, ids=np.append(d.ids[:start], np.resize(d.ids[start:], length)),
+                   weights=weights, extras=extras)
+
+
+def trace_update(machine: Machine, model: GLMV, documents, args: Args, rollouts: int) -> Trace:
+    """One update of rank 0 on meta tensors: see lib/roofline.py. One row stands for all."""
+    trace = Trace(machine)
+    row = pack_rows(documents, args.row_tokens)[0]
+    rows = -(-rollouts // (len(row) * machine.count))
+    with trace:
+        optimizer = Optimizer(model.named_parameters(), OptimConfig())
+        trace.hold_training(model, optimizer)
+        batch = collate(row, model.config).to("meta")
+        if args.kl:
+            trace.begin("reference", rows)
+            with torch.no_grad():
+                logps_of(model, batch)
+        trace.begin("forward", rows)
+        loss, _ = row_loss(model, batch, args)
+        trace.begin("backward", rows)
+        loss.backward()
+        optimizer.accumulate()
+        trace.begin("update")
+        optimizer.step(1.0, skip_prefix="" if args.mtp else prefix(model))
+        trace.begin("")
+    return trace
+
+
+def trace_rollouts(machine: Machine, model: GLMV, documents, args: Args, rollouts: float) -> Trace:
+    """All rollouts of a step on one GPU: its slots are filled once, and decode one token each; both
+    are repeated as often as the rollouts need."""
+    trace, length = Trace(machine), args.max_new // 2
+    with trace:
+        engine = make_engine(model, replace(args, drafts=0))
+        trace.hold("weights", [*model.parameters(), *model.buffers()])
+        trace.hold("cache", [engine.cache.keys, engine.cache.values])
+        for i in range(args.slots):
+            d = documents[i // args.group % len(documents)]
+            prompt = Document(d.ids[:-length or None], d.weights[:-length or None], d.images)
+            engine.submit(Request(prompt, args.max_new, temperature=1.0))
+        trace.begin("prompts", rollouts / args.slots)
+        engine._admit()
+        trace.begin("decode", rollouts / args.slots * length)
+        engine.step()
+        trace.begin("")
+    return trace
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
 def run(args: Args):
     """Train in this process, or, where rollouts should overlap with updates or processes share the
     work, by lib/async_rl.py."""
     check_options(args)
+    check_machine(args)
+    if args.size != "auto" and not args.plan:
+        raise UserError("--size is for --plan; a run has the size of --init")
+    parse_memory(args.memory)
     hw = setup(args.device, args.dtype, args.max_hours)
-    if args.plan:       # a rollout reads about 64 tokens and says half of what it may
-        counts = load_model(find_checkpoint(args.init or DEMO)).counts()
-        tokens = args.steps * args.prompts * args.group * (64 + args.max_new / 2)
-        memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
-        return print_plan(hw, counts, tokens, 8 * tokens * counts["total"], memory)
+    if args.plan:
+        return plan(args, hw) if hw.rank == 0 else None
     if hw.rank == 0:
         print(hw.description)
     if hw.world > 1 or args.max_staleness or args.flight or args.workers > 1:

@@ -49,6 +49,7 @@ from lib.cli import (check_options, cli, Device, Dtype, main, Natural, NonNegati
 from lib.common import (check_same_start, cores, Log, multiples, print_plan, read_json, setup,
                         sum_over_ranks, write_json)
 from lib.images import pack
+from lib.memory import Memory
 from lib.probes import evaluate_tower, ProbeSet, read_report
 from lib.ring import ring_sigmoid_loss
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
@@ -87,6 +88,8 @@ class Args:
     proj_decay: NonNegative = 0.0       # on the pools' and projections'
     warmup: Natural = 20          # steps
     schedule: Schedule = "cosine"       # constant, linear or cosine
+    memory: Literal["none", "recompute", "offload"] = "none"    # the tower's: see lib/memory.py
+    chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
     init: str = ""                # folder whose tower distill starts from, or align alone
     resume: bool = False          # go on with the newest checkpoints in --out
     max_hours: NonNegative = 0.0  # then save and end after a step, for --resume; 0: no limit
@@ -250,6 +253,7 @@ def build(stage: str, args: Args, config: Config, hw):
     # The texture teacher starts from weights of its own: from those of the semantic teacher and the
     # student, which share a seed, the two teachers would have more in common than they learnt.
     init(model, args.seed + (stage == "texture"))
+    Memory(args.memory, chunk_patches=args.chunk_patches).use_in(model)
     return model.to(hw.device), stream
 
 
@@ -536,7 +540,8 @@ def forecast(args: Args, hw):
         # 6 FLOPs a weight and patch for forward and backward, 2 for each further forward.
         flops = (6 + 2 * (frozen + cached)) * counts["tower"] * patches * args.batch * args.steps
         memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + 4 * frozen * counts["tower"]
-        memory += args.micro * patches * config.vision.depth * 2 * 34 * width       # activations
+        memory += 2 * width * Memory(args.memory, chunk_patches=args.chunk_patches).kept(
+            0, 0, args.micro * patches, config.vision.depth)                        # activations
         memory += 16 * args.batch / hw.world * width * cached                       # embeddings
         print(f"stage       {stage}, {args.steps} steps of {args.batch} images")
         print_plan(hw, counts, args.steps * args.batch * patches, flops, memory)

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from lib.cli import UserError
 
 POLICIES = "none", "recompute", "offload"
+KEPT = dict(zip(POLICIES, (34, 1, 0)))      # values of each channel, token and layer, about
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Memory:
         for module in model.modules():
             if hasattr(module, "memory"):
                 module.memory = self
+
+    def kept(self, tokens: float, layers: int, patches: float, depth: int) -> float:
+        """About how many values wait for the backward, for each channel of the width: of so many
+        tokens in the decoder's layers, and patches in the tower's `depth` blocks."""
+        patches = min(patches, self.chunk_patches or patches)
+        # A block that is run again keeps everything until its own backward is done.
+        return (tokens * (KEPT[self.decoder] * layers + 34 * (self.decoder != "none"))
+                + patches * (KEPT[self.vit] * depth + 34 * (self.vit != "none")))
 
 
 def parse_memory(text: str, chunk_patches: int = 0) -> Memory:
@@ -140,22 +149,22 @@ class HostCopy:
                    copy     |  x3 in  |  x2 in  |  x1 in  |
 
     The copies need pinned memory, which the GPU reads and writes by itself while the host goes on.
-    On other devices the copy is a plain one, on the same device: only the tests gain from it.
+    From other devices it is a plain copy, so that a CPU can test all but the streams.
 
     before: the copy of the block before, which the backward needs next.
     """
 
     def __init__(self, x: Tensor, before: "HostCopy | None" = None):
         self.before, self.x, self.back = before, x, None
-        if not x.is_cuda:
-            self.host = x.clone()
-            return
-        compute, copy = torch.cuda.current_stream(x.device), side_stream(x.device)
-        self.host = torch.empty_like(x, device="cpu", pin_memory=True)
-        copy.wait_stream(compute)               # x must be there before it can be copied
-        with torch.cuda.stream(copy):
-            self.host.copy_(x, non_blocking=True)
-        self.done = copy.record_event()
+        self.host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+        if x.is_cuda:
+            copy = side_stream(x.device)
+            copy.wait_stream(torch.cuda.current_stream(x.device))   # x has to be there first
+            with torch.cuda.stream(copy):
+                self.host.copy_(x, non_blocking=True)
+            self.done = copy.record_event()
+        elif not x.is_meta:         # a meta tensor has no values (lib/roofline.py)
+            self.host.copy_(x)
 
     def finish(self):
         """Let go of x, once its block is queued. The next block waits for the end of the copy: so
@@ -177,7 +186,7 @@ class HostCopy:
                 self.back.copy_(self.host, non_blocking=True)
             self.done = copy.record_event()
         else:
-            self.back = self.host
+            self.back = self.host.to(self.device)
         self.host = None
 
     def fetch(self) -> Tensor:
