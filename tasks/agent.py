@@ -42,7 +42,7 @@ GOALS = {                       # of GuiMultiApp, by kind and app
         "Put what the note {label} names into the cart of Shop.",
         "Add to the cart of Shop what the note {label} names.",
         "The note {label} names a thing. Put it into the cart of Shop.",
-        "Look in the note {label} and put that thing into the cart of Shop.",
+        "Look in the note {label} and put what it names into the cart of Shop.",
         "Read the note {label}, then add what it names to the cart of Shop."),
     "write Shop": (
         "Write a note {note} with the price of {label}.",
@@ -54,8 +54,8 @@ GOALS = {                       # of GuiMultiApp, by kind and app
         "Enter {event} in Calendar for the day in the note {label}.",
         "Add {event} to Calendar on the day that the note {label} names.",
         "The note {label} names a day. Enter {event} in Calendar for it.",
-        "Look in the note {label} and enter {event} in Calendar for that day.",
-        "Read the note {label}, then put {event} on that day in Calendar.")}
+        "Look in the note {label} and enter {event} in Calendar for its day.",
+        "Read the note {label}, then put {event} on its day in Calendar.")}
 # Questions about a page of settings, by the kind of the control.
 IS_ON = ("Is {} on?", "Is {} turned on?", "Is {} switched on?", "Is the switch {} on?",
          "Tell me whether {} is on.")

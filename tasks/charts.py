@@ -179,7 +179,7 @@ HIGHEST = ("In which year is the value{} highest?", "Which year has the highest 
 SUM = ("What do {} and {} make together?", "What is the sum of {} and {}?", "Add {} and {}.",
        "How much are {} and {} together?", "What do you get if you add {} and {}?")
 DIFFERENCE = ("How much larger is {1} than {0}?", "By how much is {1} larger than {0}?",
-              "What is the difference between {} and {}?", "Take {} from {}.",
+              "What is the difference between {} and {}?", "Subtract {} from {}.",
               "How much more is {1} than {0}?")
 RATIO = ("By what must one multiply {} to get {}?", "How many times {} is {}?",
          "What is {1}, divided by {0}?", "Divide {1} by {0}.", "What is the ratio of {1} to {0}?")
@@ -191,7 +191,7 @@ PEAK = ("Where {} is highest, what is the value of {}?", "Where {} is highest, h
         "What is the value of {1} where {0} is highest?")
 SPAN = ("How much larger is the largest value{} than the smallest?",
         "By how much do the largest and the smallest value{} differ?",
-        "Take the smallest value{0} from the largest.",
+        "Subtract the smallest value{} from the largest.",
         "What is the difference between the largest and the smallest value{}?")
 
 

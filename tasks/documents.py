@@ -41,20 +41,21 @@ def wrap_words(words, room: float):
 # How a user may word a question; level 0 has the first of each.
 READ = ("Read the page.", "What does the page say?", "Read what is on the page.",
         "Write down the text of the page.", "What is written on the page?")
-CELL_OF = ("What is the {} of the {}?", "Look up the {} of the {}.", "Which {} has the {}?",
+CELL_OF = ("What is the {} of the {}?", "Look up the {} of the {}.", "What {} does the {} have?",
            "Find the {} of the {} in the table.", "Tell me the {} of the {}.")
 ROW_OF = ("Which item has the {} {}?", "What item has the {} {}?", "Find the item with the {} {}.",
           "Name the item that has the {} {}.", "Tell me which item has the {} {}.")
 BY_OTHER = ("What is the {} of the item whose {} is {}?", "Find the {} of the item whose {} is {}.",
-            "Look up the {} of the item with the {} {}.", "Which {} has the item whose {} is {}?",
+            "Look up the {} of the item with the {} {}.",
+            "What {} does the item with the {} {} have?",
             "Tell me the {} of the item whose {} is {}.")
 COST = ("What does the {} cost{}?", "How much is the {}{}?", "What is the price of the {}{}?",
         "Look up the price of the {}{}.", "How much does the {} cost{}?")
-SHAPE_HAD = ("What shape is the {} thing that {} has?", "Which shape is the {} thing of {}?",
-             "What is the shape of the {} thing that {} has?", "{1} has a {0} thing. Its shape?",
+SHAPE_HAD = ("What shape is the {} thing that {} has?", "What shape is the {} thing of {}?",
+             "What is the shape of the {} thing that {} has?", "What shape is {1}'s {0} thing?",
              "Name the shape of the {} thing that {} has.")
-COLOR_HAD = ("What color is the {} that {} has?", "Which color is the {} of {}?",
-             "What is the color of the {} that {} has?", "{1} has a {0}. Its color?",
+COLOR_HAD = ("What color is the {} that {} has?", "What color is the {} of {}?",
+             "What is the color of the {} that {} has?", "What color is {1}'s {0}?",
              "Name the color of the {} that {} has.")
 
 

@@ -49,12 +49,12 @@ def test_same_bytes_in_a_fresh_process():
 # What was drawn when these digests were recorded, a digest for each file of tasks/.
 RECORDED_WITH = {"pillow": "13.0.0", "numpy": "2.4.6"}
 DIGESTS = {
-    "agent": "f66768193b5141ab", "atlas": "897a8d33b4ed0698",
-    "charts": "559e4e78c0ee3fe4", "documents": "da678b5618f7869b",
-    "geometry": "027c0af6c45ff50a", "grounding": "4c43b085fadaa5ce",
-    "programs": "81bb2c111e6340ad", "puzzles": "cc469f97b736dec3",
-    "scenes": "68d311a8a91522a2", "screens": "66d9157f521d5848",
-    "text": "e3562b67222a4fe0", "tools": "cdc569f0446dcec6",
+    "agent": "14b849c938ac9835", "atlas": "b3d40283f9055429",
+    "charts": "f83bee2da93de676", "documents": "7878f5921234b323",
+    "geometry": "42649d16121690f6", "grounding": "0b13512d2b52340d",
+    "programs": "b96b4b44b7308749", "puzzles": "cc3d286febe3260a",
+    "scenes": "88bb6f8e2b965d22", "screens": "0319e0af911908fc",
+    "text": "90439373a15b4583", "tools": "cdc569f0446dcec6",
     "webdev": "3412ef72e3dae891"}
 same_wheels = pytest.mark.skipif(
     any(version(package) != number for package, number in RECORDED_WITH.items()),
@@ -146,6 +146,42 @@ def test_from_level_1_on_pictures_have_many_aspects_and_no_more_tokens(name):
         assert all(w % 16 == h % 16 == 0 and w * h <= 64 ** 2 for w, h in sizes)
         square = sizes.count((64, 64))
         assert square == 60 if level == 0 else 15 < square < 45 and len(set(sizes)) >= 4
+
+
+PHONES = "ui_ground", "widget_state", "gui_navigate", "gui_multi_app", "gui_critic"
+
+
+@pytest.mark.parametrize("name", PHONES)
+def test_from_level_1_on_phones_have_several_aspects_and_no_more_tokens(name):
+    for level in range(5):
+        shown = [make(Task(name, seed, level)).reset().images[0] for seed in range(24)]
+        sizes = [image.size for image in shown]
+        assert all(w % 16 == h % 16 == 0 and w * h <= 128 ** 2 for w, h in sizes)
+        square, grounds = sizes.count((128, 128)), {image.getpixel((0, 64)) for image in shown}
+        assert square == 24 if level == 0 else 4 < square < 20 and len(set(sizes)) >= 3
+        assert len(grounds) > 6 or level == 0
+
+
+# Of some categories the words by which a question is known to have its held-out wording.
+LAST_WORDING = {"shape_attr": ("Tell me the color of", "Name the"), "point": ("Find the",),
+                "ocr_line": ("What text is this?",), "gui_click": ("Hit ",),
+                "gui_form": ("Choose ",), "widget_state": ("Tell me ",),
+                "gui_multi_app": ("Tell me ", "Read the note", "Find out "),
+                "ground_box": ("Show with a box",), "grid_logic": ("Find the solution",),
+                "text_code": ("Implement ",),
+                "ocr_document": ("What is written on",), "world_knowledge": ("Tell me ", "Compare ")}
+
+
+@pytest.mark.parametrize("name", LAST_WORDING)
+def test_the_last_wording_is_asked_in_held_out_splits_only(name):
+    shares = {}
+    for split in ("train", "test"):
+        for level in (0, 2):
+            texts = [make(Task(name, seed, level, split)).reset().text for seed in range(40)]
+            shares[split, level] = sum(any(
+                words in text for words in LAST_WORDING[name]) for text in texts) / 40
+    assert not any(shares[key] for key in shares if key[0] == "train" or key[1] == 0)
+    assert 0.1 < shares["test", 2] < 0.45
 
 
 def test_answers_lie_on_the_grid_at_level_0_only():

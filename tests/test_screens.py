@@ -11,7 +11,7 @@ import pytest
 from gym import make, play_out, Rewards, Task
 from tasks.base import box, click, held, IMAGE
 from tasks.draw import SHAPES
-from tasks.screens import ENDINGS, FORM_GOALS, GOALS, LIST, WORDS
+from tasks.screens import ENDINGS, FORM_GOALS, GOALS, GuiClick, LIST, WORDS
 from tasks.verify import parse_action
 
 
@@ -106,6 +106,14 @@ def test_a_screen_of_any_size_asks_the_same():
                 task = Task(name, seed, 1, "train", pixels)
                 assert make(task).reset().text == make(Task(name, seed, 1)).reset().text
                 assert Rewards().score(task, play_out(task)[2]).reward == 1
+
+
+@pytest.mark.parametrize("level", range(1, 5))
+def test_a_screen_has_as_many_buttons_as_its_level_says(level):
+    for split in ("train", "test"):
+        shown = [len(env.shown) for env, _ in opened("gui_click", level, split)]
+        low, high = GuiClick.widgets[level]
+        assert max(shown) == high and sum(n >= low for n in shown) >= 75
 
 
 def test_a_screen_without_room_is_drawn_again():
