@@ -41,7 +41,7 @@ MAX_NEW = 48                    # tokens of a reply at most
 
 @dataclass
 class Args:
-    ckpt: str = ""                # checkpoint or run folder; default: the demo's
+    ckpt: str = ""                # checkpoint or run folder; default: ckpt/gym
     count: Count = 200            # held-out screens
     seed: Seed = 1_000_000        # of the first task; the next one has the next seed
     device: Device = "auto"       # auto, cpu, cuda or mps
@@ -343,7 +343,7 @@ def out_of_gym(args: Args):
     sheet(tiles).save(out / "screens.png")
     write_json(out / "report.json", {
         "title": "Clicks outside the gym", "hardware": where, "seed": args.seed,
-        "ckpt": args.ckpt or "ckpt/demo", "figures": figures,
+        "ckpt": args.ckpt or "ckpt/gym", "figures": figures,
         "note": "Right: the click lies in the named button; from, to: the 95% interval. Points: "
                 "how many different places were clicked. Random: what a click on any of the "
                 "buttons, and one anywhere, would hit on average.",

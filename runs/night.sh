@@ -32,14 +32,14 @@ train() {
         --rows=1 --row_tokens=4096 --own_question --workers=0 --save_every=150 "${@:3}"
 }
 
-# examine RUN FILE TASKS: held-out tasks of every category (or those in EXAM), of levels 0 and 1 in
-# turn.
+# examine RUN FILE TASKS OPTIONS: held-out tasks of every category (or those in EXAM), of levels 0
+# and 1 in turn.
 examine() {
     [ -f "$2" ] && return
     local count
     count=$(awk "BEGIN { n = int($3 * $HOURS / 20); print n < 2 ? 2 : n }")
-    $PYTHON sample.py eval --ckpt="$1" --mix="$EXAM" --levels=2 --slots=16 --context=4096 \
-        --max_new=512 --count="$count" --out="$2"
+    $PYTHON sample.py eval --ckpt="$1" --mix="$EXAM" --levels=2 --slots=16 --count="$count" \
+        --out="$2" "${@:4}"
 }
 
 # The mixture. A category's weight is 1 / sqrt(cost of a sample), in units of a cheap one: of the
@@ -78,9 +78,9 @@ END
     --steps="$(steps 0.00625 0.7)" --probes=256 --eval_every=0 --save_every=100
 touch "$OUT/vit/done"
 
-# 2. Level 0 of everything, 2.4 hours. A model first learns how answers read, and later to look at the
+# 2. Level 0 of everything, 1.8 hours. A model first learns how answers read, and later to look at the
 #    picture; it does so sooner on easy ones. Look at: `loss` falls in steps, `held_out` with it.
-train first "$(steps 0.12 1.2)" --vit="$OUT/vit/align" --mix="$MIX" --levels=1 --curriculum=0 --mtp=0
+train first "$(steps 0.09 1.2)" --vit="$OUT/vit/align" --mix="$MIX" --levels=1 --curriculum=0 --mtp=0
 examine "$OUT/first" "$OUT/first.json" 20
 
 # 3. Levels 0 to 2, 11 hours: from level 1 on with light grounds, and things anywhere in pictures of
@@ -96,9 +96,9 @@ examine "$OUT/second" "$OUT/second.json" 20
 train sft "$(steps 0.2 1.2)" --init="$OUT/second" --mix="$(improving "$OUT/second.json")" \
     --levels=3 --curriculum=0 --think=0.5 --mtp_alone --lr=1.5e-3
 
-# 5. The examination, an hour or less. Its figures lie beside the weights, where `sample.py ask`
-#    looks for what a model was trained on.
-examine "$OUT/sft" "$OUT/kept/report.json" 100
+# 5. The examination, an hour or less. The card with its figures lies beside the weights, where
+#    `sample.py ask` looks for what a model was trained on.
+examine "$OUT/sft" "$OUT/sft.json" 200 --card="$OUT/kept"
 $PYTHON -m lab.report "$OUT/sft"
 exit
 }

@@ -14,7 +14,8 @@ from lib.checkpoint import load_model, load_tower
 from lib.common import ROOT
 from lib.probes import ProbeSet, probe
 from model import sized
-from sample import DEMO, run_tasks
+from rl import DEMO
+from sample import run_tasks
 from tasks.base import Task
 from tokenizer import Tokenizer
 
@@ -122,7 +123,7 @@ def test_every_result_has_a_verdict():
 def test_an_episode_longer_than_the_context_is_an_error_and_not_a_zero():
     model = load_model(DEMO)
     tasks = [Task("ui_polish", 1, 0, "test"), Task("point", 1, 0, "test")]
-    long, short = run_tasks(model, Tokenizer(model.config.n_ranks), tasks)
+    long, short = run_tasks(model, Tokenizer(model.config.n_ranks), tasks, context=512, max_new=48)
     assert "context" in long.score.error and short.score.error is None
 
 

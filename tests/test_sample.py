@@ -10,11 +10,13 @@ from PIL import Image
 
 import gym
 import sample
-from lib.checkpoint import save_model
+from lib import card
+from lib.checkpoint import load_model, save_model
 from lib.cli import UserError
 from lib.common import ROOT
 from lib.episodes import Episode
 from model import GLMV, sized
+from rl import DEMO
 from tasks import verify
 from tasks.base import Task
 from tokenizer import Tokenizer
@@ -42,6 +44,7 @@ def test_eval_takes_mix_and_levels_of_the_training(run, capsys):
     options = {"mix": "counting:3,point,text:1,code:1", "levels": 2, "steps": 1}
     table, levels = evaluated(run, options)
     assert list(table) == ["counting", "point"] and levels == 2
+    assert [len(row["by_level"]) for row in table.values()] == [2, 2]
     assert "config.json: counting,point" in capsys.readouterr().out
     table, levels = evaluated(run, options, mix="shape_attr")
     assert list(table) == ["shape_attr"] and levels == 2
@@ -51,7 +54,7 @@ def test_eval_takes_mix_and_levels_of_the_training(run, capsys):
 
 def test_eval_of_the_same_checkpoint_by_its_own_folder(run):
     (run / "config.json").write_text(json.dumps({"mix": "point", "levels": 3}))
-    assert sample.trained_on(run / "step_000001")[:2] == ("point", 3)
+    assert card.trained_on(run / "step_000001")[:2] == ("point", 3)
 
 
 @pytest.mark.parametrize("where,text", [
@@ -63,7 +66,7 @@ def test_eval_of_the_same_checkpoint_by_its_own_folder(run):
 def test_damaged_files_about_the_training_are_one_line(run, where, text):
     (run / where).write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=f"{where} is damaged") as error:
-        sample.trained_on(run / "step_000001")
+        card.trained_on(run / "step_000001")
     assert "\n" not in str(error.value)
 
 
@@ -84,7 +87,7 @@ def test_the_slots_are_no_more_than_the_tasks(monkeypatch):
     monkeypatch.setattr(sample, "Engine", lambda model, slots, context: made.append(slots) or 1 / 0)
     for tasks in ([], [1, 2, 3]):
         with pytest.raises(ZeroDivisionError):
-            sample.run_tasks(None, None, tasks, 10 ** 9)
+            sample.run_tasks(None, None, tasks, 10 ** 9, 512, 48)
     assert made == [1, 3]
 
 
@@ -93,20 +96,20 @@ def test_eval_of_a_run_on_text_only(run):
         evaluated(run, {"mix": "text", "levels": 1})
 
 
-def test_what_the_shipped_model_was_trained_on():
-    mix, levels, source = sample.trained_on(sample.DEMO)
+def test_what_the_demos_model_was_trained_on():
+    mix, levels, source = card.trained_on(DEMO)
     assert "shape_attr" in mix and levels == 1 and source.endswith("report.json")
 
 
 def test_a_folder_that_says_nothing_of_its_training(tmp_path):
-    assert sample.trained_on(tmp_path / "checkpoint") == ("gym", 1, "no file")
+    assert card.trained_on(tmp_path / "checkpoint") == ("gym", 1, "no file")
 
 
 # ---- what the shipped model was trained on, and the answers to everything else ------------------
 
 @pytest.fixture(scope="module")
-def shipped() -> sample.Seen:
-    return sample.seen(sample.DEMO, sized("tiny"))
+def shipped() -> card.Seen:
+    return card.seen(DEMO, sized("tiny"))
 
 
 @pytest.mark.parametrize("question", ["What color is the circle?", "Count the crosses.",
@@ -126,14 +129,14 @@ def test_questions_and_pictures_that_it_does_not_know(shipped):
 
 
 def test_without_a_question_the_known_ones_are_listed(capsys):
-    sample.ask(sample.Ask())
+    sample.ask(sample.Ask(ckpt=str(DEMO)))
     said = capsys.readouterr().out
     for words in ("shape_attr", "gui_form", "List all.", "What does it say?", "Brightness"):
         assert words in said
 
 
 def test_a_model_of_unknown_training_has_no_notes(run, capsys):
-    assert sample.seen(run / "step_000001", sized("tiny")) is None
+    assert card.seen(run / "step_000001", sized("tiny")) is None
     sample.ask(sample.Ask(ckpt=str(run)))
     assert "no file beside" in capsys.readouterr().out
 
@@ -144,11 +147,11 @@ def test_the_example_of_the_readme(capsys):
     drawn = gym.make(task).reset().images[0]
     assert Image.open(ROOT / "docs/example.png").tobytes() == drawn.tobytes()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    asked = re.findall(r'sample\.py ask --image=docs/example\.png "(.+?)"\s+# (.+)', readme)
+    asked = re.findall(r'ask --ckpt=ckpt/demo --image=docs/example\.png "(.+?)"\s+# (.+)', readme)
     assert len(asked) >= 2
     for question, reply in asked:
-        sample.ask(sample.Ask(question, [str(ROOT / "docs/example.png")], device="cpu",
-                              dtype="float32"))
+        sample.ask(sample.Ask(question, [str(ROOT / "docs/example.png")], ckpt=str(DEMO),
+                              device="cpu", dtype="float32"))
         said = capsys.readouterr()
         assert said.out.strip() == reply and "unlike" not in said.err
     talk = [message for talk in gym.demonstrate(task) for message in talk]
@@ -171,3 +174,33 @@ def test_an_evaluation_draws_tasks_at_a_size_that_suits_the_patches(monkeypatch)
         with pytest.raises(UserError, match="no task of point"):
             sample.evaluate(model, Tokenizer(512), "point", 1, 2, pixels=pixels)
     assert sides == [112, 112, 140, 140]
+
+
+def test_a_reply_gets_twice_the_room_of_the_oracles():
+    tokens, config = Tokenizer(512), sized("tiny")
+    short, long = (sample.budget([Task(name, i) for i in range(30)], tokens, config)
+                   for name in ("point", "scene_to_json"))
+    assert 64 < short[0] < 512 and 16 < short[1] < 100
+    assert long[1] > 2 * short[1] and long[0] <= config.text.max_position_embeddings
+
+
+def test_a_card_says_what_was_measured_and_seen(run, capsys):
+    """And `ask` takes from it what the model has seen, without drawing anything."""
+    (run / "config.json").write_text(json.dumps({"mix": "counting,point", "levels": 2}))
+    folder = run / "step_000001"
+    (folder / "training.md").write_text("One step.")
+    (folder / "out_of_gym.json").write_text(json.dumps({"figures": {
+        "white page": {"right, %": 12.5, "from": 4.0, "to": 20.0}}}))
+    drawn = card.seen(folder, sized("tiny"))
+    sample.evaluation(sample.Eval(ckpt=str(run), count=4, levels=2, device="cpu", dtype="float32",
+                                  card=str(folder), out=str(run / "eval.json")))
+    text = (folder / "README.md").read_text()
+    assert re.search(r"\| counting \| 0 \[0-\d+\] \| 0 \| 25 \| 0 \[", text)
+    assert "Level 1: 0 of 2 categories are 20 points" in text and "One step." in text
+    assert "| white page | 12.5 | 4.0-20.0 |" in text and "- point: " in text
+    kept = card.seen(folder, sized("tiny"))
+    assert kept.questions == drawn.questions and kept.sizes == drawn.sizes
+    assert card.trained_on(folder) == ("counting,point", 2, str(folder / "report.json"))
+    (folder / "report.json").write_text(json.dumps({"table": {"point": {}}, "seen": {"light": 1}}))
+    with pytest.raises(UserError, match="report.json is damaged"):
+        card.seen(folder, sized("tiny"))
