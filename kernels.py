@@ -313,9 +313,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 # ---- products for Newton-Schulz -----------------------------------------------------------------
 #
 # X X^T and A A are symmetric, so only tiles on and below the diagonal are computed, and each is
-# stored a second time, mirrored. Tiles of 128 x 128 in steps of 64 columns: 64 fp32 sums for each of
-# 256 threads, and 98 kB of shared memory for three steps of both operands on the way; an A100 gives
-# 163 kB to a program. Half of the programs lie above the diagonal and end at once.
+# stored a second time, mirrored. Tiles of 128 x 128 in steps of 64 columns: 64 fp32 sums for each
+# of 256 threads, and 98 kB of shared memory for three steps of both operands on the way; an A100
+# gives 163 kB to a program. Half of the programs lie above the diagonal and end at once.
 #
 # Roofline of an R x C matrix in bf16: R (R + 128) C FLOPs instead of 2 R^2 C, 2 R C + 2 R^2 bytes:
 # at R = 1,536 and C = 4,608 about 620 FLOPs a byte, bound by the tensor cores.

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import nn, Tensor
 
-from kernels import angles, attention, rotary_pairs, Segments, swiglu
+from kernels import add_norm, angles, attention, norm_add, rotary_pairs, Segments, swiglu
 from lib.cli import UserError
 from lib.memory import in_chunks, Memory, Runner
 from tokenizer import Tokenizer
@@ -179,7 +179,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(swiglu(*self.gate_up_proj(x).chunk(2, dim=-1)))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -188,7 +188,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, c: TextConfig):
         super().__init__()
-        self.self_attn, self.mlp = SelfAttention(c), MLP(c)
+        self.self_attn, self.mlp, self.eps = SelfAttention(c), MLP(c), c.rms_norm_eps
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_self_attn_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -196,8 +196,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x, rope, segments, layer=0, cache=None):
         out = self.self_attn(self.input_layernorm(x), rope, segments, layer, cache)
-        x = x + self.post_self_attn_layernorm(out)
-        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
+        # x + post_self_attn_layernorm(out), and its post_attention_layernorm, in one pass
+        x, normed = add_norm(out, x, self.post_attention_layernorm.weight, self.eps,
+                             inner=self.post_self_attn_layernorm.weight)
+        return norm_add(self.mlp(normed), x, self.post_mlp_layernorm.weight, self.eps)
 
 
 class Decoder(nn.Module):

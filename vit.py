@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn, Tensor
 
-from kernels import angles, attention, rms_norm, rotary_half, Segments, swiglu
+from kernels import add_norm, angles, attention, rms_norm, rotary_half, Segments, swiglu
 from lib.memory import in_chunks, Memory, Runner
 from lib.prefetch import send
 
@@ -188,8 +188,9 @@ class VitBlock(nn.Module):
         self.mlp = VitMLP(c.hidden_size, c.intermediate_size, c.attention_bias)
 
     def forward(self, x, rope, segments):
-        x = x + self.attn(self.norm1(x), rope, segments)
-        return x + self.mlp(self.norm2(x))
+        out = self.attn(self.norm1(x), rope, segments)
+        x, normed = add_norm(out, x, self.norm2.weight, self.norm2.eps)
+        return x + self.mlp(normed)
 
 
 class Merger(VitMLP):
