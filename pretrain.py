@@ -479,4 +479,5 @@ def run(args: Args):
 
 
 if __name__ == "__main__":
-    main(lambda: run(cli(Args, about=__doc__)))
+    main(lambda: run(cli(Args, about=__doc__)),
+         less="a smaller --row_tokens, or --memory=recompute and --chunk_patches=1024")

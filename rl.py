@@ -481,7 +481,7 @@ def plan(args: Args, hw):
         Part("updates", args.steps, update_trace, learning),
         Part("times of playing", args.steps, play, playing / max(1, players), players > 0)],
         args.steps * args.prompts * seconds / 3600,
-        f"{1000 * seconds:.2f} ms a task, measured here, drawn by one process")
+        f"{1000 * seconds:.2f} ms a task, measured here, by one process", beside=players > 0)
 
 
 def with_reply(d: Document, length: int) -> Document:
@@ -569,4 +569,5 @@ def run(args: Args):
 
 
 if __name__ == "__main__":
-    main(lambda: run(cli(Args, about=__doc__)))
+    main(lambda: run(cli(Args, about=__doc__)),
+         less="a smaller --row_tokens, --slots or --context, or --memory=recompute")

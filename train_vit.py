@@ -46,12 +46,13 @@ from lib.captions import (Captions, collate_pairs, find_pairs, LabelledScenes, P
 from lib.checkpoint import export_tower, load_tower, restore
 from lib.cli import (check_options, cli, Device, Dtype, main, Natural, NonNegative, Positive, Range,
                      Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, cores, Log, multiples, print_plan, read_json, setup,
-                        sum_over_ranks, write_json)
+from lib.common import (check_same_start, cores, Log, multiples, print_plan, print_plan_on,
+                        read_json, setup, sum_over_ranks, write_json)
 from lib.images import pack
 from lib.memory import Memory
 from lib.probes import evaluate_tower, ProbeSet, read_report
 from lib.ring import ring_sigmoid_loss
+from lib.roofline import check_machine, find_machine, Machine, Part, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from lib.teachers import load_teacher, TowerTeacher
 from lib.tensors import save_tensors
@@ -104,6 +105,7 @@ class Args:
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
     workers: Annotated[int, Range(-1, 512)] = -1    # processes that load; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
+    on: str = ""                  # with --plan: on this machine, e.g. H100 or 8xH100; default: here
 
 
 STAGES = "semantic", "texture", "distill", "align"
@@ -241,20 +243,27 @@ LOSSES = {"semantic": contrastive_loss, "texture": shape_loss,
 
 def build(stage: str, args: Args, config: Config, hw):
     """(model, stream): what a stage trains, with random weights, and its training samples."""
+    teachers = load_teachers(args, config, hw) if stage == "distill" else {}
+    model, stream = assemble(stage, args, config, teachers)
+    # The texture teacher starts from weights of its own: from those of the semantic teacher and the
+    # student, which share a seed, the two teachers would have more in common than they learnt.
+    init(model, args.seed + (stage == "texture"))
+    return model.to(hw.device), stream
+
+
+def assemble(stage: str, args: Args, config: Config, teachers: dict):
+    """`build` without weights."""
     if stage == "texture":
         model, stream = PatchClassifier(args, config), LabelledScenes(config, args.side, args.seed)
     elif stage == "distill":
-        model = Distiller(args, config, load_teachers(args, config, hw))
+        model = Distiller(args, config, teachers)
         stream = Pictures(config, args.side, args.seed, args.mask, args.masked, args.pairs)
     else:
         model = TwoTowers(tower(args, config), config)
         stream = Captions(config, patch_budgets(stage, args), args.batch, args.seed, "train",
                           args.side, args.pairs, args.clips)
-    # The texture teacher starts from weights of its own: from those of the semantic teacher and the
-    # student, which share a seed, the two teachers would have more in common than they learnt.
-    init(model, args.seed + (stage == "texture"))
     Memory(args.memory, chunk_patches=args.chunk_patches).use_in(model)
-    return model.to(hw.device), stream
+    return model, stream
 
 
 def build_optimizer(model: nn.Module, args: Args) -> Optimizer:
@@ -463,6 +472,7 @@ def patch_budgets(stage: str, args: Args) -> tuple:
 def check(args: Args) -> Args:
     """The arguments, defaults filled in. Raises UserError on what would fail hours later."""
     check_options(args)
+    check_machine(args)
     world, cpu = int(os.environ.get("WORLD_SIZE", 1)), args.size in ("tiny", "mini")
     patch = sized(args.size).vision.patch_size
     batch = args.batch or -(-64 // world) * world       # the first multiple from 64 on
@@ -530,6 +540,10 @@ def forecast(args: Args, hw):
     were of the student's size."""
     config = sized(args.size)
     for stage in stages(args):
+        print(f"stage       {stage}, {args.steps} steps of {args.batch} images")
+        if args.on:
+            forecast_on(find_machine(args.on), stage, args, config)
+            continue
         with torch.device("meta"):
             counts = {"tower": sum(p.numel() for p in tower(args, config).parameters())}
             if stage in ("semantic", "align"):
@@ -543,8 +557,65 @@ def forecast(args: Args, hw):
         memory += 2 * width * Memory(args.memory, chunk_patches=args.chunk_patches).kept(
             0, 0, args.micro * patches, config.vision.depth)                        # activations
         memory += 16 * args.batch / hw.world * width * cached                       # embeddings
-        print(f"stage       {stage}, {args.steps} steps of {args.batch} images")
         print_plan(hw, counts, args.steps * args.batch * patches, flops, memory)
+
+
+def forecast_on(machine: Machine, stage: str, args: Args, config: Config):
+    """Print what a stage would take on a machine that is not here: one step of rank 0 runs on meta
+    tensors, see lib/roofline.py. One micro-batch of each budget stands for all of them."""
+    share = -(-args.batch // machine.count)
+    micro, budgets = min(args.micro, share), patch_budgets(stage, args)
+    cached = stage in ("semantic", "align") and micro < share
+    trace, parameters, seconds, images, patches, texts = Trace(machine), {}, 0.0, 0, 0, 0
+    with trace:
+        with torch.device("meta"):
+            teachers = {name: TowerTeacher(tower(args, config)) for name in ("semantic", "texture")
+                        if stage == "distill" and args.teachers in (name, "both")}
+            model, stream = assemble(stage, args, config, teachers)
+        for p in model.parameters():
+            p.data = p.data.bfloat16() if p.ndim else p.data
+        optimizer = build_optimizer(model, args)
+        trace.hold_training(model, optimizer)
+        for budget in budgets:
+            if len(budgets) > 1:
+                stream.budgets = (budget,)
+            began = time.perf_counter()
+            samples = [stream(i) for i in range(micro)]
+            seconds += time.perf_counter() - began
+            times = share / micro / len(budgets)
+            if stage in ("semantic", "align"):
+                batch = collate_pairs(samples, config.vision).to("meta")
+                texts += len(batch.ids)
+                trace.begin("forward", times * (1 + cached))
+                outputs = model.embed(batch)
+                trace.begin("backward", times)
+                torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+            else:
+                trace.begin("forward", times)
+                loss, _ = LOSSES[stage](model, samples, args)
+                trace.begin("backward", times)
+                loss.backward()
+            optimizer.accumulate()
+        if stage in ("semantic", "align"):      # of all embeddings of this rank
+            trace.begin("loss")
+            x, y = (torch.empty(share, x.shape[1], device="meta", requires_grad=True)
+                    for x in outputs)
+            ring_sigmoid_loss(x, y, model.logit_scale.exp(), model.logit_bias).backward()
+        trace.begin("update")
+        optimizer.step(1.0)
+        trace.begin("")
+    counts = {"tower": sum(p.numel() for p in model.visual.parameters())}
+    patches, texts = np.mean(budgets).item(), texts / micro / len(budgets)
+    flops = (6 + 2 * len(teachers)) * counts["tower"] * patches
+    if stage in ("semantic", "align"):
+        counts["text"] = sum(p.numel() for p in model.text.parameters())
+        flops += 6 * texts * sum(p.numel() for p in model.text.trunk.layers.parameters())
+    seconds, workers = seconds / micro / len(budgets), min(8, machine.cores)
+    print_plan_on(machine, counts, args.steps * args.batch * patches,
+                  [Part("steps", args.steps, trace, flops * args.batch)],
+                  args.steps * share * seconds * (1 + cached) / workers / 3600,
+                  f"{1000 * seconds:.2f} ms a sample, measured here, by {workers} workers a GPU, "
+                  "an assumption", beside=not cached)
 
 
 # Exercises. Delete the body, write it again, run the test.
@@ -553,4 +624,5 @@ def forecast(args: Args, hw):
 
 
 if __name__ == "__main__":
-    main(lambda: run(cli(Args, about=__doc__)))
+    main(lambda: run(cli(Args, about=__doc__)),
+         less="a smaller --micro, or --memory=recompute and --chunk_patches=1024")

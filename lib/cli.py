@@ -62,9 +62,10 @@ def out_of_memory(error) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def main(entry, *args):
+def main(entry, *args, less: str = "smaller numbers (--help lists the options)"):
     """Run a script's entry point. A UserError, a missing file, a full disk or a lack of memory is
-    printed as one line and ends with exit code 2, Ctrl-C with 130."""
+    printed as one line and ends with exit code 2, Ctrl-C with 130. less: the options that make a
+    script take less memory."""
     open_streams()
     try:
         entry(*args)
@@ -75,7 +76,7 @@ def main(entry, *args):
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         if out_of_memory(error):
-            error = "the memory does not suffice: take smaller numbers (--help lists the options)"
+            error = f"the memory does not suffice: take {less}"
         print(f"error: {error}", file=sys.stderr)
         if distributed():                       # gloo would wait for a peer whose machine is gone
             flush_or_drop()

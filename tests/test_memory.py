@@ -1,6 +1,10 @@
 """Every policy gives the same gradients and keeps less; torch.compile computes the same."""
+import importlib
+import re
+import runpy
+import signal
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from data import collate
 from lab import bench_memory
 from lib import memory
 from lib.cli import UserError
+from lib.common import ROOT
 from lib.memory import chunks_of, HostCopy, Memory, parse_memory
 from model import GLMV, init
 from pretrain import loss_sum
@@ -160,3 +165,30 @@ def test_what_is_asked_for():
     assert parse_memory("none") == Memory()
     assert parse_memory("offload", 64) == Memory("offload", "offload", "offload", 64)
     assert parse_memory("vit:offload,adapter:recompute") == Memory("offload", "recompute", "none")
+
+
+# ---- too little memory --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, options, flags", [
+    ("pretrain.py", ["--mix=counting"], {"--row_tokens", "--memory", "--chunk_patches"}),
+    ("train_vit.py", ["--stage=teachers", "--probes=16"],
+     {"--micro", "--memory", "--chunk_patches"}),
+    ("rl.py", ["--eval_every=0"], {"--row_tokens", "--slots", "--context", "--memory"})])
+def test_too_little_memory_names_the_options(script, options, flags, tmp_path, monkeypatch, capsys):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    monkeypatch.setattr(CogViT, "forward", too_large)
+    common = ["--steps=1", "--workers=0", "--device=cpu", f"--out={tmp_path}"]
+    monkeypatch.setattr("sys.argv", [script, *common, *options])
+    before = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT,
+                                                           signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    line, = capsys.readouterr().err.splitlines()[-1:]
+    assert end.value.code == 2 and line.startswith("error: the memory does not suffice")
+    known = {f"--{field.name}" for field in fields(importlib.import_module(script[:-3]).Args)}
+    assert set(re.findall(r"--\w+", line)) == flags <= known
