@@ -188,8 +188,9 @@ def states(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, dep
 
 
 def losses(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, depths: int = 3,
-           option: str = "token", detach: bool = False) -> list[Tensor]:
-    """The weighted sum of cross-entropies at each depth 1..depths; fp32 scalars.
+           option: str = "token", detach: bool = False) -> Tensor:
+    """The weighted sum of cross-entropies at each depth 1..depths, (depths,) in fp32. Only their
+    sum, times any factor, can be differentiated: they share one gradient of the output matrix.
 
     Arguments as for `states`. Targets that are visual slots or lie in the next document do not
     count [O]. detach: the loss trains only the head's own weights, so that it can't change the
@@ -201,10 +202,14 @@ def losses(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, dep
     table, out = tables(model)
     if detach:
         hidden, table, out = hidden.detach(), table.detach(), out.detach()
-    norm = head_of(model).shared_head.norm
-    return [linear_cross_entropy(norm(x.hidden), out, batch.tokens[x.target],
-                                 batch.weights[x.target] * x.counts)
-            for x in states(model, hidden, batch, merged, depths, option, table)]
+    norm, found = head_of(model).shared_head.norm, []
+    for k, x in enumerate(states(model, hidden, batch, merged, depths, option, table)):
+        used = k * len(x.kept) + x.learnt       # in the rows of all depths, end to end
+        found.append((norm(x.hidden), batch.tokens[x.target],
+                      batch.weights[x.target] * x.counts, used))
+    hidden, targets, weights, used = zip(*found)
+    return linear_cross_entropy(torch.stack(hidden), out, torch.stack(targets),
+                                torch.stack(weights), used=torch.cat(used))
 
 
 # ---- speculation --------------------------------------------------------------------------------
