@@ -13,7 +13,8 @@ from lib.common import ROOT
 # A file imports only files of a lower floor. `lib` and `lab` have a floor a file; what is not named
 # here is on its folder's floor.
 FLOORS = {
-    "lib": 0, "lib.cli": 0.1, "lib.tensors": 0.2, "lib.dispatch": 0.2, "lib.attention": 0.5,
+    "lib": 0, "lib.cli": 0.1, "lib.tensors": 0.2, "lib.dispatch": 0.2, "lib.rotary": 0.4,
+    "lib.attention": 0.5, "lib.sigmoid": 0.5,
     "lib.losses": 0.5, "lib.memory": 0.5, "lib.prefetch": 0.5, "lib.common": 1,
     "lib.runs": 1.1,
     "tokenizer": 1, "kernels": 1, "lib.ring": 1.2, "tasks": 2, "vit": 2, "optim": 2,
