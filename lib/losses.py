@@ -111,10 +111,14 @@ def logp(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(logits: Tensor, targets: Tensor):
-    expect("logits", logits, (None, None))
+    _expect_floats("logits", logits, 2)
     expect("targets", targets, logits.shape[:1], logits, torch.int64)
-    if logits.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"logits is {logits.dtype}, not torch.bfloat16 or torch.float32")
+
+
+def _expect_floats(name: str, x: Tensor, dimensions: int):
+    expect(name, x, (None,) * dimensions)
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"{name} is {x.dtype}, not torch.bfloat16 or torch.float32")
 
 
 # ---- with the output matrix ---------------------------------------------------------------------
@@ -189,7 +193,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weight
     is not 0. Without it they are looked for, and on a GPU the host waits for their number. Raises
     ValueError if an argument has another shape, dtype or device.
     """
-    expect("hidden", hidden, (None,) * (hidden.dim() if hidden.dim() == 3 else 2))
+    _expect_floats("hidden", hidden, 3 if hidden.dim() == 3 else 2)
     expect("weight", weight, (None, hidden.shape[-1]), hidden, hidden.dtype)
     expect("targets", targets, hidden.shape[:-1], hidden, torch.int64)
     expect("weights", weights, hidden.shape[:-1], hidden, torch.float32)
@@ -242,7 +246,7 @@ def linear_logp(hidden: Tensor, weight: Tensor, targets: Tensor,
     matrix products and never more than chunk x V logits (chunk 0: see _chunk). The entropy has no
     gradient. Raises ValueError if an argument has another shape, dtype or device.
     """
-    expect("hidden", hidden, (None, None))
+    _expect_floats("hidden", hidden, 2)
     expect("weight", weight, (None, hidden.shape[1]), hidden, hidden.dtype)
     expect("targets", targets, hidden.shape[:1], hidden, torch.int64)
     return _LinearLogp.apply(hidden, weight, targets, chunk or _chunk(hidden, weight))
