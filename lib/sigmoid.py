@@ -41,10 +41,11 @@ def _plain(x, y, scale, bias, paired, tile) -> tuple[Tensor, ...]:
 # Gradients are in bf16. Nearly all are sigmoids of about -14, a millionth: bf16 has the exponent of
 # fp32, so they keep 8 bits, while fp16 would make them 0. Sums are fp32 everywhere.
 #
-# Tiling: 128 images x 128 texts a program, E in steps of 64 through shared memory; 8 warps, of
-# which each thread holds 64 sums. Each program writes its share of the loss and of the gradients of
-# scale and bias to a place of its own, so the sum is the same in each run. Rows of images are taken
-# as many at a time as keep the gradients below 2 ** 27 numbers, 256 MB, against all M texts.
+# Tiling: 128 images x 64 texts a program, E in steps of 64 through shared memory; 8 warps, of which
+# each thread holds 32 sums (with 64, as for 128 x 128, the sigmoids no longer fit in registers).
+# Each program writes its share of the loss and of the gradients of scale and bias to a place of its
+# own, so the sum is the same in each run. As many rows of images are taken at a time as keep the
+# gradients below 2 ** 27 numbers, 256 MB, against all M texts.
 # Roofline: 6 E FLOPs a logit (three products) and 6 bytes (written once, read twice): E FLOPs a
 # byte. The H100 is bound by tensor cores from E = 300 on; base has 1,024.
 
@@ -58,22 +59,25 @@ def _sigmoid_grad_kernel(x, y, grad, parts, scale, bias, rows, columns, pair, E:
     # The tiles of one column of tiles run together and share the tile of y in the L2 cache.
     tiles = tl.cdiv(rows, ROWS)
     program = tl.program_id(0)
-    first_row, first_column = program % tiles * ROWS, program // tiles * COLUMNS
-    row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    first, second = program % tiles * ROWS, program // tiles * COLUMNS
+    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None]
+    # Only the tile's first address needs 64 bits: 64 for each number would fill the registers.
+    x += tl.cast(first, tl.int64) * E
+    y += tl.cast(second, tl.int64) * E
+    grad += tl.cast(first, tl.int64) * columns + second
     cosine = tl.zeros([ROWS, COLUMNS], tl.float32)
     for e in range(0, E, STEP):
         step = e + tl.arange(0, STEP)
-        a = tl.load(x + row.to(tl.int64)[:, None] * E + step[None],
-                    (row[:, None] < rows) & (step[None] < E), other=0.0)
-        b = tl.load(y + column.to(tl.int64)[None] * E + step[:, None],
-                    (column[None] < columns) & (step[:, None] < E), other=0.0)
+        a = tl.load(x + i * E + step[None], (first + i < rows) & (step[None] < E), other=0.0)
+        b = tl.load(y + j * E + step[:, None], (second + j < columns) & (step[:, None] < E),
+                    other=0.0)
         if FULL:        # Triton's interpreter computes wrongly with bf16
             a, b = a.to(tl.float32), b.to(tl.float32)
         cosine = tl.dot(a, b, cosine, input_precision=PRECISION)
     logit = cosine * tl.load(scale) + tl.load(bias)
     sign = tl.full([ROWS, COLUMNS], 1.0, tl.float32)
     if PAIRED:
-        sign = tl.where(row[:, None] + pair == column[None], -1.0, 1.0)
+        sign = tl.where(first + i + pair == second + j, -1.0, 1.0)
     # With z = logit, or -logit for a pair: loss log(1 + exp(z)), gradient sign * sigmoid(z). Both
     # from exp(-|z|), which can't overflow.
     z = sign * logit
@@ -82,10 +86,9 @@ def _sigmoid_grad_kernel(x, y, grad, parts, scale, bias, rows, columns, pair, E:
     series = power * (1 - power * (0.5 - power * (1 / 3 - power * 0.25)))
     loss = tl.maximum(z, 0.0) + tl.where(power < 1 / 64, series, tl.log(1 + power))
     change = sign * tl.where(z > 0, 1.0, power) / (1 + power)
-    real = (row[:, None] < rows) & (column[None] < columns)
+    real = (first + i < rows) & (second + j < columns)
     change = tl.where(real, change, 0.0)
-    at = grad + row.to(tl.int64)[:, None] * columns + column[None]
-    tl.store(at, change.to(grad.dtype.element_ty), real)
+    tl.store(grad + i * columns + j, change.to(grad.dtype.element_ty), real)
     tl.store(parts + program * 3, tl.sum(tl.where(real, loss, 0.0)))
     tl.store(parts + program * 3 + 1, tl.sum(change * cosine))
     tl.store(parts + program * 3 + 2, tl.sum(change))
@@ -108,12 +111,12 @@ def _fused(x, y, scale, bias, paired, dtype) -> tuple[Tensor, ...]:
     grad = a.new_empty(min(height, len(x)), len(y))
     for i in range(0, len(x), height):
         part, tile = a[i:i + height], grad[:len(a) - i]
-        programs = -(-len(part) // 128) * -(-len(y) // 128)
+        programs = -(-len(part) // 128) * -(-len(y) // 64)
         parts = x.new_empty(programs, 3)
         _sigmoid_grad_kernel[programs,](
             part, b, tile, parts, scale, bias, len(part), len(y), i, E=x.shape[1], PAIRED=paired,
-            ROWS=128, COLUMNS=128, STEP=64, FULL=INTERPRETED, PRECISION=precision,
-            num_warps=8, num_stages=3)
+            ROWS=128, COLUMNS=64, STEP=64, FULL=INTERPRETED, PRECISION=precision, num_warps=8,
+            num_stages=3 if dtype == torch.bfloat16 else 2)
         sums += parts.sum(0)
         _add_product(d_x[i:i + height], tile, b)
         _add_product(d_y, tile.T, part)

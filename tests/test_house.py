@@ -234,5 +234,5 @@ def test_debugging_stays_out():
         read = set(re.findall(r"environ(?:\.get\(|\[)\s*[\"'](\w+)", text))
         assert read <= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS",
                         "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "NANOGLMV_KERNELS",
-                        "TRITON_INTERPRET"}, source
+                        "NANOGLMV_ATTENTION", "TRITON_INTERPRET"}, source
         assert not re.search(r"\bbreakpoint\(\)|\bpdb\b", text), source
