@@ -178,13 +178,13 @@ def test_a_run_saves_and_ends_when_nobody_reads_its_output(tmp_path, monkeypatch
 
 
 class Ranks:
-    """A torch.distributed in which the other ranks start from `steps`, and one of them has received
-    a signal to stop."""
+    """A torch.distributed in which the other ranks start from `steps`; `signalled` of them have
+    received a signal to stop, and the --max_hours of `late` are over."""
 
-    def __init__(self, monkeypatch, steps):
+    def __init__(self, monkeypatch, steps, signalled=1, late=0):
         for name in ("is_initialized", "get_world_size", "get_rank", "all_reduce"):
             monkeypatch.setattr(dist, name, getattr(self, name))
-        self.steps = steps
+        self.steps, self.votes = steps, torch.tensor([signalled, late])
 
     def is_initialized(self):
         return True
@@ -196,7 +196,7 @@ class Ranks:
         return 0
 
     def all_reduce(self, value, group=None):
-        value += torch.tensor([0, *self.steps]) if value.ndim else signal.SIGTERM
+        value += self.votes if value.is_floating_point() else torch.tensor([0, *self.steps])
 
 
 @pytest.mark.parametrize("script", [pretrain, train_vit, rl], ids=lambda script: script.__name__)
@@ -218,6 +218,17 @@ def test_a_rank_that_stops_for_another_ends_as_interrupted(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         watch.close()
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000003"]
+
+
+def test_a_rank_stops_as_the_hours_of_another_are_over(tmp_path, monkeypatch, capsys):
+    Ranks(monkeypatch, [0], signalled=0, late=1)
+    hw = replace(common.setup("cpu"), world=2)
+    watch = runs.Checkpointer(tmp_path, hw, 9, 9, 0,
+                              lambda folder: (folder / "it").write_text("all"))
+    assert watch.after_step(3)
+    watch.close()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_000003"]
+    assert "--max_hours are over after step 3 of 9" in capsys.readouterr().out
 
 
 # ---- kills and full disks -----------------------------------------------------------------------
@@ -459,10 +470,10 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
     (dict(mix="point,doc_qa"), "doc_qa, which needs pictures of 256 pixels; .* sees 64,"),
     (dict(mix="pont"), "names 'pont'"), (dict(mix="point:-1"), "weight"),
     (dict(mix="point:many"), "name:weight"), (dict(mix=""), "--mix"),
-    (dict(schedule="square"), "constant, linear or cosine"), (dict(rows=0), "--rows"),
+    (dict(schedule="square"), "constant, linear or cosine"), (dict(rows=-1), "--rows takes 0"),
     (dict(levels=0), "--levels"), (dict(levels=6), "--levels"), (dict(steps=0), "--steps"),
     (dict(save_every=0), "--save_every"), (dict(log_every=0), "--log_every"),
-    (dict(row_tokens=1), "--row_tokens takes 32"), (dict(rows=10 ** 18), "--rows takes 1 to"),
+    (dict(row_tokens=1), "--row_tokens takes 32"), (dict(rows=10 ** 18), "--rows takes 0 or"),
     (dict(row_tokens=10 ** 18), "--row_tokens"), (dict(mtp=10 ** 9), "--mtp takes 0 to 16"),
     (dict(workers=10 ** 9), "--workers"), (dict(pixels=65), "--pixels=65 is more than"),
     (dict(pixels=-1), "--pixels"), (dict(mix="point:nan"), "--mix"), (dict(mix=","), "--mix"),
