@@ -15,8 +15,8 @@ from PIL import Image
 
 import gym
 from conftest import odd_config, random_document
-from data import (collate, document, Document, one_turn, Packer, parse_mix, SampleLoader, sight,
-                  Stream, task_pixels, unit_of)
+from data import (collate, document, Document, one_turn, pack_rows, Packer, parse_mix, SampleLoader,
+                  sight, Stream, task_pixels, unit_of)
 from lib.cli import UserError
 from lib.images import open_image, resize
 from model import sized
@@ -423,6 +423,21 @@ def test_little_is_padded_however_long_a_row_is(room):
 def drawn() -> list[list[Document]]:
     made = stream(levels=2, easy_samples=200)
     return [made(i) for i in range(400)]
+
+
+@pytest.mark.parametrize("room,count", [(2048, 128), (16384, 256)])
+@pytest.mark.parametrize("ranks", [2, 4, 7])
+def test_rows_are_as_many_on_each_rank(room, count, ranks):
+    """As the update of RL deals them out. The longest rank has at most a tenth more than the mean;
+    with full rows it has twice as much in the worst of these cases."""
+    rng = np.random.default_rng(0)
+    documents = [Document(np.full(n, 1, np.int32), np.ones(n, np.float32))
+                 for n in rng.integers(60, 400, count)]
+    rows = pack_rows(documents, room, ranks)
+    used = [sum(len(d.ids) for d in row) for row in rows]
+    assert max(used) <= room and sum(used) == sum(len(d.ids) for d in documents)
+    assert max(sum(used[rank::ranks]) for rank in range(ranks)) < 1.1 * sum(used) / ranks
+    assert max(map(len, pack_rows(documents[:1], room, ranks))) == 1 and not pack_rows([], 9, ranks)
 
 
 # ---- batches ------------------------------------------------------------------------------------
