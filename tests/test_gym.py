@@ -169,7 +169,8 @@ LAST_WORDING = {"shape_attr": ("Tell me the color of", "Name the"), "point": ("F
                 "gui_multi_app": ("Tell me ", "Read the note", "Find out "),
                 "ground_box": ("Show with a box",), "grid_logic": ("Find the solution",),
                 "text_code": ("Implement ",),
-                "ocr_document": ("What is written on",), "world_knowledge": ("Tell me ", "Compare ")}
+                "ocr_document": ("What is written on",),
+                "world_knowledge": ("Tell me ", "Compare ")}
 
 
 @pytest.mark.parametrize("name", LAST_WORDING)
