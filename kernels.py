@@ -4,19 +4,20 @@ Where torch has a fused kernel that is faster, it is used: varlen attention and 
 The rest is written so that a CPU is not slow and memory stays small: attention without padding,
 losses without all their logits.
 
-Attention and rotary positions are in lib/attention.py, losses over a vocabulary in lib/losses.py;
-they can be imported from here too.
+Attention is in lib/attention.py, rotary positions in lib/rotary.py, losses over a vocabulary in
+lib/losses.py, the contrastive loss in lib/sigmoid.py; they can be imported from here too.
 
-Letters: T tokens of a packed row, W width of the model; N images, M texts and E width of their
-vectors in sigmoid_loss.
+Letters: T tokens of a packed row, W width of the model.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.attention import angles, attention, rotary_half, rotary_pairs, Segments
+from lib.attention import attention, Segments
 from lib.dispatch import expect, inline, INTERPRETED, kernel, tl, use_kernels
 from lib.losses import linear_cross_entropy, linear_logp
+from lib.rotary import angles, norm_rotary, rotary_half, rotary_pairs, rotary_qk
+from lib.sigmoid import sigmoid_loss
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -398,51 +399,6 @@ def _check_matrices(name: str, x: Tensor):
     _check_floats(name, x.mT if x.stride(-2) == 1 else x)
 
 
-class _SigmoidLoss(torch.autograd.Function):
-    """See sigmoid_loss. The backward only scales gradients that the forward has made."""
-
-    @staticmethod
-    def forward(ctx, x, y, scale, bias, paired, tile):
-        x, y, scale, bias = (t.detach().float() for t in (x, y, scale, bias))
-        total, d_scale, d_bias = (torch.zeros((), device=x.device) for _ in range(3))
-        d_x, d_y = torch.zeros_like(x), torch.zeros_like(y)
-        for i in range(0, len(x), tile):
-            for j in range(0, len(y), tile):
-                a, b = x[i:i + tile], y[j:j + tile]
-                cosine = a @ b.T
-                logits = cosine * scale + bias
-                total += F.softplus(logits).sum()   # -log sigmoid(-logit), as if none were a pair
-                grad = logits.sigmoid()
-                if paired and i == j:
-                    total -= logits.diagonal().sum()  # softplus(l) - l = -log sigmoid(l)
-                    grad.diagonal().sub_(1)
-                d_scale += (grad * cosine).sum()
-                d_bias += grad.sum()
-                d_x[i:i + tile].addmm_(grad, b)
-                d_y[j:j + tile].addmm_(grad.T, a)
-        ctx.grads = [d_x.mul_(scale), d_y.mul_(scale), d_scale, d_bias]
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        # The gradients are as large as the batch: they are scaled in place and then released.
-        grads, ctx.grads = ctx.grads, None
-        return *(made.mul_(grad) for made in grads), None, None
-
-
-def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, paired: bool = True,
-                 tile: int = 1024) -> Tensor:
-    """SigLIP's loss of N images against M texts, summed to an fp32 scalar, without keeping the
-    N x M logits [C].
-
-    x: (N, E), y: (M, E), with rows of length 1; scale, bias: scalars. The logit of x[i] and y[j] is
-    their product times scale, plus bias. It adds -log sigmoid(logit) for a pair, which is i = j
-    where `paired`, and -log sigmoid(-logit) otherwise. The gradients are computed in the forward,
-    for tile x tile logits at a time.
-    """
-    return _SigmoidLoss.apply(x, y, scale, bias, paired, tile)
-
-
 # For each kernel what lab/kernels.py compiles: the types of its arguments and its constants.
 _NORM = {name: "*bf16" for name in ("x", "total", "inner", "weight")}
 _NORM |= {"x_scales": "*fp32", "total_scales": "*fp32", "width": "i32"}
@@ -468,5 +424,5 @@ KERNELS = [
 #    pytest tests/test_model.py -k rotations; 15 minutes.
 # 2. _LinearCrossEntropy.forward: all gradients in one pass over chunks of rows, with never more
 #    than `chunk` rows of logits. pytest tests/test_model.py -k linear_cross; 45 minutes.
-# 3. _SigmoidLoss.forward, tile by tile, with all four gradients.
+# 3. lib/sigmoid.py, _plain: tile by tile, with all four gradients.
 #    pytest tests/test_train_vit.py -k tiles; 30 minutes.

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import nn, Tensor
 
-from kernels import add_norm, angles, attention, norm_add, rotary_pairs, Segments, swiglu
+from kernels import add_norm, angles, attention, norm_add, rotary_qk, Segments, swiglu
 from lib.cli import UserError
 from lib.memory import in_chunks, Memory, Runner
 from tokenizer import Tokenizer
@@ -164,7 +164,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, rope, segments, layer, cache):
         q, k, v = (rearrange(proj(x), "t (h c) -> t h c", c=self.head_dim)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotary_pairs(q, *rope), rotary_pairs(k, *rope)
+        q, k = rotary_qk(q, k, *rope)
         out = (cache.attend(layer, q, k, v, segments) if cache is not None
                else attention(q, k, v, segments))
         return self.o_proj(rearrange(out, "t h c -> t (h c)"))

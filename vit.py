@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn, Tensor
 
-from kernels import add_norm, angles, attention, rms_norm, rotary_half, Segments, swiglu
+from kernels import add_norm, angles, attention, norm_rotary, rms_norm, Segments, swiglu
 from lib.memory import in_chunks, Memory, Runner
 from lib.prefetch import send
 
@@ -163,8 +163,8 @@ class VitAttention(nn.Module):
         self.k_norm = RMSNorm(c.hidden_size // c.num_heads, c.rms_norm_eps)
 
     def forward(self, x, rope, segments):
-        q, k, v = rearrange(self.qkv(x), "t (n h c) -> n t h c", n=3, h=self.heads)
-        q, k = rotary_half(self.q_norm(q), *rope), rotary_half(self.k_norm(k), *rope)
+        qkv = rearrange(self.qkv(x), "t (n h c) -> t n h c", n=3, h=self.heads)
+        q, k, v = norm_rotary(qkv, self.q_norm, self.k_norm, *rope)
         return self.proj(rearrange(attention(q, k, v, segments), "t h c -> t (h c)"))
 
 

@@ -20,8 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lib.dispatch import expect, inline, INTERPRETED, kernel, tl, use_kernels
-from lib.rotary import (angles, expect_type, power_of_2, rotary_half,    # some for kernels.py
-                        rotary_pairs)
+from lib.rotary import expect_type, power_of_2
 
 try:    # a fused kernel for packed rows: CUDA only, and only in half precision
     from torch.nn.attention.varlen import varlen_attn

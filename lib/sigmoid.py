@@ -170,7 +170,3 @@ def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, paired: bool
         raise ValueError(f"dtype is {dtype}: neither float32 nor bfloat16")
     dtype = dtype or (torch.float32 if x.device.type == "cpu" else torch.bfloat16)
     return _SigmoidLoss.apply(x, y, scale, bias, paired, tile, dtype)
-
-
-# Exercise. Delete the body of _plain, write it again, run the test: tile by tile, with all four
-# gradients. pytest tests/test_train_vit.py -k tiles; 30 minutes.
