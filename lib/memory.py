@@ -21,6 +21,8 @@ whether a row has one image or a thousand [C: activations should not grow with t
 Every policy gives the same gradients, bit for bit: the backward runs the very operations of the
 forward, and nothing here is random, so no state of a generator needs to be restored. Chunks change
 the last bits, since the gradient of a matrix is then a sum over chunks.
+
+--compile lets torch.compile write one kernel where a block has several elementwise operations.
 """
 import functools
 from dataclasses import dataclass, fields
@@ -236,3 +238,24 @@ def in_chunks(encode, parameters, limit: int, patches: Tensor, grids: Tensor, *o
             parts.append(encode(patches[here], *rest))
         at = here.stop
     return torch.cat(parts)
+
+
+# ---- torch.compile ------------------------------------------------------------------------------
+
+def compile_blocks(model: nn.Module, kinds, device: torch.device):
+    """torch.compile every module of these kinds (--compile), in place: names and checkpoints stay
+    as they are. Raises UserError where no compiler works.
+
+    A block and not the whole model: all blocks of a kind share the compiled code. dynamic: of any
+    number of tokens; otherwise each new number would be compiled anew. Evaluation compiles once
+    more, since no gradients are needed there.
+    """
+    try:        # of a tiny function first: in a block the error would come pages later
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--compile finds no compiler that works ({reason}): install one, as g++, "
+                        "or leave --compile out") from None
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.compile(dynamic=True)
