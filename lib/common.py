@@ -290,16 +290,18 @@ def print_plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float,
     print(f"price       ${hours * hw.price * hw.world:,.2f} at ${hw.price} a device-hour")
 
 
-def print_plan_on(machine, parts: dict[str, int], tokens: float, steps: list,
-                  loading: float = 0.0, how: str = ""):
+def print_plan_on(machine, parts: dict[str, int], tokens: float, steps: list, loading: float,
+                  how: str, beside: bool = True):
     """Print what a run would need and cost on a machine that is not here (`--plan --on`).
 
     machine, steps: a Machine and Parts of lib/roofline.py; loading: hours in which samples are
-    made, beside the steps; how: by whom and how fast.
+    made, `beside` the steps or between them; how: by whom and how fast.
     """
     fullest = max((s.trace.memory() for s in steps), key=lambda memory: memory["total"])
-    own = sum(s.steps * s.trace.seconds for s in steps) / 3600
-    hours, price = max(own, loading), machine.price * machine.count
+    own, others = (sum(s.steps * s.trace.seconds for s in steps if s.beside == beside) / 3600
+                   for beside in (False, True))
+    hours = max(own, others, loading) if beside else max(own, others) + loading
+    price = hours * machine.price * machine.count
     kinds = ", ".join(f"{kind} {n / 2**30:,.2f}" for kind, n in fullest.items() if kind != "total")
     print(f"on          {machine}: what is computed comes from a model of it, not a measurement")
     for name, count in parts.items():
@@ -310,14 +312,13 @@ def print_plan_on(machine, parts: dict[str, int], tokens: float, steps: list,
     print(f"compute     {sum(s.steps * s.flops for s in steps):.3g} FLOPs")
     for s in steps:
         print(f"step        {s.trace.seconds:.4f} s computed, MFU "
-              f"{s.trace.mfu(s.flops / machine.count):.1%}, {s.steps:,.0f} {s.name}: GPU "
+              f"{s.trace.mfu(s.flops / s.trace.machine.count):.1%}, {s.steps:,.0f} {s.name}: GPU "
               f"{s.trace.total().seconds:.4f} s, host {s.trace.host_seconds:.4f} s, waiting for "
               f"other GPUs {s.trace.exposed:.4f} s")
-    if how:
-        print(f"loading     {loading:,.2f} h computed, {how}")
-    print(f"time        {hours:,.2f} h computed" + (" by loading" if hours > own else ""))
-    print(f"price       ${hours * price:,.2f} computed, at ${machine.price} a GPU-hour, an "
-          "assumption")
+    print(f"loading     {loading:,.2f} h computed, {'beside' if beside else 'between'} the steps; "
+          f"{how}")
+    print(f"time        {hours:,.2f} h computed")
+    print(f"price       ${price:,.2f} computed, at ${machine.price} a GPU-hour, an assumption")
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ import re
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -222,12 +222,26 @@ class Trace:
 
     # ---- noting -------------------------------------------------------------------------------
 
-    def begin(self, phase: str, times: int = 1):
+    def begin(self, phase: str, times: float = 1):
         """All operations from here on belong to this phase: forward, backward, update; or to none,
         and are not counted. times: how often a step repeats them, for example for each row."""
         if self.phase == "forward":
             self.activations = max(self.activations, self.live)
         self.phase, self.times = phase, times
+
+    def learn(self, forward: Callable, times: float, forwards: int = 1):
+        """Follow forward(), which returns a loss or other results, and the backward from there;
+        both happen `times` in a step, the forward `forwards` times as often."""
+        self.begin("forward", times * forwards)
+        results = tensors(forward())
+        self.begin("backward", times)
+        torch.autograd.backward(results, [torch.empty_like(x) for x in results])
+
+    def update(self, optimizer, **options):
+        """Follow optimizer.step, which ends the step."""
+        self.begin("update")
+        optimizer.step(1.0, **options)
+        self.begin("")
 
     def hold_training(self, model, optimizer):
         """The model and the optimizer, whose step makes AdamW's moments when it first runs."""
@@ -331,7 +345,8 @@ class Trace:
         if to != "meta" and not any(t.is_meta for t in given):
             return func(*args, **kwargs)
 
-        args, kwargs = tree_map(self._on_meta, (args, kwargs))
+        if not all(t.is_meta or t.dim() == 0 for t in given):
+            args, kwargs = tree_map(self._on_meta, (args, kwargs))
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             args = (args[0], self._indices(args[1]), *args[2:])
         real = None
@@ -456,7 +471,7 @@ class _Functions(TorchFunctionMode):
             return self.trace.put(torch.tensor(*args, **kwargs | {"device": "cpu"}))
         if func is torch.Tensor.tolist and first.is_meta:
             known = self.trace.value(first)
-            return (torch.ones(first.shape) if known is None else known).tolist()
+            return (torch.ones(first.shape, dtype=first.dtype) if known is None else known).tolist()
         if func is F.rms_norm and first.is_meta:
             out = _RmsNorm.apply(first, kwargs["weight"], self.trace)
         else:
@@ -574,4 +589,5 @@ class Part:
     name: str
     steps: float
     trace: Trace            # of one step
-    flops: float            # what the model needs in one step, over all GPUs
+    flops: float            # what the model needs in one step, over all GPUs of trace.machine
+    beside: bool = False    # other GPUs take them while these take the rest
