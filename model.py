@@ -24,6 +24,8 @@ from lib.memory import in_chunks, Memory, Runner
 from tokenizer import Tokenizer
 from vit import CogViT, RMSNorm, VitConfig
 
+attention = torch.compiler.disable(attention)       # see vit.py
+
 
 @dataclass
 class TextConfig:

@@ -24,6 +24,10 @@ from kernels import add_norm, angles, attention, norm_rotary, rms_norm, Segments
 from lib.memory import in_chunks, Memory, Runner
 from lib.prefetch import send
 
+# A compiled block (--compile) is one graph before attention and one behind it: the kernels of
+# attention are compiled already, and its plain version makes other shapes of every batch.
+attention = torch.compiler.disable(attention)
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's [R]
 STD = (0.26862954, 0.26130258, 0.27577711)
 
