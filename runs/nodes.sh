@@ -40,9 +40,9 @@ RANKS=$((NODES * GPUS))
 PLAYERS=${PLAYERS:-$((RANKS / 2))}
 
 # Learning rates, from those of `tiny` by the rule in runs/one_gpu.sh: 1 / sqrt(width), and sqrt(N)
-# for a batch N times that of one GPU. base is 1,536 wide; on one GPU its batch has 65,536 tokens. On
-# 16 GPUs that makes 4e-3 for pretraining, and nanochat's rule 3.6e-3. With more GPUs it stays there:
-# no larger rate has been tried at any size.
+# for a batch N times that of one GPU. base is 1,536 wide; on one GPU its batch has 65,536 tokens.
+# On 16 GPUs that makes 4e-3 for pretraining, and nanochat's rule 3.6e-3. With more GPUs it stays
+# there: no larger rate has been tried at any size.
 case $SIZE in
     tiny) WIDTH=96 TOKENS=512 IMAGES=8 MICRO=4 PROMPTS=2 SLOTS=8 ;;
     base) WIDTH=1536 TOKENS=16384 IMAGES=256 MICRO=64 PROMPTS=16 SLOTS=128 ;;

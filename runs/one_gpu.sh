@@ -48,6 +48,7 @@ esac
 # Two budgets. From two hours on the batch is twice as large: with six times as many steps the noise
 # of the gradient limits the model, and no longer their number. Level 2 joins, as in runs/night.sh.
 if awk "BEGIN { exit !($HOURS >= 2) }"; then N=2 LEVELS=3; else N=1 LEVELS=2; fi
+scaled() { awk "BEGIN { print $1 * $N }"; }
 rate() { awk "BEGIN { printf \"%.2g\", $1 * sqrt(96 / $WIDTH) * sqrt($N) }"; }
 
 # fit SHARE SECONDS: how many steps of so many seconds fit into a share of the hours, at least one.
@@ -115,22 +116,22 @@ recipe() {
 #    and DINOv3 are better teachers (--semantic_teacher, --texture_teacher). 256 pictures of 224
 #    pixels are 65,536 patches a step. Look at: OUT/vit/report.json, whether the student of both
 #    teachers is better than each of them.
-stage vit 0.12 "$(awk "BEGIN { print $N * 0.3 }")" "$TRIAL" "" train_vit.py --batch=$((N * IMAGES)) \
+stage vit 0.12 "$(scaled 0.3)" "$TRIAL" "" train_vit.py --batch=$((N * IMAGES)) \
     --lr="$(rate 4e-3)" --workers="$WORKERS" --probes=256 --eval_every=0
 
 # 2. Pretraining, 45%: conversations about pictures of all categories, and some text; the first
-#    fifth of the steps at level 0, where the model learns to look at the picture. The MTP head joins
-#    in the last fifth. Look at: `loss` falls in steps, one an ability; `held_out` falls with it.
+#    fifth of the steps at level 0, where the model learns to look at the picture. The MTP head
+#    joins in the last fifth. Look at: `loss` falls in steps, one an ability; `held_out` with it.
 local mix=gym:16,atlas:1,text:1,code:1
 local rows=(--rows=$((N * ROWS)) --row_tokens=$TOKENS --mix=$mix --levels=$LEVELS)
-stage pretrain 0.45 "$(awk "BEGIN { print $N * 0.085 }")" "$TRIAL" --vit="$OUT/vit/align" \
+stage pretrain 0.45 "$(scaled 0.085)" "$TRIAL" --vit="$OUT/vit/align" \
     pretrain.py "${rows[@]}" --own_question --lr="$(rate 4e-3)" --workers="$WORKERS" \
     --save_every=2000
 
 # 3. Supervised fine-tuning, 20%: half of the replies begin with the oracle's reasons, where it
 #    states any. The rate is 3/8 of the first one, so that the model keeps what it knows. Look at:
 #    `mtp1` below 1; OUT/sft.json: which categories are above `blank`, that with grey pictures?
-stage sft 0.2 "$(awk "BEGIN { print $N * 0.095 }")" "$TRIAL" --init="$OUT/pretrain" \
+stage sft 0.2 "$(scaled 0.095)" "$TRIAL" --init="$OUT/pretrain" \
     pretrain.py "${rows[@]}" --curriculum=0 --think=0.5 --mtp_share=1 \
     --lr="$(rate 1.5e-3)" --workers="$WORKERS" --save_every=2000
 examine sft
@@ -140,9 +141,9 @@ examine sft
 #    which run on the CPU, delay neither. The rate is a fifth of pretraining's. Look at: `reward`;
 #    is OUT/rl.json above OUT/sft.json? A short run teaches little that is new: afterwards the model
 #    does reliably what it did sometimes.
-stage rl 0.15 3 $((TRIAL / 8 + 1)) --init="$OUT/sft" rl.py --mix="$CATEGORIES" --levels=$LEVELS \
-    --prompts=$((N * PROMPTS)) --group=8 --row_tokens=$TOKENS --max_new=128 --context=4096 \
-    --max_staleness=1 --slots=$SLOTS --workers=8 --lr="$(rate 8e-4)" --eval_every=0
+stage rl 0.15 "$(scaled 3)" $((TRIAL / 8 + 1)) --init="$OUT/sft" rl.py --mix="$CATEGORIES" \
+    --levels=$LEVELS --prompts=$((N * PROMPTS)) --group=8 --row_tokens=$TOKENS --max_new=128 \
+    --context=4096 --max_staleness=1 --slots=$SLOTS --workers=8 --lr="$(rate 8e-4)" --eval_every=0
 
 # 5. The examination once more, 4%.
 examine rl
