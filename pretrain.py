@@ -42,13 +42,14 @@ from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, N
                      Positive, Range, Schedule, Seed, Share, UserError)
 from lib.common import (check_same_start, cores, Log, multiples, print_plan, print_plan_on,
                         read_json, setup, sum_over_ranks, write_json)
-from lib.memory import parse_memory
+from lib.memory import compile_blocks, parse_memory
 from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Part, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from mmtp import attach, head_of, losses as mtp_losses, prefix
-from model import Config, GLMV, sized
+from model import Config, DecoderLayer, GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
+from vit import VitBlock
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Args:
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
     memory: str = "none"          # recompute or offload activations, or by part: see lib/memory.py
     chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
+    compile: bool = False         # torch.compile each block: the first step takes a minute more
     workers: Annotated[int, Range(-1, 512)] = -1    # processes that load; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
     on: str = ""                  # with --plan: on this machine, e.g. H100 or 8xH100; default: here
@@ -219,15 +221,11 @@ def trace_step(machine: Machine, args: Args, config: Config, row, depths: int):
         parse_memory(args.memory, args.chunk_patches).use_in(model)
         optimizer = Optimizer(model.bfloat16().named_parameters(), OptimConfig())
         trace.hold_training(model, optimizer)
-        batch, rows = collate(row, config, args.row_tokens), -(-args.rows // machine.count)
-        trace.begin("forward", rows)
-        loss, further = loss_sum(model, batch.to("meta"), depths, args.image_option, args.mtp_alone)
-        trace.begin("backward", rows)
-        (loss + 0.3 * sum(further) / max(1, args.mtp)).backward()
+        batch = collate(row, config, args.row_tokens).to("meta")
+        rows = -(-args.rows // machine.count)
+        trace.learn(lambda: loss_sum(model, batch, depths, args.image_option, args.mtp_alone), rows)
         optimizer.accumulate()
-        trace.begin("update")
-        optimizer.step(1.0, skip_prefix="" if depths else prefix(model))
-        trace.begin("")
+        trace.update(optimizer, skip_prefix="" if depths else prefix(model))
     return model, trace
 
 
@@ -316,6 +314,8 @@ def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
         load_tower(model.model.visual, find_checkpoint(args.vit))
     model = model.to(hw.device, hw.dtype)
     parse_memory(args.memory, args.chunk_patches).use_in(model)
+    if args.compile:
+        compile_blocks(model, (VitBlock, DecoderLayer), hw.device)
 
     # lr 4e-3: Muon's updates have the RMS of AdamW's, so one rate serves both [R: Moonlight]. With
     # it a tiny model leaves the plateau before it uses the picture; with AdamW alone at 2e-3 it was

@@ -1,8 +1,12 @@
 """Every policy gives the same gradients and keeps less; torch.compile computes the same."""
 import importlib
+import json
+import os
 import re
 import runpy
 import signal
+import subprocess
+import sys
 import weakref
 from dataclasses import fields, replace
 
@@ -11,14 +15,18 @@ import torch
 from torch import nn
 
 import mmtp
+import pretrain
+import rl
+import train_vit
 from conftest import odd_config, random_document
 from data import collate
 from lab import bench_memory
 from lib import memory
 from lib.cli import UserError
-from lib.common import ROOT
-from lib.memory import chunks_of, HostCopy, Memory, parse_memory
-from model import GLMV, init
+from lib.common import ROOT, setup
+from lib.memory import chunks_of, compile_blocks, HostCopy, Memory, parse_memory
+from lib.tensors import load_tensors
+from model import GLMV, init, sized
 from pretrain import loss_sum
 from vit import CogViT
 
@@ -167,6 +175,72 @@ def test_what_is_asked_for():
     assert parse_memory("vit:offload,adapter:recompute") == Memory("offload", "recompute", "none")
 
 
+# ---- in the training scripts --------------------------------------------------------------------
+
+SMALL = dict(steps=2, rows=2, row_tokens=256, mix="counting", mtp_share=1.0, eval_every=0,
+             workers=0, device="cpu", dtype="float32")
+
+
+def equal_checkpoints(a, b) -> bool:
+    states = [torch.load(folder / "train.pt", weights_only=True) for folder in (a, b)]
+    return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes() and \
+        str(states[0]["optimizer"]) == str(states[1]["optimizer"])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_does_not_depend_on_the_policy(tmp_path):
+    """A run without one; another that changes it on the way. The bytes are the same."""
+    pretrain.run(pretrain.Args(**SMALL, out=str(tmp_path / "plain")))
+    for policy in ("offload", "vit:recompute"):
+        pretrain.run(pretrain.Args(**SMALL, out=str(tmp_path / "kept"), memory=policy, resume=True,
+                                   save_every=1))
+        (tmp_path / "kept/step_000002").rename(tmp_path / policy.replace(":", "_"))
+    for name in ("offload", "vit_recompute"):
+        assert equal_checkpoints(tmp_path / "plain/step_000002", tmp_path / name)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_a_policy(tmp_path):
+    runs = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "pretrain.py", *(f"--{key}={value}" for key, value in SMALL.items()),
+         f"--memory={policy}", f"--out={tmp_path / policy}"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for policy in ("none", "offload")]
+    assert [run.wait(200) for run in runs] == [0, 0]
+    assert equal_checkpoints(tmp_path / "none/step_000002", tmp_path / "offload/step_000002")
+
+
+def test_rl_learns_the_same_under_a_policy():
+    config = odd_config()
+    model = GLMV(config, seed=1)
+    mmtp.attach(model, 2)
+    batch = collate(rl.to_sample([random_document(config)], 0.5), config, 64)
+    found = []
+    for how in ALL:
+        how.use_in(model)
+        model.zero_grad(set_to_none=True)
+        rl.row_loss(model, batch, rl.Args())[0].backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(a is b or torch.equal(a, b) for other in found for a, b in zip(found[0], other))
+
+
+def test_the_options_reach_the_models(tmp_path):
+    hw, how = setup("cpu"), parse_memory("offload", 64)
+    options = dict(memory="offload", chunk_patches=64, out=str(tmp_path))
+    for model in (rl.prepare(rl.Args(**options), hw)[0],
+                  pretrain.build(pretrain.Args(**options), hw)[0]):
+        assert model.model.visual.memory == model.model.language_model.memory == how
+    args = train_vit.check(train_vit.Args(**options))
+    model = train_vit.build("semantic", args, sized("tiny"), hw)[0]
+    assert model.visual.memory == Memory("offload", chunk_patches=64)
+
+
+@pytest.mark.parametrize("script", [pretrain, rl], ids=lambda script: script.__name__)
+def test_a_wrong_policy_is_refused_at_once(script, tmp_path):
+    with pytest.raises(UserError, match="not 'half'"):
+        script.run(script.Args(memory="half", plan=True, out=str(tmp_path)))
+
+
 # ---- too little memory --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, options, flags", [
@@ -192,3 +266,33 @@ def test_too_little_memory_names_the_options(script, options, flags, tmp_path, m
     assert end.value.code == 2 and line.startswith("error: the memory does not suffice")
     known = {f"--{field.name}" for field in fields(importlib.import_module(script[:-3]).Args)}
     assert set(re.findall(r"--\w+", line)) == flags <= known
+
+
+# ---- torch.compile ------------------------------------------------------------------------------
+
+def test_without_a_compiler(monkeypatch):
+    def compiled(_):
+        def call(*_):
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCH...")
+        return call
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.raises(UserError, match=r"\(InvalidCxxCompiler: No .* found\): install one"):
+        compile_blocks(nn.Linear(1, 1), nn.Linear, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(tmp_path):
+    """One step with the MTP head, under a policy: the loss, the gradient's norm, and the names of
+    the weights. Compiled code adds up in another order."""
+    found = {}
+    for name in ("plain", "compile"):
+        out = tmp_path / name
+        pretrain.run(pretrain.Args(
+            steps=1, rows=1, row_tokens=256, mix="counting", mtp_share=1, eval_every=0, workers=0,
+            device="cpu", dtype="float32", out=str(out), memory="recompute",
+            compile=name == "compile"))
+        line = json.loads((out / "log.jsonl").read_text())
+        found[name] = [line[key] for key in ("loss", "norm", "mtp1", "mtp3")]
+        found[name + "d"] = load_tensors(out / "step_000001").keys()
+    assert found["compile"] == pytest.approx(found["plain"], rel=1e-4)
+    assert found["compiled"] == found["plaind"]
