@@ -87,7 +87,7 @@ class Args:
     seed: Seed = 0                # of weights and samples
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
-    memory: str = "none"          # recompute or offload activations, or by part: see lib/memory.py
+    memory: str = "none"          # or recompute, offload; by part: vit:offload,decoder:recompute
     chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
     compile: bool = False         # torch.compile each block: the first step takes a minute more
     workers: Annotated[int, Range(-1, 512)] = -1    # processes that load; -1: one a core, max 8

@@ -62,11 +62,11 @@ class CountedCopy(HostCopy):
 
 
 def pictures(count: int, config, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches and grids of `count` images of noise, of the size that train_vit.py takes."""
+    """Patches, and grids on the CPU, of `count` images of noise of train_vit.py's size."""
     p = config.vision.patch_size
     side = (64 if p == 8 else 224) // p
     patches = torch.randint(0, 256, (count * side * side, 1, 3 * p * p), dtype=torch.uint8)
-    return patches.to(device), torch.tensor([[1, side, side]] * count, device=device)
+    return patches.to(device), torch.tensor([[1, side, side]] * count)
 
 
 def encode(model: GLMV, patches, grids):
