@@ -3,8 +3,8 @@
     python -m lab.roofline --size=base --rows=4 --row_tokens=16384 --on=8xH100
     python -m lab.roofline --size=base --rows=4 --row_tokens=16384 --mtp        the MTP head learns
 
-A row of the gym's own samples is drawn and packed; the step then runs on meta tensors, as pretrain.py
-would run it. Printed are, for forward, backward and update: launches, FLOPs, bytes and time; then
+A row of the gym's own samples is drawn and packed; the step then runs on meta tensors, as that of
+pretrain.py. Printed are, for forward, backward and update: launches, FLOPs, bytes and time; then
 memory by kind, and the lines of ours that take most of the time. All of it is computed, nothing
 measured. What stands between a step and the machine's peak can be read from it: operations that
 only move bytes, launches that the host is too slow for, an update that rows are too few to pay for.

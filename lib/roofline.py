@@ -350,7 +350,8 @@ class Trace:
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             args = (args[0], self._indices(args[1]), *args[2:])
         real = None
-        if given and all(v is not None and v.numel() <= SMALL for v in known):
+        if (given and all(v is not None and v.numel() <= SMALL for v in known)
+                and name not in FREE - {"detach", "alias", "lift_fresh", "_unsafe_view"}):
             real = func(*tree_map(self._as_value, args), **tree_map(self._as_value, kwargs)
                         | ({"device": "cpu"} if to else {}))
         changes = func._schema.is_mutable
@@ -370,7 +371,9 @@ class Trace:
         for t in made:
             self._allocate(t)
         if not func.is_view and name not in FREE:
-            self._note_operation(name, args, [t for t in given if t.is_meta], made, changes)
+            into = kwargs.get("out")                # torch.mm(a, b, out=into) does not read it
+            self._note_operation(name, args, [t for t in given if t.is_meta and t is not into],
+                                 made, changes)
         return out
 
     def _as_value(self, x):
