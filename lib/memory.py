@@ -16,7 +16,9 @@ images are many. Vision tower, adapter and decoder each have a policy of their o
 What is kept then still grows with the number of images. With --chunk_patches=N the tower and the
 adapter encode whole images in chunks of at most N patches, and a chunk keeps nothing but its
 pixels: the backward encodes it again. So the activations of the tower are those of one chunk,
-whether a row has one image or a thousand [C: activations should not grow with the images].
+whether a row has one image or a thousand [C: activations should not grow with the images]. Chunks
+cost one more forward of tower and adapter; with vit:recompute, which makes a chunk of few large
+images smaller still, two. With vit:offload they bring nothing more: so little is left to move.
 
 Every policy gives the same gradients, bit for bit: the backward runs the very operations of the
 forward, and nothing here is random, so no state of a generator needs to be restored. Chunks change
