@@ -12,9 +12,10 @@ RMS 0.2, as AdamW's updates typically do, so that one learning rate and one weig
 [R: Moonlight]. A fused weight such as qkv is three matrices in one tensor: each is made orthogonal
 by itself, or the one with the largest gradient would take most of the update [R].
 """
+import functools
 import math
-from collections import defaultdict
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 import torch
 import torch.distributed as dist
@@ -35,22 +36,24 @@ class OptimConfig:
 
 
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
-    """Make matrices nearly orthogonal, with the singular vectors of x. (..., R, C) -> (..., R, C)
+    """Make N matrices nearly orthogonal, with the singular vectors of x. (N, R, C) -> (N, R, C)
 
     Five rounds of s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5 bring the singular values to about
     0.7-1.2 [C]: the steep start at 0 lifts small values quickly, and exactly 1 is not needed. In
     bf16 on a GPU, in fp32 on a CPU.
     """
     x = x.bfloat16() if x.is_cuda else x.float()
-    tall = x.shape[-2] > x.shape[-1]
+    tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x             # x @ x.mT is then the smaller of the two squares
     # The Frobenius norm is at least the largest singular value, so all values are now at most 1,
     # where the polynomial converges.
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.mT
-        b = -4.7750 * a + 2.0315 * (a @ a)
-        x = 3.4445 * x + b @ x
+        # baddbmm adds a multiple of one matrix to a product as it writes the product: one pass
+        # through memory instead of three.
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)      # -4.7750 a + 2.0315 a @ a
+        x = torch.baddbmm(x, b, x, beta=3.4445)                     # 3.4445 x + b @ x
     return x.mT if tall else x
 
 
@@ -68,134 +71,295 @@ def fused_parts(name: str) -> int:
     return 2 if "gate_up_proj" in name else 1
 
 
+def divide(costs: list[float], world: int) -> list[int]:
+    """Deal out things in their order, so that all ranks get about the same cost: the rank of each.
+    [1, 1, 1, 3] over 2 ranks -> [0, 0, 0, 1]"""
+    ranks, before = [], 0.0
+    for cost in costs:
+        ranks.append(int(world * (before + cost / 2) / sum(costs)))
+        before += cost
+    return ranks
+
+
 class Optimizer:
-    """Muon and AdamW over one model, with fp32 master weights and a flat fp32 gradient buffer.
+    """Muon and AdamW over one model, shared by the ranks that train it.
 
     A model in bf16 cannot hold small updates: near 1 its next number is 0.8% away. So the exact
-    weights, the masters, are here. After each backward pass `accumulate` adds the gradients to the
-    buffer in fp32; `step` updates the masters and copies them, rounded, into the model. The buffer
-    is one flat tensor so that summing it over ranks is a single all-reduce.
+    weights, the masters, are here, in fp32. Each rank owns a share of them, with its momenta, and
+    updates only that: of Muon's matrices whole ones, since Newton-Schulz needs all of a matrix, and
+    a slice of AdamW's parameters. One step:
+
+        backward    each gradient is added to a flat fp32 buffer, and freed, as soon as it is there
+        reduce      the gradients of each share are summed over ranks, at its owner
+        step        owners update their masters and send them to all, rounded to the model's dtype
+
+    The buffer holds all parameters, in such an order that every share is one range of it:
+
+        Muon of rank 0 | Muon of rank 1 | ... | AdamW of rank 0 | AdamW of rank 1 | ...
+
+    A single process owns everything and sends nothing. Sums are made in fp32, so the number of
+    ranks changes nothing but rounding. Memory, in bytes a parameter: 4 for the buffer and 2 for the
+    model in bf16 on every rank; 8 (Muon) or 12 (AdamW) for the share, divided by the ranks.
+
+    A matrix that is frozen, by requires_grad_(False), is skipped as long as it is.
     """
 
-    def __init__(self, named_parameters, config: OptimConfig):
-        self.config = config
+    def __init__(self, named_parameters, config: OptimConfig, process_group=None):
+        """process_group: the ranks that train, if not all do."""
+        self.config, self.process_group = config, process_group
         self.params = {n: p for n, p in named_parameters if p.requires_grad}
+        joined = dist.is_initialized()
+        self.rank = dist.get_rank(process_group) if joined else 0
+        self.world = dist.get_world_size(process_group) if joined else 1
+
+        # Matrices are dealt out in the model's order. So the last rank's gradients are complete
+        # when the backward pass has been through its layers, and can travel while it goes on.
+        # Newton-Schulz takes about (entries) x (shorter side) operations.
+        sizes = {n: p.numel() for n, p in self.params.items()}
+        muon = [n for n, p in self.params.items() if is_matrix(n, p)]
+        costs = [sizes[n] * min(self._batch(n)[:2]) for n in muon]
+        owner = dict(zip(muon, divide(costs, self.world)))
+        self.names = {
+            "muon": sorted(muon, key=lambda n: (owner[n], self._batch(n))),     # batch by batch
+            "adam": sorted((n for n in sizes if n not in owner), key=self._settings)}
+
+        # {name: its first and last place in the buffer}, and where the buffer is cut into shares.
+        self.places, end = {}, 0
+        for name in self.names["muon"] + self.names["adam"]:
+            self.places[name] = (end, end + sizes[name])
+            end += sizes[name]
+        ranks = range(self.world + 1)
+        cuts = [sum(sizes[n] for n in muon if owner[n] < rank) for rank in ranks]
+        self.cuts = {"muon": cuts,
+                     "adam": [cuts[-1] + (end - cuts[-1]) * rank // self.world for rank in ranks]}
+        self.shares = [(first, last, owner) for cuts in self.cuts.values()
+                       for owner, (first, last) in enumerate(pairwise(cuts))]
+
         device = next(iter(self.params.values())).device
-        sizes = [p.numel() for p in self.params.values()]
-        self.flat_grad = torch.zeros(sum(sizes), device=device)
-        self.grads = self._views(self.flat_grad)
-        self.flat = torch.cat([p.detach().float().flatten() for p in self.params.values()])
-        self.masters = self._views(self.flat)
-        self.muon = [n for n, p in self.params.items() if is_matrix(n, p)]
-        self.momenta = {n: torch.zeros_like(self.masters[n]) for n in self.muon}
-        # Matrices of one shape go through Newton-Schulz in one batched product.
-        self.shapes = defaultdict(list)     # (rows, columns) of a part -> [(name, parts), ...]
-        for name in self.muon:
-            matrix = self.masters[name].flatten(1)
-            parts = fused_parts(name)
-            self.shapes[(matrix.shape[0] // parts, matrix.shape[1])].append((name, parts))
-        param_groups = defaultdict(list)    # (scale, weight decay) -> masters that AdamW updates
-        for name in self.params:
-            if name in self.momenta:
-                continue
-            self.masters[name].grad = self.grads[name]      # AdamW reads the buffer's views
-            decay = self._decay(name) if self.params[name].ndim >= 2 else 0.0
-            param_groups[self._scale(name), decay].append(self.masters[name])
-        # eps is far below any gradient, so that rarely seen tokens, too, move at the full rate.
-        self.adam = torch.optim.AdamW(
-            [{"params": p, "weight_decay": d, "scale": s} for (s, d), p in param_groups.items()],
-            lr=config.lr, betas=config.betas, eps=1e-10, fused=True)
+        self.grad = torch.zeros(end, device=device)
+        self.grads = self._views(self.grad)
+        muon, adam = (self._own(kind).stop - self._own(kind).start for kind in self.cuts)
+        self.flat = torch.empty(muon + adam, device=device)         # the masters of this rank
+        self.masters = dict(zip(self.cuts, self.flat.split([muon, adam])))
+        self.momentum = torch.zeros(muon, device=device)
+        self.moments = torch.zeros(2, adam, device=device)
+        self.updates = 0                                            # steps done, for AdamW
+        self.adam = self._make_adam()
+        self.load_masters(self.params)
+
+        self.awaited: list[set] = []    # names without a gradient yet, by share: last_backward
+        self.sums = []                  # sums over ranks that have begun
+        for name, p in self.params.items():
+            p.register_post_accumulate_grad_hook(functools.partial(self._collect, name))
+
+    # ---- which parameters, and where ------------------------------------------------------------
+
+    def _settings(self, name: str) -> tuple[float, float]:
+        """The factor on the learning rate, and the weight decay, of a parameter."""
+        scale = next((f for prefix, f in self.config.scales if name.startswith(prefix)), 1.0)
+        decay = next((d for prefix, d in self.config.decays if name.startswith(prefix)),
+                     self.config.weight_decay)
+        return scale, decay if self.params[name].ndim >= 2 else 0.0
+
+    def _batch(self, name: str) -> tuple:
+        """What matrices have in common that go through Newton-Schulz in one batch: rows, columns,
+        scale and decay."""
+        rows = self.params[name].shape[0] // fused_parts(name)
+        return rows, self.params[name][0].numel(), *self._settings(name)
+
+    def _own(self, kind: str) -> slice:
+        """The range of the buffer that this rank owns; kind: muon or adam."""
+        return slice(*self.cuts[kind][self.rank:self.rank + 2])
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        """{parameter's name: its part of a flat tensor, in its shape}"""
-        views, offset = {}, 0
-        for name, p in self.params.items():
-            views[name] = flat[offset:offset + p.numel()].view(p.shape)
-            offset += p.numel()
-        return views
+        """{parameter's name: its part of a tensor like the buffer, in its shape}"""
+        return {name: flat[first:last].view(self.params[name].shape)
+                for name, (first, last) in self.places.items()}
 
-    def _scale(self, name: str) -> float:
-        return next((f for prefix, f in self.config.scales if name.startswith(prefix)), 1.0)
+    def _make_adam(self) -> torch.optim.AdamW:
+        """torch's AdamW, to which each range of the share with the same settings is one tensor."""
+        own, param_groups, state = self._own("adam"), [], {}
+        for (scale, decay), names in groupby(self.names["adam"], self._settings):
+            ends = [self.places[name] for name in names]
+            first, last = max(ends[0][0], own.start), min(ends[-1][1], own.stop)
+            if first >= last:
+                continue
+            part = slice(first - own.start, last - own.start)
+            master = self.masters["adam"][part]
+            master.grad = self.grad[first:last]         # AdamW reads the buffer
+            param_groups.append({"params": [master], "weight_decay": decay, "scale": scale})
+            state[master] = {"step": master.new_zeros(()), "exp_avg": self.moments[0][part],
+                             "exp_avg_sq": self.moments[1][part]}
+        # eps is far below any gradient, so that rarely seen tokens, too, move at the full rate.
+        adam = torch.optim.AdamW(param_groups, betas=self.config.betas, eps=1e-10, fused=True)
+        adam.state.update(state)
+        return adam
 
-    def _decay(self, name: str) -> float:
-        return next((d for prefix, d in self.config.decays if name.startswith(prefix)),
-                    self.config.weight_decay)
+    # ---- gradients ------------------------------------------------------------------------------
 
-    def accumulate(self):
-        """Add the parameters' gradients to the fp32 buffer and clear them."""
-        have = [(self.grads[n], p) for n, p in self.params.items() if p.grad is not None]
-        torch._foreach_add_([g for g, _ in have], [p.grad.float() for _, p in have])
-        for _, p in have:
-            p.grad = None
+    def _collect(self, name: str, p: Tensor):
+        """Called by autograd when p.grad is complete: add it to the buffer and free it. In bf16 the
+        sum over several backward passes would lose small gradients."""
+        self.grads[name].add_(p.grad)
+        p.grad = None
+        if self.awaited:
+            if not any(name in names for names in self.awaited):
+                raise RuntimeError(f"{name} has a gradient after the last one")
+            for names in self.awaited:
+                names.discard(name)
+            self._begin_sums()
+
+    def last_backward(self):
+        """Say that the next backward pass is the last one before `reduce`: a share's gradients then
+        travel as soon as all of them are there. Without this they travel in `reduce`."""
+        if self.world > 1:
+            self.awaited = [{name for name, (a, b) in self.places.items() if a < last and first < b
+                             and self.params[name].requires_grad} for first, last, _ in self.shares]
+
+    def _begin_sums(self):
+        """Begin to sum the shares whose gradients are complete. The order has to be the same on all
+        ranks: Muon's shares from the last rank's on, as the backward pass goes, then AdamW's."""
+        order = [*reversed(range(self.world)), *range(self.world, 2 * self.world)]
+        while len(self.sums) < len(order) and not self.awaited[order[len(self.sums)]]:
+            first, last, owner = self.shares[order[len(self.sums)]]
+            self.sums.append(dist.reduce(self.grad[first:last], group_dst=owner, async_op=True,
+                                         group=self.process_group))
+
+    def reduce(self) -> Tensor:
+        """Sum the gradients over ranks, each at its owner. Returns the squared norm of those that
+        this rank owns, as a tensor, so that nothing waits for the device: the sum over ranks is the
+        squared norm of the gradient, which `step` needs."""
+        if self.world > 1:
+            # NCCL passes a range on in small pieces, so `world` reduces to one rank each take as
+            # long as one reduce-scatter, which would need shares of equal size.
+            self.awaited = [set() for _ in self.shares]
+            self._begin_sums()
+            for each in self.sums:
+                each.wait()
+            self.awaited, self.sums = [], []
+        return sum(self.grad[self._own(kind)].norm().square() for kind in self.cuts)
+
+    # ---- the update -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, rate: float, apply: bool = True, skip_prefix: str = "",
-             process_group=None) -> float:
-        """One update at `rate` times the configured learning rate. Returns the gradient's norm.
+    def step(self, rate: float, norm: float, apply: bool = True):
+        """One update at `rate` times the configured learning rate; the gradients are then cleared.
 
-        The gradient is the buffer, summed over ranks; it is zero afterwards. If its norm is not
-        finite, or without `apply`, weights and momenta stay as they are.
-        skip_prefix: skip parameters whose names begin with this prefix: they have no gradient yet
-        (an MTP head before its part of the run), and Newton-Schulz takes as long on zeros.
-        process_group: the ranks that train, if not all do.
+        norm: of the gradient of all parameters, see `reduce`. If it is not finite, or without
+        `apply`, weights and momenta stay as they are. All ranks call this with the same values.
         """
-        if dist.is_initialized():
-            dist.all_reduce(self.flat_grad, group=process_group)
-        norm = self.flat_grad.norm().item()
         if apply and math.isfinite(norm):
-            c = self.config
-            if norm > c.clip:
-                self.flat_grad.mul_(c.clip / norm)
-            for shape, members in self.shapes.items():
-                if skip_prefix:
-                    members = [m for m in members if not m[0].startswith(skip_prefix)]
-                if members:
-                    self._muon(shape, members, rate)
+            if norm > self.config.clip:
+                for kind in self.cuts:
+                    self.grad[self._own(kind)].mul_(self.config.clip / norm)
+            self._muon(rate)
             for param_group in self.adam.param_groups:
-                param_group["lr"] = c.lr * rate * param_group["scale"]
+                param_group["lr"] = self.config.lr * rate * param_group["scale"]
             self.adam.step()
-            torch._foreach_copy_(list(self.params.values()), list(self.masters.values()))
-        self.flat_grad.zero_()
-        return norm
+            self.updates += 1
+            self._send_weights()
+        self.grad.zero_()
 
-    def _muon(self, shape, members, rate):
-        """Muon's update of all matrices whose parts have one shape; members: [(name, parts)]."""
-        c, updates = self.config, []
-        for name, parts in members:
-            grad, momentum = self.grads[name], self.momenta[name]
+    def _muon(self, rate: float):
+        """Muon's update of the matrices of this rank, batch by batch."""
+        c, own, last = self.config, self._own("muon"), 0
+        names = [n for n in self.names["muon"] if own.start <= self.places[n][0] < own.stop]
+        for (batch, learns), names in groupby(
+                names, lambda n: (self._batch(n), self.params[n].requires_grad)):
+            first, last = last, last + sum(self.params[n].numel() for n in names)
+            if not learns:
+                continue
+            rows, columns, scale, decay = batch
+            grad, momentum, master = (
+                flat[first:last].view(-1, rows, columns)
+                for flat in (self.grad[own], self.momentum, self.masters["muon"]))
             momentum.mul_(c.momentum).add_(grad)
-            nesterov = grad + c.momentum * momentum     # one momentum step ahead
-            updates += nesterov.flatten(1).chunk(parts)
-        size = 0.2 * math.sqrt(max(shape))              # entries of RMS 0.2, see the top
-        orthogonal = (newton_schulz(torch.stack(updates)).float() * size).unbind()
-        first = 0
-        for name, parts in members:
-            lr, master = c.lr * rate * self._scale(name), self.masters[name]
-            master.mul_(1 - lr * self._decay(name))     # decoupled decay, as AdamW's
-            update = torch.cat(orthogonal[first:first + parts])
-            master.sub_(update.view_as(master), alpha=lr)
-            first += parts
+            nesterov = torch.add(grad, momentum, alpha=c.momentum)      # one momentum step ahead
+            lr, size = c.lr * rate * scale, 0.2 * math.sqrt(max(rows, columns))
+            master.mul_(1 - lr * decay)                     # decoupled decay, as AdamW's
+            master.sub_(newton_schulz(nesterov), alpha=lr * size)   # entries of RMS 0.2, see top
+
+    def _send_weights(self):
+        """Copy all masters, rounded, into the parameters of all ranks."""
+        flat = self.flat
+        if self.world > 1:
+            # The buffer is free until the next backward pass: the weights travel in its memory, in
+            # the model's dtype.
+            dtypes = {p.dtype for p in self.params.values()}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            flat = self.grad.view(dtype)[:len(self.grad)]
+            for kind, masters in self.masters.items():
+                flat[self._own(kind)].copy_(masters)
+            sent = [dist.broadcast(flat[first:last], group_src=owner, async_op=True,
+                                   group=self.process_group) for first, last, owner in self.shares]
+            # With NCCL only the device waits here, in the order of its work: this process goes on,
+            # and collates the next rows. With gloo it waits itself.
+            for each in sent:
+                each.wait()
+        views = self._views(flat)
+        torch._foreach_copy_(list(self.params.values()), [views[name] for name in self.params])
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def gather(self) -> tuple[dict, dict]:
+        """All that a checkpoint needs, from all ranks, which call this together: {name: master} and
+        `state_dict`. On rank 0 only; on others the two have no tensors."""
+        return ({**self._gather("muon", self.masters["muon"]),
+                 **self._gather("adam", self.masters["adam"])}, self.state_dict())
 
     def state_dict(self) -> dict:
-        """What a checkpoint needs beside the fp32 weights, which are the masters."""
-        return {"momenta": self.momenta, "adam": self.adam.state_dict()}
+        """What a checkpoint needs beside the masters; on rank 0, all ranks call this together."""
+        return {"updates": self.updates, "momenta": self._gather("muon", self.momentum),
+                "means": self._gather("adam", self.moments[0]),
+                "squares": self._gather("adam", self.moments[1])}
 
+    def _gather(self, kind: str, part: Tensor) -> dict[str, Tensor]:
+        """{name: tensor} of all parameters of a kind, on rank 0 and in the CPU's memory. part: what
+        this rank owns of them, flat."""
+        cuts = self.cuts[kind]
+        if self.world > 1 and self.rank:
+            dist.send(part.cpu(), group_dst=0, group=self.process_group)
+            return {}
+        if self.world > 1:
+            part = torch.cat([part.cpu(), torch.empty(cuts[-1] - cuts[1])])
+            for owner in range(1, self.world):
+                dist.recv(part[cuts[owner] - cuts[0]:cuts[owner + 1] - cuts[0]], group_src=owner,
+                          group=self.process_group)
+        sizes = [self.params[name].numel() for name in self.names[kind]]
+        return {name: values.view(self.params[name].shape)
+                for name, values in zip(self.names[kind], part.split(sizes))}
+
+    def _fill(self, kind: str, part: Tensor, values: dict[str, Tensor]):
+        """The reverse: copy this rank's share of {name: tensor} to `part`."""
+        own = self._own(kind)
+        for name in self.names[kind]:
+            first, last = self.places[name]
+            if first < own.stop and own.start < last:
+                first, last = max(first, own.start), min(last, own.stop)
+                entries = slice(first - self.places[name][0], last - self.places[name][0])
+                whole = values[name].reshape(self.params[name].shape).flatten()
+                part[first - own.start:last - own.start].copy_(whole[entries])
+
+    @torch.no_grad()
     def load_state_dict(self, state: dict):
-        """Take over momenta from `state_dict`; the masters come from load_masters."""
-        for name, value in state["momenta"].items():
-            self.momenta[name].copy_(value)
-        # AdamW would also take over the saved settings; those of this run's options count.
-        own = [(g["weight_decay"], g["scale"]) for g in self.adam.param_groups]
-        self.adam.load_state_dict(state["adam"])
-        for param_group, (decay, scale) in zip(self.adam.param_groups, own):
-            param_group.update(weight_decay=decay, scale=scale)
+        """Take over what `state_dict` returned, on any number of ranks; the masters come from
+        load_masters. Settings are those of this run, not those of the saved one."""
+        self.updates = state["updates"]
+        self._fill("muon", self.momentum, state["momenta"])
+        self._fill("adam", self.moments[0], state["means"])
+        self._fill("adam", self.moments[1], state["squares"])
+        for values in self.adam.state.values():
+            values["step"].fill_(self.updates)
 
     @torch.no_grad()
     def load_masters(self, weights: dict[str, Tensor]):
-        """Copy fp32 weights, by name, into the masters and into the model."""
-        for name, master in self.masters.items():
-            master.copy_(weights[name])
-            self.params[name].copy_(master)
+        """Copy fp32 weights, by name, into the masters and into the model. Parameters that they
+        lack take their value from the model."""
+        weights = {**self.params, **weights}
+        for kind, masters in self.masters.items():
+            self._fill(kind, masters, weights)
+        for name, p in self.params.items():
+            p.copy_(weights[name])
 
 
 def schedule(step: int, steps: int, warmup: int, kind: str = "linear", decay: float = 0.4) -> float:

@@ -12,14 +12,16 @@
     2. forward the tower encodes each picture once, the decoder reads the row
     3. loss    cross-entropy of the next token, divided by the summed weights of the global batch
     4. backward
-    5. update  gradients are summed over ranks, then Muon and AdamW move the fp32 masters
+    5. update  gradients are summed over ranks, then each rank moves its share of the fp32 masters
     6. held-out loss, now and then, on rows of the test split
     7. log, and save when due
 
-Left out: sharded weights (FSDP2: every rank holds all of them, which fits up to --size=base), a
-sampler that gives a rank only its own samples (each rank loads all of them and keeps its rows: this
-is simple and exact, and wasteful once loading costs more than training), and gradient accumulation
-as a setting (a rank accumulates over its rows, so --rows is the setting).
+Left out: sharded weights (FSDP2). The optimizer's state is shared by the ranks, but each holds all
+weights and gradients: 6 bytes a parameter, plus 12 / ranks. So `base` takes 8 GB on each of eight
+GPUs; half of 80 GB is full with about 5B. Also left out: a sampler that gives a rank only its own
+samples (each rank loads all of them and keeps its rows: this is simple and exact, and wasteful once
+loading costs more than training), and gradient accumulation as a setting (a rank accumulates over
+its rows, so --rows is the setting).
 
 Letters: T tokens of a row.
 """
@@ -46,7 +48,7 @@ from lib.memory import compile_blocks, parse_memory
 from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Part, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
-from mmtp import attach, head_of, losses as mtp_losses, prefix
+from mmtp import attach, head_of, losses as mtp_losses
 from model import Config, DecoderLayer, GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 from vit import VitBlock
@@ -173,12 +175,13 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     flops = model.flops(tokens, patches, learnt)
     if args.mtp:
         flops += args.mtp_share * (model.flops(tokens, patches, learnt, args.mtp) - flops)
-    # Weights in the model's dtype; 16 bytes a parameter for master, gradient and two moments (Muon
-    # has one). What is kept for the backward pass counts 2 bytes, as if all tokens were visual.
+    # Weights in the model's dtype, gradients in fp32; ranks share master and moments, 12 bytes.
+    # What is kept for the backward pass counts 2 bytes, as if all tokens were visual.
     kept = parse_memory(args.memory, args.chunk_patches).kept(
         args.row_tokens, config.text.num_hidden_layers, 4 * args.row_tokens, config.vision.depth)
     counts = model.counts()
-    memory = counts["total"] * (16 + hw.dtype.itemsize) + 2 * config.text.hidden_size * kept
+    memory = counts["total"] * (4 + hw.dtype.itemsize + 12 / hw.world)
+    memory += 2 * config.text.hidden_size * kept
     print_plan(hw, counts, tokens, flops, memory)
     # Every rank loads all samples. On a CPU workers do not load while the model trains.
     hours = seconds * tokens / own * len(made) / max(1, workers) / 3600
@@ -220,12 +223,13 @@ def trace_step(machine: Machine, args: Args, config: Config, row, depths: int):
                 attach(model, args.mtp)
         parse_memory(args.memory, args.chunk_patches).use_in(model)
         optimizer = Optimizer(model.bfloat16().named_parameters(), OptimConfig())
+        if head := head_of(model):
+            head.requires_grad_(depths > 0)
         trace.hold_training(model, optimizer)
         batch = collate(row, config, args.row_tokens).to("meta")
         rows = -(-args.rows // machine.count)
         trace.learn(lambda: loss_sum(model, batch, depths, args.image_option, args.mtp_alone), rows)
-        optimizer.accumulate()
-        trace.update(optimizer, skip_prefix="" if depths else prefix(model))
+        trace.update(optimizer)
     return model, trace
 
 
@@ -335,15 +339,16 @@ def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
     return model, optimizer, state["step"], state["position"]
 
 
-def save(folder: Path, step: int, model: GLMV, optimizer: Optimizer, position: dict,
+def save(folder: Path, masters: dict, state: dict, step: int, model: GLMV, position: dict,
          args: Args):
-    """Write all that `build` needs to continue as if the run had not been interrupted."""
-    save_model(model, folder, weights=optimizer.masters)    # fp32; the model may be bf16
+    """Write all that `build` needs to continue as if the run had not been interrupted. masters,
+    state: from Optimizer.gather."""
+    save_model(model, folder, weights=masters)      # fp32; the model may be bf16
     save_state(folder / "train.pt", {
-        "step": step, "position": position, "seed": args.seed,
-        "optimizer": optimizer.state_dict(), "args": asdict(args), "rng": torch.get_rng_state()})
+        "step": step, "position": position, "seed": args.seed, "optimizer": state,
+        "args": asdict(args), "rng": torch.get_rng_state()})
     if args.keep:
-        save_model(model, args.keep, torch.bfloat16, optimizer.masters)
+        save_model(model, args.keep, torch.bfloat16, masters)
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -394,7 +399,8 @@ def run(args: Args):
     # From here on a signal no longer ends the process: the loop finishes its step and saves.
     checkpointer = Checkpointer(
         out, hw, args.steps, args.save_every, start,
-        lambda folder: save(folder, checkpointer.done, model, optimizer, position, args))
+        lambda folder, *gathered: save(folder, *gathered, checkpointer.done, model, position, args),
+        optimizer.gather)
     log = Log(out, "pretrain", args.steps, start, hw.rank)
 
     for step in range(start, args.steps):
@@ -414,8 +420,10 @@ def run(args: Args):
         ahead = mtp_weight(step, args)
         depths = args.mtp if ahead else 0
         losses = torch.zeros(1 + depths, device=hw.device)  # of the next token, of each depth
+        if head := head_of(model):
+            head.requires_grad_(depths > 0)     # the optimizer skips what is frozen
 
-        for batch in rows.batches:
+        for number, batch in enumerate(rows.batches, 1):
             # 2. Forward. A row is always T tokens long, filled up by a tail without weight.
             batch = batch.to(hw.device)
             loss, further = loss_sum(model, batch, depths, args.image_option, args.mtp_alone)
@@ -425,21 +433,25 @@ def run(args: Args):
             #    processes would compute another update than one. The MTP loss is the mean over its
             #    depths.
             part = (loss + ahead * sum(further) / max(1, args.mtp)) / rows.weight
-            # 4. Backward, and the gradients into the fp32 buffer: in bf16, the sum over several
-            #    rows would lose the small ones.
+            # 4. Backward. The optimizer takes each gradient as soon as it is there; those of the
+            #    last row are the last of the step, and travel to their owners as it goes.
+            if number == len(rows.batches):
+                optimizer.last_backward()
             part.backward()
-            optimizer.accumulate()
             # Sums stay on the device: .item() here would make the host wait for every row.
             losses += torch.stack([loss.detach(), *(x.detach() for x in further)]) / rows.weight
 
-        # 5. Update. All ranks decide from the same summed loss whether it is finite, so that all
-        #    skip the step or none does. The rate rises first, while momenta are averages of a few
+        # 5. Update. All ranks decide from the same summed loss and norm whether they are finite, so
+        #    that all skip the step or none does. To read them is the only time in a step that the
+        #    host waits for the device, which updates the weights while the next rows are made.
+        #    The rate rises first, while momenta are averages of a few
         #    gradients only; it stays at its peak for most of the run, since large steps leave the
         #    plateau; its fall over the last 40% removes their noise [O].
-        value, *further = sum_over_ranks(losses).tolist()
+        squares = optimizer.reduce()
+        value, *further, squares = sum_over_ranks(torch.cat([losses, squares[None]])).tolist()
+        norm = math.sqrt(squares)
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
-        norm = optimizer.step(rate, apply=math.isfinite(value),
-                              skip_prefix="" if ahead else prefix(model))
+        optimizer.step(rate, norm, apply=math.isfinite(value))
         checkpointer.check_loss(value, norm)    # the fifth bad step in a row ends the run
 
         done, seconds = step + 1, time.perf_counter() - began

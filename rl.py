@@ -57,7 +57,7 @@ from lib.memory import parse_memory
 from lib.rollout import rollout, RolloutSettings
 from lib.roofline import check_machine, find_machine, Machine, Part, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
-from mmtp import attach, head_of, losses as mtp_losses, prefix
+from mmtp import attach, head_of, losses as mtp_losses
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 from tasks.base import Task
@@ -255,20 +255,27 @@ def update(model: GLMV, optimizer: Optimizer, samples: list[list[Document]], arg
         loss, statistics = row_loss(model, batch, args, logps)
         # Divided by all samples, not by this row's: the update does not depend on the packing.
         (loss / len(samples)).backward()
-        optimizer.accumulate()
         sums, largest = sums + statistics[:5], torch.maximum(largest, statistics[5])
         if after_row:
             after_row()
+    sums = torch.cat([sums, optimizer.reduce()[None]])
     if world > 1:
         dist.all_reduce(sums, group=process_group)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
-    loss, tokens, entropy, log_ratio, outside = sums.tolist()
-    skip_prefix = "" if args.mtp else prefix(model)     # the head has no gradient then
-    norm = optimizer.step(rate, math.isfinite(loss), skip_prefix, process_group)
+    *sums, largest = torch.cat([sums, largest[None]]).tolist()      # waits for the device, once
+    loss, tokens, entropy, log_ratio, outside, squares = sums
+    norm = math.sqrt(squares)
+    optimizer.step(rate, norm, apply=math.isfinite(loss))
     tokens = max(1, tokens)
     return {"pg_loss": loss / len(samples), "norm": norm, "tokens": int(tokens),
             "entropy": entropy / tokens, "clipped": outside / tokens,
-            "mismatch": log_ratio / tokens, "mismatch_max": largest.item()}
+            "mismatch": log_ratio / tokens, "mismatch_max": largest}
+
+
+def freeze_unused_head(model: GLMV, args: Args):
+    """Without --mtp the MTP head has no gradient; the optimizer skips what is frozen."""
+    if head_of(model) and not args.mtp:
+        head_of(model).requires_grad_(False)
 
 
 # ---- the parts of a run -------------------------------------------------------------------------
@@ -282,9 +289,10 @@ class Progress:
     rewards: list[float] = field(default_factory=list)      # of each step since the last of these
 
 
-def prepare(args: Args, hw, trains: bool = True):
-    """Start or resume a run. trains: whether this rank learns. Returns model, optimizer, reference
-    model (None without --kl), settings, stream of demonstrations, Curriculum and Progress."""
+def prepare(args: Args, hw, trains: bool = True, process_group=None):
+    """Start or resume a run. trains: whether this rank is one of `process_group`, which learn.
+    Returns model, optimizer (None where only the others learn), reference model (None without
+    --kl), settings, stream of demonstrations, Curriculum and Progress."""
     resumed = args.resume and bool(checkpoints(args.out))
     folder = find_checkpoint(args.out if resumed else args.init or DEMO)
     model = load_model(folder, hw.device, hw.dtype)
@@ -295,13 +303,17 @@ def prepare(args: Args, hw, trains: bool = True):
     unknown = [name for name, _ in mix if name not in gym.names()]
     if unknown:
         raise UserError(f"--mix takes categories of the gym, not '{unknown[0]}'")
-    optimizer = Optimizer(model.named_parameters(), OptimConfig(args.lr, args.weight_decay))
+    optimizer = None
+    if trains:
+        optimizer = Optimizer(model.named_parameters(), OptimConfig(args.lr, args.weight_decay),
+                              process_group)
+        freeze_unused_head(model, args)
     first, progress = args.init, Progress()
     if resumed:
         state = restore(folder, model, optimizer)
         progress = Progress(state["step"], state["collector"], state["exams"], state["recent"])
         first = state["args"]["init"]
-    else:
+    elif trains:
         start_from(folder, optimizer)
     check_same_start(progress.step, args.out)
     reference = None
@@ -348,11 +360,12 @@ def evaluate(model: GLMV, settings: RolloutSettings, rewards, args: Args,
     return shares["mean"]
 
 
-def save_run(model: GLMV, optimizer: Optimizer, args: Args, progress: Progress, folder: Path):
-    """Fill the folder of a checkpoint. The fp32 masters are saved, not the model's bf16 copy."""
-    save_model(model, folder, weights=optimizer.masters)
+def save_run(model: GLMV, args: Args, progress: Progress, folder: Path, masters: dict, state: dict):
+    """Fill the folder of a checkpoint. The fp32 masters are saved, not the model's bf16 copy.
+    masters, state: from Optimizer.gather."""
+    save_model(model, folder, weights=masters)
     save_state(folder / "train.pt", {
-        "step": progress.step, "optimizer": optimizer.state_dict(), "args": asdict(args),
+        "step": progress.step, "optimizer": state, "args": asdict(args),
         "collector": progress.collector, "exams": progress.evaluations,
         "recent": progress.rewards})
 
@@ -368,7 +381,8 @@ def train(args: Args, hw):
         curriculum.resume(progress.collector)
     rehearsed = round(args.rehearse * args.prompts * args.group)
     checkpointer = Checkpointer(out, hw, args.steps, args.save_every, progress.step,
-                                functools.partial(save_run, model, optimizer, args, progress))
+                                functools.partial(save_run, model, args, progress),
+                                optimizer.gather)
     write_json(out / "config.json", asdict(args) | {"hardware": hw.description})
     if args.eval_every and not progress.evaluations:    # the figures "before" of report.json
         evaluate(model, settings, rewards, args, progress)
@@ -466,7 +480,7 @@ def plan(args: Args, hw):
         length - learnt, patches, 0) / args.group)
     tokens, counts = args.steps * rollouts * length, model.counts()
     if not args.on:
-        memory = counts["total"] * (16 + 2 * hw.dtype.itemsize)
+        memory = counts["total"] * (4 + 12 / hw.world + 2 * hw.dtype.itemsize)
         return print_plan(hw, counts, tokens, args.steps * (learning + playing), memory)
 
     # On several GPUs the last ones play while the others train.
@@ -500,6 +514,7 @@ def trace_update(machine: Machine, model: GLMV, documents, args: Args, rollouts:
     rows = -(-rollouts // (len(row) * machine.count))
     with trace:
         optimizer = Optimizer(model.named_parameters(), OptimConfig())
+        freeze_unused_head(model, args)
         trace.hold_training(model, optimizer)
         batch = collate(row, model.config).to("meta")
         if args.kl:
@@ -510,9 +525,9 @@ def trace_update(machine: Machine, model: GLMV, documents, args: Args, rollouts:
         loss, _ = row_loss(model, batch, args)
         trace.begin("backward", rows)
         loss.backward()
-        optimizer.accumulate()
         trace.begin("update")
-        optimizer.step(1.0, skip_prefix="" if args.mtp else prefix(model))
+        optimizer.reduce()
+        optimizer.step(1.0, norm=1.0)
         trace.begin("")
     return trace
 

@@ -18,7 +18,7 @@ align     stage 2 [C]: images of any size, captions in two languages, a global b
 All stages share one loop, `train`:
 1. Load this rank's samples of the global batch, one micro-batch at a time.
 2. Forward and loss: `contrastive_loss`, `shape_loss` or `distill_loss`.
-3. Backward; add the gradients to the optimizer's fp32 buffer. A contrastive batch of several
+3. Backward; the optimizer adds the gradients up in fp32. A contrastive batch of several
    micro-batches takes `cached_gradients` for 1-3: each image's loss depends on all texts.
 4. Update: Muon for matrices, AdamW for the rest, at the rate of the schedule.
 5. Evaluate now and then, log, save.
@@ -344,13 +344,13 @@ def train(stage: str, args: Args, hw):
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores() // hw.world))
     loader = SampleLoader(RankShard(stream, hw.rank, hw.world, share), workers, burst,
                           overlap=not cached and hw.device.type != "cpu")
-    say(f"{stage}: {optimizer.flat.numel() / 1e6:.2f}M parameters, {args.batch} images a step, "
+    say(f"{stage}: {len(optimizer.grad) / 1e6:.2f}M parameters, {args.batch} images a step, "
         f"{args.micro} at a time, steps {start}..{args.steps}, {workers} loading, in {out}")
     if lead:
         write_json(out / "config.json", asdict(args) | {"hardware": hw.description})
         write_json(out.parent / "report.json", read_report(out.parent))
-    watch = Checkpointer(out, hw, args.steps, args.save_every, start, lambda folder: save_stage(
-        folder, stage, watch.done, model, optimizer, config, args))
+    watch = Checkpointer(out, hw, args.steps, args.save_every, start, lambda folder, *parts: (
+        save_stage(folder, *parts, stage, watch.done, model, config, args)), optimizer.gather)
     log = Log(out, stage, args.steps, start, hw.rank)
 
     for step in range(start, args.steps):
@@ -360,7 +360,7 @@ def train(stage: str, args: Args, hw):
         mine = range(step * share, (step + 1) * share)
         try:
             if cached:
-                values = cached_gradients(model, loader, mine, args, optimizer.accumulate)
+                values = cached_gradients(model, loader, mine, args)
             else:
                 for first in range(0, share, args.micro):
                     # 1. Load one micro-batch: as many images as fit into memory in one forward.
@@ -368,13 +368,14 @@ def train(stage: str, args: Args, hw):
                     # 2. Forward and loss, already divided by the global batch: so parts of
                     #    micro-batches and ranks add up to one batch's gradient, whatever the cut.
                     loss, figures = LOSSES[stage](model, samples, args)
-                    # 3. Backward. Gradients are added up in fp32: in bf16 the sum over many
-                    #    micro-batches would lose its small terms.
+                    # 3. Backward. The optimizer adds gradients up in fp32: in bf16 the sum over
+                    #    many micro-batches would lose its small terms.
                     loss.backward()
-                    optimizer.accumulate()
                     for name, value in {"loss": loss.detach(), **figures}.items():
                         values[name] = values.get(name, 0.0) + value
-            values = {name: float(sum_over_ranks(value)) for name, value in values.items()}
+            squares = optimizer.reduce()
+            sums = sum_over_ranks(torch.stack([*values.values(), squares])).tolist()    # waits once
+            values, norm = dict(zip(values, sums)), math.sqrt(sums[-1])
         except (UserError, OSError, RuntimeError):  # no samples, here or on a rank that has ended
             loader.close()
             watch.close()       # saves the steps that are done
@@ -385,7 +386,7 @@ def train(stage: str, args: Args, hw):
         rate = schedule(step, args.steps, args.warmup, args.schedule)
         # The norm is that of the summed gradients, which `step` clips at 1. A loss or norm that is
         # not finite changes no weight; five in a row end the run.
-        norm = optimizer.step(rate, apply=math.isfinite(values["loss"]))
+        optimizer.step(rate, norm, apply=math.isfinite(values["loss"]))
         watch.check_loss(values["loss"], norm)
 
         # 5. Evaluate, log, save. All ranks leave together when one of them gets a signal.
@@ -406,19 +407,18 @@ def train(stage: str, args: Args, hw):
     return watch.out_of_time
 
 
-def save_stage(folder: Path, stage: str, step: int, model: nn.Module, optimizer: Optimizer,
+def save_stage(folder: Path, masters: dict, state: dict, stage: str, step: int, model: nn.Module,
                config: Config, args: Args):
-    """Write a checkpoint: weights in fp32, the sizes of the tower, all that --resume needs."""
-    save_tensors(folder / "model.safetensors", {**model.state_dict(), **optimizer.masters})
+    """Write a checkpoint, all that --resume needs; masters, state: from Optimizer.gather."""
+    save_tensors(folder / "model.safetensors", {**model.state_dict(), **masters})
     write_json(folder / "config.json", {"stage": stage, "size": args.size,
                                         "vision_config": asdict(config.vision)})
-    save_state(folder / "train.pt", {"step": step, "args": asdict(args),
-                                     "optimizer": optimizer.state_dict()})
+    save_state(folder / "train.pt", {"step": step, "args": asdict(args), "optimizer": state})
 
 
 # ---- align: batches larger than memory ----------------------------------------------------------
 
-def cached_gradients(model: TwoTowers, load, mine: range, args: Args, collect) -> dict:
+def cached_gradients(model: TwoTowers, load, mine: range, args: Args) -> dict:
     """Steps 1-3 for a contrastive batch of several micro-batches, in the memory of one [R:
     GradCache]. The gradients are those of one large batch.
 
@@ -449,7 +449,6 @@ def cached_gradients(model: TwoTowers, load, mine: range, args: Args, collect) -
         pairs = [load(i) for i in chunk]
         embeddings = model.embed(collate_pairs(pairs, model.visual.config).to(device))
         torch.autograd.backward(embeddings, rows)
-        collect()
     return {"loss": loss.detach()} | ({"skipped": loss.new_tensor(skipped)} if args.pairs else {})
 
 
@@ -553,7 +552,8 @@ def forecast(args: Args, hw):
         patches = np.mean(patch_budgets(stage, args)).item()
         # 6 FLOPs a weight and patch for forward and backward, 2 for each further forward.
         flops = (6 + 2 * (frozen + cached)) * counts["tower"] * patches * args.batch * args.steps
-        memory = sum(counts.values()) * (16 + hw.dtype.itemsize) + 4 * frozen * counts["tower"]
+        memory = sum(counts.values()) * (4 + hw.dtype.itemsize + 12 / hw.world)
+        memory += 4 * frozen * counts["tower"]                                      # teachers
         memory += 2 * width * Memory(args.memory, chunk_patches=args.chunk_patches).kept(
             0, 0, args.micro * patches, config.vision.depth)                        # activations
         memory += 16 * args.batch / hw.world * width * cached                       # embeddings
@@ -595,14 +595,14 @@ def forecast_on(machine: Machine, stage: str, args: Args, config: Config):
                 loss, _ = LOSSES[stage](model, samples, args)
                 trace.begin("backward", times)
                 loss.backward()
-            optimizer.accumulate()
         if stage in ("semantic", "align"):      # of all embeddings of this rank
             trace.begin("loss")
             x, y = (torch.empty(share, x.shape[1], device="meta", requires_grad=True)
                     for x in outputs)
             ring_sigmoid_loss(x, y, model.logit_scale.exp(), model.logit_bias).backward()
         trace.begin("update")
-        optimizer.step(1.0)
+        optimizer.reduce()
+        optimizer.step(1.0, norm=1.0)
         trace.begin("")
     counts = {"tower": sum(p.numel() for p in model.visual.parameters())}
     patches, texts = np.mean(budgets).item(), texts / micro / len(budgets)

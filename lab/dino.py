@@ -171,12 +171,13 @@ def run(args: Args) -> dict[str, float]:
         loss = (cross_entropy(others, student.head(things))
                 + cross_entropy(of_patches, student.head(features[mask])))
         loss.backward()
-        optimizer.accumulate()
         rate = schedule(step, args.steps, 20, "cosine")
-        norm = optimizer.step(rate)
+        norm = optimizer.reduce().sqrt().item()
+        optimizer.step(rate, norm)
+        masters, _ = optimizer.gather()
         # The teacher follows the student's fp32 weights; centre and std follow its logits.
         for name, p in teacher.named_parameters():
-            p.data.lerp_(optimizer.masters[name], 1 - args.ema)
+            p.data.lerp_(masters[name], 1 - args.ema)
         for x, centre, std in zip(logits, centres, stds):
             std.lerp_((x - centre).square().mean(0).sqrt(), 0.1)
             centre.lerp_(x.mean(0), 0.1)

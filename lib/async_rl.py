@@ -372,9 +372,10 @@ class AsyncTrainer:
          self.progress) = parts
         self.world, self.process_group = world, process_group
         self.actor = self.collector = None      # of rank 0, see `connect`
-        self.error: UserError | None = None     # raised by the actor in the middle of an update
+        self.error: UserError | None = None     # of rank 0, raised once all ranks have saved
         self.checkpointer = Checkpointer(Path(args.out), hw, args.steps, args.save_every,
-                                         self.progress.step, self.save, process_group)
+                                         self.progress.step, self.save, self.optimizer.gather,
+                                         process_group)
 
     def connect(self, actor):
         """Give rank 0 its actor: an Actor in this process, or a Remote."""
@@ -389,34 +390,32 @@ class AsyncTrainer:
         """Whether a signal asks this rank to stop."""
         return bool(self.checkpointer.stop_signal.received)
 
-    def save(self, folder: Path):
+    def save(self, folder: Path, masters: dict, state: dict):
         self.progress.collector = self.collector.state()
-        self.rl.save_run(self.model, self.optimizer, self.args, self.progress, folder)
+        self.rl.save_run(self.model, self.args, self.progress, folder, masters, state)
 
     @contextlib.contextmanager
-    def saving_on_error(self):
-        """If too many rollouts fail or a player is gone, save what has been learned."""
+    def noting_errors(self):
+        """Keep an error of rank 0 (too many rollouts fail, a player is gone) until the update is
+        done and the other ranks have heard of it, by `next_groups`: all save together, as each
+        holds a share of what has been learned."""
         try:
             yield
-        except UserError:
-            self.checkpointer.save()
-            raise
+        except UserError as error:
+            self.error = self.error or error
 
     def after_row(self):
-        """Let the actor take a step between two rows of an update. An error must not leave an
-        update half done: `next_groups` raises it."""
-        if self.error:
-            return
-        try:
-            self.collector.turn()
-        except UserError as error:
-            self.error = error
+        """Let the actor take a step between two rows of an update."""
+        if not self.error:
+            with self.noting_errors():
+                self.collector.turn()
 
     def next_groups(self, step: int) -> list[list[Episode]] | None:
         """The groups of this step, the same on all ranks that train; None: stop."""
-        if self.error:
-            raise self.error
-        groups = self.collector.collect(step) if self.collector else []
+        groups = None if self.collector else []
+        if self.collector and not self.error:
+            with self.noting_errors():
+                groups = self.collector.collect(step)
         return share_groups(groups, self.process_group) if self.world > 1 else groups
 
     def learn(self, groups: list[list[Episode]], step: int) -> dict:
@@ -426,15 +425,19 @@ class AsyncTrainer:
         samples = rl.to_samples(groups, args.std)
         samples += rl.demonstrations(self.stream, step * rehearsed, rehearsed)
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
-        overlap = self.after_row if self.collector and args.max_staleness else None
+        last = step + 1 == args.steps       # after it nothing is learned from
+        overlap = self.after_row if self.collector and args.max_staleness and not last else None
         figures = rl.update(self.model, self.optimizer, samples, args, rate, self.reference,
                             self.hw.rank, self.world, self.process_group, overlap)
         return figures | {"lr": args.lr * rate, "groups": len(groups),
                           "learning": time.perf_counter() - began}
 
     def evaluate(self) -> float:
-        """Step 6 of rl.train."""
-        return self.rl.evaluate(self.model, self.settings, self.rewards, self.args, self.progress)
+        """Step 6 of rl.train; NaN after an error."""
+        with self.noting_errors():
+            return self.rl.evaluate(self.model, self.settings, self.rewards, self.args,
+                                    self.progress)
+        return math.nan
 
     def train(self):
         args, progress, checkpointer = self.args, self.progress, self.checkpointer
@@ -444,13 +447,14 @@ class AsyncTrainer:
             if args.eval_every and not progress.evaluations:
                 self.evaluate()
         log = Log(Path(args.out), "rl", args.steps, progress.step, self.hw.rank)
-        with self.saving_on_error():
-            self.train_steps(log)
+        self.train_steps(log)
         log.close()
         self.rewards.close()
         try:
             checkpointer.close()
         finally:
+            if self.error:
+                raise self.error
             if self.collector and self.hw.world > 1:    # tell the players that it is over
                 self.actor.close()
 
@@ -467,7 +471,7 @@ class AsyncTrainer:
             if "norm" in values:        # there were samples
                 checkpointer.check_loss(values["pg_loss"], values["norm"])
             if self.collector and done < args.steps:
-                self.actor.load(self.optimizer.masters, done)
+                self.actor.load(self.optimizer.params, done)
             if self.collector:
                 took = time.perf_counter() - began
                 values = self.collector.figures() | values | staleness_of(groups, step)
@@ -489,14 +493,14 @@ def run(args, hw, rl: Functions):
     if len(players) >= hw.world:
         raise UserError(f"--rollout_ranks takes 1 to {hw.world - 1} of {hw.world} processes")
     trainers = list(range(hw.world - len(players)))
-    parts = rl.prepare(args, hw, hw.rank in trainers)
+    process_group = dist.new_group(trainers, timeout=GROUP_TIMEOUT) if players else None
+    parts = rl.prepare(args, hw, hw.rank in trainers, process_group)
     model, settings, start = parts[0], parts[3], parts[-1].step
     # At least two verifying processes: one that hangs must not hold up the others' scores.
     verifiers = max(args.workers, 2)
     rewards = gym.Rewards(workers=verifiers)
-    process_group = transfer = store = actor = None
+    transfer = store = actor = None
     if players:
-        process_group = dist.new_group(trainers, timeout=GROUP_TIMEOUT)
         with_players = dist.new_group([0, *players], timeout=GROUP_TIMEOUT)
         store = dist.PrefixStore("rl", hw.store)
         if hw.rank in [0, *players]:

@@ -94,26 +94,31 @@ def save_model(model: GLMV, folder, dtype=torch.float32, weights: dict | None = 
 def start_from(folder, optimizer):
     """Set the optimizer's fp32 masters to the weights in `folder`. The model itself may be in bf16,
     which would give them rounded values. Parameters that the file lacks (a new head) stay."""
-    device = optimizer.flat.device
-    stored = {k: v.to(device, torch.float32) for k, v in load_tensors(folder).items()}
-    optimizer.load_masters(optimizer.masters | stored)
+    optimizer.load_masters(load_tensors(folder))
 
 
-def restore(folder, module: nn.Module, optimizer) -> dict:
-    """Resume from the checkpoint `folder`: load the module and the optimizer, and return what else
-    the script has saved in train.pt (step, args, ...). Raises UserError if a file is damaged."""
-    folder, device = Path(folder), optimizer.flat.device
+def restore(folder, module: nn.Module, optimizer=None) -> dict:
+    """Resume from the checkpoint `folder`: load the module and the optimizer, if this rank has one,
+    and return what else the script has saved in train.pt (step, args, ...). Raises UserError if a
+    file is damaged, or comes from an earlier version."""
+    folder = Path(folder)
     try:
         check_digest(folder / "train.pt")
-        state = torch.load(folder / "train.pt", map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        # To the CPU: of the optimizer's state, each rank takes its share to the device.
+        state = torch.load(folder / "train.pt", map_location="cpu", weights_only=True)
+        saved = state.pop("optimizer")
         weights = load_tensors(folder)
         module.load_state_dict(weights)
-        optimizer.load_masters({k: v.to(device, torch.float32) for k, v in weights.items()})
-        return state
+        if optimizer and "adam" not in saved:
+            optimizer.load_state_dict(saved)
+            optimizer.load_masters(weights)
     except Exception as error:  # torch.load reports damage by some ten types of exception
         reason = f"it lacks {error}" if isinstance(error, KeyError) else first_sentence(error)
         raise UserError(f"{folder} can't be resumed ({reason}); {advice(folder)}") from None
+    if "adam" in saved:         # the state of AdamW as torch numbers its parameters
+        raise UserError(f"{folder} holds the optimizer of an earlier version, which can't be "
+                        f"resumed; --init={folder} starts from its weights")
+    return state
 
 
 def advice(folder: Path) -> str:

@@ -237,20 +237,19 @@ class Trace:
         self.begin("backward", times)
         torch.autograd.backward(results, [torch.empty_like(x) for x in results])
 
-    def update(self, optimizer, **options):
-        """Follow optimizer.step, which ends the step."""
+    def update(self, optimizer):
+        """Follow the optimizer's part of a step, which ends it."""
         self.begin("update")
-        optimizer.step(1.0, **options)
+        optimizer.reduce()
+        optimizer.step(1.0, norm=1.0)
         self.begin("")
 
     def hold_training(self, model, optimizer):
-        """The model and the optimizer, whose step makes AdamW's moments when it first runs."""
-        optimizer.step(1.0)
+        """The model, and the state of its optimizer."""
         self.hold("weights", [*model.parameters(), *model.buffers()])
         self.hold("masters", optimizer.masters.values())
-        self.hold("gradients", optimizer.grads.values())
-        adam = [x for state in optimizer.adam.state.values() for x in state.values()]
-        self.hold("momenta", [*optimizer.momenta.values(), *adam])
+        self.hold("gradients", [optimizer.grad])
+        self.hold("momenta", [optimizer.momentum, optimizer.moments])
 
     def hold(self, kind: str, some: Iterable[Tensor]):
         """These tensors stay for the whole run: count their memory under `kind`."""
@@ -582,6 +581,7 @@ def collectives(trace: Trace) -> dict:
             part * size([x]), async_op),
         "all_gather_into_tensor": lambda out, x, *_, async_op=False, **__: note(
             part * size([out]), async_op),
+        "reduce": lambda x, *_, async_op=False, **__: note(part * size([x]), async_op),
         "broadcast": lambda x, *_, async_op=False, **__: note(size([x]), async_op),
         "P2POp": lambda *operation: operation, "batch_isend_irecv": exchange}
 

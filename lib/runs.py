@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 
@@ -230,14 +231,17 @@ class Checkpointer:
                 break
         checkpointer.close()                        # saves what is not saved yet
 
-    write(folder) fills a checkpoint's folder; only rank 0 calls it. group: the ranks that stop
-    together, as a torch.distributed group; None: all. Past hw.deadline (--max_hours) the run ends
-    after its step as a signal would end it, but as a success: --resume continues it.
+    write(folder, ...) fills a checkpoint's folder, on rank 0 only. Before it gather() is called, on
+    all ranks, as each may hold a part of what is saved (Optimizer.gather); what it returns on rank
+    0 are the further arguments of `write`. group: the ranks that save and stop together, as a
+    torch.distributed group; None: all. Past hw.deadline (--max_hours) the run ends after its step
+    as a signal would end it, but as a success: --resume continues it.
     """
 
     def __init__(self, out: Path, hw: Hardware, steps: int, every: int, start: int, write,
-                 group=None):
-        self.out, self.hw, self.steps, self.every, self.write = out, hw, steps, every, write
+                 gather=tuple, group=None):
+        self.out, self.hw, self.steps, self.every = out, hw, steps, every
+        self.write, self.gather = write, gather
         self.group, self.stop_signal = group, StopSignal()
         self.done = start               # steps done
         self.saved = start              # of these, steps saved
@@ -284,18 +288,37 @@ class Checkpointer:
         return leave
 
     def save(self):
-        """Save now, on rank 0. If that fails, or the last step was not finite, `saved` stays
-        smaller than `done`."""
+        """Save now; all ranks call it together. If that fails, or the last step was not finite,
+        `saved` stays smaller than `done`."""
         self.postponed = self.skipped_in_a_row > 0
         if self.postponed:
             return
-        if self.hw.rank or save_checkpoint(self.out, self.done, self.write):
+        gathered = self.gather()        # by all ranks, before rank 0 may find the disk full
+        if self.hw.rank or save_checkpoint(self.out, self.done,
+                                           lambda folder: self.write(folder, *gathered)):
             self.saved = self.done
+
+    def all_end(self, seconds: float = 60.0) -> bool:
+        """Whether all ranks are about to end. After an error on one rank only, the others never
+        come here, and without what they hold there is nothing to save."""
+        world = dist.get_world_size(self.group) if self.hw.world > 1 else 1
+        names = [f"end of {self.out} at {self.done}, rank {rank}" for rank in range(world)]
+        if world > 1:
+            self.hw.store.set(names[self.hw.rank], b"")
+            try:
+                self.hw.store.wait(names, timedelta(seconds=seconds))
+            except dist.DistStoreError:
+                print(f"step {self.done} is not saved: other ranks do not end; {self._newest()}",
+                      file=sys.stderr)
+                return False
+        return True
 
     def close(self):
         """Save what is not saved yet. Raises UserError if that fails, KeyboardInterrupt after a
         signal: the script then ends with exit code 130."""
         if self.saved != self.done:     # the run has ended between two steps, or the disk was full
+            if not self.all_end():
+                return self.stop_signal.restore()
             self.save()
         self.stop_signal.restore()
         if self.saved != self.done:
