@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lib.dispatch import expect, inline, INTERPRETED, kernel, tl, use_kernels
-from lib.rotary import expect_type, power_of_2
+from lib.rotary import expect_floats, power_of_2
 
 try:    # a fused kernel for packed rows: CUDA only, and only in half precision
     from torch.nn.attention.varlen import varlen_attn
@@ -111,20 +111,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Attention inside each document of a packed row, scaled by C ** -0.5.
 
     q: (T, H, C); k, v: (T, G, C), where G divides H; in each of them the C channels of a head are
-    neighbours in memory, and the rest may have any strides. Returns (T, H, C). The kernels raise
-    ValueError, with the argument's name, if a shape, type, device or stride is wrong.
+    neighbours in memory; other strides are free. Returns (T, H, C). Raises ValueError, with the
+    argument's name, if a shape, type, device or stride is wrong.
     """
-    kernels = use_kernels(q) and power_of_2(q.shape[-1]) * q.element_size() <= 512  # C up to 256
+    expect("q", q, (None, None, None))
+    expect_floats("q", q)
+    for name, x in ("k", k), ("v", v):
+        expect(name, x, (len(q), k.shape[1], q.shape[2]), q, q.dtype)
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads, which do not divide q's {q.shape[1]}")
+    # Wider heads than 256 in half precision and 128 in fp32 are left to plain PyTorch.
+    kernels = use_kernels(q) and q.dtype != torch.float64 and (
+        power_of_2(q.shape[2]) * q.element_size() <= 512)
     library = varlen_attn is not None and (q.is_cuda or q.is_meta and kernels) and (
         q.dtype in (torch.bfloat16, torch.float16) and CHOICE != "triton")
     if kernels or library:
-        expect("q", q, (None, None, None))
-        expect_type("q", q)
-        for name, x in ("k", k), ("v", v):
-            expect(name, x, (len(q), k.shape[1], q.shape[2]), q, q.dtype)
         expect("segments.cu_seqlens", segments.cu_seqlens, (None,), q, torch.int32)
-        if q.shape[1] % k.shape[1]:
-            raise ValueError(f"k has {k.shape[1]} heads, which do not divide q's {q.shape[1]}")
     if library:
         cu, longest, options = segments.cu_seqlens, segments.longest, {}
         if SHARES_KEYS:
@@ -384,3 +386,16 @@ class _Attention(torch.autograd.Function):
             q, k, v, grad, lse, delta, dk, dv, start, stop, *strides, total, groups,
             heads // groups, c ** -0.5 * LOG2_E, **settings)
         return dq, dk, dv, None, None, None
+
+
+# What lab/kernels.py compiles: each kernel for heads of 64 channels, as in the tower of `base`, and
+# of 128, as in its decoder, with the types of its arguments and its constants.
+_TYPES = dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), "*bf16")
+_TYPES |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("start", "stop"), "*i32")
+_TYPES |= dict.fromkeys(("q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "g_t", "g_h", "total", "heads",
+                         "groups", "repeat"), "i32") | {"scale": "fp32"}
+KERNELS = [(each, _TYPES, _settings(torch.empty(0, 1, c, dtype=torch.bfloat16), causal, backward)
+            | {"FULL": False})
+           for each, backward in ((_attention_kernel, False), (_attention_dq_kernel, True),
+                                  (_attention_dkv_kernel, True))
+           for c, causal in ((64, False), (128, True))]

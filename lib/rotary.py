@@ -48,10 +48,11 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def expect_type(name: str, x: Tensor):
-    """Raise ValueError, with the argument's name, unless it is of a type that kernels take."""
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{name} is {x.dtype}, which the kernels don't take")
+def expect_floats(name: str, x: Tensor):
+    """Raise ValueError, with the argument's name, if it holds integers. (The kernels compute in
+    fp32 at most: fp64 is left to plain PyTorch.)"""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}, no floating-point type")
 
 
 # ---- rotary halves with QK-norm: the ViT -------------------------------------------------------
@@ -190,19 +191,21 @@ def norm_rotary(qkv: Tensor, q_norm: torch.nn.Module, k_norm: torch.nn.Module, c
     """RMSNorm of each head of the queries and keys, then `rotary_half`; the values as they are.
 
     qkv: (T, 3, H, C), C even; q_norm, k_norm: RMSNorms with a `weight` (C,) and `eps`, or anything
-    else, for instance nn.Identity, and no kernel runs; cos, sin: (T, C/2) fp32. Returns q, k, v,
-    each (T, H, C); v is a view. The kernel raises ValueError, with the argument's name, if a shape,
-    type, device or stride is wrong.
+    else, for instance nn.Identity, and no kernel runs; cos, sin: (T, C/2) fp32. The channels of a
+    head are neighbours in memory; other strides are free. Returns q, k, v, each (T, H, C); v is a
+    view. Raises ValueError, with the argument's name, if a shape, type, device or stride is wrong.
     """
-    if not use_kernels(qkv) or not hasattr(q_norm, "eps") or not hasattr(k_norm, "eps"):
+    expect("qkv", qkv, (None, 3, None, None))
+    expect_floats("qkv", qkv)
+    total, _, _, c = qkv.shape
+    _expect_rotations(cos, sin, total, c, qkv)
+    norms = ("q_norm", q_norm), ("k_norm", k_norm)
+    if not all(hasattr(norm, "eps") for _, norm in norms) or qkv.dtype == torch.float64 or (
+            not use_kernels(qkv)):
         q, k, v = qkv.unbind(1)
         return rotary_half(q_norm(q), cos, sin), rotary_half(k_norm(k), cos, sin), v
-    expect("qkv", qkv, (None, 3, None, None))
-    total, _, _, c = qkv.shape
-    expect_type("qkv", qkv)
-    _expect_rotations(cos, sin, total, c, qkv)
-    for name, weight in ("q_norm.weight", q_norm.weight), ("k_norm.weight", k_norm.weight):
-        expect(name, weight, (c,), qkv, qkv.dtype)
+    for name, norm in norms:
+        expect(f"{name}.weight", norm.weight, (c,), qkv, qkv.dtype)
     if q_norm.eps != k_norm.eps:
         raise ValueError(f"q_norm.eps is {q_norm.eps} and k_norm.eps {k_norm.eps}: not the same")
     return _NormRotary.apply(qkv, q_norm.weight, k_norm.weight, cos, sin, q_norm.eps)
@@ -281,15 +284,29 @@ def _turn(q, k, cos, sin, backward: bool) -> tuple[Tensor, Tensor]:
 def rotary_qk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rotary_pairs` of the queries and of the keys.
 
-    q: (T, H, C); k: (T, G, C); cos, sin: (T, C/2) fp32; C even. Returns two tensors of the shapes
-    of q and k. The kernel raises ValueError, with the argument's name, if a shape, type, device or
-    stride is wrong.
+    q: (T, H, C); k: (T, G, C); cos, sin: (T, C/2) fp32; C even. The channels of a head are
+    neighbours in memory; other strides are free. Returns two tensors of the shapes of q and k.
+    Raises ValueError, with the argument's name, if a shape, type, device or stride is wrong.
     """
-    if not use_kernels(q):
-        return rotary_pairs(q, cos, sin), rotary_pairs(k, cos, sin)
     expect("q", q, (None, None, None))
+    expect_floats("q", q)
     total, _, c = q.shape
-    expect_type("q", q)
     expect("k", k, (total, None, c), q, q.dtype)
     _expect_rotations(cos, sin, total, c, q)
+    if q.dtype == torch.float64 or not use_kernels(q):
+        return rotary_pairs(q, cos, sin), rotary_pairs(k, cos, sin)
     return _RotaryQK.apply(q, k, cos, sin)
+
+
+# What lab/kernels.py compiles: each kernel at the sizes of `base`, the types of its arguments and
+# its constants.
+_ROTARY = dict.fromkeys(("qkv", "q_weight", "k_weight", "q_out", "k_out", "dq", "dk", "dv", "out",
+                         "q", "k"), "*bf16") | dict.fromkeys(("cos", "sin", "sums"), "*fp32")
+_ROTARY |= dict.fromkeys(("t_stride", "n_stride", "h_stride", "v_t_stride", "v_h_stride",
+                          "cos_stride", "sin_stride", "q_t_stride", "q_h_stride", "k_t_stride",
+                          "k_h_stride", "total", "heads", "groups"), "i32") | {"eps": "fp32"}
+KERNELS = [
+    (_norm_rotary_kernel, _ROTARY, dict(C=64, HEADS=16, HALF=32, num_warps=4)),
+    (_norm_rotary_backward_kernel, _ROTARY, dict(C=64, HEADS=16, HALF=32, TOKENS=8, num_warps=4)),
+    (_rotary_qk_kernel, _ROTARY,
+     dict(C=128, CHANNELS=128, HEADS=16, GROUPS=8, BACKWARD=False, num_warps=4))]

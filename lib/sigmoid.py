@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lib.dispatch import expect, INTERPRETED, kernel, tl, use_kernels
 
+LIMIT = 2 ** 27     # gradients of logits that the kernel writes at a time: 256 MB in bf16
+
 
 # ---- plain: one tile of logits at a time --------------------------------------------------------
 
@@ -44,8 +46,8 @@ def _plain(x, y, scale, bias, paired, tile) -> tuple[Tensor, ...]:
 # Tiling: 128 images x 64 texts a program, E in steps of 64 through shared memory; 8 warps, of which
 # each thread holds 32 sums (with 64, as for 128 x 128, the sigmoids no longer fit in registers).
 # Each program writes its share of the loss and of the gradients of scale and bias to a place of its
-# own, so the sum is the same in each run. As many rows of images are taken at a time as keep the
-# gradients below 2 ** 27 numbers, 256 MB, against all M texts.
+# own, so the sum is the same in each run. As many rows of images are taken at a time, against all
+# M texts, as LIMIT allows.
 # Roofline: 6 E FLOPs a logit (three products) and 6 bytes (written once, read twice): E FLOPs a
 # byte. The H100 is bound by tensor cores from E = 300 on; base has 1,024.
 
@@ -96,7 +98,7 @@ def _sigmoid_grad_kernel(x, y, grad, parts, scale, bias, rows, columns, pair, E:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor):
     """total += a @ b, where total is fp32: so are the sums, whatever the type of a and b."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.device.type != "cpu" and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
@@ -107,7 +109,7 @@ def _fused(x, y, scale, bias, paired, dtype) -> tuple[Tensor, ...]:
     a, b = x.to(dtype), y.to(dtype)
     d_x, d_y, sums = torch.zeros_like(x), torch.zeros_like(y), x.new_zeros(3)
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    height = max(128, 2 ** 27 // max(1, len(y)) // 128 * 128)
+    height = max(128, LIMIT // max(1, len(y)) // 128 * 128)
     grad = a.new_empty(min(height, len(x)), len(y))
     for i in range(0, len(x), height):
         part, tile = a[i:i + height], grad[:len(a) - i]
@@ -154,11 +156,9 @@ def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, paired: bool
 
     Plain PyTorch takes tile x tile logits at a time and computes in fp32. The kernel has tiles of
     its own; its products are in `dtype`: None for bf16 on a GPU and fp32 elsewhere. Vectors of
-    length 1 in bf16 change a cosine by about 1e-4. It raises ValueError, with the argument's name,
-    if a shape, type or device is wrong.
+    length 1 in bf16 change a cosine by about 1e-4.
+    Raises ValueError, with the argument's name, if a shape, type, device or stride is wrong.
     """
-    if not use_kernels(x):
-        return _SigmoidLoss.apply(x, y, scale, bias, paired, tile, None)
     expect("x", x, (None, None))
     expect("y", y, (None, x.shape[1]), x)
     expect("scale", scale, (), x)
@@ -168,5 +168,17 @@ def sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, paired: bool
             raise ValueError(f"{name} is {value.dtype}, no floating-point type")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype is {dtype}: neither float32 nor bfloat16")
-    dtype = dtype or (torch.float32 if x.device.type == "cpu" else torch.bfloat16)
+    if not use_kernels(x):
+        dtype = None
+    elif dtype is None:
+        dtype = torch.float32 if x.device.type == "cpu" else torch.bfloat16
     return _SigmoidLoss.apply(x, y, scale, bias, paired, tile, dtype)
+
+
+# What lab/kernels.py compiles: the kernel at the size of `base`, the types of its arguments and its
+# constants.
+KERNELS = [(_sigmoid_grad_kernel, dict.fromkeys(("x", "y", "grad"), "*bf16")
+            | dict.fromkeys(("parts", "scale", "bias"), "*fp32")
+            | dict.fromkeys(("rows", "columns", "pair"), "i32"),
+            dict(E=1024, PAIRED=True, ROWS=128, COLUMNS=64, STEP=64, FULL=False, PRECISION="tf32",
+                 num_warps=8, num_stages=3))]
