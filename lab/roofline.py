@@ -56,7 +56,7 @@ def print_step(args: Args, trace: Trace, flops: float, row: dict):
           f"{row['learnt']} are learnt; {row['images']} images, {row['patches']} patches\n")
     print(f"{'':<14}{'launches':>9}{'TFLOP':>9}{'GB':>9}{'ms':>9}   of it products and attention")
     for phase in ("forward", "backward", "update", ""):
-        cost, products = trace.total(phase), trace.products(phase)
+        cost, products = trace.total(phase), trace.total(phase, products=True)
         print(f"{phase or 'all':<14}{cost.launches:>9,}{cost.flops / 1e12:>9.2f}"
               f"{cost.bytes / 1e9:>9.1f}{ms * cost.seconds:>9.1f}{ms * products.seconds:>9.1f} ms")
     print(f"\nhost          {ms * trace.host_seconds:9.1f} ms to launch, beside the GPU"

@@ -28,11 +28,9 @@ How a step is followed: it runs as it is, on meta tensors, which have shapes but
     trace = Trace(find_machine("8xH100"))
     with trace:
         model, optimizer = ...                  on meta
-        trace.hold("weights", model.parameters())
-        trace.begin("forward")                  from here on operations are noted
-        loss = ...
-        trace.begin("backward")
-        loss.backward()
+        trace.hold_training(model, optimizer)
+        trace.learn(lambda: ..., times=4)       the loss: its forward and backward, for four rows
+        trace.update(optimizer)
     trace.seconds, trace.total("backward"), trace.memory(), trace.dearest()
 
 PyTorch calls a mode before each operation, which notes its bytes and FLOPs and the line of ours
@@ -41,6 +39,7 @@ beside it on the CPU. Collectives of torch.distributed are noted as those of ran
 """
 import contextlib
 import difflib
+import functools
 import math
 import re
 import sys
@@ -185,14 +184,11 @@ class Trace:
 
     # ---- figures ------------------------------------------------------------------------------
 
-    def total(self, phase: str = "") -> Cost:
-        """The sum over all operations, of one phase or of all."""
-        return sum((cost for (p, _), cost in self.costs.items() if phase in ("", p)), Cost())
-
-    def products(self, phase: str = "") -> Cost:
-        """The same sum over matrix products and attention alone."""
+    def total(self, phase: str = "", products: bool = False) -> Cost:
+        """The sum over all operations, of one phase or of all; products: over matrix products and
+        attention alone."""
         return sum((cost for (p, _), cost in self.costs.items()
-                    if phase in ("", p) and cost.flops), Cost())
+                    if phase in ("", p) and (cost.flops or not products)), Cost())
 
     @property
     def host_seconds(self) -> float:
@@ -281,8 +277,10 @@ class Trace:
 
     def note_kernel(self, name: str, given: list[Tensor], constants: dict):
         """lib.dispatch calls this where a Triton kernel would be launched."""
-        flops = KERNELS[name](given, constants) if name in KERNELS else 0.0
-        self.note(name, size(given), flops, PRODUCTS_IN_KERNELS)
+        flops, more = KERNEL_FLOPS.get(name), KERNEL_BYTES.get(name)
+        self.note(name, size(given) + (more(given, constants) if more else 0),
+                  flops(self, given, constants) if flops else 0.0,
+                  ATTENTION if "attention" in name else PRODUCTS_IN_KERNELS, dtype=given[0].dtype)
 
     def note_sent(self, nbytes: float, beside: bool = False):
         """Count bytes that rank 0 sends; beside: while the GPU computes."""
@@ -325,9 +323,9 @@ class Trace:
     def __exit__(self, *error):
         self.stack.close()
 
-    def value(self, t: Tensor) -> Tensor | None:
-        """The values of a tensor, where they are known."""
-        return self.values.get(t) if t.is_meta else t
+    def value(self, x):
+        """The values of a meta tensor, None where they are not known; anything else as it is."""
+        return self.values.get(x) if isinstance(x, Tensor) and x.is_meta else x
 
     def run(self, func, args, kwargs):
         """Run an operation on meta tensors and note it; also on the values, where all are known."""
@@ -351,7 +349,7 @@ class Trace:
         real = None
         if (given and all(v is not None and v.numel() <= SMALL for v in known)
                 and name not in FREE - {"detach", "alias", "lift_fresh", "_unsafe_view"}):
-            real = func(*tree_map(self._as_value, args), **tree_map(self._as_value, kwargs)
+            real = func(*tree_map(self.value, args), **tree_map(self.value, kwargs)
                         | ({"device": "cpu"} if to else {}))
         changes = func._schema.is_mutable
         if real is not None and not changes and not func.is_view:
@@ -374,9 +372,6 @@ class Trace:
             self._note_operation(name, args, [t for t in given if t.is_meta and t is not into],
                                  made, changes)
         return out
-
-    def _as_value(self, x):
-        return self.value(x) if isinstance(x, Tensor) else x
 
     def _on_meta(self, x):
         return self.put(x) if isinstance(x, Tensor) and x.dim() and not x.is_meta else x
@@ -437,9 +432,28 @@ class Trace:
         return (10.0 if backward else 4.0) * heads * width * pairs * (0.5 if causal else 1.0)
 
 
+def attention_products(products: int) -> Callable:
+    """FLOPs of an attention kernel with so many products of all pairs of tokens in a document."""
+    def flops(trace, given, constants):
+        _, heads, width = given[0].shape
+        start, stop = (trace.value(t) for t in given if t.dtype == torch.int32)
+        pairs = int((stop - start).sum()) / (1 + constants["CAUSAL"])
+        return 2 * products * heads * width * pairs
+    return flops
+
+
 # FLOPs of our Triton kernels that compute matrix products; for all others bytes are what counts.
-# {name: function of the launch's tensors and constants}
-KERNELS: dict = {}
+# {name: function of the trace and the launch's tensors and constants}
+KERNEL_FLOPS = {
+    # half of the tiles of X X^T, and all of those on the diagonal
+    "symmetric": lambda trace, given, constants: (
+        given[0].shape[0] * given[0].shape[1] * (given[0].shape[1] + 128) * given[0].shape[2]),
+    "sigmoid_grad": lambda trace, given, constants: (
+        2 * len(given[0]) * len(given[1]) * given[0].shape[1]),
+    "attention": attention_products(2), "attention_dq": attention_products(3),
+    "attention_dkv": attention_products(4)}
+# Tensors whose bytes count more than once: the softmax reads its logits twice and writes them.
+KERNEL_BYTES = {"softmax": lambda given, constants: 2 * size(given[:1]) * constants["GRADIENT"]}
 
 
 # ---- how PyTorch calls it -----------------------------------------------------------------------
@@ -510,15 +524,12 @@ class _RmsNorm(torch.autograd.Function):
 
 # ---- lines of ours ------------------------------------------------------------------------------
 
-SHORT: dict[str, str] = {}      # {file name: its path in the repository; empty if it isn't ours}
-
-
+@functools.cache
 def short_name(path: str) -> str:
-    if path not in SHORT:
-        ours = path.startswith(f"{ROOT}/") and "site-packages" not in path
-        name = path.removeprefix(f"{ROOT}/") if ours else ""
-        SHORT[path] = "" if name in ("lib/roofline.py", "lib/dispatch.py") else name
-    return SHORT[path]
+    """A file's path in the repository; empty if it isn't ours, or one that only notes."""
+    name = path.removeprefix(f"{ROOT}/")
+    ours = name != path and "site-packages" not in path
+    return name if ours and name not in ("lib/roofline.py", "lib/dispatch.py") else ""
 
 
 def line_of_ours() -> str:
@@ -549,29 +560,20 @@ def remember_line(node):
 
 # ---- several GPUs -------------------------------------------------------------------------------
 
-class _Done:
-    """The handle of a collective that is over at once."""
-
-    def wait(self, *_):
-        return None
-
-    def is_completed(self) -> bool:
-        return True
-
-
 def collectives(trace: Trace) -> dict:
     """What stands in for torch.distributed: {name: function}. A ring of n ranks sends (n-1)/n of
     the data of each rank to gather or to scatter it, and twice that to sum it everywhere."""
     n = trace.machine.count
-    part = (n - 1) / n
+    part, done = (n - 1) / n, torch.futures.Future()    # what has wait() and is over at once
+    done.set_result(None)
 
     def note(nbytes, async_op):
         trace.note_sent(nbytes, async_op)
-        return _Done()
+        return done
 
     def exchange(operations):
         note(sum(size([t]) for kind, t, *_ in operations if kind is dist.isend), False)
-        return [_Done()]
+        return [done]
 
     return {
         "is_initialized": lambda: True, "get_rank": lambda *_, **__: 0,

@@ -9,16 +9,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import kernels
 import pretrain
 import rl
 import train_vit
-from kernels import attention, Segments
+from kernels import attention, gram, Segments
 from lab import roofline as lab
-from lib import dispatch, roofline
+from lib import attention as attention_kernels, dispatch, losses, roofline, rotary, sigmoid
 from lib.cli import UserError
+from lib.losses import softmax_gradient
 from lib.roofline import find_machine, Trace
 
 H100 = find_machine("H100")
+KERNEL_NAMES = {entry[0].name for module in (kernels, attention_kernels, losses, rotary, sigmoid)
+                for entry in module.KERNELS}
 
 
 def meta(*shape, grad=False, dtype=torch.bfloat16):
@@ -82,11 +86,21 @@ def test_a_triton_kernel_is_noted_with_its_tensors(monkeypatch):
     def _double_kernel(x, y):
         """Never compiled."""
     x, y = meta(1000), meta(1000)
-    monkeypatch.setitem(roofline.KERNELS, "double", lambda given, constants: 7 * constants["N"])
+    monkeypatch.setitem(roofline.KERNEL_FLOPS, "double", lambda _, given, more: more["N"])
     trace = traced(lambda _: _double_kernel[(1,)](x, y, x, N=3))
     cost = trace.costs["forward", "double"]
-    assert (cost.launches, cost.bytes, cost.flops) == (1, 4000, 21)
+    assert (cost.launches, cost.bytes, cost.flops) == (1, 4000, 3)
     assert dispatch.noted is None           # as it was before
+
+
+def test_kernels_with_products_have_flops():
+    """By hand, of X X^T in tiles on and below the diagonal, and of attention in pairs of tokens."""
+    half = traced(lambda _: gram(meta(2, 1024, 4096))).total()
+    assert half.flops == 2 * 1024 * (1024 + 128) * 4096 and half.bytes == 2 * (2 ** 23 + 2 ** 21)
+    assert KERNEL_NAMES >= set(roofline.KERNEL_FLOPS) | set(roofline.KERNEL_BYTES)
+    logits, weights = meta(64, 1000), meta(64, dtype=torch.float32)
+    cost = traced(lambda _: softmax_gradient(logits, meta(64, dtype=torch.int64), weights)).total()
+    assert cost.bytes == 64 * (6 * 1000 + 8 + 4 + 4)
 
 
 def test_the_norm_is_the_fused_one():
@@ -107,7 +121,8 @@ def test_small_integers_have_values():
         assert meta(4, 2)[tokens > 0].shape == (2, 2)
         assert meta(4)[tokens].shape == (4,)
         numbers = torch.arange(3, device="meta") + 1
-        assert torch.repeat_interleave(numbers, torch.tensor([1, 2, 0], device="meta")).shape == (3,)
+        repeats = torch.tensor([1, 2, 0], device="meta")
+        assert torch.repeat_interleave(numbers, repeats).shape == (3,)
         assert numbers.add_(1).tolist() == [2, 3, 4]
         assert meta().item() == 1 and meta(2).tolist() == [1, 1]
     traced(step)
@@ -165,7 +180,7 @@ def test_machines_by_name():
     eight = find_machine("8xh100")
     assert (eight.count, eight.name, str(eight), str(H100)) == (8, "H100", "8xH100", "H100")
     for text in ("V100", "0xH100", "x", "", "H100x8", "-1xH100"):
-        with pytest.raises(UserError, match="^--on takes A100, H100, H200, B200 or several, as") as e:
+        with pytest.raises(UserError, match="^--on takes A100, H100, H200, B200 or several") as e:
             find_machine(text)
         assert "\n" not in str(e.value)
 
