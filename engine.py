@@ -20,6 +20,7 @@ that decoding reads one dense block of the cache.
 Letters: S cache slots, n running requests, K drafts, T tokens of a packed row, D documents in it,
 W width of the model, H query heads, G key-value heads, C channels of a head, V vocabulary.
 """
+import itertools
 import math
 import time
 from collections import deque
@@ -35,6 +36,7 @@ from data import collate, Document
 from kernels import attention, Segments
 from lib.cli import UserError
 from lib.draft_tuner import DraftTuner
+from lib.prefetch import send
 from mmtp import categorical
 from model import Config, GLMV
 from tokenizer import Tokenizer
@@ -49,7 +51,8 @@ class Cache:
 
     keys, values: (layers, S, G, context, C). `length` (S,): tokens that each slot holds.
     `position` (S,): the M-RoPE position of the slot's next text token; it is smaller than `length`
-    where there are images, since h x w visual tokens take only max(h, w) positions.
+    where there are images, since h x w visual tokens take only max(h, w) positions. Both are on the
+    CPU, which would otherwise wait for the GPU in every step to learn how far attention reaches.
     """
 
     def __init__(self, config: Config, slots: int, context: int, device, dtype, layers: int = 0):
@@ -57,27 +60,27 @@ class Cache:
         shape = (layers or c.num_hidden_layers, slots, c.num_key_value_heads, context, c.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = torch.zeros(slots, dtype=torch.long, device=device)
-        self.position = torch.zeros(slots, dtype=torch.long, device=device)
+        self.length = torch.zeros(slots, dtype=torch.long)
+        self.position = torch.zeros(slots, dtype=torch.long)
 
     def prefill(self, first: int, cu_seqlens: Tensor, positions: Tensor,
                 which: Tensor | None = None) -> "Prefill":
         """Prepare a forward over whole prompts, which end in text; their keys and values go to the
         slots from `first` on.
 
-        cu_seqlens (D+1,), positions (3, T): of the packed row. Document i goes to slot first + i;
-        or, with which (n,), document which[i] goes to slot first + i, so that several slots can
-        begin with the same prompt.
+        cu_seqlens (D+1,), positions (3, T): of the packed row, on the CPU. Document i goes to slot
+        first + i; or, with which (n,), document which[i] goes to slot first + i, so that several
+        slots can begin with the same prompt.
         """
         if which is None:
-            which = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+            which = torch.arange(len(cu_seqlens) - 1)
         borders = cu_seqlens.long()
         lengths, end = borders.diff()[which], first + len(which)
         self.length[first:end] = lengths
         self.position[first:end] = positions[0, borders[1:] - 1][which] + 1
         # For every token that is kept: its slot, its place in the slot, its row in the batch.
-        slot = torch.repeat_interleave(torch.arange(first, end, device=lengths.device), lengths)
-        place = torch.arange(len(slot), device=lengths.device)
+        slot = torch.repeat_interleave(torch.arange(first, end), lengths)
+        place = torch.arange(len(slot))
         place = place - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         row = torch.repeat_interleave(borders[:-1][which], lengths) + place
         return Prefill(self, slot, place, row)
@@ -89,7 +92,7 @@ class Cache:
 
     def rewind(self, slots: int, tokens: int | Tensor):
         """Take back the last `tokens` text tokens of each of the first `slots` slots; one number
-        for all, or one a slot (S,).
+        for all, or one a slot (S,), on the CPU.
 
         Only the two integers of a slot go back. The keys and values behind `length` stay in
         memory, where no query attends to them, until the next tokens overwrite them.
@@ -108,10 +111,11 @@ class Cache:
 
 class Prefill:
     """Attention inside whole prompts, which also stores keys and values: those of row[i] of the
-    batch go to slot[i] at place[i]."""
+    batch go to slot[i] at place[i]. All three are given on the CPU."""
 
     def __init__(self, cache: Cache, slot: Tensor, place: Tensor, row: Tensor):
-        self.cache, self.slot, self.place, self.row = cache, slot, place, row
+        self.cache, self.row_on_cpu = cache, row
+        self.slot, self.place, self.row = (send(x, cache.keys.device) for x in (slot, place, row))
 
     def attend(self, layer, q, k, v, segments):
         self.cache.keys[layer, self.slot, :, self.place] = k[self.row]
@@ -127,13 +131,12 @@ class Extend:
 
     def __init__(self, cache: Cache, slots: int, n: int):
         self.cache, self.slots, self.n = cache, slots, n
-        device = cache.length.device
-        new = torch.arange(n, device=device)
+        device, new = cache.keys.device, torch.arange(n)
         self.reach = int(cache.length[:slots].max()) + n
         self.slot = torch.arange(slots, device=device)[:, None]
-        self.place = cache.length[:slots, None] + new                   # (S, n)
+        self.place = send(cache.length[:slots, None] + new, device)     # (S, n)
         positions = cache.position[:slots, None] + new
-        self.positions = positions.flatten().expand(3, -1)
+        self.positions = send(positions.flatten(), device).expand(3, -1)
         later = torch.arange(self.reach, device=device) > self.place[:, :, None]
         self.mask = torch.zeros(later.shape, device=device, dtype=cache.keys.dtype)
         self.mask = self.mask.masked_fill(later, float("-inf"))[:, None]  # (S, 1, n, reach)
@@ -161,26 +164,29 @@ class Extend:
 def probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
     """The distribution that tokens are sampled from. (..., V), (...), (...) -> (..., V)
 
-    temperature 0 gives all probability to the best token. top_p keeps the most likely tokens, as
-    many as are needed to reach that probability together, and always the best one.
+    temperature and top_p are on the CPU, which decides by them what has to be computed. Temperature
+    0 gives all probability to the best token. top_p keeps the most likely tokens, as many as are
+    needed to reach that probability together, and always the best one.
     """
     below = logits.float() - logits.float().amax(-1, keepdim=True)  # 0 for the best: no overflow
+    cut, greedy = bool((top_p < 1).any()), bool((temperature <= 0).any())
+    temperature, top_p = send(temperature, logits.device), send(top_p, logits.device)
     probs = (below / temperature.clamp_min(1e-30)[..., None]).softmax(-1)
-    if bool((top_p < 1).any()):
+    if cut:
         ordered, order = probs.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered   # of all more likely tokens: 0 for the first
         kept = ordered * (before < top_p.clamp_min(1e-6)[..., None])
         kept = kept / kept.sum(-1, keepdim=True)
         probs = torch.zeros_like(probs).scatter(-1, order, kept)
-    if bool((temperature <= 0).any()):
+    if greedy:
         best = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(probs.dtype)
         probs = torch.where((temperature > 0)[..., None], probs, best)
     return probs
 
 
-def check_finite(values: Tensor, what: str):
+def check_finite(finite: bool, what: str):
     """Raise UserError where a model has computed nan or inf, which no token can be sampled from."""
-    if not bool(values.isfinite().all()):
+    if not finite:
         raise UserError(f"the {what} computes numbers that are not finite: its weights are broken, "
                         "perhaps by a learning rate that was too high")
 
@@ -309,33 +315,36 @@ class Engine:
         keys = [(p.ids.tobytes(), *map(id, p.images)) for p in prompts]
         distinct = dict(zip(keys, prompts))
         number = {key: i for i, key in enumerate(distinct)}
-        which = torch.tensor([number[key] for key in keys], device=self.device)
+        which = torch.tensor([number[key] for key in keys])
         batch = collate(list(distinct.values()), self.model.config).to(self.device)
         merged = self.model.encode_images(batch)
-        cache = self.cache.prefill(first, batch.cu_seqlens, batch.positions, which)
+        host = batch.host
+        cache = self.cache.prefill(first, host.cu_seqlens, host.positions, which)
         hidden = self.model(batch, merged, cache)
-        ends = batch.cu_seqlens[1:].long() - 1
-        logits = self.model.lm_head(hidden[ends])[which, None]
+        ends = send(host.cu_seqlens[1:].long()[which] - 1, self.device)
+        logits = self.model.lm_head(hidden[ends])[:, None]
         chosen = self._sample(logits[:, 0], first)
         if self.tuner.best:
             rows = slice(first, first + len(new))
-            self.state[rows] = self._start_head(first, batch, hidden, cache.row, chosen)
-        return self._append(chosen[:, None], torch.zeros_like(chosen), logits, first)
+            self.state[rows] = self._start_head(first, batch, hidden, cache, chosen)
+        made = self._fetch(chosen[:, None], torch.zeros_like(chosen), logits, first)
+        return self._append(*made, first)
 
-    def _start_head(self, first: int, batch, hidden, row, chosen):
+    def _start_head(self, first: int, batch, hidden, cache: Prefill, chosen):
         """Let the head read the prompts of the slots from `first` on; returns its states (n, W).
 
         Slot i of a row joins h_i with token i+1, so the last one of a prompt needs the first token
-        of the reply, `chosen` (n,). Equal prompts differ there: the head reads one a request. row:
-        the batch's row of each of their tokens.
+        of the reply, `chosen` (n,). Equal prompts differ there: the head reads one a request.
+        cache.row: the batch's row of each of their tokens.
         """
-        borders = F.pad(self.cache.length[first:first + len(chosen)].cumsum(0), (1, 0)).int()
+        lengths, row = self.cache.length[first:first + len(chosen)], cache.row
+        host = F.pad(lengths.cumsum(0), (1, 0)).int()
+        borders = send(host, self.device)
         ends = borders[1:].long() - 1
         ahead = batch.tokens[row].roll(-1).index_copy(0, ends, chosen)
-        positions = batch.positions[:, row]
-        cache = self.cache.prefill(first, borders, positions)
-        return mmtp.draft(self.model, hidden[row], ahead, positions,
-                          Segments(borders, causal=True), cache)[ends]
+        own = self.cache.prefill(first, host, batch.host.positions[:, cache.row_on_cpu])
+        return mmtp.draft(self.model, hidden[row], ahead, batch.positions[:, row],
+                          Segments(borders, causal=True, host=host), own)[ends]
 
     # ---- a step -----------------------------------------------------------------------------
 
@@ -366,7 +375,8 @@ class Engine:
         logits = self.model.lm_head(self._forward(self.last[:n, None]))
         chosen = self._sample(logits[:, 0], 0)
         self.steps, self.tokens = self.steps + n, self.tokens + n
-        return self._append(chosen[:, None], torch.zeros_like(chosen), logits, 0)
+        made = self._fetch(chosen[:, None], torch.zeros_like(chosen), logits, 0)
+        return self._append(*made, 0)
 
     def _speculate(self, n: int) -> list[Result]:
         """Speculative decoding: K drafts for each of n slots, of which the trunk accepts some and
@@ -378,19 +388,17 @@ class Engine:
         hidden = self._forward(torch.cat([self.last[:n, None], drafts], 1))
         logits = self.model.lm_head(hidden)
         accepted, chosen = self._verify(logits, drafts, draft_probs)
-        counts = accepted.tolist()
-        verified = time.perf_counter()      # tolist has waited for the device
-        if draft_probs is not None:
-            check_finite(draft_probs, "MTP head")
+        ids, logps, counts = self._fetch(chosen, accepted, logits, 0, draft_probs)
+        verified = time.perf_counter()      # the fetch has waited for the device
         self._advance_head(hidden, chosen, accepted)
-        self.cache.rewind(n, k - accepted)
+        self.cache.rewind(n, k - torch.tensor(counts))
         alive = [sum(count >= j for count in counts) for j in range(k + 1)]
         self.tuner.note(alive, verified - drafted,
                         time.perf_counter() - verified + drafted - began)
         self.steps, self.tokens = self.steps + n, self.tokens + sum(alive)
         if self.trace:
             self.trace(drafts, accepted, chosen)
-        return self._append(chosen, accepted, logits, 0)
+        return self._append(ids, logps, counts, 0)
 
     def _draft(self, n: int, k: int) -> tuple[Tensor, Tensor | None]:
         """K drafts for each of n slots, (n, K), and the distributions that they were sampled from,
@@ -437,17 +445,18 @@ class Engine:
     # ---- sampling ---------------------------------------------------------------------------
 
     def _shaping(self, sequences) -> list[Tensor] | None:
-        """Temperature and top-p of each sequence, (n,) each; None where all are greedy."""
+        """Temperature and top-p of each sequence, (n,) each on the CPU; None where all are greedy.
+        """
         requests = [sequence.request for sequence in sequences]
         if all(r.temperature <= 0 for r in requests):
             return None
-        return [torch.tensor([float(r.temperature) for r in requests], device=self.device),
-                torch.tensor([float(r.top_p) for r in requests], device=self.device)]
+        return [torch.tensor([float(r.temperature) for r in requests]),
+                torch.tensor([float(r.top_p) for r in requests])]
 
     def _uniforms(self, sequences, count: int) -> Tensor:
         """Random numbers in [0, 1), (n, count), each row from its sequence's own generator."""
-        return torch.tensor([torch.rand(count, generator=s.generator).tolist() for s in sequences],
-                            device=self.device)
+        return send(torch.stack([torch.rand(count, generator=s.generator) for s in sequences]),
+                    self.device)
 
     def _sample(self, logits: Tensor, first: int) -> Tensor:
         """One token for each slot from `first` on. (n, V) -> (n,)"""
@@ -459,18 +468,36 @@ class Engine:
 
     # ---- appending tokens, ending requests ----------------------------------------------------
 
-    def _append(self, chosen, accepted, logits, first: int) -> list[Result]:
-        """Append new tokens to the slots from `first` on, in each the accepted (n,) drafts and one
-        more of chosen (n, K+1), which logits (n, K+1, V) belong to. Returns those that ended."""
-        n = len(chosen)
+    def _fetch(self, chosen, accepted, logits, first: int, draft_probs=None):
+        """Keep the last tokens for the next step, and bring all that a step has made to the CPU.
+        Only here does the host wait for the GPU, once: for one tensor, in fp32, which holds all ids
+        below 2 ** 24.
+
+        Of the slots from `first` on: chosen (n, K+1) and their logits (n, K+1, V), of which the
+        `accepted` (n,) drafts and one more count. Returns lists of ids and log-probabilities, and
+        how many drafts each slot has accepted. Raises UserError where the model is broken.
+        """
+        n, k = chosen.shape
         self.last[first:first + n] = chosen.gather(1, accepted[:, None])[:, 0]
         logps = logits.gather(-1, chosen[..., None])[..., 0].float() - logits.float().logsumexp(-1)
-        check_finite(logps, "model")    # nan where any of the logits is nan or inf
-        chosen, logps, counts = chosen.tolist(), logps.tolist(), (accepted + 1).tolist()
+        drafted = torch.ones_like(accepted, dtype=torch.bool)
+        if draft_probs is not None:
+            drafted = draft_probs.isfinite().flatten(1).all(1)
+        table = torch.cat([chosen, logps, accepted[:, None], drafted[:, None]], 1).tolist()
+        check_finite(all(row[-1] for row in table), "MTP head")
+        logps = [row[k:2 * k] for row in table]
+        # nan where any of the logits is nan or inf
+        check_finite(all(map(math.isfinite, itertools.chain(*logps))), "model")
+        return ([list(map(int, row[:k])) for row in table], logps,
+                [int(row[2 * k]) for row in table])
+
+    def _append(self, ids, logps, counts, first: int) -> list[Result]:
+        """Append new tokens, which `_fetch` has returned, to the slots from `first` on: in each the
+        accepted drafts, `counts` of them, and one more. Returns the requests that ended."""
         ended = []
-        for i in reversed(range(n)):    # backwards, since a release moves the last slot
+        for i in reversed(range(len(ids))):    # backwards, since a release moves the last slot
             sequence, finish = self.running[first + i], ""
-            for token, logp in zip(chosen[i][:counts[i]], logps[i]):
+            for token, logp in zip(ids[i][:counts[i] + 1], logps[i]):
                 sequence.ids.append(token)
                 sequence.logps.append(logp)
                 sequence.versions.append(self.version)

@@ -183,7 +183,7 @@ def states(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, dep
         target = (kept + k + 1).clamp(max=total - 1)
         same = (document[target] == document[kept]) & (kept + k + 1 < total)
         counts = same & ~visual[target]
-        learnt = (counts & (host.weights[target] > 0)).nonzero()[:, 0]
+        learnt = (counts & (host.weights[target] != 0)).nonzero()[:, 0]
         yield Ahead(h, at, *(send(x, device) for x in (target, counts, learnt)))
 
 

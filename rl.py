@@ -55,6 +55,7 @@ from lib.curriculum import Curriculum
 from lib.episodes import accuracy, Episode, figures_of, report_evaluation, rewards_of
 from lib.memory import parse_memory
 from lib.rollout import rollout, RolloutSettings
+from lib.prefetch import lent, pin_weights
 from lib.roofline import check_machine, find_machine, Machine, Part, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from mmtp import attach, head_of, losses as mtp_losses
@@ -98,7 +99,7 @@ class Args:
     workers: Annotated[int, Range(0, 1000)] = 1  # verifying processes; from 2 on: asynchronous
     patience: NonNegative = 60.0  # asynchronous: seconds until a group, or its rest, is given up
     rollout_ranks: Positive = 1   # of torchrun's processes, how many play
-    memory: str = "none"          # recompute or offload activations, or by part: see lib/memory.py
+    memory: str = "none"          # or recompute, offload; by part: vit:offload,decoder:recompute
     chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
     init: str = ""                # folder whose weights to start from; default: the demo's
     resume: bool = False          # continue from the newest checkpoint in --out
@@ -195,7 +196,7 @@ def logps_of(model: GLMV, batch):
     """Hidden states of a row (T, W); positions (N,) that predict a token which has a weight; of
     these tokens, log-probability and entropy (N,)."""
     hidden = model(batch, model.encode_images(batch))
-    at = batch.weights[1:].nonzero()[:, 0]  # token t is predicted from position t-1
+    at = batch.learnt           # token t is predicted from position t-1
     logp, entropy = linear_logp(hidden[at], model.lm_head.weight, batch.tokens[at + 1])
     return hidden, at, logp, entropy
 
@@ -210,8 +211,8 @@ def row_loss(model: GLMV, batch, args: Args, reference=None):
     old, advantage = batch.extras["logp"][at + 1], batch.extras["advantage"][at + 1]
     own = batch.extras["demonstration"][at + 1] == 0    # sampled by the model itself
     weight, (low, high) = batch.weights[at + 1], band(args)
-    document = torch.bucketize(at + 1, batch.cu_seqlens, right=True)    # of each token
-    lengths = document.unique_consecutive(return_counts=True)[1].tolist()
+    document = torch.bucketize(batch.host.learnt, batch.host.cu_seqlens, right=True)
+    lengths = document.unique_consecutive(return_counts=True)[1].tolist()   # known on the CPU
     losses = LOSSES[args.loss](logp, old, advantage, low, high, lengths)
     # A demonstration is learned by plain cross-entropy: there is nothing to compare it with.
     losses = torch.where(own, losses, -logp)
@@ -220,11 +221,12 @@ def row_loss(model: GLMV, batch, args: Args, reference=None):
         losses = losses + args.kl * (gap.exp() - gap - 1)
     loss = (losses * weight).sum()
     with torch.no_grad():
-        log_ratio = (logp - old)[own]
+        log_ratio = torch.where(own, logp - old, 0.0)
         ratio, size = log_ratio.exp(), log_ratio.abs()
+        outside = own & ((ratio <= low) | (ratio >= high))
         statistics = torch.stack([
-            loss.detach(), own.sum(), entropy[own].sum(), size.sum(),
-            ((ratio <= low) | (ratio >= high)).sum(), size.max() if len(size) else size.sum()])
+            loss.detach(), own.sum(), (entropy * own).sum(), size.sum(), outside.sum(),
+            size.max() if len(size) else size.sum()])
     if args.mtp and head_of(model):         # it learns to predict this policy, and can't change it
         depths = model.config.mtp_depths or 1
         further = mtp_losses(model, hidden, batch, depths=depths, detach=True)
@@ -243,13 +245,12 @@ def update(model: GLMV, optimizer: Optimizer, samples: list[list[Document]], arg
     if not samples:
         return {"pg_loss": 0.0, "tokens": 0}
     device = model.lm_head.weight.device
-    rows = pack_rows([d for sample in samples for d in sample], args.row_tokens)
+    rows = pack_rows([d for sample in samples for d in sample], args.row_tokens, world)
     batches = [collate(row, model.config).to(device) for row in rows[rank::world]]
     reference_logps = [None] * len(batches)
     if reference is not None:   # it lives in CPU memory, and on the device only for its forward [C]
-        with torch.no_grad():
-            reference_logps = [logps_of(reference.to(device), batch)[2] for batch in batches]
-        reference.to("cpu")
+        with torch.no_grad(), lent(reference, device):
+            reference_logps = [logps_of(reference, batch)[2] for batch in batches]
     sums, largest = torch.zeros(5, device=device), torch.zeros((), device=device)
     for batch, logps in zip(batches, reference_logps):
         loss, statistics = row_loss(model, batch, args, logps)
@@ -262,7 +263,7 @@ def update(model: GLMV, optimizer: Optimizer, samples: list[list[Document]], arg
     if world > 1:
         dist.all_reduce(sums, group=process_group)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
-    *sums, largest = torch.cat([sums, largest[None]]).tolist()      # waits for the device, once
+    *sums, largest = torch.cat([sums, largest[None]]).tolist()      # the only wait for the device
     loss, tokens, entropy, log_ratio, outside, squares = sums
     norm = math.sqrt(squares)
     optimizer.step(rate, norm, apply=math.isfinite(loss))
@@ -319,6 +320,7 @@ def prepare(args: Args, hw, trains: bool = True, process_group=None):
     reference = None
     if args.kl and trains:      # the weights that the first step started from
         reference = load_model(find_checkpoint(first or DEMO), "cpu", hw.dtype)
+        pin_weights(reference, hw.device)
     say = print if hw.rank == 0 else (lambda *_: None)
     move_earlier_run(Path(args.out), args.resume, hw, say)
     settings = RolloutSettings(Tokenizer(model.config.n_ranks), model.config, args.context,
@@ -521,14 +523,8 @@ def trace_update(machine: Machine, model: GLMV, documents, args: Args, rollouts:
             trace.begin("reference", rows)
             with torch.no_grad():
                 logps_of(model, batch)
-        trace.begin("forward", rows)
-        loss, _ = row_loss(model, batch, args)
-        trace.begin("backward", rows)
-        loss.backward()
-        trace.begin("update")
-        optimizer.reduce()
-        optimizer.step(1.0, norm=1.0)
-        trace.begin("")
+        trace.learn(lambda: row_loss(model, batch, args)[0], rows)
+        trace.update(optimizer)
     return trace
 
 

@@ -225,12 +225,13 @@ class AttentionPool(nn.Module):
         self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """x (T, W): N segments, one after the other; their lengths (N,) -> (N, W)
+        """x (T, W): N segments, one after the other; their lengths (N,), on the CPU -> (N, W)
 
         A softmax over each segment, without padding: lengths (3, 2) make segment (0, 0, 0, 1, 1),
         and sums over a segment are `index_add` into row segment[t].
         """
-        n, segment = len(lengths), torch.repeat_interleave(lengths)     # (T,): of each token
+        n = len(lengths)
+        segment = send(torch.repeat_interleave(lengths), x.device)      # (T,): of each token
         split = "... (h c) -> ... h c"
         q = rearrange(self.query.float(), split, h=self.heads)          # (H, C), the same for all
         k = rearrange(self.k_proj(x).float(), split, h=self.heads)      # (T, H, C)
@@ -266,10 +267,9 @@ class CogViT(nn.Module):
 
     def forward(self, patches: Tensor, grids: Tensor, mask: Tensor | None = None,
                 token: Tensor | None = None) -> Tensor:
-        """patches (P, F, 3*p*p) uint8, grids (N, 3) -> features (P, W) after the last norm. Sizes are
-        needed on the host: grids are on the CPU.
+        """patches (P, F, 3*p*p) uint8, grids (N, 3) -> features (P, W) after the last norm.
 
-        mask (P,) bool: hidden patches, whose embedding is replaced by `token` (W,).
+        grids are on the CPU, where sizes are needed. mask (P,) bool: hidden patches, whose embedding is replaced by `token` (W,).
         """
         parameters = [*self.parameters(), *([] if token is None else [token])]
         return in_chunks(functools.partial(self.encode, token), parameters,
@@ -277,7 +277,7 @@ class CogViT(nn.Module):
 
     def encode(self, token, patches, grids, mask):
         """`forward` for the images of one chunk."""
-        c = self.config
+        c, grids = self.config, grids.cpu()     # where they are already, or the host waits
         # A head of width C has C/2 angles: C/4 for the row and C/4 for the column, both with the
         # same frequencies.
         quarter = c.hidden_size // c.num_heads // 4

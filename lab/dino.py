@@ -39,6 +39,7 @@ from lib.cli import (check_options, cli, Device, Dtype, main, NonNegative, Posit
                      Share)
 from lib.common import Log, setup, write_json
 from lib.images import pack
+from lib.prefetch import send
 from lib.probes import probe, ProbeSet, salient
 from lib.runs import find_checkpoint
 from model import Config, init, sized
@@ -136,11 +137,11 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def load(stream: Views, indices, config: Config, device):
-    """Samples -> patches, grids, mask (P,) of all their views, on the device."""
+    """Samples -> patches and mask (P,) of all their views, on the device, and grids on the CPU."""
     views, masks = zip(*(stream(i) for i in indices))
     patches, grids = pack([view for pair in views for view in pair], config.vision)
     mask = torch.from_numpy(np.concatenate([m for pair in masks for m in pair]))
-    return [x.to(device) for x in (patches, grids, mask)]
+    return send(patches, device), grids, send(mask, device)
 
 
 def run(args: Args) -> dict[str, float]:

@@ -18,7 +18,6 @@ update, and the losses are those of the synchronous trainer.
 """
 import contextlib
 import math
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -34,6 +33,7 @@ from lib.cli import UserError
 from lib.common import GROUP_TIMEOUT, Log, write_json
 from lib.curriculum import Curriculum
 from lib.episodes import figures_of, from_bytes, staleness_of, to_bytes
+from lib.prefetch import in_thread
 from lib.ranks import never, Remote, serve, share_groups, Transfer
 from lib.rollout import Episode, Rollout, RolloutSettings
 from lib.runs import Checkpointer
@@ -43,21 +43,6 @@ from tasks.rewards import one_line
 
 
 # ---- the actor ----------------------------------------------------------------------------------
-
-def in_thread(work, *args) -> Future:
-    """Call work(*args) in a thread of its own. Unlike the threads of a pool it does not keep the
-    process alive, so an environment that hangs does not hang the run."""
-    future = Future()
-    threading.Thread(target=_complete, args=(future, work, args), daemon=True).start()
-    return future
-
-
-def _complete(future: Future, work, args):
-    try:
-        future.set_result(work(*args))
-    except BaseException as error:
-        future.set_exception(error)
-
 
 class Actor:
     """Plays rollouts side by side. At any time a rollout is in one of three places:

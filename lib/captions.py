@@ -9,7 +9,7 @@ tower, E of the common space; h, w sides of a picture in pixels, or of its grid 
 """
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import nn, Tensor
 from kernels import angles, Segments
 from lib.cli import UserError
 from lib.images import budgeted, open_image, pack
+from lib.prefetch import send
 from model import Config, Decoder, TextConfig
 from tasks import CATEGORIES
 from tasks.base import held, Task
@@ -330,14 +331,15 @@ class Captions:
 
 @dataclass
 class Pairs:
-    """A packed batch of stage 2: images of any sizes and their captions, without padding."""
+    """A packed batch of stage 2: images of any sizes and their captions, without padding. Sizes and
+    borders are needed on the host, and stay on the CPU."""
     patches: Tensor      # (P, F, 3*p*p) uint8, block-major
     grids: Tensor        # (N, 3) int64: 1, height, width in patches
     ids: Tensor          # (T,) int64, the captions one after the other
     cu_seqlens: Tensor   # (N+1,) int32, where each caption begins, and T
 
     def to(self, device) -> "Pairs":
-        return Pairs(**{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
+        return replace(self, patches=send(self.patches, device), ids=send(self.ids, device))
 
 
 def collate_pairs(pairs: list[Pair], c: VitConfig) -> Pairs:
@@ -361,13 +363,13 @@ class TextTower(nn.Module):
         self.pool = AttentionPool(c.hidden_size, c.num_attention_heads)
 
     def forward(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """ids (T,) of N captions end to end, cu_seqlens (N+1,) -> (N, W)"""
+        """ids (T,) of N captions end to end, cu_seqlens (N+1,), on the CPU -> (N, W)"""
         c, lengths = self.config, cu_seqlens.diff().long()
         # Positions restart at 0 with each caption.
-        positions = torch.arange(len(ids), device=ids.device)
-        positions = positions - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
-        freqs = angles(positions[None], (c.head_dim // 2,), c.rope_theta)
-        rope, segments = (freqs.cos(), freqs.sin()), Segments(cu_seqlens, causal=False)
+        positions = torch.arange(len(ids)) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
+        freqs = angles(send(positions[None], ids.device), (c.head_dim // 2,), c.rope_theta)
+        rope = freqs.cos(), freqs.sin()
+        segments = Segments(send(cu_seqlens, ids.device), causal=False, host=cu_seqlens)
         x = self.trunk.embed_tokens(ids)
         for layer in self.trunk.layers:
             x = layer(x, rope, segments)

@@ -9,12 +9,13 @@ as long as the GPU's work, as long as the queue never runs empty. Two things wou
 - The host prepares the next batch while the GPU has nothing to do. `Prefetch` prepares it in a
   thread, while this one is trained on.
 """
+import contextlib
 import threading
 import time
 from concurrent.futures import Future
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 
 def send(x: Tensor, device) -> Tensor:
@@ -24,9 +25,34 @@ def send(x: Tensor, device) -> Tensor:
     from other memory the host copies, and waits until it has. PyTorch does not give the pinned
     memory to anyone else before the copy has ended.
     """
-    if torch.device(device).type != "cuda":
+    if torch.device(device).type != "cuda" or x.is_cuda:
         return x.to(device)
-    return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
+    x = x if x.is_pinned() else x.contiguous().pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def pin_weights(model: nn.Module, device):
+    """Move the weights of a model on the CPU into pinned memory, for `lent` to `device`."""
+    for x in tensors_of(model) if torch.device(device).type == "cuda" else ():
+        x.data = x.data.pin_memory()
+
+
+@contextlib.contextmanager
+def lent(model: nn.Module, device):
+    """Until the block ends, the weights of a model on the CPU are on `device`. They are not copied
+    back: the CPU's have not changed."""
+    held = [(x, x.data) for x in tensors_of(model)]
+    for x, data in held:
+        x.data = send(data, device)
+    try:
+        yield
+    finally:
+        for x, data in held:
+            x.data = data
 
 
 def in_thread(work, *args) -> Future:

@@ -25,6 +25,7 @@ from lib.captions import (Captions, clip, find_pairs, LANGUAGES, pack_texts, pat
 from lib.cli import UserError
 from lib.common import read_json, write_json
 from lib.images import budgeted, pack
+from lib.prefetch import send
 from lib.runs import checkpoints
 from model import Config, init
 from tasks.draw import COLORS, PAIRS, SHAPES
@@ -59,7 +60,7 @@ def extract_features(visual, images: list, chunk: int = 64) -> Tensor:
     device, parts = visual.post_layernorm.weight.device, []
     for i in range(0, len(images), chunk):
         patches, grids = pack([np.asarray(x) for x in images[i:i + chunk]], visual.config)
-        features = visual(patches.to(device), grids.to(device)).float().cpu()
+        features = visual(send(patches, device), grids).float().cpu()
         parts.append(rearrange(features, "(n p) w -> n p w", n=len(grids)))
     return torch.cat(parts)
 
@@ -214,8 +215,8 @@ def probe_towers(towers, probes: ProbeSet, clips: bool, folder: str) -> dict[str
     def in_chunks(embed, pack_chunk, things) -> Tensor:     # so that memory stays small
         parts = []
         for i in range(0, len(things), 64):
-            packed = pack_chunk(things[i:i + 64])
-            parts.append(embed(*(x.to(device) for x in packed)).cpu())
+            packed, sizes = pack_chunk(things[i:i + 64])
+            parts.append(embed(send(packed, device), sizes).cpu())
         return torch.cat(parts)
 
     def embed_images(images):

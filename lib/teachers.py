@@ -36,6 +36,7 @@ from torch import nn, Tensor
 
 from kernels import angles, attention, rotary_half, Segments
 from lib.cli import UserError
+from lib.prefetch import send
 from lib.tensors import check_digest, check_shapes, checked, load_tensors
 from vit import naflex, patchify
 
@@ -148,7 +149,8 @@ class Teacher(nn.Module):
     def forward(self, images: list[np.ndarray], grids: Tensor) -> Tensor:
         """Features of the patch tokens after the last norm, on the student's grids.
 
-        images: N arrays (h, w, 3) uint8; grids: (N, 3): 1, rows, columns in the student's patches.
+        images: N arrays (h, w, 3) uint8; grids: (N, 3): 1, rows, columns in the student's patches,
+        on the CPU.
         Returns (P, W) fp32 in the student's block-major order, on the teacher's device, without a
         graph. Raises ValueError unless every image has one grid of even sides.
         """
@@ -177,8 +179,8 @@ class Teacher(nn.Module):
     def features(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         """(P, 3*p*p) uint8, row by row, and N grids (h, w) -> (P, W) after the last norm."""
         weight = self.patch.weight
-        mean, std = (torch.tensor(x, device=weight.device)[:, None] for x in (self.mean, self.std))
-        pixels = rearrange(patches.to(weight.device) / 255, "p (c i) -> p c i", c=3)
+        mean, std = (send(torch.tensor(x)[:, None], weight.device) for x in (self.mean, self.std))
+        pixels = rearrange(send(patches, weight.device) / 255, "p (c i) -> p c i", c=3)
         pixels = ((pixels - mean) / std).to(weight.dtype)
         added, freqs = self.place(grids)
         x = self.patch(pixels.flatten(1)) + added
@@ -191,12 +193,13 @@ class Teacher(nn.Module):
         if freqs is not None:  # tokens before the patches have no position: angles of zero
             freqs = torch.cat([F.pad(part, (0, 0, before, 0)) for part in freqs.split(areas)])
             rope = freqs.cos(), freqs.sin()
-        lengths = torch.tensor([before + area for area in areas], device=weight.device)
-        segments = Segments(F.pad(lengths.cumsum(0), (1, 0)).int(), causal=False)
+        lengths = [before + area for area in areas]
+        borders = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+        segments = Segments(send(borders, weight.device), causal=False, host=borders)
         for block in self.blocks:
             x = block(x, rope, segments)
         x = self.norm(x)
-        return torch.cat([part[before:] for part in x.split(lengths.tolist())])
+        return torch.cat([part[before:] for part in x.split(lengths)])
 
 
 def resample(features: Tensor, own: tuple[int, int], grid: tuple[int, int, int]) -> Tensor:
@@ -425,7 +428,8 @@ class TowerTeacher:
     def __call__(self, images: list[np.ndarray], grids: Tensor) -> Tensor:
         c = self.visual.config
         patches = [patchify(image, c.patch_size, c.spatial_merge_size)[0] for image in images]
-        return self.visual(torch.from_numpy(np.concatenate(patches)).to(grids.device), grids)
+        device = self.visual.post_layernorm.weight.device
+        return self.visual(send(torch.from_numpy(np.concatenate(patches)), device), grids)
 
 
 # Exercises. Delete the body, write it again, run the test.
