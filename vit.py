@@ -269,7 +269,8 @@ class CogViT(nn.Module):
                 token: Tensor | None = None) -> Tensor:
         """patches (P, F, 3*p*p) uint8, grids (N, 3) -> features (P, W) after the last norm.
 
-        grids are on the CPU, where sizes are needed. mask (P,) bool: hidden patches, whose embedding is replaced by `token` (W,).
+        grids are on the CPU, where sizes are needed. mask (P,) bool: hidden patches, whose
+        embedding is replaced by `token` (W,).
         """
         parameters = [*self.parameters(), *([] if token is None else [token])]
         return in_chunks(functools.partial(self.encode, token), parameters,
