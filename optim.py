@@ -72,8 +72,8 @@ def fused_parts(name: str) -> int:
 
 
 def divide(costs: list[float], world: int) -> list[int]:
-    """Deal out things in their order, so that all ranks get about the same cost: the rank of each.
-    [1, 1, 1, 3] over 2 ranks -> [0, 0, 0, 1]"""
+    """Deal out items in their order, so that all ranks get about the same cost. Returns the rank of
+    each. [1, 1, 1, 3] over 2 ranks -> [0, 0, 0, 1]"""
     ranks, before = [], 0.0
     for cost in costs:
         ranks.append(int(world * (before + cost / 2) / sum(costs)))
@@ -101,7 +101,8 @@ class Optimizer:
     ranks changes nothing but rounding. Memory, in bytes a parameter: 4 for the buffer and 2 for the
     model in bf16 on every rank; 8 (Muon) or 12 (AdamW) for the share, divided by the ranks.
 
-    A matrix that is frozen, by requires_grad_(False), is skipped as long as it is.
+    A matrix that is frozen, by requires_grad_(False), is skipped as long as it is. (AdamW goes on
+    with what is frozen, by its momentum and decay: that costs little.)
     """
 
     def __init__(self, named_parameters, config: OptimConfig, process_group=None):
@@ -112,31 +113,10 @@ class Optimizer:
         self.rank = dist.get_rank(process_group) if joined else 0
         self.world = dist.get_world_size(process_group) if joined else 1
 
-        # Matrices are dealt out in the model's order. So the last rank's gradients are complete
-        # when the backward pass has been through its layers, and can travel while it goes on.
-        # Newton-Schulz takes about (entries) x (shorter side) operations.
-        sizes = {n: p.numel() for n, p in self.params.items()}
-        muon = [n for n, p in self.params.items() if is_matrix(n, p)]
-        costs = [sizes[n] * min(self._batch(n)[:2]) for n in muon]
-        owner = dict(zip(muon, divide(costs, self.world)))
-        self.names = {
-            "muon": sorted(muon, key=lambda n: (owner[n], self._batch(n))),     # batch by batch
-            "adam": sorted((n for n in sizes if n not in owner), key=self._settings)}
-
-        # {name: its first and last place in the buffer}, and where the buffer is cut into shares.
-        self.places, end = {}, 0
-        for name in self.names["muon"] + self.names["adam"]:
-            self.places[name] = (end, end + sizes[name])
-            end += sizes[name]
-        ranks = range(self.world + 1)
-        cuts = [sum(sizes[n] for n in muon if owner[n] < rank) for rank in ranks]
-        self.cuts = {"muon": cuts,
-                     "adam": [cuts[-1] + (end - cuts[-1]) * rank // self.world for rank in ranks]}
-        self.shares = [(first, last, owner) for cuts in self.cuts.values()
-                       for owner, (first, last) in enumerate(pairwise(cuts))]
+        self._lay_out()
 
         device = next(iter(self.params.values())).device
-        self.grad = torch.zeros(end, device=device)
+        self.grad = torch.zeros(self.shares[-1][1], device=device)
         self.grads = self._views(self.grad)
         muon, adam = (self._own(kind).stop - self._own(kind).start for kind in self.cuts)
         self.flat = torch.empty(muon + adam, device=device)         # the masters of this rank
@@ -147,12 +127,40 @@ class Optimizer:
         self.adam = self._make_adam()
         self.load_masters(self.params)
 
-        self.awaited: list[set] = []    # names without a gradient yet, by share: last_backward
-        self.sums = []                  # sums over ranks that have begun
+        # Of the last backward pass: the names that have no gradient yet, for each share, and the
+        # sums over ranks that have begun.
+        self.awaited: list[set] = []
+        self.sums: list[dist.Work] = []
         for name, p in self.params.items():
             p.register_post_accumulate_grad_hook(functools.partial(self._collect, name))
 
     # ---- which parameters, and where ------------------------------------------------------------
+
+    def _lay_out(self):
+        """Decide the order of the buffer, and where it is cut into shares."""
+        sizes = {n: p.numel() for n, p in self.params.items()}
+        muon = [n for n, p in self.params.items() if is_matrix(n, p)]
+        # Matrices are dealt out in the model's order. So the last rank's gradients are complete
+        # when the backward pass has been through its layers, and can travel while it goes on.
+        # Newton-Schulz takes about (entries) x (shorter side) operations.
+        costs = [sizes[n] * min(self._batch(n)[:2]) for n in muon]
+        owners = dict(zip(muon, divide(costs, self.world)))
+        self.names = {
+            "muon": sorted(muon, key=lambda n: (owners[n], self._batch(n))),    # batch by batch
+            "adam": sorted((n for n in sizes if n not in owners), key=self._settings)}
+
+        self.places, end = {}, 0            # {name: its first and last place in the buffer}
+        for name in self.names["muon"] + self.names["adam"]:
+            self.places[name] = (end, end + sizes[name])
+            end += sizes[name]
+        # Rank r owns cuts[kind][r] to cuts[kind][r + 1]. AdamW works on single numbers, so its
+        # range is cut evenly, through parameters too.
+        ranks = range(self.world + 1)
+        cuts = [sum(sizes[n] for n in muon if owners[n] < rank) for rank in ranks]
+        self.cuts = {"muon": cuts,
+                     "adam": [cuts[-1] + (end - cuts[-1]) * rank // self.world for rank in ranks]}
+        self.shares = [(first, last, owner) for cuts in self.cuts.values()
+                       for owner, (first, last) in enumerate(pairwise(cuts))]
 
     def _settings(self, name: str) -> tuple[float, float]:
         """The factor on the learning rate, and the weight decay, of a parameter."""

@@ -230,6 +230,16 @@ def test_a_train_pt_that_lacks_something(model, tmp_path):
     assert "can't be resumed (it lacks 'optimizer'); without --resume" in said
 
 
+def test_a_train_pt_of_an_earlier_version(model, tmp_path):
+    optimizer = run_of(model, tmp_path, [1])
+    torch.save({"step": 1, "optimizer": {"momenta": {}, "adam": {"state": {}}}},
+               tmp_path / "step_1/train.pt")
+    write_digests(tmp_path / "step_1")
+    said = refused(restore, tmp_path / "step_1", model, optimizer)
+    assert said.endswith(f"of an earlier version, which can't be resumed; --init={tmp_path}/step_1 "
+                         "starts from its weights")
+
+
 # ---- odd and foreign values of config.json ------------------------------------------------------
 
 @pytest.mark.parametrize("section,name,value,built", [

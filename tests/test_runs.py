@@ -6,6 +6,7 @@ import pty
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -108,6 +109,21 @@ def test_what_is_said_after_five_steps_that_were_not_finite(tmp_path, saved, wor
             watch.after_step(step + 1)
     watch.stop_signal.restore()
     assert not checkpoints(tmp_path / "run")
+
+
+def test_a_rank_that_ends_alone_saves_nothing_and_does_not_wait(tmp_path, monkeypatch, capsys):
+    """What it gathers for a checkpoint comes from all ranks; the others never send their part."""
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    hw = replace(common.setup("cpu"), world=2, store=dist.HashStore())
+    watch = runs.Checkpointer(tmp_path / "run", hw, 9, 9, 0, write, gather=pytest.fail)
+    watch.done = 3
+    assert not watch.all_end(seconds=0.01)
+    assert "step 3 is not saved: other ranks do not end; " in capsys.readouterr().err
+    hw.store.set(f"end of {tmp_path / 'run'} at 3, rank 1", b"")
+    assert watch.all_end(seconds=0.01)
+    watch.gather = tuple
+    watch.close()
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step_000003"]
 
 
 # ---- one run a folder ----------------------------------------------------------------------------
