@@ -44,8 +44,8 @@ PLAYERS=${PLAYERS:-$((RANKS / 2))}
 # On 16 GPUs that makes 4e-3 for pretraining, and nanochat's rule 3.6e-3. With more GPUs it stays
 # there: no larger rate has been tried at any size.
 case $SIZE in
-    tiny) WIDTH=96 TOKENS=512 IMAGES=8 MICRO=4 PROMPTS=2 SLOTS=8 ;;
-    base) WIDTH=1536 TOKENS=16384 IMAGES=256 MICRO=64 PROMPTS=16 SLOTS=128 ;;
+    tiny) WIDTH=96 TOKENS=512 IMAGES=8 MICRO=4 PROBES=32 PROMPTS=2 SLOTS=8 ;;
+    base) WIDTH=1536 TOKENS=16384 IMAGES=256 MICRO=64 PROBES=1024 PROMPTS=16 SLOTS=128 ;;
     *) echo "SIZE is base, or tiny to try it out, not $SIZE" >&2; exit 2 ;;
 esac
 ROWS=$([ "$SIZE" = tiny ] && echo 1 || echo 4)      # a rank
@@ -90,7 +90,8 @@ recipe() {
 #    texts travel round the ring (lib/ring.py). Look at: OUT/vit/report.json.
 LAST=align/ stage vit "$(share 0.25)" "" train_vit.py --batch=$((RANKS * IMAGES)) --micro=$MICRO \
     --lr="$(rate 4e-3)" ${SIGLIP2:+--semantic_teacher="$SIGLIP2"} \
-    ${DINOV3:+--texture_teacher="$DINOV3"} ${PAIRS:+--pairs="$PAIRS"} --eval_every=0
+    ${DINOV3:+--texture_teacher="$DINOV3"} ${PAIRS:+--pairs="$PAIRS"} --probes=$PROBES \
+    --eval_every=0
 
 # 2. Pretraining: 65,536 tokens a GPU and step, a million on 16 of them. Look at: `mfu`, `loading`.
 local mix=gym:16,atlas:1,text:1,code:1

@@ -41,8 +41,8 @@ PYTHON=${PYTHON:-.venv/bin/python} WORKERS=${WORKERS:-$(nproc)} CATEGORIES=${CAT
 # units 0.1 / sqrt(width) x sqrt(tokens a step / 2^19) for a square matrix, are 0.65 times ours at
 # the default batch of `small` and 0.9 times at that of `base`.
 case $SIZE in
-    tiny) WIDTH=96 ROWS=2 TOKENS=2048 IMAGES=64 PROMPTS=4 SLOTS=32 ;;
-    small) WIDTH=512 ROWS=2 TOKENS=16384 IMAGES=256 PROMPTS=32 SLOTS=256 ;;
+    tiny) WIDTH=96 ROWS=2 TOKENS=2048 IMAGES=64 PROBES=64 PROMPTS=4 SLOTS=32 ;;
+    small) WIDTH=512 ROWS=2 TOKENS=16384 IMAGES=256 PROBES=512 PROMPTS=32 SLOTS=256 ;;
     *) echo "SIZE is tiny or small, not $SIZE; for base see runs/nodes.sh" >&2; exit 2 ;;
 esac
 # Two budgets. From two hours on the batch is twice as large: with six times as many steps the noise
@@ -117,7 +117,7 @@ recipe() {
 #    pixels are 65,536 patches a step. Look at: OUT/vit/report.json, whether the student of both
 #    teachers is better than each of them.
 stage vit 0.12 "$(scaled 0.3)" "$TRIAL" "" train_vit.py --batch=$((N * IMAGES)) \
-    --lr="$(rate 4e-3)" --workers="$WORKERS" --probes=256 --eval_every=0
+    --lr="$(rate 4e-3)" --workers="$WORKERS" --probes=$PROBES --eval_every=0
 
 # 2. Pretraining, 45%: conversations about pictures of all categories, and some text; the first
 #    fifth of the steps at level 0, where the model learns to look at the picture. The MTP head
