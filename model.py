@@ -223,7 +223,9 @@ class Decoder(nn.Module):
         a token may attend to."""
         run = Runner(self.memory.decoder)
         for i in range(self.depth):
-            x = run(self.layers[i], x, rope, segments, i, cache)
+            # Without a cache it does not matter which layer it is: all share the compiled code.
+            which = () if cache is None else (i, cache)
+            x = run(self.layers[i], x, rope, segments, *which)
         return self.norm(x)
 
 

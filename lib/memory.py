@@ -30,6 +30,7 @@ import functools
 from dataclasses import dataclass, fields
 
 import torch
+import torch._dynamo
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 
@@ -258,6 +259,7 @@ def compile_blocks(model: nn.Module, kinds, device: torch.device):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--compile finds no compiler that works ({reason}): install one, as g++, "
                         "or leave --compile out") from None
+    torch._dynamo.config.specialize_float = True    # the eps of norms: a constant, no variable
     for module in model.modules():
         if isinstance(module, kinds):
             module.compile(dynamic=True)

@@ -108,10 +108,9 @@ def test_the_tower_keeps_as_much_for_64_images_as_for_a_chunk():
     chunk, many = (images(n, model.config) for n in (4, 64))
     Memory().use_in(model)
     everything = bench_memory.saved(model, *many)[0]
-    for policy in ("none", "recompute"):
-        parse_memory(policy, chunk_patches=len(chunk[0])).use_in(model)
-        some, flat = (bench_memory.saved(model, *given)[0] for given in (chunk, many))
-        assert some <= flat <= 1.01 * some and flat < 0.1 * everything
+    parse_memory("recompute", chunk_patches=len(chunk[0])).use_in(model)
+    some, flat = (bench_memory.saved(model, *given)[0] for given in (chunk, many))
+    assert some <= flat <= 1.01 * some and flat < 0.1 * everything
 
 
 def test_a_policy_keeps_the_inputs_of_blocks_and_offload_moves_them():
