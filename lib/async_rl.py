@@ -417,12 +417,23 @@ class AsyncTrainer:
         return figures | {"lr": args.lr * rate, "groups": len(groups),
                           "learning": time.perf_counter() - began}
 
+    def after_update(self, values: dict, done: int, began: float, log: Log):
+        """What rank 0 does after an update: send the weights, step 6 of rl.train, log."""
+        args, progress = self.args, self.progress
+        last = done == args.steps
+        if not last:
+            self.actor.load(self.optimizer.params, done)
+        took = time.perf_counter() - began
+        values = self.collector.figures() | values
+        values |= {"dt": took, "tok/s": values["tokens"] / took}
+        if "reward" in values:      # at least one rollout ended without an error
+            progress.rewards.append(values["reward"])
+        if args.eval_every and (done % args.eval_every == 0 or last):
+            values["accuracy"] = self.evaluate()
+        log.step(done, done % args.log_every == 0 or last, **values)
+
     def evaluate(self) -> float:
-        """Step 6 of rl.train; NaN after an error."""
-        with self.noting_errors():
-            return self.rl.evaluate(self.model, self.settings, self.rewards, self.args,
-                                    self.progress)
-        return math.nan
+        return self.rl.evaluate(self.model, self.settings, self.rewards, self.args, self.progress)
 
     def train(self):
         args, progress, checkpointer = self.args, self.progress, self.checkpointer
@@ -432,7 +443,8 @@ class AsyncTrainer:
             if args.eval_every and not progress.evaluations:
                 self.evaluate()
         log = Log(Path(args.out), "rl", args.steps, progress.step, self.hw.rank)
-        self.train_steps(log)
+        with self.noting_errors():      # a demonstration can't be made: this, all ranks find alike
+            self.train_steps(log)
         log.close()
         self.rewards.close()
         try:
@@ -455,17 +467,9 @@ class AsyncTrainer:
             progress.step = checkpointer.done = done = step + 1
             if "norm" in values:        # there were samples
                 checkpointer.check_loss(values["pg_loss"], values["norm"])
-            if self.collector and done < args.steps:
-                self.actor.load(self.optimizer.params, done)
             if self.collector:
-                took = time.perf_counter() - began
-                values = self.collector.figures() | values | staleness_of(groups, step)
-                values |= {"dt": took, "tok/s": values["tokens"] / took}
-                if "reward" in values:      # at least one rollout ended without an error
-                    progress.rewards.append(values["reward"])
-                if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-                    values["accuracy"] = self.evaluate()
-                log.step(done, done % args.log_every == 0 or done == args.steps, **values)
+                with self.noting_errors():
+                    self.after_update(values | staleness_of(groups, step), done, began, log)
             if checkpointer.after_step(done, log.reader_gone):
                 break
             began = time.perf_counter()

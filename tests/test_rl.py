@@ -38,6 +38,7 @@ from lib.episodes import figures_of, from_bytes, staleness_of, to_bytes
 from lib.ranks import Remote, serve, Transfer
 from lib.rollout import Episode, Rollout, RolloutSettings
 from lib.runs import checkpoints
+from lib.tensors import load_tensors
 from mmtp import attach
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer
@@ -1091,6 +1092,16 @@ def test_if_a_player_is_gone_what_was_learned_is_saved(tmp_path, begin, monkeypa
         go(tmp_path, begin, steps=9, max_staleness=2, save_every=9)
     done = 5 if where == "learning" else 4
     assert [p.name for p in checkpoints(tmp_path)] == [f"step_{done:06d}"]
+
+
+def test_a_rank_that_plays_has_no_optimizer(tmp_path, begin):
+    """No masters, momenta and gradients; its weights are those of the newest checkpoint."""
+    go(tmp_path, begin, steps=1)
+    args = Args(**{**SMALL, "out": str(tmp_path), "init": str(begin)}, resume=True)
+    model, optimizer, *_, progress = rl.prepare(args, setup("cpu", "float32"), trains=False)
+    assert optimizer is None and progress.step == 1
+    saved = load_tensors(tmp_path / "step_000001")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
 def test_a_slow_reader_finds_everything_once():
