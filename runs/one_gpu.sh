@@ -23,7 +23,9 @@ cd "$(dirname "$0")/.."
 PLAN=
 if [ "${1:-}" = --plan ]; then PLAN=1; shift; fi
 OUT=${1:-out/one_gpu} HOURS=${HOURS:-0.5} SIZE=${SIZE:-small} ON=${ON:-H100} TRIAL=${TRIAL:-40}
-PYTHON=${PYTHON:-.venv/bin/python} WORKERS=${WORKERS:-$(nproc)} CATEGORIES=${CATEGORIES:-gym}
+PYTHON=${PYTHON:-.venv/bin/python} CATEGORIES=${CATEGORIES:-gym}
+# Processes that draw: as many as there are cores. An H100 is often rented with about 26 of them.
+WORKERS=${WORKERS:-$([ "$PLAN" ] && echo 24 || nproc)}
 
 # From size to size. The learning rates are those that were found at `tiny`, which is 96 wide.
 #
@@ -124,14 +126,14 @@ stage vit 0.12 "$(scaled 0.3)" "$TRIAL" "" train_vit.py --batch=$((N * IMAGES)) 
 #    joins in the last fifth. Look at: `loss` falls in steps, one an ability; `held_out` with it.
 local mix=gym:16,atlas:1,text:1,code:1
 local rows=(--rows=$((N * ROWS)) --row_tokens=$TOKENS --mix=$mix --levels=$LEVELS)
-stage pretrain 0.45 "$(scaled 0.085)" "$TRIAL" --vit="$OUT/vit/align" \
+stage pretrain 0.45 "$(scaled 0.063)" "$TRIAL" --vit="$OUT/vit/align" \
     pretrain.py "${rows[@]}" --own_question --lr="$(rate 4e-3)" --workers="$WORKERS" \
     --save_every=2000
 
 # 3. Supervised fine-tuning, 20%: half of the replies begin with the oracle's reasons, where it
 #    states any. The rate is 3/8 of the first one, so that the model keeps what it knows. Look at:
 #    `mtp1` below 1; OUT/sft.json: which categories are above `blank`, that with grey pictures?
-stage sft 0.2 "$(scaled 0.095)" "$TRIAL" --init="$OUT/pretrain" \
+stage sft 0.2 "$(scaled 0.072)" "$TRIAL" --init="$OUT/pretrain" \
     pretrain.py "${rows[@]}" --curriculum=0 --think=0.5 --mtp_share=1 \
     --lr="$(rate 1.5e-3)" --workers="$WORKERS" --save_every=2000
 examine sft
@@ -141,7 +143,7 @@ examine sft
 #    which run on the CPU, delay neither. The rate is a fifth of pretraining's. Look at: `reward`;
 #    is OUT/rl.json above OUT/sft.json? A short run teaches little that is new: afterwards the model
 #    does reliably what it did sometimes.
-stage rl 0.15 "$(scaled 3)" $((TRIAL / 8 + 1)) --init="$OUT/sft" rl.py --mix="$CATEGORIES" \
+stage rl 0.15 "$(scaled 0.65)" $((TRIAL / 8 + 1)) --init="$OUT/sft" rl.py --mix="$CATEGORIES" \
     --levels=$LEVELS --prompts=$((N * PROMPTS)) --group=8 --row_tokens=$TOKENS --max_new=128 \
     --context=4096 --max_staleness=1 --slots=$SLOTS --workers=8 --lr="$(rate 8e-4)" --eval_every=0
 
