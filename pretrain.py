@@ -42,11 +42,11 @@ from lib.batch import Batch
 from lib.checkpoint import load_config, load_model, load_tower, restore, save_model, start_from
 from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
                      Positive, Range, Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, cores, Log, multiples, print_plan, print_plan_on,
+from lib.common import (check_same_start, cores, Log, multiples, Part, print_plan, print_plan_on,
                         read_json, setup, sum_over_ranks, write_json)
 from lib.memory import compile_blocks, parse_memory
 from lib.prefetch import Prefetch
-from lib.roofline import check_machine, find_machine, Machine, Part, Trace
+from lib.roofline import check_machine, find_machine, Machine, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from mmtp import attach, head_of, losses as mtp_losses
 from model import Config, DecoderLayer, GLMV, sized
@@ -226,6 +226,7 @@ def trace_step(machine: Machine, args: Args, config: Config, row, depths: int):
         if head := head_of(model):
             head.requires_grad_(depths > 0)
         trace.hold_training(model, optimizer)
+        optimizer.last_backward()
         batch = collate(row, config, args.row_tokens).to("meta")
         rows = -(-args.rows // machine.count)
         trace.learn(lambda: loss_sum(model, batch, depths, args.image_option, args.mtp_alone), rows)

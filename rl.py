@@ -49,14 +49,14 @@ from lib import async_rl
 from lib.checkpoint import load_config, load_model, restore, save_model, start_from
 from lib.cli import (check_options, cli, Count, Device, Drafts, Dtype, Levels, main, Natural,
                      NonNegative, Positive, Range, Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, Log, print_plan, print_plan_on, ROOT, setup,
+from lib.common import (check_same_start, Log, Part, print_plan, print_plan_on, ROOT, setup,
                         write_json)
 from lib.curriculum import Curriculum
 from lib.episodes import accuracy, Episode, figures_of, report_evaluation, rewards_of
 from lib.memory import parse_memory
 from lib.rollout import rollout, RolloutSettings
 from lib.prefetch import lent, pin_weights
-from lib.roofline import check_machine, find_machine, Machine, Part, Trace
+from lib.roofline import check_machine, find_machine, Machine, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from mmtp import attach, head_of, losses as mtp_losses
 from model import GLMV, sized
@@ -501,8 +501,9 @@ def plan(args: Args, hw):
 
 
 def with_reply(d: Document, length: int) -> Document:
-    """A demonstration's prompt with a reply of so many tokens, which all have a weight."""
-    start = int((d.weights > 0).argmax())
+    """A demonstration up to its last reply, with one of so many tokens, which all have a weight."""
+    learnt = np.flatnonzero(d.weights > 0)
+    start = int(learnt[np.diff(learnt, prepend=-2) > 1][-1])    # all pictures are before it
     extras = {name: np.resize(values, start + length) for name, values in d.extras.items()}
     weights = np.append(np.zeros(start), np.full(length, 1 / max(1, length))).astype(np.float32)
     return replace(d, ids=np.append(d.ids[:start], np.resize(d.ids[start:], length)),

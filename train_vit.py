@@ -41,25 +41,25 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from data import RankShard, SampleLoader
-from lib.captions import (Captions, collate_pairs, find_pairs, LabelledScenes, Pair, Picture,
-                          Pictures, stack_masks, TextTower, TwoTowers)
+from lib.captions import (Captions, collate_pairs, find_pairs, LabelledScenes, Pair,
+                          PatchClassifier, Picture, Pictures, stack_masks, TextTower, TwoTowers)
 from lib.checkpoint import export_tower, load_tower, restore
 from lib.cli import (check_options, cli, Device, Dtype, main, Natural, NonNegative, Positive, Range,
                      Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, cores, Log, multiples, print_plan, print_plan_on,
+from lib.common import (check_same_start, cores, Log, multiples, Part, print_plan, print_plan_on,
                         read_json, setup, sum_over_ranks, write_json)
 from lib.images import pack
-from lib.memory import Memory
+from lib.memory import compile_blocks, Memory
+from lib.prefetch import send
 from lib.probes import evaluate_tower, ProbeSet, read_report
 from lib.ring import ring_sigmoid_loss
-from lib.roofline import check_machine, find_machine, Machine, Part, Trace
+from lib.roofline import check_machine, find_machine, Machine, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
 from lib.teachers import load_teacher, TowerTeacher
 from lib.tensors import save_tensors
-from model import Config, init, sized
+from model import Config, DecoderLayer, init, sized
 from optim import OptimConfig, Optimizer, schedule
-from tasks.draw import SHAPES
-from vit import CogViT
+from vit import CogViT, VitBlock
 
 
 @dataclass
@@ -103,6 +103,7 @@ class Args:
     seed: Seed = 0                # of weights and samples
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
+    compile: bool = False         # torch.compile each block: the first step takes a minute more
     workers: Annotated[int, Range(-1, 512)] = -1    # processes that load; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
     on: str = ""                  # with --plan: on this machine, e.g. H100 or 8xH100; default: here
@@ -130,32 +131,19 @@ def contrastive_loss(model: TwoTowers, pairs: list[Pair], args: Args) -> tuple[T
     batch = collate_pairs(pairs, model.visual.config).to(model.logit_bias.device)
     x, y = model.embed(batch)
     loss = ring_sigmoid_loss(x, y, model.logit_scale.exp(), model.logit_bias) / args.batch
-    skipped = loss.new_tensor(sum(pair.skipped for pair in pairs))
+    skipped = loss.new_full((), sum(pair.skipped for pair in pairs))
     return loss, {"skipped": skipped} if args.pairs else {}
 
 
 # ---- texture: the shape under each patch --------------------------------------------------------
-
-class PatchClassifier(nn.Module):
-    """A tower and a linear head that names what each patch shows: one of the shapes, or ground.
-
-    It has labels so that it knows what a contrastive tower does not. A small tower trained without
-    labels (lab/dino.py) did not know it either: two teachers were then no better than one. [O]
-    """
-
-    def __init__(self, args: Args, config: Config):
-        super().__init__()
-        self.visual = tower(args, config)
-        self.head = nn.Linear(config.vision.hidden_size, 1 + len(SHAPES))
-
 
 def shape_loss(model: PatchClassifier, scenes: list, args: Args) -> tuple[Tensor, dict]:
     """Cross-entropy of the shape under each patch, from samples of `LabelledScenes`: this
     micro-batch's part of the mean over the global batch, and no figures."""
     patches, grids = pack([image for image, _ in scenes], model.visual.config)
     device = model.head.weight.device
-    logits = model.head(model.visual(patches.to(device), grids.to(device)))      # (P, classes)
-    labels = torch.cat([labels for _, labels in scenes]).to(device)
+    logits = model.head(model.visual(send(patches, device), grids))      # (P, classes)
+    labels = send(torch.cat([labels for _, labels in scenes]), device)
     return len(scenes) / args.batch * F.cross_entropy(logits.float(), labels), {}
 
 
@@ -170,12 +158,15 @@ def load_teachers(args: Args, config: Config, hw) -> dict:
         if folder:
             teachers[name] = load_teacher(folder, hw.device, hw.dtype)
             continue
-        if not checkpoints(trained):
-            raise UserError(f"no {name} teacher in {trained}: --stage=teachers trains one, "
-                            f"--{name}_teacher=FOLDER takes one")
         visual = tower(args, config)
-        load_tower(visual, find_checkpoint(trained))
-        teachers[name] = TowerTeacher(visual.to(hw.device))
+        if hw.device.type != "meta":
+            if not checkpoints(trained):
+                raise UserError(f"no {name} teacher in {trained}: --stage=teachers trains one, "
+                                f"--{name}_teacher=FOLDER takes one")
+            load_tower(visual, find_checkpoint(trained))
+        # On a GPU in half precision, for varlen attention; a CPU has no gain from it.
+        dtype = hw.dtype if hw.device.type == "cuda" else torch.float32
+        teachers[name] = TowerTeacher(visual.to(hw.device, dtype))
     return teachers
 
 
@@ -196,7 +187,7 @@ class Distiller(nn.Module):
         """{teacher: its features of all patches (P, width), fp32}, with mean 0 and std 1 in each
         channel: or the teacher with the larger numbers would drown the other. [O, after PHI-S]"""
         _, grids = pack(images, self.visual.config)
-        grids, targets = grids.to(self.token.device), {}
+        targets = {}
         for name, teacher in self.teachers.items():
             mean, std = getattr(self, f"mean_{name}"), getattr(self, f"std_{name}")
             targets[name] = (teacher(images, grids).float() - mean) / std
@@ -220,11 +211,12 @@ def distill_loss(model: Distiller, pictures: list[Picture], args: Args) -> tuple
     patches, grids = pack(images, model.visual.config)
     # The student sees the mask token in place of 35% of the patches [C]: enough that it has to
     # infer what is there from the rest. The teachers see the whole picture.
-    mask = stack_masks(pictures).to(device)
-    features = model.visual(patches.to(device), grids.to(device), mask, model.token)     # (P, W)
+    mask = stack_masks(pictures)
+    features = model.visual(send(patches, device), grids, send(mask, device), model.token)  # (P, W)
     # The paper rebuilds the hidden patches. With the loss on all patches a small student learns
     # more: linear probe 92.5 against 68.1. [O]
     chosen = mask if args.supervise == "masked" else torch.ones_like(mask)
+    chosen = send(chosen.nonzero()[:, 0], device)
     share, loss, figures = len(pictures) / args.batch, 0.0, {}
     for name, target in model.targets(images).items():
         target, predicted = target[chosen], model.heads[name](features[chosen]).float()
@@ -243,27 +235,22 @@ LOSSES = {"semantic": contrastive_loss, "texture": shape_loss,
 
 def build(stage: str, args: Args, config: Config, hw):
     """(model, stream): what a stage trains, with random weights, and its training samples."""
-    teachers = load_teachers(args, config, hw) if stage == "distill" else {}
-    model, stream = assemble(stage, args, config, teachers)
-    # The texture teacher starts from weights of its own: from those of the semantic teacher and the
-    # student, which share a seed, the two teachers would have more in common than they learnt.
-    init(model, args.seed + (stage == "texture"))
-    return model.to(hw.device), stream
-
-
-def assemble(stage: str, args: Args, config: Config, teachers: dict):
-    """`build` without weights."""
     if stage == "texture":
-        model, stream = PatchClassifier(args, config), LabelledScenes(config, args.side, args.seed)
+        model = PatchClassifier(tower(args, config))
+        stream = LabelledScenes(config, args.side, args.seed)
     elif stage == "distill":
-        model = Distiller(args, config, teachers)
+        model = Distiller(args, config, load_teachers(args, config, hw))
         stream = Pictures(config, args.side, args.seed, args.mask, args.masked, args.pairs)
     else:
         model = TwoTowers(tower(args, config), config)
         stream = Captions(config, patch_budgets(stage, args), args.batch, args.seed, "train",
                           args.side, args.pairs, args.clips)
+    # The texture teacher starts from weights of its own: from those of the semantic teacher and the
+    # student, which share a seed, the two teachers would have more in common than they learnt.
+    if hw.device.type != "meta":
+        init(model, args.seed + (stage == "texture"))
     Memory(args.memory, chunk_patches=args.chunk_patches).use_in(model)
-    return model, stream
+    return model.to(hw.device), stream
 
 
 def build_optimizer(model: nn.Module, args: Args) -> Optimizer:
@@ -309,6 +296,8 @@ def prepare(stage: str, args: Args, config: Config, hw, say):
     for p in model.parameters():
         if p.requires_grad and p.ndim:      # bf16 is too coarse for the scale and the bias
             p.data = p.data.to(dtype)
+    if args.compile:
+        compile_blocks(model, (VitBlock, DecoderLayer), hw.device)
     if not resumed:
         return model, stream, optimizer, 0
     state = restore(resumed, model, optimizer)
@@ -449,7 +438,8 @@ def cached_gradients(model: TwoTowers, load, mine: range, args: Args) -> dict:
         pairs = [load(i) for i in chunk]
         embeddings = model.embed(collate_pairs(pairs, model.visual.config).to(device))
         torch.autograd.backward(embeddings, rows)
-    return {"loss": loss.detach()} | ({"skipped": loss.new_tensor(skipped)} if args.pairs else {})
+    figures = {"skipped": loss.new_full((), skipped)} if args.pairs else {}
+    return {"loss": loss.detach(), **figures}
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -535,87 +525,63 @@ def run(args: Args):
 
 
 def forecast(args: Args, hw):
-    """Print what each stage would take (`--plan`), without captions and attention, as if teachers
-    were of the student's size."""
+    """Print what each stage would take (`--plan`), FLOPs without captions and attention, as if
+    teachers were of the student's size."""
     config = sized(args.size)
     for stage in stages(args):
-        print(f"stage       {stage}, {args.steps} steps of {args.batch} images")
-        if args.on:
-            forecast_on(find_machine(args.on), stage, args, config)
-            continue
         with torch.device("meta"):
             counts = {"tower": sum(p.numel() for p in tower(args, config).parameters())}
             if stage in ("semantic", "align"):
                 counts["text"] = sum(p.numel() for p in TextTower(config.text).parameters())
         cached = "text" in counts and args.micro * hw.world < args.batch
         frozen, width = 2 * (stage == "distill"), config.vision.hidden_size
-        patches = np.mean(patch_budgets(stage, args)).item()
+        patches = np.mean(patch_budgets(stage, args)).item() * args.batch       # of a step
         # 6 FLOPs a weight and patch for forward and backward, 2 for each further forward.
-        flops = (6 + 2 * (frozen + cached)) * counts["tower"] * patches * args.batch * args.steps
-        memory = sum(counts.values()) * (4 + hw.dtype.itemsize + 12 / hw.world)
-        memory += 4 * frozen * counts["tower"]                                      # teachers
-        memory += 2 * width * Memory(args.memory, chunk_patches=args.chunk_patches).kept(
-            0, 0, args.micro * patches, config.vision.depth)                        # activations
-        memory += 16 * args.batch / hw.world * width * cached                       # embeddings
-        print_plan(hw, counts, args.steps * args.batch * patches, flops, memory)
+        flops = (6 + 2 * frozen) * counts["tower"] * patches
+        print(f"stage       {stage}, {args.steps} steps of {args.batch} images")
+        if args.on:
+            trace, *loading = trace_stage(find_machine(args.on), stage, args, config, hw)
+            parts = [Part("steps", args.steps, trace, flops)]
+            print_plan_on(trace.machine, counts, args.steps * patches, parts, *loading)
+            continue
+        flops += 2 * cached * counts["tower"] * patches
+        kept = Memory(args.memory, chunk_patches=args.chunk_patches).kept(
+            0, 0, args.micro * patches / args.batch, config.vision.depth)
+        memory = (sum(counts.values()) * (4 + hw.dtype.itemsize + 12 / hw.world)
+                  + 4 * frozen * counts["tower"] + 2 * width * kept     # teachers, activations
+                  + 16 * args.batch / hw.world * width * cached)        # embeddings
+        print_plan(hw, counts, args.steps * patches, args.steps * flops, memory)
 
 
-def forecast_on(machine: Machine, stage: str, args: Args, config: Config):
-    """Print what a stage would take on a machine that is not here: one step of rank 0 runs on meta
-    tensors, see lib/roofline.py. One micro-batch of each budget stands for all of them."""
-    share = -(-args.batch // machine.count)
-    micro, budgets = min(args.micro, share), patch_budgets(stage, args)
-    cached = stage in ("semantic", "align") and micro < share
-    trace, parameters, seconds, images, patches, texts = Trace(machine), {}, 0.0, 0, 0, 0
+def trace_stage(machine: Machine, stage: str, args: Args, config: Config, hw):
+    """One step of rank 0 on meta tensors, a Trace of lib/roofline.py, in which one micro-batch of
+    each budget stands for all of them; and the last arguments of print_plan_on."""
+    share, budgets = -(-args.batch // machine.count), patch_budgets(stage, args)
+    micro, paired = min(args.micro, share), stage in ("semantic", "align")
+    cached, times = paired and micro < share, share / micro / len(budgets)
+    trace, seconds, workers = Trace(machine), 0.0, min(8, machine.cores)
     with trace:
         with torch.device("meta"):
-            teachers = {name: TowerTeacher(tower(args, config)) for name in ("semantic", "texture")
-                        if stage == "distill" and args.teachers in (name, "both")}
-            model, stream = assemble(stage, args, config, teachers)
-        for p in model.parameters():
-            p.data = p.data.bfloat16() if p.ndim else p.data
-        optimizer = build_optimizer(model, args)
+            model, stream = build(stage, args, config, replace(hw, device=torch.device("meta")))
+        optimizer = build_optimizer(model.bfloat16(), args)
         trace.hold_training(model, optimizer)
-        for budget in budgets:
-            if len(budgets) > 1:
-                stream.budgets = (budget,)
+        for stream.budgets in ((budget,) for budget in budgets):
             began = time.perf_counter()
             samples = [stream(i) for i in range(micro)]
-            seconds += time.perf_counter() - began
-            times = share / micro / len(budgets)
-            if stage in ("semantic", "align"):
+            seconds += (time.perf_counter() - began) / micro / len(budgets)     # to draw one
+            if paired:
                 batch = collate_pairs(samples, config.vision).to("meta")
-                texts += len(batch.ids)
-                trace.begin("forward", times * (1 + cached))
-                outputs = model.embed(batch)
-                trace.begin("backward", times)
-                torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+                trace.learn(lambda: model.embed(batch), times, 1 + cached)
             else:
-                trace.begin("forward", times)
-                loss, _ = LOSSES[stage](model, samples, args)
-                trace.begin("backward", times)
-                loss.backward()
-        if stage in ("semantic", "align"):      # of all embeddings of this rank
-            trace.begin("loss")
-            x, y = (torch.empty(share, x.shape[1], device="meta", requires_grad=True)
-                    for x in outputs)
-            ring_sigmoid_loss(x, y, model.logit_scale.exp(), model.logit_bias).backward()
-        trace.begin("update")
-        optimizer.reduce()
-        optimizer.step(1.0, norm=1.0)
-        trace.begin("")
-    counts = {"tower": sum(p.numel() for p in model.visual.parameters())}
-    patches, texts = np.mean(budgets).item(), texts / micro / len(budgets)
-    flops = (6 + 2 * len(teachers)) * counts["tower"] * patches
-    if stage in ("semantic", "align"):
-        counts["text"] = sum(p.numel() for p in model.text.parameters())
-        flops += 6 * texts * sum(p.numel() for p in model.text.trunk.layers.parameters())
-    seconds, workers = seconds / micro / len(budgets), min(8, machine.cores)
-    print_plan_on(machine, counts, args.steps * args.batch * patches,
-                  [Part("steps", args.steps, trace, flops * args.batch)],
-                  args.steps * share * seconds * (1 + cached) / workers / 3600,
-                  f"{1000 * seconds:.2f} ms a sample, measured here, by {workers} workers a GPU, "
-                  "an assumption", beside=not cached)
+                trace.learn(lambda: LOSSES[stage](model, samples, args)[0], times)
+        if paired:      # the loss, of all embeddings of this rank
+            x, y = torch.empty(2, share, len(model.image_proj.weight), device="meta",
+                               requires_grad=True)
+            trace.learn(lambda: ring_sigmoid_loss(x, y, model.logit_scale, model.logit_bias), 1)
+        trace.update(optimizer)
+    hours = args.steps * share * (1 + cached) * seconds / workers / 3600
+    return (trace, hours, f"{1000 * seconds:.2f} ms a sample, measured here, by {workers} workers "
+            "a GPU, an assumption", not cached)
 
 
 # Exercises. Delete the body, write it again, run the test.

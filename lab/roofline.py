@@ -62,8 +62,8 @@ def print_step(args: Args, trace: Trace, flops: float, row: dict):
     print(f"\nhost          {ms * trace.host_seconds:9.1f} ms to launch, beside the GPU"
           + (": the GPU waits for it" if trace.host_seconds >= trace.seconds else ""))
     if machine.count > 1:
-        print(f"other GPUs    {ms * trace.exposed:9.1f} ms waited for, {ms * trace.hidden:.1f} ms "
-              f"beside the computation; {trace.sent / 1e9:.2f} GB sent")
+        print(f"other GPUs    {ms * trace.exposed:9.1f} ms waited for, to send "
+              f"{trace.sent / 1e9:.2f} GB")
     print(f"step          {ms * trace.seconds:9.1f} ms; MFU {trace.mfu(flops):.1%} ("
           f"{flops / 1e12:.1f} TFLOP that the model needs, {machine.peak / 1e12:,.0f} TFLOP/s), "
           f"{args.rows * args.row_tokens * machine.count / trace.seconds:,.0f} tokens/s")

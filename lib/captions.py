@@ -75,6 +75,18 @@ class LabelledScenes:
         return np.asarray(image), patch_labels(image, items, self.config.vision.patch_size)
 
 
+class PatchClassifier(nn.Module):
+    """A tower and a linear head that names what each patch shows: one of the shapes, or ground.
+
+    It has labels so that it knows what a contrastive tower does not. A small tower trained without
+    labels (lab/dino.py) did not know it either: two teachers were then no better than one. [O]
+    """
+
+    def __init__(self, visual: CogViT):
+        super().__init__()
+        self.visual, self.head = visual, nn.Linear(visual.config.hidden_size, 1 + len(SHAPES))
+
+
 # ---- stage 1: pictures of three sources, with a mask --------------------------------------------
 
 KINDS = {  # stage 1's mixture [C], and the categories that represent each source here [O]

@@ -290,11 +290,21 @@ def print_plan(hw: Hardware, parts: dict[str, int], tokens: float, flops: float,
     print(f"price       ${hours * hw.price * hw.world:,.2f} at ${hw.price} a device-hour")
 
 
+@dataclass
+class Part:
+    """Steps of a run that are alike."""
+    name: str
+    steps: float
+    trace: object           # of one step: a Trace of lib/roofline.py
+    flops: float            # what the model needs in one step, over all GPUs of the trace's machine
+    beside: bool = False    # other GPUs take them while these take the rest
+
+
 def print_plan_on(machine, parts: dict[str, int], tokens: float, steps: list, loading: float,
                   how: str, beside: bool = True):
     """Print what a run would need and cost on a machine that is not here (`--plan --on`).
 
-    machine, steps: a Machine and Parts of lib/roofline.py; loading: hours in which samples are
+    machine: a Machine of lib/roofline.py; steps: Parts; loading: hours in which samples are
     made, `beside` the steps or between them; how: by whom and how fast.
     """
     fullest = max((s.trace.memory() for s in steps), key=lambda memory: memory["total"])

@@ -175,8 +175,8 @@ class Trace:
         self.machine, self.phase, self.times = machine, "", 1
         self.costs: dict[tuple[str, str], Cost] = {}    # {(phase, operation): Cost}
         self.by_line: dict[str, Cost] = {}              # {"model.py:210": Cost}
-        self.exposed = self.hidden = 0.0    # seconds of communication: the GPU waits; it computes
-        self.sent = 0.0                     # bytes over the links
+        self.exposed = self.link_free = 0.0     # seconds waited for others; when the link is idle
+        self.sent = 0.0                         # bytes over it
         self.held = Counter()               # {kind: bytes that stay for the whole run}
         self.storages: dict[int, int] = {}  # {address: bytes} of what was made since
         self.live = self.peak = self.activations = 0
@@ -196,10 +196,12 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """Of the step: the GPU's, or the host's where launching takes longer. Communication that
-        goes on beside the computation costs time only where it is the longer of the two."""
-        gpu = max(self.total().seconds, self.hidden) + self.exposed
-        return max(gpu, self.host_seconds)
+        """Of the step: the GPU's, or the host's where launching takes longer."""
+        return max(self.clock(), self.host_seconds)
+
+    def clock(self) -> float:
+        """Seconds of the GPU so far."""
+        return self.total().seconds + self.exposed
 
     def memory(self) -> dict[str, float]:
         """Bytes by kind. `activations`: what the forward has left for the backward; `total`: at the
@@ -282,13 +284,18 @@ class Trace:
                   flops(self, given, constants) if flops else 0.0,
                   ATTENTION if "attention" in name else PRODUCTS_IN_KERNELS, dtype=given[0].dtype)
 
-    def note_sent(self, nbytes: float, beside: bool = False):
-        """Count bytes that rank 0 sends; beside: while the GPU computes."""
+    def send(self, nbytes: float, beside: bool):
+        """Count bytes that rank 0 sends. Returns a handle with wait(); not `beside` the
+        computation, it has waited already."""
+        handle = _Handle(self, 0.0)
         if self.phase:
-            seconds = self.times * nbytes / self.machine.link / BANDWIDTH
-            self.sent += self.times * nbytes
-            self.hidden += seconds * beside
-            self.exposed += seconds * (not beside)
+            self.sent += nbytes
+            self.link_free = (max(self.clock(), self.link_free)
+                              + nbytes / self.machine.link / BANDWIDTH)
+            handle.end = self.link_free
+        if not beside:
+            handle.wait()
+        return handle
 
     def _allocate(self, t: Tensor):
         storage = t.untyped_storage()
@@ -560,39 +567,33 @@ def remember_line(node):
 
 # ---- several GPUs -------------------------------------------------------------------------------
 
-def collectives(trace: Trace) -> dict:
-    """What stands in for torch.distributed: {name: function}. A ring of n ranks sends (n-1)/n of
-    the data of each rank to gather or to scatter it, and twice that to sum it everywhere."""
-    n = trace.machine.count
-    part, done = (n - 1) / n, torch.futures.Future()    # what has wait() and is over at once
-    done.set_result(None)
+@dataclass
+class _Handle:
+    """Of a collective that ends when the clock of the GPU shows `end`."""
+    trace: Trace
+    end: float
 
-    def note(nbytes, async_op):
-        trace.note_sent(nbytes, async_op)
-        return done
+    def wait(self, *_):
+        self.trace.exposed += max(0.0, self.end - self.trace.clock())
+
+
+def collectives(trace: Trace) -> dict:
+    """What stands in for torch.distributed: {name: function}. To bring a tensor to one rank or from
+    there, in small pieces along a ring of n ranks, each sends (n-1)/n of it at most; to sum it
+    everywhere, twice that."""
+    n = trace.machine.count
+
+    def send(nbytes, beside):
+        return trace.send((n - 1) / n * nbytes, beside)
 
     def exchange(operations):
-        note(sum(size([t]) for kind, t, *_ in operations if kind is dist.isend), False)
-        return [done]
+        sent = [tensor for kind, tensor, *_ in operations if kind is dist.isend]
+        return [trace.send(size(sent), False)]
 
     return {
         "is_initialized": lambda: True, "get_rank": lambda *_, **__: 0,
         "get_world_size": lambda *_, **__: n, "barrier": lambda *_, **__: None,
-        "all_reduce": lambda x, *_, async_op=False, **__: note(2 * part * size([x]), async_op),
-        "reduce_scatter_tensor": lambda out, x, *_, async_op=False, **__: note(
-            part * size([x]), async_op),
-        "all_gather_into_tensor": lambda out, x, *_, async_op=False, **__: note(
-            part * size([out]), async_op),
-        "reduce": lambda x, *_, async_op=False, **__: note(part * size([x]), async_op),
-        "broadcast": lambda x, *_, async_op=False, **__: note(size([x]), async_op),
+        "all_reduce": lambda x, *_, async_op=False, **__: send(2 * size([x]), async_op),
+        "reduce": lambda x, *_, async_op=False, **__: send(size([x]), async_op),
+        "broadcast": lambda x, *_, async_op=False, **__: send(size([x]), async_op),
         "P2POp": lambda *operation: operation, "batch_isend_irecv": exchange}
-
-
-@dataclass
-class Part:
-    """Steps of a run that are alike, for lib.common.print_plan_on."""
-    name: str
-    steps: float
-    trace: Trace            # of one step
-    flops: float            # what the model needs in one step, over all GPUs of trace.machine
-    beside: bool = False    # other GPUs take them while these take the rest

@@ -161,17 +161,22 @@ def test_memory_is_counted_by_kind():
 
 
 def test_eight_gpus_send_what_a_ring_sends():
+    """What is sent beside the computation is waited for only if that ends first."""
+    x, y = meta(2 ** 22, dtype=torch.float32), meta(4096, 4096)
+    link = 7 / 8 * 2 ** 24 / (0.85 * 450e9)
+
     def step(trace):
         assert dist.is_initialized() and dist.get_world_size() == 8
-        x = meta(8 * 1000, dtype=torch.float32)
         dist.all_reduce(x)
-        dist.reduce_scatter_tensor(x[:1000], x, async_op=True).wait()
+        assert math.isclose(trace.exposed, 2 * link)
+        sent = dist.reduce(x, group_dst=3, async_op=True)
+        y @ y               # takes longer
+        sent.wait()
+        assert math.isclose(trace.exposed, 2 * link)
+        dist.broadcast(x, group_src=3, async_op=True).wait()
     trace = traced(step, "8xH100")
-    assert trace.sent == (2 + 1) * 7 / 8 * 32000
-    assert math.isclose(trace.exposed, 2 * trace.hidden)
-    assert not dist.is_initialized()
-    alone = traced(lambda _: None)
-    assert alone.sent == 0
+    assert math.isclose(trace.exposed, 3 * link) and trace.sent == 4 * 7 / 8 * 2 ** 24
+    assert not dist.is_initialized() and traced(lambda _: None).sent == 0
 
 
 # ---- machines -----------------------------------------------------------------------------------

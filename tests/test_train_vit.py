@@ -329,7 +329,8 @@ class Ramp:
 def test_micro_batches_add_up_to_the_batch():
     config, args = sized("tiny"), settled()
     for make, loss, stream in (
-            (lambda: PatchClassifier(args, config), shape_loss, LabelledScenes(config, 64)),
+            (lambda: PatchClassifier(train_vit.tower(args, config)), shape_loss,
+             LabelledScenes(config, 64)),
             (lambda: Distiller(args, config, {"ramp": Ramp()}), distill_loss,
              Pictures(config, 64))):
         found = []
@@ -758,7 +759,8 @@ def test_patches_are_labelled_with_the_shape_that_covers_them():
 
 def test_figures_of_stages_that_are_gone_are_left_out_and_a_full_disk_is_survived(
         tmp_path, monkeypatch, capsys):
-    probe_set, model = ProbeSet(sized("tiny"), 64, 16), PatchClassifier(Args(), sized("tiny"))
+    probe_set, model = ProbeSet(sized("tiny"), 64, 16), PatchClassifier(
+        train_vit.tower(Args(), sized("tiny")))
     init(model, 0)
 
     def facts():
