@@ -145,6 +145,10 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and not x.is_meta      # lib/roofline.py lets meta tensors look like CUDA's
+
+
 class HostCopy:
     """A tensor that waits in host memory until the backward pass needs it.
 
@@ -160,29 +164,30 @@ class HostCopy:
     """
 
     def __init__(self, x: Tensor, before: "HostCopy | None" = None):
-        self.before, self.x, self.back = before, x, None
-        self.host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
-        if x.is_cuda:
+        self.before, self.x, self.device, self.back = before, x, x.device, None
+        self.on_gpu = on_gpu(x)
+        self.host = torch.empty_like(x, device="cpu", pin_memory=self.on_gpu)
+        if self.on_gpu:
             copy = side_stream(x.device)
             copy.wait_stream(torch.cuda.current_stream(x.device))   # x has to be there first
             with torch.cuda.stream(copy):
                 self.host.copy_(x, non_blocking=True)
             self.done = copy.record_event()
-        elif not x.is_meta:         # a meta tensor has no values (lib/roofline.py)
+        elif not x.is_meta:
             self.host.copy_(x)
 
     def finish(self):
         """Let go of x, once its block is queued. The next block waits for the end of the copy: so
         at most two inputs are on the device, and nobody writes to the memory of x too early."""
-        if self.x.is_cuda:
-            torch.cuda.current_stream(self.x.device).wait_event(self.done)
-        self.device, self.x = self.x.device, None
+        if self.on_gpu:
+            torch.cuda.current_stream(self.device).wait_event(self.done)
+        self.x = None
 
     def prefetch(self):
         """Begin to copy the tensor back, behind all that is queued by now."""
         if self.back is not None or self.host is None:
             return
-        if self.device.type == "cuda":
+        if self.on_gpu:
             # Memory of the computing stream, so that it may be freed there without another wait.
             self.back = torch.empty_like(self.host, device=self.device)
             copy = side_stream(self.device)
@@ -197,7 +202,7 @@ class HostCopy:
     def fetch(self) -> Tensor:
         """The tensor on its device, once. The copy of the block before it begins meanwhile."""
         self.prefetch()
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.current_stream(self.device).wait_event(self.done)
         if self.before is not None:
             self.before.prefetch()
