@@ -9,6 +9,8 @@
                                            (lab/bench_busy.py)
     python -m lab.bench memory             what each policy of --memory keeps, by number of images
                                            (lab/bench_memory.py)
+    python -m lab.bench loss               linear_cross_entropy and all logits at once, time and
+                                           memory (lab/bench_loss.py)
 
 In `train`, `decode` and `vit`, both sides get the same random weights, documents, dtype, device and
 number of threads. First a check that both do the same work: equal losses, equal tokens. Then a few
@@ -52,7 +54,7 @@ from einops import rearrange
 import gym
 from data import collate, Document, document, Stream
 from engine import Engine, Request
-from lab import bench_busy, bench_memory, bench_rl
+from lab import bench_busy, bench_loss, bench_memory, bench_rl
 from lib.checkpoint import save_model
 from lib.cli import check_options, cli, Count, Device, main, Natural, Positive, Seed, UserError
 from lib.common import setup, write_json
@@ -71,7 +73,7 @@ BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws t
 
 @dataclass
 class Args:
-    what: str = ""             # train, decode, vit, rl, busy or memory
+    what: str = ""             # train, decode, vit, rl, busy, memory or loss
     size: Literal["tiny", "mini", "small", "base"] = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"    # auto, cpu, cuda or mps
@@ -488,7 +490,7 @@ def vit(args: Args, hw) -> dict:
 # ---- the report ---------------------------------------------------------------------------------
 
 VERBS = {"train": train, "decode": decode, "vit": vit, "rl": bench_rl.measure,
-         "busy": bench_busy.measure, "memory": bench_memory.measure}
+         "busy": bench_busy.measure, "memory": bench_memory.measure, "loss": bench_loss.measure}
 UNITS = {"vit": "useful patches/s", "rl": "samples learnt/s", "busy": "seconds a step"}
 
 

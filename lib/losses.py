@@ -128,10 +128,10 @@ def _chunk(hidden: Tensor, weight: Tensor) -> int:
 
     The gradient of the output matrix, 365 MB in fp32 at the vocabulary of `base`, is read and
     written once a chunk. The product that makes it takes as long as that at 200 tokens on an H100,
-    so there a chunk has up to 4,096, whose logits take 490 MB. A CPU is slower at products than at
-    memory, so small chunks cost it nothing and save memory: 16 million logits.
+    so there a chunk has up to 4,096, whose logits take 490 MB. On a CPU 512 tokens take less memory
+    and up to a fifth less time than 4,096, as more of their logits stay in the cache.
     """
-    most = 4096 if use_kernels(hidden) else max(64, 2 ** 24 // len(weight))
+    most = 4096 if use_kernels(hidden) else 512
     chunks = -(-len(hidden) // most)
     return -(-len(hidden) // max(1, chunks)) or 1
 

@@ -19,6 +19,7 @@ from data import collate, parse_mix, sight, Stream
 from kernels import (
     add_norm, gram, linear_cross_entropy, linear_logp, norm_add, plain_add_norm, plain_gram,
     plain_norm_add, plain_poly, plain_swiglu, poly, swiglu)
+from lab import bench
 from lib import dispatch, losses
 from lib.losses import logp, plain_logp, plain_softmax_gradient, softmax_gradient
 from model import GLMV, sized
@@ -259,6 +260,13 @@ def test_groups_are_differentiated_together():
     loss = linear_cross_entropy(hidden, weight, torch.zeros(2, 5).long(), torch.ones(2, 5))
     with pytest.raises(RuntimeError, match="one factor"):
         loss[0].backward()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="measures plain PyTorch")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear_cross_entropy_takes_a_third_of_the_memory(dtype, tmp_path):
+    result = bench.run(bench.Args("loss", dtype=dtype, rounds=1, device="cpu", out=str(tmp_path)))
+    assert 0 < result["memory"] <= 1 / 3
 
 
 # ---- the interpreter's process ------------------------------------------------------------------
