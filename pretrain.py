@@ -3,7 +3,7 @@
     python pretrain.py --steps=200                          a first look, any machine
     python pretrain.py --mix=gym:9,text,code --levels=3     all tasks, up to level 2, some text
     python pretrain.py --init=out/pretrain --lr=1e-3 --out=out/sft   start from other weights
-    torchrun --nproc_per_node=8 pretrain.py --size=small --rows=16   two rows a rank
+    torchrun --nproc_per_node=8 pretrain.py --size=small    two rows of 16,384 tokens a rank
     python pretrain.py --size=base --plan                   what it would need, then stop
 
 `run` is the whole of it, from top to bottom. One optimizer step is:
@@ -267,7 +267,7 @@ def check(args: Args):
     check_machine(args)
     parse_memory(args.memory)
     if 0 < args.row_tokens < 32:
-        raise UserError(f"--row_tokens takes 32 or more, or 0 for the default, not {args.row_tokens}")
+        raise UserError(f"--row_tokens takes 32 or more, or 0: by size; not {args.row_tokens}")
     if args.init and args.vit:
         raise UserError("--init and --vit both bring a tower: give one of them")
     if args.vit:
