@@ -80,7 +80,7 @@ class Args:
     init: str = ""                # folder whose weights to start from
     vit: str = ""                 # folder of train_vit.py whose tower to start from
     resume: bool = False          # continue from the newest checkpoint in --out
-    max_hours: NonNegative = 0.0  # then save and end after a step, for --resume; 0: no limit
+    max_hours: NonNegative = 0.0  # hours until the run saves and ends, for --resume; 0: no limit
     out: str = "out/pretrain"     # run folder: log.jsonl, config.json, checkpoints
     keep: str = ""                # folder that gets the weights of each checkpoint too, in bf16
     save_every: Positive = 500    # steps between checkpoints

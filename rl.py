@@ -103,7 +103,7 @@ class Args:
     chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
     init: str = ""                # folder whose weights to start from; default: the demo's
     resume: bool = False          # continue from the newest checkpoint in --out
-    max_hours: NonNegative = 0.0  # then save and end after a step, for --resume; 0: no limit
+    max_hours: NonNegative = 0.0  # hours until the run saves and ends, for --resume; 0: no limit
     out: str = "out/rl"           # run folder: log.jsonl, config.json, checkpoints, pictures
     save_every: Positive = 50     # steps between checkpoints
     eval_every: Natural = 50      # steps between evaluations on held-out tasks; 0: never

@@ -93,7 +93,7 @@ class Args:
     chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
     init: str = ""                # folder whose tower distill starts from, or align alone
     resume: bool = False          # go on with the newest checkpoints in --out
-    max_hours: NonNegative = 0.0  # then save and end after a step, for --resume; 0: no limit
+    max_hours: NonNegative = 0.0  # hours until the run saves and ends, for --resume; 0: no limit
     out: str = "out/vit"          # run folder: one folder a stage, report.json
     keep: str = ""                # also write each stage's tower here, alone and in bf16
     save_every: Positive = 200    # steps between checkpoints
