@@ -228,18 +228,18 @@ def _visible(query, key, start, stop, CAUSAL):
 
 
 @kernel
-def _attention_kernel(q, k, v, out, lse, start, stop, q_t, q_h, k_t, k_h, v_t, v_h, total, heads,
-                      repeat, scale, C: tl.constexpr, CHANNELS: tl.constexpr, CAUSAL: tl.constexpr,
-                      OWN: tl.constexpr, WALK: tl.constexpr, FULL: tl.constexpr,
-                      PRECISION: tl.constexpr):
+def _attention_kernel(q, k, v, out, lse, start, stop, qt_stride, qh_stride, kt_stride, kh_stride,
+                      vt_stride, vh_stride, total, heads, repeat, scale, C: tl.constexpr,
+                      CHANNELS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
+                      WALK: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
     """A tile of queries of one head: out (T, H, C) and lse (H, T)."""
     first, h = tl.program_id(0) * OWN, tl.program_id(1)
     query = first + tl.arange(0, OWN)
     real = query < total
     begin = tl.load(start + query, real, other=total)
     end = tl.load(stop + query, real, other=0)
-    tile_q = _load_tile(q + h * q_h, first, q_t, total, C, CHANNELS, OWN, FULL)
-    k, v = k + h // repeat * k_h, v + h // repeat * v_h
+    tile_q = _load_tile(q + h * qh_stride, first, qt_stride, total, C, CHANNELS, OWN, FULL)
+    k, v = k + h // repeat * kh_stride, v + h // repeat * vh_stride
     # Not -inf: a row whose document comes later in the walk has seen nothing, and would compute
     # inf - inf.
     top = tl.full([OWN], -1e30, tl.float32)
@@ -248,8 +248,8 @@ def _attention_kernel(q, k, v, out, lse, start, stop, q_t, q_h, k_t, k_h, v_t, v
     last = tl.minimum(first + OWN, total) if CAUSAL else tl.max(end, 0)
     for n in range(tl.min(begin, 0), last, WALK):
         key = n + tl.arange(0, WALK)
-        tile_k = _load_tile(k, n, k_t, total, C, CHANNELS, WALK, FULL)
-        tile_v = _load_tile(v, n, v_t, total, C, CHANNELS, WALK, FULL)
+        tile_k = _load_tile(k, n, kt_stride, total, C, CHANNELS, WALK, FULL)
+        tile_v = _load_tile(v, n, vt_stride, total, C, CHANNELS, WALK, FULL)
         scores = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION) * scale
         seen = _visible(query[:, None], key[None], begin[:, None], end[:, None], CAUSAL)
         scores = tl.where(seen, scores, float("-inf"))
@@ -264,30 +264,31 @@ def _attention_kernel(q, k, v, out, lse, start, stop, q_t, q_h, k_t, k_h, v_t, v
 
 
 @kernel
-def _attention_dq_kernel(q, k, v, out, grad, lse, delta, dq, start, stop, q_t, q_h, k_t, k_h, v_t,
-                         v_h, g_t, g_h, total, heads, repeat, scale, C: tl.constexpr,
-                         CHANNELS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
-                         WALK: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
+def _attention_dq_kernel(q, k, v, out, grad, lse, delta, dq, start, stop, qt_stride, qh_stride,
+                         kt_stride, kh_stride, vt_stride, vh_stride, gt_stride, gh_stride, total,
+                         heads, repeat, scale, C: tl.constexpr, CHANNELS: tl.constexpr,
+                         CAUSAL: tl.constexpr, OWN: tl.constexpr, WALK: tl.constexpr,
+                         FULL: tl.constexpr, PRECISION: tl.constexpr):
     """A tile of queries of one head: dq (T, H, C), and delta (H, T) for the other kernel."""
     first, h = tl.program_id(0) * OWN, tl.program_id(1)
     query = first + tl.arange(0, OWN)
     real = query < total
     begin = tl.load(start + query, real, other=total)
     end = tl.load(stop + query, real, other=0)
-    tile_q = _load_tile(q + h * q_h, first, q_t, total, C, CHANNELS, OWN, FULL)
-    tile_g = _load_tile(grad + h * g_h, first, g_t, total, C, CHANNELS, OWN, FULL)
+    tile_q = _load_tile(q + h * qh_stride, first, qt_stride, total, C, CHANNELS, OWN, FULL)
+    tile_g = _load_tile(grad + h * gh_stride, first, gt_stride, total, C, CHANNELS, OWN, FULL)
     tile_o = _load_tile(out + h * C, first, heads * C, total, C, CHANNELS, OWN, FULL)
     row = h.to(tl.int64) * total + query
     row_lse = tl.load(lse + row, real, other=0.0)
     row_delta = tl.sum(tile_g.to(tl.float32) * tile_o.to(tl.float32), 1)
     tl.store(delta + row, row_delta, real)
-    k, v = k + h // repeat * k_h, v + h // repeat * v_h
+    k, v = k + h // repeat * kh_stride, v + h // repeat * vh_stride
     sums = tl.zeros([OWN, CHANNELS], tl.float32)
     last = tl.minimum(first + OWN, total) if CAUSAL else tl.max(end, 0)
     for n in range(tl.min(begin, 0), last, WALK):
         key = n + tl.arange(0, WALK)
-        tile_k = _load_tile(k, n, k_t, total, C, CHANNELS, WALK, FULL)
-        tile_v = _load_tile(v, n, v_t, total, C, CHANNELS, WALK, FULL)
+        tile_k = _load_tile(k, n, kt_stride, total, C, CHANNELS, WALK, FULL)
+        tile_v = _load_tile(v, n, vt_stride, total, C, CHANNELS, WALK, FULL)
         scores = tl.dot(tile_q, tl.trans(tile_k), input_precision=PRECISION) * scale
         seen = _visible(query[:, None], key[None], begin[:, None], end[:, None], CAUSAL)
         p = tl.where(seen, tl.exp2(scores - row_lse[:, None]), 0.0)
@@ -300,10 +301,11 @@ def _attention_dq_kernel(q, k, v, out, grad, lse, delta, dq, start, stop, q_t, q
 
 
 @kernel
-def _attention_dkv_kernel(q, k, v, grad, lse, delta, dk, dv, start, stop, q_t, q_h, k_t, k_h, v_t,
-                          v_h, g_t, g_h, total, groups, repeat, scale, C: tl.constexpr,
-                          CHANNELS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
-                          WALK: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
+def _attention_dkv_kernel(q, k, v, grad, lse, delta, dk, dv, start, stop, qt_stride, qh_stride,
+                          kt_stride, kh_stride, vt_stride, vh_stride, gt_stride, gh_stride, total,
+                          groups, repeat, scale, C: tl.constexpr, CHANNELS: tl.constexpr,
+                          CAUSAL: tl.constexpr, OWN: tl.constexpr, WALK: tl.constexpr,
+                          FULL: tl.constexpr, PRECISION: tl.constexpr):
     """A tile of keys of one key-value head: dk and dv (T, G, C), the sums over all queries of the
     head's group that see them. Scores are transposed here, [OWN, WALK], so that the products
     with them need no transposition of a tile in fp32."""
@@ -312,8 +314,8 @@ def _attention_dkv_kernel(q, k, v, grad, lse, delta, dk, dv, start, stop, q_t, q
     real = key < total
     begin = tl.load(start + key, real, other=total)
     end = tl.load(stop + key, real, other=0)
-    tile_k = _load_tile(k + g * k_h, first, k_t, total, C, CHANNELS, OWN, FULL)
-    tile_v = _load_tile(v + g * v_h, first, v_t, total, C, CHANNELS, OWN, FULL)
+    tile_k = _load_tile(k + g * kh_stride, first, kt_stride, total, C, CHANNELS, OWN, FULL)
+    tile_v = _load_tile(v + g * vh_stride, first, vt_stride, total, C, CHANNELS, OWN, FULL)
     sums_k = tl.zeros([OWN, CHANNELS], tl.float32)
     sums_v = tl.zeros([OWN, CHANNELS], tl.float32)
     begins = first if CAUSAL else tl.min(begin, 0)
@@ -322,8 +324,8 @@ def _attention_dkv_kernel(q, k, v, grad, lse, delta, dk, dv, start, stop, q_t, q
         h = g * repeat + r
         for n in range(begins, last, WALK):
             query = n + tl.arange(0, WALK)
-            tile_q = _load_tile(q + h * q_h, n, q_t, total, C, CHANNELS, WALK, FULL)
-            tile_g = _load_tile(grad + h * g_h, n, g_t, total, C, CHANNELS, WALK, FULL)
+            tile_q = _load_tile(q + h * qh_stride, n, qt_stride, total, C, CHANNELS, WALK, FULL)
+            tile_g = _load_tile(grad + h * gh_stride, n, gt_stride, total, C, CHANNELS, WALK, FULL)
             row = h.to(tl.int64) * total + query
             row_lse = tl.load(lse + row, query < total, other=0.0)
             row_delta = tl.load(delta + row, query < total, other=0.0)
@@ -392,8 +394,8 @@ class _Attention(torch.autograd.Function):
 # of 128, as in its decoder, with the types of its arguments and its constants.
 _TYPES = dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), "*bf16")
 _TYPES |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("start", "stop"), "*i32")
-_TYPES |= dict.fromkeys(("q_t", "q_h", "k_t", "k_h", "v_t", "v_h", "g_t", "g_h", "total", "heads",
-                         "groups", "repeat"), "i32") | {"scale": "fp32"}
+_TYPES |= {f"{x}_stride": "i32" for x in ("qt", "qh", "kt", "kh", "vt", "vh", "gt", "gh")}
+_TYPES |= dict.fromkeys(("total", "heads", "groups", "repeat"), "i32") | {"scale": "fp32"}
 KERNELS = [(each, _TYPES, _settings(torch.empty(0, 1, c, dtype=torch.bfloat16), causal, backward)
             | {"FULL": False})
            for each, backward in ((_attention_kernel, False), (_attention_dq_kernel, True),
