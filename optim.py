@@ -238,8 +238,9 @@ class Optimizer:
         this rank owns, as a tensor, so that nothing waits for the device: the sum over ranks is the
         squared norm of the gradient, which `step` needs."""
         if self.world > 1:
-            # NCCL passes a range on in small pieces, so `world` reduces to one rank each take as
-            # long as one reduce-scatter, which would need shares of equal size.
+            # In fp32: twice the bytes of bf16, but once a step instead of once a row. NCCL passes a
+            # range on in small pieces, so `world` reduces to one rank each take about as long as
+            # one reduce-scatter, which would need shares of equal size.
             self.awaited = [set() for _ in self.shares]
             self._begin_sums()
             for each in self.sums:
