@@ -44,8 +44,8 @@ PLAYERS=${PLAYERS:-$((RANKS / 2))}
 # On 16 GPUs that makes 4e-3 for pretraining, and nanochat's rule 3.6e-3. With more GPUs it stays
 # there: no larger rate has been tried at any size.
 case $SIZE in
-    tiny) WIDTH=96 TOKENS=512 IMAGES=8 MICRO=4 PROBES=32 PROMPTS=2 SLOTS=8 ;;
-    base) WIDTH=1536 TOKENS=16384 IMAGES=256 MICRO=64 PROBES=1024 PROMPTS=16 SLOTS=128 ;;
+    tiny) WIDTH=96 TOKENS=512 IMAGES=8 MICRO=4 PROBES=32 PROMPTS=1 SLOTS=16 REPLY=8 ;;
+    base) WIDTH=1536 TOKENS=16384 IMAGES=256 MICRO=64 PROBES=1024 PROMPTS=16 SLOTS=128 REPLY=128 ;;
     *) echo "SIZE is base, or tiny to try it out, not $SIZE" >&2; exit 2 ;;
 esac
 ROWS=$([ "$SIZE" = tiny ] && echo 1 || echo 4)      # a rank
@@ -107,7 +107,7 @@ stage sft "$(share 0.25)" --init="$OUT/pretrain" pretrain.py "${rows[@]}" --curr
 #    `reward`, `stale`, and `waited` and `idle` for PLAYERS.
 stage rl "$(share 0.02)" --init="$OUT/sft" rl.py --mix="$CATEGORIES" --levels=3 --group=8 \
     --prompts=$((RANKS * PROMPTS)) --row_tokens=$TOKENS --rollout_ranks="$PLAYERS" --slots=$SLOTS \
-    --max_staleness=2 --max_new=128 --context=4096 --lr="$(rate 8e-4)" --eval_every=0
+    --max_staleness=2 --max_new=$REPLY --context=4096 --lr="$(rate 8e-4)" --eval_every=0
 }
 
 if [ "$PLAN" ]; then

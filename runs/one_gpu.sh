@@ -43,8 +43,8 @@ WORKERS=${WORKERS:-$([ "$PLAN" ] && echo 24 || nproc)}
 # units 0.1 / sqrt(width) x sqrt(tokens a step / 2^19) for a square matrix, are 0.65 times ours at
 # the default batch of `small` and 0.9 times at that of `base`.
 case $SIZE in
-    tiny) WIDTH=96 ROWS=2 TOKENS=2048 IMAGES=64 PROBES=64 PROMPTS=4 SLOTS=32 ;;
-    small) WIDTH=512 ROWS=2 TOKENS=16384 IMAGES=256 PROBES=512 PROMPTS=32 SLOTS=256 ;;
+    tiny) WIDTH=96 ROWS=2 TOKENS=2048 IMAGES=64 PROBES=64 PROMPTS=4 SLOTS=32 REPLY=32 ;;
+    small) WIDTH=512 ROWS=2 TOKENS=16384 IMAGES=256 PROBES=512 PROMPTS=32 SLOTS=256 REPLY=128 ;;
     *) echo "SIZE is tiny or small, not $SIZE; for base see runs/nodes.sh" >&2; exit 2 ;;
 esac
 # Two budgets. From two hours on the batch is twice as large: with six times as many steps the noise
@@ -144,7 +144,7 @@ examine sft
 #    is OUT/rl.json above OUT/sft.json? A short run teaches little that is new: afterwards the model
 #    does reliably what it did sometimes.
 stage rl 0.15 "$(scaled 0.65)" $((TRIAL / 8 + 1)) --init="$OUT/sft" rl.py --mix="$CATEGORIES" \
-    --levels=$LEVELS --prompts=$((N * PROMPTS)) --group=8 --row_tokens=$TOKENS --max_new=128 \
+    --levels=$LEVELS --prompts=$((N * PROMPTS)) --group=8 --row_tokens=$TOKENS --max_new=$REPLY \
     --context=4096 --max_staleness=1 --slots=$SLOTS --workers=8 --lr="$(rate 8e-4)" --eval_every=0
 
 # 5. The examination once more, 4%.
