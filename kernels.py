@@ -347,8 +347,9 @@ def _symmetric_kernel(x, out, rows, columns, matrix_stride, row_stride, column_s
         total = tl.dot(below, tl.trans(right), total, input_precision="ieee")
     tile = at_i[:, None] * rows + at_j[None, :]
     mask = inside_i & (at_j[None, :] < rows)
-    if POLYNOMIAL:
-        total = b * tl.load(x + tile, mask=mask, other=0.0).to(tl.float32) + c * total
+    if POLYNOMIAL:      # here x is square
+        own = x + at_i[:, None] * row_stride + at_j[None, :] * column_stride
+        total = b * tl.load(own, mask=mask, other=0.0).to(tl.float32) + c * total
     total = total.to(out.dtype.element_ty)
     tl.store(out + tile, total, mask=mask)
     if j < i:
@@ -357,14 +358,13 @@ def _symmetric_kernel(x, out, rows, columns, matrix_stride, row_stride, column_s
 
 
 def _symmetric(x: Tensor, b: float, c: float, polynomial: bool) -> Tensor:
-    batch, (rows, columns) = x.shape[:-2], x.shape[-2:]
-    x = x.flatten(0, -3) if batch else x[None]
-    out, tiles = x.new_empty(len(x), rows, rows), -(-rows // PRODUCT["BLOCK"])
+    matrices, rows, columns = x.shape
+    out, tiles = x.new_empty(matrices, rows, rows), -(-rows // PRODUCT["BLOCK"])
     # Triton's interpreter multiplies bf16 wrongly, so it must not see any.
-    _symmetric_kernel[(tiles, tiles, len(x))](
+    _symmetric_kernel[(tiles, tiles, matrices)](
         x, out, rows, columns, *x.stride(), b, c, POLYNOMIAL=polynomial,
         EXACT=INTERPRETED or x.dtype == torch.float32, **PRODUCT)
-    return out.view(*batch, rows, rows)
+    return out
 
 
 def plain_gram(x: Tensor) -> Tensor:
@@ -373,30 +373,31 @@ def plain_gram(x: Tensor) -> Tensor:
 
 
 def gram(x: Tensor) -> Tensor:
-    """x @ x.mT, summed in fp32, without gradient. (..., R, C), bf16 or fp32, also the transpose of
-    such a tensor -> (..., R, R). Raises ValueError if x has another shape, dtype or layout."""
+    """x @ x.mT, summed in fp32, without gradient. (N, R, C), bf16 or fp32, also the transpose of
+    such a tensor -> (N, R, R). Raises ValueError if x has another shape, dtype or layout."""
     _check_matrices("x", x)
     return _symmetric(x, 0.0, 0.0, False) if use_kernels(x) else plain_gram(x)
 
 
 def plain_poly(a: Tensor, b: float = -4.7750, c: float = 2.0315) -> Tensor:
-    """What poly computes."""
-    return b * a + c * (a @ a)
+    """What poly computes. baddbmm adds b a to the product as it writes it: one pass through memory
+    instead of three."""
+    return torch.baddbmm(a, a, a, beta=b, alpha=c)
 
 
 def poly(a: Tensor, b: float = -4.7750, c: float = 2.0315) -> Tensor:
-    """b a + c a @ a for symmetric matrices (..., R, R), bf16 or fp32, summed in fp32, without
-    gradient. The defaults are Newton-Schulz's. Raises ValueError if a is not square, or like
-    gram."""
+    """b a + c a @ a for symmetric matrices (N, R, R), bf16 or fp32, summed in fp32, without
+    gradient; b and c are Newton-Schulz's if not given. Raises ValueError if a is not square, or
+    like gram."""
     _check_matrices("a", a)
-    expect("a", a, (*a.shape[:-1], a.shape[-2]))
+    expect("a", a, (None, None, a.shape[1]))
     return _symmetric(a, b, c, True) if use_kernels(a) else plain_poly(a, b, c)
 
 
 def _check_matrices(name: str, x: Tensor):
-    if x.dim() < 2:
-        raise ValueError(f"{name} has the shape {tuple(x.shape)}, which holds no matrices")
-    _check_floats(name, x.mT if x.stride(-2) == 1 else x)
+    x = x.mT if x.dim() == 3 and x.stride(1) == 1 else x
+    expect(name, x, (None, None, None))
+    _check_floats(name, x)
 
 
 # For each kernel what lab/kernels.py compiles: the types of its arguments and its constants.

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels import gram, poly
+
 
 @dataclass
 class OptimConfig:
@@ -49,10 +51,10 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     # where the polynomial converges.
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        a = x @ x.mT
+        a = gram(x)                             # x @ x.mT
+        b = poly(a, -4.7750, 2.0315)            # -4.7750 a + 2.0315 a @ a
         # baddbmm adds a multiple of one matrix to a product as it writes the product: one pass
         # through memory instead of three.
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)      # -4.7750 a + 2.0315 a @ a
         x = torch.baddbmm(x, b, x, beta=3.4445)                     # 3.4445 x + b @ x
     return x.mT if tall else x
 
