@@ -3,7 +3,9 @@ non_blocking, and the host waits once a step, for the numbers that are logged.
 
 Left untested are the numbers of CUDA's kernels and NCCL: see pretend.py.
 """
+import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,18 +13,22 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import random_document
 from pretend import Book, pretend
-from test_pretrain import own_signals  # noqa: F401 (a fixture)
+from test_pretrain import after_step, alike, own_signals, state_of, train  # noqa: F401 (a fixture)
 
 import gym
 import pretrain
 import rl
 import sample
 import train_vit
+from data import collate, Packer
 from engine import Engine
 from gym import Score
+from lib.cli import UserError
 from lib.common import ROOT
 from lib.prefetch import lent, pin_weights, Prefetch, send
+from lib.runs import checkpoints
 
 # ---- the tool -----------------------------------------------------------------------------------
 
@@ -107,6 +113,50 @@ def test_prefetch_gives_every_call_in_order_and_its_error(ahead):
     load = Prefetch(lambda: made.append(9), 2, ahead)
     load(), load(), load.close()
     assert made[4:] == [9, 9]           # and no third call
+
+
+def test_a_run_whose_rows_are_loaded_ahead_is_the_same(tmp_path, monkeypatch):
+    """Bit for bit, also when it is resumed: its position is that of the rows it has learnt from."""
+    options = dict(steps=4, rows=1, save_every=2)
+    whole = train(tmp_path / "whole", **options)
+    monkeypatch.setattr(pretrain, "Prefetch",
+                        lambda make, calls, ahead: Prefetch(make, calls, ahead=True))
+    with monkeypatch.context() as patch:
+        after_step(patch, lambda step: step == 2 and signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", **options)
+    at_two = [state_of(tmp_path / run / "step_000002") for run in ("whole", "parts")]
+    assert alike(*(state["position"] for state in at_two))
+    parts = train(tmp_path / "parts", **options, resume=True)
+    assert [x["loss"] for x in parts] == [x["loss"] for x in whole]
+    at_four = [state_of(tmp_path / run / "step_000004") for run in ("whole", "parts")]
+    assert alike(*(state["position"] for state in at_four))
+    # A row that can't be loaded: the steps before it are saved.
+    calls, row = itertools.count(1), Packer.row     # the first two are of the held-out rows
+    monkeypatch.setattr(Packer, "row", lambda self: row(self) if next(calls) < 6 else fail())
+    with pytest.raises(UserError, match="no such row"):
+        train(tmp_path / "broken", **{**options, "save_every": 100})
+    assert checkpoints(tmp_path / "broken")[-1].name == "step_000003"
+
+
+def fail():
+    raise UserError("no such row")
+
+
+def test_a_batch_brings_what_its_data_alone_decides(config):
+    """Places are the same as a search would find, and all but the sizes go to the device."""
+    documents = [random_document(config, ((4, 6),), seed=seed) for seed in range(2)]
+    batch = collate(documents, config, 80)
+    assert torch.equal(batch.slots, (batch.tokens == config.image_token_id).nonzero()[:, 0])
+    assert torch.equal(batch.learnt, batch.weights[1:].nonzero()[:, 0]) and len(batch.learnt) < 80
+    with pretend() as book:
+        for origin in (batch, batch.pinned()):
+            sent = origin.to("cuda")
+            assert sent.host is origin and origin.host is origin
+            assert not sent.grids.is_cuda and all(
+                x.is_cuda for name, x in vars(sent).items()
+                if isinstance(x, torch.Tensor) and name != "grids")
+    assert not book.pageable + book.waits and book.pinned.total() == 2 * 10
 
 
 # ---- the scripts --------------------------------------------------------------------------------
