@@ -15,7 +15,10 @@
 #   sbatch --nodes=4 runs/nodes.sh out/four             four nodes: the batch is twice as large
 #   sbatch --dependency=singleton runs/nodes.sh         one more job, which continues the first one
 #
-# No cluster has run it yet; the tests run it at `tiny`, two agents of torchrun on one machine.
+# No cluster has run it yet; the tests run it at `tiny`, two agents of torchrun on one machine. Its
+# known limit: each rank of pretrain.py draws the samples of all ranks. At 10 ms a sample, ten
+# processes a rank need 4 s for the million tokens of a step on 16 GPUs, which compute for 1 s
+# (computed: see --plan). Until drawing is shared, more GPUs than four make a step no faster.
 #
 # The number of steps is fixed (STEPS), since the learning rate falls with it, and a job may end
 # before: each stage gets what is left of the hours as --max_hours, saves its last step in time and
@@ -45,7 +48,7 @@ PLAYERS=${PLAYERS:-$((RANKS / 2))}
 # there: no larger rate has been tried at any size.
 case $SIZE in
     tiny) WIDTH=96 TOKENS=512 IMAGES=8 MICRO=4 PROBES=32 PROMPTS=1 SLOTS=16 REPLY=8 ;;
-    base) WIDTH=1536 TOKENS=16384 IMAGES=256 MICRO=64 PROBES=1024 PROMPTS=16 SLOTS=128 REPLY=128 ;;
+    base) WIDTH=1536 TOKENS=16384 IMAGES=256 MICRO=32 PROBES=1024 PROMPTS=16 SLOTS=128 REPLY=128 ;;
     *) echo "SIZE is base, or tiny to try it out, not $SIZE" >&2; exit 2 ;;
 esac
 ROWS=$([ "$SIZE" = tiny ] && echo 1 || echo 4)      # a rank

@@ -2,6 +2,7 @@
 for each rank, and the two recipes, as miniatures on this machine."""
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -194,12 +195,14 @@ def test_a_miniature_of_one_gpu(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,stages", [("one_gpu.sh", 6), ("nodes.sh", 4)])
-def test_a_plan_names_every_stage_and_writes_nothing(tmp_path, name, stages):
+@pytest.mark.parametrize("name", ["one_gpu.sh", "nodes.sh"])
+def test_a_plan_names_every_stage_and_writes_nothing(tmp_path, name):
     done = recipe(name, "--plan", tmp_path / "out")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("computed by a model of the machine") == 1 and "in all" in done.stdout
-    assert not (tmp_path / "out").exists()
+    stages = re.findall(r"^(\w+): \d+ steps$", done.stdout, re.M)
+    assert stages == ["vit", "pretrain", "sft", "rl"] and not (tmp_path / "out").exists()
+    *_, last = done.stdout.splitlines()
+    assert re.fullmatch(r"in all +[\d.]+ h, \$[\d.]+ \(computed\)", last)
 
 
 # `srun COMMAND` as on two nodes: two agents of torchrun on this machine.
