@@ -1,8 +1,9 @@
-"""The operations that take most of the time, each in plain PyTorch behind one public function.
+"""The operations that take most of the time, each behind one public function.
 
-Where torch has a fused kernel that is faster, it is used: varlen attention and rms_norm on a GPU.
-The rest is written so that a CPU is not slow and memory stays small: attention without padding,
-losses without all their logits.
+On a GPU most of them are a Triton kernel; beside it stands the plain PyTorch that says what it
+computes, and that a CPU runs (lib/dispatch.py chooses). Where torch has a fused kernel that is as
+fast, it is used: rms_norm. The plain versions are written so that a CPU is not slow and memory
+stays small: attention without padding, losses without all their logits.
 
 Attention is in lib/attention.py, rotary positions in lib/rotary.py, losses over a vocabulary in
 lib/losses.py, the contrastive loss in lib/sigmoid.py; they can be imported from here too.
@@ -421,9 +422,11 @@ KERNELS = [
 
 
 # Exercises. Delete the body, write it again, run the test.
-# 1. rotary_pairs, from its docstring alone.
+# 1. _swiglu_backward_kernel, from the derivative of g * sigmoid(g) * u.
+#    TRITON_INTERPRET=1 pytest tests/test_kernels.py -k kernel_swiglu; 30 minutes.
+# 2. lib/rotary.py, rotary_pairs, from its docstring alone.
 #    pytest tests/test_model.py -k rotations; 15 minutes.
-# 2. _LinearCrossEntropy.forward: all gradients in one pass over chunks of rows, with never more
-#    than `chunk` rows of logits. pytest tests/test_model.py -k linear_cross; 45 minutes.
-# 3. lib/sigmoid.py, _plain: tile by tile, with all four gradients.
+# 3. lib/losses.py, _LinearCrossEntropy.forward: all gradients in one pass over chunks of rows, with
+#    never more than `chunk` rows of logits. pytest tests/test_model.py -k linear_cross; 45 minutes.
+# 4. lib/sigmoid.py, _plain: tile by tile, with all four gradients.
 #    pytest tests/test_train_vit.py -k tiles; 30 minutes.
