@@ -1,4 +1,4 @@
-"""The Triton kernels of attention, rotary positions and the sigmoid loss beside their plain PyTorch.
+"""The kernels of attention, rotary positions and the sigmoid loss beside their plain PyTorch.
 
 Kernels run in Triton's interpreter, which has to be chosen before Triton is imported. So the tests
 that launch some run in a process of their own, which two tests at the end start; to run them
@@ -213,8 +213,9 @@ def test_kernels_give_a_training_step_its_loss_and_gradients(stage):
             loss = (train_vit.contrastive_loss(model, pairs, args)[0] if stage == "align"
                     else loss_sum(model, batch, 0)[0])
             steps.append(gradients(model, loss))
-        assert ({"norm_rotary", "norm_rotary_backward", "attention", "attention_dkv"}
-                <= set(launched)) == (forced == "1")
+        expected = {"norm_rotary", "norm_rotary_backward", "rotary_qk", "attention", "attention_dq",
+                    "attention_dkv"} | ({"sigmoid_grad"} if stage == "align" else set())
+        assert (expected <= set(launched)) == (forced == "1")
     for got, want in zip(*steps, strict=True):
         assert (got - want).abs().max() <= 1e-4 * want.abs().max() + 1e-6
 
