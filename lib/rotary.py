@@ -57,8 +57,8 @@ def expect_floats(name: str, x: Tensor):
 
 # ---- rotary halves with QK-norm: the ViT -------------------------------------------------------
 #
-# Plain, a step of base reads and writes the heads eleven times: norm, two products, a roll, a sum,
-# and as many backward. All of it needs only one head at a time, so one pass is enough.
+# Plain, the forward moves 22 bytes for each channel of q and k in bf16: a norm, a roll, a product,
+# a product with a sum. All of it needs only one head at a time, so one pass is enough.
 #
 # Tiling: one program for each token, which holds all heads of its queries, then of its keys, as two
 # tiles of [HEADS, C/2], the two channels of a pair at the same place in both. The token's C/2
@@ -66,9 +66,10 @@ def expect_floats(name: str, x: Tensor):
 # and v stay where the fused matrix product has left them.
 #
 # Roofline: forward 2 bytes read and 2 written for each channel of q and k in bf16, about 12 FLOPs;
-# backward 10 read and 6 written for a channel of q, k and v together, about 25 FLOPs. A GPU does
-# 200 FLOPs and more in the time of one byte: bound by memory, 20 times over. A token of base is
-# 4 KB, and 2,048 numbers are 16 registers in each thread of 4 warps, so 16 programs fit on an SM.
+# backward 10 read and 6 written for a channel of q, k and v together, about 50 FLOPs. An H100 does
+# 20 FLOPs outside of its tensor cores in the time of one byte: bound by memory. The 2,048 numbers
+# of a token of base are 16 for each thread of 4 warps; the forward takes 32 registers a thread, so
+# that 16 programs share a multiprocessor and hide each other's waits for memory.
 
 @inline
 def _load_halves(x, mask, C):
@@ -227,8 +228,9 @@ def _expect_rotations(cos: Tensor, sin: Tensor, total: int, c: int, like: Tensor
 # The channels of a pair are neighbours. To read 0, 2, 4 ... and 1, 3, 5 ... would fetch every
 # 32-byte sector twice, so a tile is read as it lies in memory and split in registers.
 #
-# Roofline: 2 bytes read and 2 written for each channel in bf16, 3 FLOPs: bound by memory. Base has
-# 3,072 channels in the heads of a token: 24 registers in each thread of 4 warps.
+# Roofline: 2 bytes read and 2 written for each channel in bf16, 3 FLOPs: bound by memory. Plain, as
+# complex numbers in fp32, 20 bytes are moved. Base has 3,072 channels in the heads of a token: 24
+# for each thread of 4 warps.
 
 @inline
 def _turn_pairs(x, out, h_stride, heads, c, s, C, CHANNELS, HEADS):
