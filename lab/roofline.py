@@ -2,6 +2,7 @@
 
     python -m lab.roofline --size=base --rows=4 --row_tokens=16384 --on=8xH100
     python -m lab.roofline --size=base --rows=4 --row_tokens=16384 --mtp        the MTP head learns
+    python -m lab.roofline --size=base --rows=1 --row_tokens=65536 --memory=recompute
 
 A row of the gym's own samples is drawn and packed; the step then runs on meta tensors, as that of
 pretrain.py. Printed are, for forward, backward and update: launches, FLOPs, bytes and time; then
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 
 import pretrain
 from data import Packer, parse_mix, sight, Stream
-from lib.cli import check_options, cli, main, Positive, Range, Seed
+from lib.cli import check_options, cli, main, Natural, Positive, Range, Seed
 from lib.common import ROOT
 from lib.roofline import find_machine, Trace
 from model import sized
@@ -27,8 +28,10 @@ class Args:
     rows: Positive = 4            # packed rows a step on each GPU
     row_tokens: Annotated[int, Range(32, 2 ** 24)] = 16384  # tokens a row
     mtp: bool = False             # a step of the run's last part, in which the MTP head learns
+    memory: str = "none"          # or recompute, offload; by part: vit:offload,decoder:recompute
+    chunk_patches: Natural = 0    # patches encoded at a time; 0: all
     on: str = "H100"              # A100, H100, H200, B200, or several, as 8xH100
-    lines: Positive = 10          # lines of ours to list
+    lines: Positive = 10          # operations and lines of ours to list
     seed: Seed = 0                # of the samples
 
 
@@ -36,7 +39,8 @@ def trace_step(args: Args) -> tuple[Trace, float, dict]:
     """The step, the FLOPs that the model needs in it on one GPU, and what the row holds."""
     machine, config = find_machine(args.on), sized(args.size)
     options = pretrain.Args(size=args.size, rows=args.rows * machine.count,
-                            row_tokens=args.row_tokens)
+                            row_tokens=args.row_tokens, memory=args.memory,
+                            chunk_patches=args.chunk_patches)
     pretrain.check(options)
     stream = Stream(config, parse_mix(options.mix, sight(config)), args.seed, levels=options.levels)
     row = Packer(stream, args.row_tokens).row()
@@ -51,7 +55,8 @@ def print_step(args: Args, trace: Trace, flops: float, row: dict):
     """Print the step as a table."""
     machine, ms = trace.machine, 1000
     print(f"{args.size} on {machine}, {args.rows} rows of {args.row_tokens} tokens a GPU, "
-          f"{'with' if args.mtp else 'without'} MTP; computed, not measured")
+          f"{'with' if args.mtp else 'without'} MTP, --memory={args.memory}; computed, not "
+          "measured")
     print(f"a row: {row['tokens']} tokens ({row['tokens'] / args.row_tokens:.0%} full), of which "
           f"{row['learnt']} are learnt; {row['images']} images, {row['patches']} patches\n")
     print(f"{'':<14}{'launches':>9}{'TFLOP':>9}{'GB':>9}{'ms':>9}   of it products and attention")
@@ -71,6 +76,10 @@ def print_step(args: Args, trace: Trace, flops: float, row: dict):
     print(f"memory        {memory.pop('total') / 2 ** 30:9.2f} GiB of "
           f"{machine.memory / 2 ** 30:.1f} at most: "
           + ", ".join(f"{kind} {n / 2 ** 30:.2f}" for kind, n in memory.items()))
+    print(f"\n{'ms':>9} launches   the dearest operations that only move bytes")
+    moves = [(cost, *key) for key, cost in trace.costs.items() if not cost.flops]
+    for cost, phase, name in sorted(moves, key=lambda x: -x[0].seconds)[:args.lines]:
+        print(f"{ms * cost.seconds:9.2f}{cost.launches:9,}   {name} ({phase})")
     print(f"\n{'ms':>9} launches   the dearest lines of ours, with their backward")
     for line, cost in trace.dearest(args.lines):
         print(f"{ms * cost.seconds:9.2f}{cost.launches:9,}   {line:<24} {source_of(line)}")

@@ -1,5 +1,4 @@
 """lib/roofline.py and lab.roofline: sums that are known by hand, and a whole step of `tiny`."""
-import gc
 import math
 import re
 from dataclasses import replace
@@ -156,8 +155,6 @@ def test_memory_is_counted_by_kind():
     memory = trace.memory()
     assert (memory["weights"], memory["activations"]) == (2e6, 4e6)     # the input, and y
     assert 6e6 < memory["total"] <= 12e6
-    del y
-    gc.collect()
 
 
 def test_eight_gpus_send_what_a_ring_sends():
@@ -207,6 +204,23 @@ def test_a_step_of_tiny(capsys):
     out = capsys.readouterr().out
     assert "computed, not measured" in out and "the GPU waits for it" in out
     assert len(re.findall(r"^ +[\d.]+ +[\d,]+   \S+\.py:\d+ ", out, re.M)) == 10
+    assert len(re.findall(r"^ +[\d.]+ +[\d,]+   \w+ \((?:for|back|up)\w+\)$", out, re.M)) == 10
+
+
+@pytest.mark.slow
+def test_policies_of_memory_and_many_gpus():
+    """To recompute takes more products and less memory; the update is shared by the ranks."""
+    found = {}
+    for memory, on in (("none", "H100"), ("recompute", "H100"), ("offload", "H100"),
+                       ("none", "8xH100")):
+        args = lab.Args("small", rows=1, row_tokens=1024, memory=memory, on=on)
+        found[memory, on] = lab.trace_step(args)[0]
+    plain, again, moved, many = found.values()
+    assert again.memory()["activations"] < plain.memory()["activations"] / 4
+    assert moved.memory()["activations"] < plain.memory()["activations"] / 4
+    assert 1.2 < again.total("backward").flops / plain.total("backward").flops < 1.5
+    assert many.total("update").flops < plain.total("update").flops / 6
+    assert many.memory()["masters"] < plain.memory()["masters"] / 4 and many.sent > 0
 
 
 @pytest.mark.slow
