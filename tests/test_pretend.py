@@ -176,7 +176,7 @@ SCRIPTS = {
     "asynchronous": (rl, RL | {"max_staleness": 1, "workers": 2}),
     "stages": (train_vit, VIT),
     "masked": (train_vit, VIT | {"stage": "distill", "supervise": "masked"}),
-    "cached": (train_vit, VIT | {"stage": "align", "micro": 2, "clips": 0.5}),
+    "cached": (train_vit, VIT | {"stage": "align", "micro": 4, "clips": 0.5}),
 }
 
 
