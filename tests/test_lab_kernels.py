@@ -1,4 +1,4 @@
-"""lab.kernels: its cases cover all kernels, its checks can fail, and what it says for one of them."""
+"""lab.kernels: its cases cover all kernels, its checks can fail, and what it says of one case."""
 import os
 import subprocess
 import sys
@@ -65,8 +65,7 @@ def test_a_case_in_the_interpreter_and_compiled():
                           env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    for start in ("rotary_qk             agrees", "rotary_qk               A100",
-                  "rotary_qk               H100", "rotary_qk               B200", "control: symmetric",
-                  "3. computed, not measured"):
-        assert any(line.startswith(start) for line in lines), start
+    for words in ("rotary_qk agrees", "rotary_qk A100", "rotary_qk H100", "rotary_qk B200",
+                  "control: symmetric", "3. computed, not measured"):
+        assert any(" ".join(line.split()).startswith(words) for line in lines), words
     assert "in Triton's interpreter" in done.stdout
