@@ -89,7 +89,7 @@ class Args:
     proj_decay: NonNegative = 0.0       # on the pools' and projections'
     warmup: Natural = 20          # steps
     schedule: Schedule = "cosine"       # constant, linear or cosine
-    memory: Literal["none", "recompute", "offload"] = "none"    # the tower's: see lib/memory.py
+    memory: Literal["none", "recompute", "offload"] = "none"    # the towers': see lib/memory.py
     chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
     init: str = ""                # folder whose tower distill starts from, or align alone
     resume: bool = False          # go on with the newest checkpoints in --out
@@ -249,7 +249,7 @@ def build(stage: str, args: Args, config: Config, hw):
     # student, which share a seed, the two teachers would have more in common than they learnt.
     if hw.device.type != "meta":
         init(model, args.seed + (stage == "texture"))
-    Memory(args.memory, chunk_patches=args.chunk_patches).use_in(model)
+    Memory(args.memory, decoder=args.memory, chunk_patches=args.chunk_patches).use_in(model)
     return model.to(hw.device), stream
 
 

@@ -22,6 +22,7 @@ from torch import nn, Tensor
 from kernels import angles, Segments
 from lib.cli import UserError
 from lib.images import budgeted, open_image, pack
+from lib.memory import Runner
 from lib.prefetch import send
 from model import Config, Decoder, TextConfig
 from tasks import CATEGORIES
@@ -383,8 +384,9 @@ class TextTower(nn.Module):
         rope = freqs.cos(), freqs.sin()
         segments = Segments(send(cu_seqlens, ids.device), causal=False, host=cu_seqlens)
         x = self.trunk.embed_tokens(ids)
+        run = Runner(self.trunk.memory.decoder)
         for layer in self.trunk.layers:
-            x = layer(x, rope, segments)
+            x = run(layer, x, rope, segments)
         return self.pool(self.trunk.norm(x), lengths)
 
 

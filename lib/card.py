@@ -2,8 +2,8 @@
 
 A checkpoint that is meant for others holds report.json, which `sample.py eval --card=FOLDER`
 writes: its accuracy in each category and level, and, under "seen", the wordings, sizes and
-brightness of what it was trained on. README.md, the card, is the same to read. For a run folder of pretrain.py, whose
-config.json names the mixture, what it has seen is drawn again.
+brightness of what it was trained on. README.md, the card, is the same to read. For a run folder of
+pretrain.py, whose config.json names the mixture, what it has seen is drawn again.
 """
 import re
 from dataclasses import dataclass

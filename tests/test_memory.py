@@ -24,9 +24,11 @@ from conftest import odd_config, random_document
 from data import collate
 from lab import bench_memory
 from lib import memory
+from lib.captions import TextTower
 from lib.cli import UserError
 from lib.common import ROOT, setup
-from lib.memory import chunks_of, compile_blocks, HostCopy, Memory, parse_memory
+from lib.memory import (chunks_of, compile_blocks, HostCopy, Memory, parse_memory,
+                        POLICIES)
 from lib.tensors import load_tensors
 from model import GLMV, init, sized
 from pretrain import loss_sum
@@ -286,6 +288,19 @@ def test_rl_learns_the_same_under_a_policy():
     assert all(a is b or torch.equal(a, b) for other in found for a, b in zip(found[0], other))
 
 
+def test_the_text_tower_learns_the_same_under_a_policy():
+    tower, found = TextTower(odd_config().text), []
+    init(tower, 0)
+    ids, borders = torch.arange(9), torch.tensor([0, 4, 9], dtype=torch.int32)
+    for policy in POLICIES:
+        Memory(decoder=policy).use_in(tower)
+        tower.zero_grad(set_to_none=True)
+        tower(ids, borders).square().sum().backward()
+        found.append([p.grad for p in tower.parameters() if p.grad is not None])
+    assert len(found[0]) > 10
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
 def test_the_options_reach_the_models(tmp_path):
     hw, how = setup("cpu"), parse_memory("offload", 64)
     options = dict(memory="offload", chunk_patches=64, out=str(tmp_path))
@@ -294,7 +309,8 @@ def test_the_options_reach_the_models(tmp_path):
         assert model.model.visual.memory == model.model.language_model.memory == how
     args = train_vit.check(train_vit.Args(**options))
     model = train_vit.build("semantic", args, sized("tiny"), hw)[0]
-    assert model.visual.memory == Memory("offload", chunk_patches=64)
+    assert model.visual.memory == model.text.trunk.memory == Memory(
+        "offload", decoder="offload", chunk_patches=64)
 
 
 @pytest.mark.parametrize("script", [pretrain, rl], ids=lambda script: script.__name__)
