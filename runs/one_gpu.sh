@@ -153,7 +153,8 @@ examine rl
 
 if [ "$PLAN" ]; then
     echo "$HOURS h of size $SIZE on one $ON. Every figure is computed by a model of the machine;"
-    echo "only the time that drawing takes is measured, on this CPU."
+    echo "only the time that drawing takes (loading) is measured, on this CPU. Where it is longer"
+    echo "than that of the GPU, the run itself, which measures both, takes fewer steps."
     recipe | awk '{ print } /^time/ { hours += $2 } /^price/ { gsub(/[$,]/, ""); price += $2 }
         END { printf "\nin all      %.2f h, $%.2f (computed)\n", hours, price }'
     exit
