@@ -37,6 +37,8 @@ ENTRIES = {
     "lab.mmtp_options": [("Args", "run", ("count_bytes",), ())],
     "lab.out_of_gym": [("Args", "out_of_gym", ("find_browser",), ())],
     "lab.drafts": [("Args", "run", ("load",), ())],
+    "lab.roofline": [("Args", "run", ("Packer",), ())],
+    "lab.kernels": [("Args", "run", ("check", "in_a_process"), ())],
     "lab.vit_claims": [("Args", "run", ("one_seed", "subprocess.run"), ())],
     "lab.vit_pays": [("Args", "pays", ("make_tower",), ())],
     "lab.report": [("Args", "report", ("write",), ())]}
