@@ -280,9 +280,10 @@ class Trace:
     def note_kernel(self, name: str, given: list[Tensor], constants: dict):
         """lib.dispatch calls this where a Triton kernel would be launched."""
         flops, more = KERNEL_FLOPS.get(name), KERNEL_BYTES.get(name)
+        share = {"attention": ATTENTION, "attention_dq": ATTENTION_BACKWARD,
+                 "attention_dkv": ATTENTION_BACKWARD}.get(name, PRODUCTS_IN_KERNELS)
         self.note(name, size(given) + (more(given, constants) if more else 0),
-                  flops(self, given, constants) if flops else 0.0,
-                  ATTENTION if "attention" in name else PRODUCTS_IN_KERNELS, dtype=given[0].dtype)
+                  flops(self, given, constants) if flops else 0.0, share, dtype=given[0].dtype)
 
     def send(self, nbytes: float, beside: bool):
         """Count bytes that rank 0 sends. Returns a handle with wait(); not `beside` the
