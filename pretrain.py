@@ -176,12 +176,12 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     if args.mtp:
         flops += args.mtp_share * (model.flops(tokens, patches, learnt, args.mtp) - flops)
     # Weights in the model's dtype, gradients in fp32; ranks share master and moments, 12 bytes.
-    # What is kept for the backward pass counts 2 bytes, as if all tokens were visual.
+    # What is kept for the backward pass of a row counts 2 bytes a value.
     kept = parse_memory(args.memory, args.chunk_patches).kept(
-        args.row_tokens, config.text.num_hidden_layers, 4 * args.row_tokens, config.vision.depth)
+        config, args.row_tokens, args.row_tokens * patches / tokens)
     counts = model.counts()
     memory = counts["total"] * (4 + hw.dtype.itemsize + 12 / hw.world)
-    memory += 2 * config.text.hidden_size * kept
+    memory += 2 * kept
     print_plan(hw, counts, tokens, flops, memory)
     # Every rank loads all samples. On a CPU workers do not load while the model trains.
     hours = seconds * tokens / own * len(made) / max(1, workers) / 3600

@@ -546,9 +546,9 @@ def forecast(args: Args, hw):
             continue
         flops += 2 * cached * counts["tower"] * patches
         kept = Memory(args.memory, chunk_patches=args.chunk_patches).kept(
-            0, 0, args.micro * patches / args.batch, config.vision.depth)
+            config, 0, args.micro * patches / args.batch)
         memory = (sum(counts.values()) * (4 + hw.dtype.itemsize + 12 / hw.world)
-                  + 4 * frozen * counts["tower"] + 2 * width * kept     # teachers, activations
+                  + 4 * frozen * counts["tower"] + 2 * kept             # teachers, activations
                   + 16 * args.batch / hw.world * width * cached)        # embeddings
         print_plan(hw, counts, args.steps * patches, args.steps * flops, memory)
 

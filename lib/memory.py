@@ -55,13 +55,15 @@ class Memory:
             if hasattr(module, "memory"):
                 module.memory = self
 
-    def kept(self, tokens: float, layers: int, patches: float, depth: int) -> float:
-        """About how many values wait for the backward, for each channel of the width: of so many
-        tokens in the decoder's layers, and patches in the tower's `depth` blocks."""
+    def kept(self, config, tokens: float, patches: float) -> float:
+        """About how many values wait for the backward: of so many tokens in the decoder's layers
+        and so many patches in the tower's blocks."""
+        text, vision = config.text, config.vision
         patches = min(patches, self.chunk_patches or patches)
         # A block that is run again keeps everything until its own backward is done.
-        return (tokens * (KEPT[self.decoder] * layers + 34 * (self.decoder != "none"))
-                + patches * (KEPT[self.vit] * depth + 34 * (self.vit != "none")))
+        layers = KEPT[self.decoder] * text.num_hidden_layers + 34 * (self.decoder != "none")
+        blocks = KEPT[self.vit] * vision.depth + 34 * (self.vit != "none")
+        return tokens * text.hidden_size * layers + patches * vision.hidden_size * blocks
 
 
 def parse_memory(text: str, chunk_patches: int = 0) -> Memory:
