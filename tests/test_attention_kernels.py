@@ -1,13 +1,10 @@
 """The kernels of attention, rotary positions and the sigmoid loss beside their plain PyTorch.
 
 Kernels run in Triton's interpreter, which has to be chosen before Triton is imported. So the tests
-that launch some run in a process of their own, which two tests at the end start; to run them
-directly: TRITON_INTERPRET=1 python -m pytest -k kernels
+that launch some run in a process of their own, which test_kernels.py starts; to run them directly:
+TRITON_INTERPRET=1 python -m pytest -k kernels
 """
 import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -155,6 +152,7 @@ def test_kernels_of_the_sigmoid_loss_keep_small_losses():
         assert torch.allclose(got, want, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @interpreted
 def test_kernels_in_bf16():
     """As near to fp32 as bf16 is, which the interpreter itself computes wrongly."""
@@ -171,6 +169,7 @@ def test_kernels_in_bf16():
                                     dtype=torch.bfloat16), x, y, most=0.02)
 
 
+@pytest.mark.slow
 @interpreted
 def test_kernels_read_views_where_they_are():
     """q, k and v as the tower's fused matrix product leaves them, and gradients that are views."""
@@ -295,27 +294,3 @@ def test_the_library_gets_keys_without_copies_if_it_can(shares):
         (_, keys, *_, longest, _), options = lib.attention.varlen_attn.call_args
     assert longest == 5 and options["window_size"] == (-1, 0)
     assert (keys is k and options["enable_gqa"]) if shares else keys.shape == q.shape
-
-
-# ---- the interpreter's process ------------------------------------------------------------------
-
-def in_the_interpreter(marks: str):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", __file__, "-m", marks, "-k", "test_kernels_"],
-        env=os.environ | {"NANOGLMV_KERNELS": "1", "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " skipped" not in done.stdout
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs already")
-def test_few_shapes_in_the_interpreter():
-    pytest.importorskip("triton")
-    in_the_interpreter("not slow")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="runs already")
-def test_all_shapes_in_the_interpreter():
-    pytest.importorskip("triton")
-    in_the_interpreter("slow")

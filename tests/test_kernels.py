@@ -132,6 +132,7 @@ def test_kernel_losses_over_a_vocabulary(shape, chunk):
           lambda hidden, weight: plain_logp(hidden @ weight.T, targets[0])[0], hidden[0], weight)
 
 
+@pytest.mark.slow
 @interpreted
 def test_kernel_rows_that_do_not_lie_side_by_side():
     """Views with gaps between their rows are read where they are, and the gaps stay as they are."""
@@ -151,6 +152,7 @@ def test_kernel_rows_that_do_not_lie_side_by_side():
     close(copy, want)
 
 
+@pytest.mark.slow
 @interpreted
 def test_kernel_bf16():
     """A unit in the last place is allowed: the interpreter cuts digits off, a GPU rounds."""
@@ -275,10 +277,13 @@ def test_linear_cross_entropy_takes_a_third_of_the_memory(dtype, tmp_path):
 # ---- the interpreter's process ------------------------------------------------------------------
 
 def in_the_interpreter(marks: str):
+    """The tests of kernels of this file and of test_attention_kernels.py, in one process."""
+    here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", __file__, "-m", marks, "-k", "test_kernel_"],
+        [sys.executable, "-m", "pytest", "-q", __file__, here / "test_attention_kernels.py", "-m",
+         marks, "-k", "test_kernel_ or test_kernels_"],
         env=os.environ | {"NANOGLMV_KERNELS": "1", "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        cwd=here.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " skipped" not in done.stdout
 

@@ -34,7 +34,7 @@ def evaluated(run: Path, options: dict, **args) -> tuple[dict, int]:
     (run / "config.json").write_text(json.dumps(options))
     out = run / "eval.json"
     sample.evaluation(sample.Eval(ckpt=str(run), count=2, out=str(out), device="cpu",
-                                  dtype="float32", **args))
+                                  dtype="float32", context=256, max_new=4, **args))
     found = json.loads(out.read_text())
     return found["table"], found["levels"]
 
@@ -193,7 +193,8 @@ def test_a_card_says_what_was_measured_and_seen(run, capsys):
         "white page": {"right, %": 12.5, "from": 4.0, "to": 20.0}}}))
     drawn = card.seen(folder, sized("tiny"))
     sample.evaluation(sample.Eval(ckpt=str(run), count=4, levels=2, device="cpu", dtype="float32",
-                                  card=str(folder), out=str(run / "eval.json")))
+                                  context=256, max_new=4, card=str(folder),
+                                  out=str(run / "eval.json")))
     text = (folder / "README.md").read_text()
     assert re.search(r"\| counting \| 0 \[0-\d+\] \| 0 \| 25 \| 0 \[", text)
     assert "Level 1: 0 of 2 categories are 20 points" in text and "One step." in text
