@@ -78,15 +78,15 @@ END
     --steps="$(steps 0.00625 0.7)" --probes=256 --eval_every=0 --save_every=100
 touch "$OUT/vit/done"
 
-# 2. Level 0 of everything, 1.8 hours. A model first learns how answers read, and later to look at the
+# 2. Level 0 of everything, 4 hours. A model first learns how answers read, and later to look at the
 #    picture; it does so sooner on easy ones. Look at: `loss` falls in steps, `held_out` with it.
-train first "$(steps 0.09 1.2)" --vit="$OUT/vit/align" --mix="$MIX" --levels=1 --curriculum=0 --mtp=0
+train first "$(steps 0.2 1.2)" --vit="$OUT/vit/align" --mix="$MIX" --levels=1 --curriculum=0 --mtp=0
 examine "$OUT/first" "$OUT/first.json" 20
 
-# 3. Levels 0 to 2, 11 hours: from level 1 on with light grounds, and things anywhere in pictures of
+# 3. Levels 0 to 2, 9 hours: from level 1 on with light grounds, and things anywhere in pictures of
 #    any aspect. The mixture is that of what still improves. Look at: OUT/first.json says which
 #    categories that is; is their accuracy above `blank`, that with grey pictures?
-train second "$(steps 0.55 1.2)" --init="$OUT/first" --mix="$(improving "$OUT/first.json")" \
+train second "$(steps 0.45 1.2)" --init="$OUT/first" --mix="$(improving "$OUT/first.json")" \
     --levels=3 --curriculum=0 --mtp=0 --lr=3e-3
 examine "$OUT/second" "$OUT/second.json" 20
 
