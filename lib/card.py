@@ -156,7 +156,7 @@ def write_card(folder: Path, model, found: Seen | None, facts: dict):
     size = (folder / "model.safetensors").stat().st_size / 1e6
     lines = [f"# A model of {len(table)} categories of the gym", "",
              f"{counts['total'] / 1e6:.2f}M parameters ({size:.1f} MB), trained from random "
-             f"weights. `python sample.py ask --ckpt={folder.name}` lists the questions that it "
+             f"weights. `python sample.py ask --ckpt={folder}` lists the questions that it "
              "knows.", ""]
     if (folder / "training.md").exists():
         lines += [(folder / "training.md").read_text(encoding="utf-8").strip(), ""]
