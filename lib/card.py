@@ -148,6 +148,7 @@ def write_card(folder: Path, model, found: Seen | None, facts: dict):
     found: what the model was trained on; facts: the result of `sample.py eval`. The card quotes two
     files of the same folder, if they are there: training.md, some lines on how the model was
     trained, and out_of_gym.json, a report of lab/out_of_gym.py."""
+    facts = {**facts, "ckpt": str(folder)}
     if found is not None:
         facts["seen"] = {"questions": found.questions, "light": found.light,
                          "sizes": sorted(found.sizes)}
