@@ -75,7 +75,7 @@ stage() {
     fi
     [ -f "$OUT/$name/done" ] && return
     launch "${run[@]}" ${from:+"$from"} --out="$OUT/$name" --resume \
-        --max_hours="$(awk "BEGIN { h = $HOURS - $SECONDS / 3600; print (h > 0.001 ? h : 0.001) }")"
+        --max_hours="$(awk "BEGIN { h = $HOURS - $SECONDS / 3600; print (h > 0.0001 ? h : 0.0001) }")"
     if [ ! -d "$OUT/$name/$(printf "${LAST:-}step_%06d" "$steps")" ]; then
         echo "$name is not done: start the next job with the same folder and STEPS"
         exit

@@ -215,8 +215,8 @@ wait -n && wait -n
 
 @pytest.mark.slow
 def test_a_miniature_of_two_nodes(tmp_path):
-    """Both agents train all stages, one rank each; in RL the second rank plays. The first job ends
-    in the middle of pretraining, as its hours are over; the second one continues there."""
+    """Both agents train all stages, one rank each; in RL the second rank plays. The first job has
+    so few hours that it ends in the tower; the second one continues there."""
     (tmp_path / "bin").mkdir()
     srun = tmp_path / "bin/srun"
     srun.write_text(SRUN)
