@@ -193,6 +193,7 @@ def test_forms_are_shown_without_a_mistake():
             [m.text for m in talk] for talk in right]
 
 
+@pytest.mark.slow
 def test_worlds_run_compare_and_resume(tmp_path, monkeypatch):
     save_model(GLMV(sized("tiny"), seed=0), tmp_path / "model")
     for script, small in ((pretrain, {"rows": 1, "row_tokens": 512}),

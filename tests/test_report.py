@@ -202,6 +202,7 @@ def test_a_pretraining_run_shows_questions_settings_and_all_its_curves(tmp_path,
     assert "polyline" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_every_field_of_a_tower_run_is_explained(tmp_path):
     train_vit.run(train_vit.Args(steps=2, batch=4, micro=4, workers=0, probes=64, clips=0.5,
                                  eval_every=1, device="cpu", out=str(tmp_path)))
