@@ -198,8 +198,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 # of the scale, and all logarithms here have base 2.
 #
 # Tiling: a program's own tile has 128 rows forward and 64 backward, and it walks over tiles of 64
-# and 32; less for heads of more bytes (see _settings). With 8 warps the accumulators (fp32, [128, C]
-# forward, two of [64, C] in dk and dv) stay in registers.
+# and 32; less for heads of more bytes (see _settings). With 8 warps the accumulators (fp32,
+# [128, C] forward, two of [64, C] in dk and dv) stay in registers.
 # Roofline: forward 4 C FLOPs for each query, visible key and head, backward 14 C (7 products);
 # bytes 2 (2 H + 2 G) C a token forward. A document of L tokens has about L FLOPs a byte: bound by
 # tensor cores from L = 500 on, by memory for captions. At base attention is 4% of a step.
