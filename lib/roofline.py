@@ -317,6 +317,9 @@ class Trace:
         # AdamW(fused=True) refuses other devices than these.
         self._replace(sys.modules["torch.optim.optimizer"],
                       _get_fused_kernels_supported_devices=lambda: ["meta", "cpu", "cuda"])
+        plain = F.rms_norm          # replaced, as the backward may call it too: see lib/memory.py
+        self._replace(F, rms_norm=lambda x, shape, weight, eps: (
+            _RmsNorm.apply(x, weight, self) if x.is_meta else plain(x, shape, weight, eps)))
         if self.machine.count > 1:
             self._replace(dist, **collectives(self))
         self.stack.enter_context(_Operations(self))
@@ -478,7 +481,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Sees each call of a function of torch, before autograd."""
+    """Sees each call of a function of torch, before autograd, but for those in the backward."""
 
     def __init__(self, trace: Trace):
         super().__init__()
@@ -488,18 +491,12 @@ class _Functions(TorchFunctionMode):
         kwargs, first = kwargs or {}, args[0] if args else None
         if func == IS_CUDA:         # so that the code takes the ways that it takes on a GPU
             return first.is_meta
-        if func is torch.Tensor.backward:
-            with self:              # functions of ours that run in the backward are seen as well
-                return torch.autograd.backward(first, kwargs.get("gradient"))
         if func is torch.tensor and str(kwargs.get("device")) == "meta":
             return self.trace.put(torch.tensor(*args, **kwargs | {"device": "cpu"}))
         if func is torch.Tensor.tolist and first.is_meta:
             known = self.trace.value(first)
             return (torch.ones(first.shape, dtype=first.dtype) if known is None else known).tolist()
-        if func is F.rms_norm and first.is_meta:
-            out = _RmsNorm.apply(first, kwargs["weight"], self.trace)
-        else:
-            out = func(*args, **kwargs)
+        out = func(*args, **kwargs)
         for t in tensors(out) if torch.is_grad_enabled() else ():
             remember_line(t.grad_fn)
         return out

@@ -219,6 +219,8 @@ def test_policies_of_memory_and_many_gpus():
     assert again.memory()["activations"] < plain.memory()["activations"] / 4
     assert moved.memory()["activations"] < plain.memory()["activations"] / 4
     assert 1.2 < again.total("backward").flops / plain.total("backward").flops < 1.5
+    further = again.total("backward").launches - plain.total("backward").launches
+    assert 0 < further <= plain.total("forward").launches       # the forward of blocks, once more
     assert many.total("update").flops < plain.total("update").flops / 6
     assert many.memory()["masters"] < plain.memory()["masters"] / 4 and many.sent > 0
 
