@@ -317,9 +317,8 @@ class Trace:
         # AdamW(fused=True) refuses other devices than these.
         self._replace(sys.modules["torch.optim.optimizer"],
                       _get_fused_kernels_supported_devices=lambda: ["meta", "cpu", "cuda"])
-        plain = F.rms_norm          # replaced, as the backward may call it too: see lib/memory.py
-        self._replace(F, rms_norm=lambda x, shape, weight, eps: (
-            _RmsNorm.apply(x, weight, self) if x.is_meta else plain(x, shape, weight, eps)))
+        # _Functions does not see what the backward calls, to compute it again (lib/memory.py).
+        self._replace(F, rms_norm=functools.partial(fused_rms_norm, self))
         if self.machine.count > 1:
             self._replace(dist, **collectives(self))
         self.stack.enter_context(_Operations(self))
@@ -489,7 +488,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, first = kwargs or {}, args[0] if args else None
-        if func == IS_CUDA:         # so that the code takes the ways that it takes on a GPU
+        if func == torch.Tensor.is_cuda.__get__:    # take the ways of a GPU
             return first.is_meta
         if func is torch.tensor and str(kwargs.get("device")) == "meta":
             return self.trace.put(torch.tensor(*args, **kwargs | {"device": "cpu"}))
@@ -500,9 +499,6 @@ class _Functions(TorchFunctionMode):
         for t in tensors(out) if torch.is_grad_enabled() else ():
             remember_line(t.grad_fn)
         return out
-
-
-IS_CUDA = torch.Tensor.is_cuda.__get__
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -525,6 +521,13 @@ class _RmsNorm(torch.autograd.Function):
         d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
         ctx.trace.note("rms_norm_backward", size([x, grad, d_x]), launches=2)
         return d_x, d_weight, None
+
+
+def fused_rms_norm(trace: Trace, x: Tensor, shape, weight: Tensor, eps=None):
+    """What stands in for F.rms_norm."""
+    out = _RmsNorm.apply(x, weight, trace)
+    remember_line(out.grad_fn)
+    return out
 
 
 # ---- lines of ours ------------------------------------------------------------------------------
