@@ -443,11 +443,10 @@ def run(args: Args):
             losses += torch.stack([loss.detach(), *(x.detach() for x in further)]) / rows.weight
 
         # 5. Update. All ranks decide from the same summed loss and norm whether they are finite, so
-        #    that all skip the step or none does. To read them is the only time in a step that the
-        #    host waits for the device, which updates the weights while the next rows are made.
-        #    The rate rises first, while momenta are averages of a few
-        #    gradients only; it stays at its peak for most of the run, since large steps leave the
-        #    plateau; its fall over the last 40% removes their noise [O].
+        #    that all skip the step or none does; to read them, the host waits for the device, once
+        #    a step. The rate rises first, while momenta are averages of a few gradients only; it
+        #    stays at its peak for most of the run, since large steps leave the plateau; its fall
+        #    over the last 40% removes their noise [O].
         squares = optimizer.reduce()
         value, *further, squares = sum_over_ranks(torch.cat([losses, squares[None]])).tolist()
         norm = math.sqrt(squares)

@@ -203,8 +203,9 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
         side = task_pixels(name, model.config, pixels)
         tasks = [Task(name, seed + i, i % levels, split, side) for i in range(count)]
         bar.set_postfix_str(name)
-        shown, blanked = (run_tasks(model, tokens, tasks, slots, context, max_new, blank, bar)
-                          for blank in (False, True))
+        most, reply = budget(tasks, tokens, model.config)
+        shown, blanked = (run_tasks(model, tokens, tasks, slots, context or most, max_new or reply,
+                                    blank, bar) for blank in (False, True))
         row = figures(tasks, shown, blanked)
         if row is None:
             print(f"{name} is left out, as all {count} tasks ended in errors, the first one in: "
@@ -254,8 +255,8 @@ def evaluation(args: Eval):
                      args.pixels, args.context, args.max_new)
     show(table)
     found = {"ckpt": args.ckpt or "ckpt/gym", "split": args.split, "levels": levels,
-             "seed": args.seed, "count": args.count // levels, "hardware": hw.description,
-             "trained_levels": trained_levels, "table": table}
+             "seed": args.seed, "hardware": hw.description, "trained_levels": trained_levels,
+             "table": table}
     write_json(args.out, found)
     if args.card:
         write_card(Path(args.card), model, seen(folder, model.config), found)

@@ -89,12 +89,15 @@ def seen(folder: Path, config) -> Seen | None:
     """What the checkpoint `folder` was trained on: from its report.json, or drawn again. None where
     no file says it, or it was no category of the gym."""
     report = folder / "report.json"
-    if report.exists() and isinstance(kept := read_json(report).get("seen"), dict):
+    if report.exists() and (kept := read_json(report).get("seen")) is not None:
         try:
-            return Seen(kept["questions"], tuple(kept["light"]), set(map(tuple, kept["sizes"])),
-                        str(report))
-        except (KeyError, TypeError):
-            raise UserError(f"{report} is damaged: what it has seen is incomplete") from None
+            low, high = map(float, kept["light"])
+            sizes = {(int(h), int(w)) for h, w in kept["sizes"]}
+            questions = {name: dict(examples) for name, examples in kept["questions"].items()}
+            questions.setdefault(FURTHER, {})
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{report} is damaged: what it has seen can't be read") from None
+        return Seen(questions, (low, high), sizes, str(report))
     mix, levels, source = trained_on(folder)
     names = [name for name, _ in parse_mix(mix, sight(config)) if name in gym.names()]
     if source == "no file" or not names:
@@ -142,6 +145,15 @@ def ahead(row: dict) -> bool:
     return row["accuracy"] >= 0.2 + max(row["blank"], row["chance"])
 
 
+def cells(row: dict | None) -> str:
+    """Three cells of the table: a category's figures at one level; None: all ended in errors."""
+    if row is None:
+        return " - | - | - |"
+    accuracy, low, high, blank, chance = (
+        100 * row[key] for key in ("accuracy", "low", "high", "blank", "chance"))
+    return f" {accuracy:.0f} [{low:.0f}-{high:.0f}] | {blank:.0f} | {chance:.0f} |"
+
+
 def write_card(folder: Path, model, found: Seen | None, facts: dict):
     """Write report.json and README.md beside the weights in `folder`, for others who use them.
 
@@ -161,21 +173,19 @@ def write_card(folder: Path, model, found: Seen | None, facts: dict):
              "knows.", ""]
     if (folder / "training.md").exists():
         lines += [(folder / "training.md").read_text(encoding="utf-8").strip(), ""]
-    lines += ["## Accuracy", "", f"Percent of held-out tasks with full reward, greedy, "
-              f"{facts['count']} tasks a category and level, with 95% intervals. *Blank*: with "
-              "grey pictures; *chance*: what a guess would get.", ""]
-    levels = range(facts["levels"])
-    lines += ["| category |" + "".join(f" level {k} | blank | chance |" for k in levels),
+    by_level = [row["by_level"] for row in table.values()]
+    levels, count = range(len(by_level[0])), max(r["n"] for row in by_level for r in row if r)
+    lines += ["## Accuracy", "", "Percent of held-out tasks with full reward, greedy, "
+              f"{count} tasks a category and level, with 95% intervals. *Blank*: "
+              "with grey pictures; *chance*: what a guess would get.", "",
+              "| category |" + "".join(f" level {k} | blank | chance |" for k in levels),
               "|---|" + "---:|" * 3 * len(levels)]
-    for name, row in table.items():
-        cells = [f"{100 * r['accuracy']:.0f} [{100 * r['low']:.0f}-{100 * r['high']:.0f}] | "
-                 f"{100 * r['blank']:.0f} | {100 * r['chance']:.0f} |" for r in row["by_level"]]
-        lines.append(f"| {name} | " + " ".join(cells))
+    lines += [f"| {name} |" + "".join(map(cells, row["by_level"])) for name, row in table.items()]
     for k in levels:
-        rows = [row["by_level"][k] for row in table.values()]
+        rows = [row[k] for row in by_level if row[k]]
         lines += ["", f"Level {k}: {sum(map(ahead, rows))} of {len(rows)} categories are 20 points "
                   f"or more above both blank and chance; the mean is "
-                  f"{100 * sum(r['accuracy'] for r in rows) / len(rows):.1f}%."]
+                  f"{100 * sum(r['accuracy'] for r in rows) / max(1, len(rows)):.1f}%."]
     outside = folder / "out_of_gym.json"
     if outside.exists():
         lines += ["", "## Out of the gym", "", "Single clicks on the screens of level 0, drawn by "

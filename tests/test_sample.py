@@ -202,6 +202,20 @@ def test_a_card_says_what_was_measured_and_seen(run, capsys):
     kept = card.seen(folder, sized("tiny"))
     assert kept.questions == drawn.questions and kept.sizes == drawn.sizes
     assert card.trained_on(folder) == ("counting,point", 2, str(folder / "report.json"))
-    (folder / "report.json").write_text(json.dumps({"table": {"point": {}}, "seen": {"light": 1}}))
-    with pytest.raises(UserError, match="report.json is damaged"):
-        card.seen(folder, sized("tiny"))
+    for damaged in ({"light": 1}, 5, {"light": [0, 9], "sizes": [[8]], "questions": {}},
+                    {"light": [0, 9], "sizes": [], "questions": {"point": 3}}):
+        (folder / "report.json").write_text(json.dumps({"table": {"point": {}}, "seen": damaged}))
+        with pytest.raises(UserError, match="report.json is damaged"):
+            card.seen(folder, sized("tiny"))
+
+
+def test_a_card_of_levels_that_were_not_measured(run):
+    """A level whose tasks all ended in errors has no figures, and is no zero."""
+    row = dict(accuracy=0.5, low=0.2, high=0.8, blank=0.1, chance=0.25, n=3)
+    facts = {"table": {"point": {"by_level": [None, row]}, "counting": {"by_level": [row, row]}},
+             "trained_levels": 2}
+    folder = run / "step_000001"
+    card.write_card(folder, load_model(folder), None, facts)
+    text = (folder / "README.md").read_text()
+    assert "| point | - | - | - | 50 [20-80] | 10 | 25 |" in text
+    assert "Level 0: 1 of 1 categories" in text and "Level 1: 2 of 2 categories" in text

@@ -655,8 +655,8 @@ def test_samples_that_cant_be_loaded_end_a_run_that_saves(tmp_path, monkeypatch,
     assert [p.name for p in checkpoints(tmp_path / "align")] == ["step_000002", "step_000003"]
 
 
-def test_a_rank_saves_when_another_has_failed(tmp_path, monkeypatch):
-    """The other rank has ended, which breaks off the sum over ranks."""
+def test_what_is_done_is_saved_when_a_sum_over_ranks_breaks_off(tmp_path, monkeypatch):
+    """Of one process. With several, each holds a share of the state, and all have to save."""
     sums = []
 
     def closed(value):
