@@ -54,6 +54,22 @@ def random_document(config: Config, sizes=((4, 6),), length: int = 12, seed: int
     return Document(np.array(ids, np.int32), np.ones(len(ids), np.float32), images)
 
 
+def on_ranks(world: int, work, *args):
+    """work(rank, world, *args) on each of `world` ranks, all at once, as forked processes."""
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                work(rank, world, *args)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
+
+
 @pytest.fixture
 def config():
     return odd_config()

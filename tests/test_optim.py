@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from conftest import odd_config
+from conftest import odd_config, on_ranks
 from lib.common import sum_over_ranks
 from model import GLMV
 from optim import divide, fused_parts, is_matrix, newton_schulz, OptimConfig, Optimizer, schedule
@@ -301,22 +301,6 @@ def train_part(rank, world, folder, steps, start=None):
                folder / f"{world}.{rank}")
 
 
-def train_on(world, folder, steps, start=None):
-    """Run `train_part` on `world` ranks, as processes."""
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                train_part(rank, world, folder, steps, start)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
-
-
 def same_state(folder, other, tolerance: float = 0.0):
     """Whether the checkpoints of two runs are equal, up to rounding."""
     (a, a_state), (b, b_state) = torch.load(folder), torch.load(other)
@@ -333,8 +317,8 @@ def same_state(folder, other, tolerance: float = 0.0):
 def test_ranks_with_a_share_each_are_one_process(tmp_path, world):
     """After five steps: the same weights on all ranks, and the state of one process. A rank holds
     its part of the state, up to the size of a matrix."""
-    train_on(1, tmp_path, range(5))
-    train_on(world, tmp_path, range(5))
+    on_ranks(1, train_part, tmp_path, range(5))
+    on_ranks(world, train_part, tmp_path, range(5))
     same_state(tmp_path / "1", tmp_path / str(world), 1e-5)
     weights = torch.load(tmp_path / str(world))[0]
     whole, share = torch.load(tmp_path / "1.0")[1], []
@@ -349,14 +333,14 @@ def test_ranks_with_a_share_each_are_one_process(tmp_path, world):
                                           pytest.param(4, 3, marks=pytest.mark.slow)])
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path, before, after):
     """What is loaded is what was saved, to the last bit; and training goes on as in one run."""
-    train_on(before, tmp_path, range(3))
+    on_ranks(before, train_part, tmp_path, range(3))
     saved = (tmp_path / str(before)).rename(tmp_path / "saved")
-    train_on(after, tmp_path, [], saved)
+    on_ranks(after, train_part, tmp_path, [], saved)
     same_state(saved, tmp_path / str(after))
     (tmp_path / f"store{after}").unlink(missing_ok=True)
-    train_on(after, tmp_path, range(3, 5), saved)
+    on_ranks(after, train_part, tmp_path, range(3, 5), saved)
     (tmp_path / str(after)).rename(tmp_path / "resumed")
-    train_on(1, tmp_path, range(5))
+    on_ranks(1, train_part, tmp_path, range(5))
     same_state(tmp_path / "1", tmp_path / "resumed", 1e-5)
 
 

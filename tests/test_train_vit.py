@@ -20,7 +20,7 @@ from test_pretrain import after_step, child_dies
 
 import pretrain
 import train_vit
-from conftest import odd_config
+from conftest import odd_config, on_ranks
 from data import RankShard
 from kernels import sigmoid_loss
 from lab import report
@@ -240,18 +240,7 @@ def part_of_ring(rank, world, folder):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_the_ring_equals_one_process(tmp_path, world):
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                part_of_ring(rank, world, tmp_path)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
+    on_ranks(world, part_of_ring, tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     x, y = unit(12), unit(12, seed=1)
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (7.0, -3.0))
