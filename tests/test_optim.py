@@ -1,7 +1,6 @@
 """Muon, AdamW, fp32 masters and the schedules."""
 import copy
 import math
-import os
 
 import pytest
 import torch
