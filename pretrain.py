@@ -36,7 +36,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import collate, Packer, parse_mix, SampleLoader, sight, Stream
+from data import collate, Packer, parse_mix, sight, Stream
 from kernels import linear_cross_entropy
 from lib.batch import Batch
 from lib.checkpoint import load_config, load_model, load_tower, restore, save_model, start_from
@@ -44,6 +44,7 @@ from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, N
                      Positive, Range, Schedule, Seed, Share, UserError)
 from lib.common import (check_same_start, cores, Log, multiples, Part, print_plan, print_plan_on,
                         read_json, setup, sum_over_ranks, write_json)
+from lib.loader import SampleLoader
 from lib.memory import compile_blocks, parse_memory
 from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Trace

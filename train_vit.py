@@ -40,7 +40,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from data import RankShard, SampleLoader
 from lib.captions import (Captions, collate_pairs, find_pairs, LabelledScenes, Pair,
                           PatchClassifier, Picture, Pictures, stack_masks, TextTower, TwoTowers)
 from lib.checkpoint import export_tower, load_tower, restore
@@ -49,6 +48,7 @@ from lib.cli import (check_options, cli, Device, Dtype, main, Natural, NonNegati
 from lib.common import (check_same_start, cores, Log, multiples, Part, print_plan, print_plan_on,
                         read_json, setup, sum_over_ranks, write_json)
 from lib.images import pack
+from lib.loader import RankShard, SampleLoader
 from lib.memory import compile_blocks, Memory
 from lib.prefetch import send
 from lib.probes import evaluate_tower, ProbeSet, read_report

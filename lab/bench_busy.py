@@ -24,10 +24,11 @@ import sys
 import time
 from dataclasses import dataclass
 
-from data import collate, Packer, parse_mix, SampleLoader, Stream
+from data import collate, Packer, parse_mix, Stream
 from lab import demo
 from lib.cli import cli, main, Positive, UserError
 from lib.common import ROOT, setup
+from lib.loader import SampleLoader
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer
 from pretrain import loss_sum

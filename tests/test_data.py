@@ -15,10 +15,11 @@ from PIL import Image
 
 import gym
 from conftest import odd_config, random_document
-from data import (collate, document, Document, one_turn, pack_rows, Packer, parse_mix, SampleLoader,
-                  sight, Stream, task_pixels, unit_of)
+from data import (collate, document, Document, one_turn, pack_rows, Packer, parse_mix, sight,
+                  Stream, task_pixels, unit_of)
 from lib.cli import UserError
 from lib.images import open_image, resize
+from lib.loader import SampleLoader
 from model import sized
 from tasks.base import IMAGE, Message, Task
 from tokenizer import Tokenizer
@@ -83,6 +84,7 @@ class Bulky:
         return np.full(20_000 * (1 + i % 3), i)
 
 
+@pytest.mark.slow
 def test_a_request_while_the_burst_before_is_on_its_way():
     loader = SampleLoader(Bulky(), workers=2, burst=4, overlap=True)
     try:

@@ -16,7 +16,7 @@ FLOORS = {
     "lib": 0, "lib.cli": 0.1, "lib.tensors": 0.2, "lib.dispatch": 0.2, "lib.rotary": 0.4,
     "lib.attention": 0.5, "lib.sigmoid": 0.5,
     "lib.losses": 0.5, "lib.memory": 0.5, "lib.prefetch": 0.5, "lib.common": 1,
-    "lib.runs": 1.1,
+    "lib.runs": 1.1, "lib.loader": 1.2,
     "tokenizer": 1, "kernels": 1, "lib.ring": 1.2, "tasks": 2, "vit": 2, "optim": 2,
     "gym": 3, "model": 3, "lib.images": 3, "lib.teachers": 3,
     "lib.batch": 3.5, "data": 4, "mmtp": 4, "lib.captions": 4.5,

@@ -24,11 +24,12 @@ import gym
 import pretrain
 import rl
 import train_vit
-from data import Document, SampleLoader
+from data import Document
 from lib import common, runs
 from lib.checkpoint import load_model, save_model
 from lib.cli import main, UserError
 from lib.common import ROOT
+from lib.loader import SampleLoader
 from lib.runs import checkpoints, find_checkpoint, save_checkpoint
 from lib.tensors import load_tensors
 from model import GLMV, sized

@@ -21,7 +21,6 @@ from test_pretrain import after_step, child_dies
 import pretrain
 import train_vit
 from conftest import odd_config, on_ranks
-from data import RankShard
 from kernels import sigmoid_loss
 from lab import report
 from lib import common, probes
@@ -31,6 +30,7 @@ from lib.captions import (Captions, choose_pair, clip, collate_pairs, find_pairs
 from lib.checkpoint import load_tower
 from lib.cli import UserError
 from lib.images import budgeted, open_image, pack
+from lib.loader import RankShard
 from lib.probes import (evaluate_tower, extract_features, linear_probe, pca_picture, probe,
                         probe_language, probe_moves, probe_pairs, probe_random_weights,
                         probe_towers, ProbeSet, read_report, salient)
@@ -390,6 +390,7 @@ def test_the_texture_teacher_learns_the_shape_under_each_patch(tmp_path):
     assert log[0]["loss"] > 1 and log[-1]["loss"] < 0.6     # of ground alone it would be higher
 
 
+@pytest.mark.slow
 # ---- runs ---------------------------------------------------------------------------------------
 
 def test_all_stages_resume_bit_for_bit_and_the_tower_goes_on(tmp_path, monkeypatch):
