@@ -15,6 +15,9 @@
 #   sbatch --nodes=4 runs/nodes.sh out/four             four nodes: the batch is twice as large
 #   sbatch --dependency=singleton runs/nodes.sh         one more job, which continues the first one
 #
+# Real data beside the gym: set DATA, PAIRS, SEMANTIC and TEXTURE as runs/data.sh says; sbatch hands
+# the environment on.
+#
 # No cluster has run it yet; the tests run it at `tiny`, two agents of torchrun on one machine. Its
 # known limit: each rank of pretrain.py draws the samples of all ranks. At 10 ms a sample, ten
 # processes a rank need 4 s for the million tokens of a step on 16 GPUs, which compute for 1 s
@@ -28,11 +31,9 @@ set -euo pipefail
 {   # bash reads all of a block before it runs it: the file may be edited while the run goes on
 [ -z "${SLURM_SUBMIT_DIR:-}" ] || cd "$SLURM_SUBMIT_DIR"    # sbatch runs a copy of this file
 [ -f pretrain.py ] || cd "$(dirname "$0")/.."
-PLAN=
-if [ "${1:-}" = --plan ]; then PLAN=1; shift; fi
+source runs/data.sh     # --plan, DATA, PAIRS, the teachers
 OUT=${1:-out/nodes} SIZE=${SIZE:-base} ON=${ON:-H100} HOURS=${HOURS:-7.5} STEPS=${STEPS:-20000}
-NODES=${SLURM_NNODES:-2} GPUS=${GPUS:-8} CATEGORIES=${CATEGORIES:-gym} WORKERS=${WORKERS:-10}
-PYTHON=${PYTHON:-.venv/bin/python} PORT=${PORT:-29500}
+NODES=${SLURM_NNODES:-2} GPUS=${GPUS:-8} WORKERS=${WORKERS:-10} PORT=${PORT:-29500}
 RANKS=$((NODES * GPUS))
 
 # How many ranks play in RL, the last ones; the others train. A rollout takes a forward for each of
@@ -87,24 +88,24 @@ stage() {
 share() { awk "BEGIN { n = int($1 * $STEPS); print n < 1 ? 1 : n }"; }
 
 recipe() {
-# 1. The tower: teachers, distillation, alignment. SIGLIP2 and DINOV3 name their folders of Hugging
-#    Face: of this size they are the teachers, and stand-ins of the student's own size are a waste.
-#    PAIRS names a folder of pictures with captions. The contrastive batch is that of all ranks; the
-#    texts travel round the ring (lib/ring.py). Look at: OUT/vit/report.json.
+# 1. The tower: teachers, distillation, alignment. Of this size SigLIP2 and DINOv3 (SEMANTIC,
+#    TEXTURE) are the teachers; stand-ins of the student's own size are a waste, and so are drawn
+#    captions. The contrastive batch is that of all ranks; the texts travel round the ring
+#    (lib/ring.py). Look at: OUT/vit/report.json.
 LAST=align/ stage vit "$(share 0.25)" "" train_vit.py --batch=$((RANKS * IMAGES)) --micro=$MICRO \
-    --lr="$(rate 4e-3)" ${SIGLIP2:+--semantic_teacher="$SIGLIP2"} \
-    ${DINOV3:+--texture_teacher="$DINOV3"} ${PAIRS:+--pairs="$PAIRS"} --probes=$PROBES \
+    --lr="$(rate 4e-3)" ${SEMANTIC:+--semantic_teacher="$SEMANTIC"} \
+    ${TEXTURE:+--texture_teacher="$TEXTURE"} ${PAIRS:+--pairs="$PAIRS"} --probes=$PROBES \
     --eval_every=0
 
 # 2. Pretraining: 65,536 tokens a GPU and step, a million on 16 of them. Look at: `mfu`, `loading`.
-local mix=gym:16,atlas:1,text:1,code:1
-local rows=(--rows=$((RANKS * ROWS)) --row_tokens=$TOKENS --mix=$mix --levels=3)
-stage pretrain "$STEPS" --vit="$OUT/vit/align" pretrain.py "${rows[@]}" --own_question \
-    --lr="$(rate 4e-3)" --save_every=1000
+local rows=(--rows=$((RANKS * ROWS)) --row_tokens=$TOKENS --mix=$MIX --levels=3)
+stage pretrain "$STEPS" --vit="$OUT/vit/align" pretrain.py "${rows[@]}" ${DATA:+--data="$DATA"} \
+    --own_question --lr="$(rate 4e-3)" --save_every=1000
 
 # 3. Supervised fine-tuning. Look at: `mtp1`, `held_out`.
-stage sft "$(share 0.25)" --init="$OUT/pretrain" pretrain.py "${rows[@]}" --curriculum=0 \
-    --think=0.5 --mtp_share=1 --lr="$(rate 1.5e-3)" --save_every=1000
+stage sft "$(share 0.25)" --init="$OUT/pretrain" pretrain.py "${rows[@]}" \
+    ${SFT_DATA:+--data="$SFT_DATA"} --curriculum=0 --think=0.5 --mtp_share=1 \
+    --lr="$(rate 1.5e-3)" --save_every=1000
 
 # 4. RL: 16 tasks a rank and step, played 8 times each, samples at most two steps old. Look at:
 #    `reward`, `stale`, and `waited` and `idle` for PLAYERS.
@@ -116,8 +117,7 @@ stage rl "$(share 0.02)" --init="$OUT/sft" rl.py --mix="$CATEGORIES" --levels=3 
 if [ "$PLAN" ]; then
     echo "Size $SIZE on $RANKS $ON, STEPS=$STEPS. Every figure is computed by a model of the"
     echo "machine; only the time that drawing takes is measured, on this CPU."
-    recipe | awk '{ print } /^time/ { hours += $2 } /^price/ { gsub(/[$,]/, ""); price += $2 }
-        END { printf "\nin all      %.2f h, $%.2f (computed)\n", hours, price }'
+    recipe | total
     exit
 fi
 mkdir -p "$OUT"

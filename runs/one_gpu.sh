@@ -5,6 +5,7 @@
 #   ON=A100 bash runs/one_gpu.sh --plan     no GPU
 #   bash runs/one_gpu.sh                    half an hour, into out/one_gpu
 #   HOURS=3 bash runs/one_gpu.sh out/long   three hours: twice the batch and one more level
+#   DATA='data/*.jsonl:15' bash runs/one_gpu.sh    real data beside the gym: see runs/data.sh
 #   HOURS=0.001 SIZE=tiny bash runs/one_gpu.sh out/try     a step of each stage, on any machine
 #
 # No GPU has run it yet. So it does not rely on any figure of a GPU: before each stage a short trial
@@ -20,10 +21,8 @@
 set -euo pipefail
 {   # bash reads all of a block before it runs it: the file may be edited while the run goes on
 cd "$(dirname "$0")/.."
-PLAN=
-if [ "${1:-}" = --plan ]; then PLAN=1; shift; fi
+source runs/data.sh     # --plan, DATA, PAIRS, the teachers
 OUT=${1:-out/one_gpu} HOURS=${HOURS:-0.5} SIZE=${SIZE:-small} ON=${ON:-H100} TRIAL=${TRIAL:-40}
-PYTHON=${PYTHON:-.venv/bin/python} CATEGORIES=${CATEGORIES:-gym}
 # Processes that draw: as many as there are cores. An H100 is often rented with about 26 of them.
 WORKERS=${WORKERS:-$([ "$PLAN" ] && echo 24 || nproc)}
 
@@ -114,28 +113,29 @@ examine() {
 }
 
 recipe() {
-# 1. The tower, 12% of the hours: two stand-in teachers, distillation, alignment. Folders of SigLIP2
-#    and DINOv3 are better teachers (--semantic_teacher, --texture_teacher). 256 pictures of 224
-#    pixels are 65,536 patches a step. Look at: OUT/vit/report.json, whether the student of both
-#    teachers is better than each of them.
+# 1. The tower, 12% of the hours: two teachers, distillation, alignment with captions. SEMANTIC and
+#    TEXTURE name SigLIP2's and DINOv3's folders, which are better teachers than the stand-ins that
+#    are trained otherwise. 256 pictures of 224 pixels are 65,536 patches a step. Look at:
+#    OUT/vit/report.json, whether the student of both teachers is better than each of them.
 stage vit 0.12 "$(scaled 0.3)" "$TRIAL" "" train_vit.py --batch=$((N * IMAGES)) \
-    --lr="$(rate 4e-3)" --workers="$WORKERS" --probes=$PROBES --eval_every=0
+    --lr="$(rate 4e-3)" --workers="$WORKERS" --probes=$PROBES --eval_every=0 \
+    ${SEMANTIC:+--semantic_teacher="$SEMANTIC"} ${TEXTURE:+--texture_teacher="$TEXTURE"} \
+    ${PAIRS:+--pairs="$PAIRS"}
 
 # 2. Pretraining, 45%: conversations about pictures of all categories, and some text; the first
 #    fifth of the steps at level 0, where the model learns to look at the picture. The MTP head
 #    joins in the last fifth. Look at: `loss` falls in steps, one an ability; `held_out` with it.
-local mix=gym:16,atlas:1,text:1,code:1
-local rows=(--rows=$((N * ROWS)) --row_tokens=$TOKENS --mix=$mix --levels=$LEVELS)
+local rows=(--rows=$((N * ROWS)) --row_tokens=$TOKENS --mix=$MIX --levels=$LEVELS)
 stage pretrain 0.45 "$(scaled 0.063)" "$TRIAL" --vit="$OUT/vit/align" \
-    pretrain.py "${rows[@]}" --own_question --lr="$(rate 4e-3)" --workers="$WORKERS" \
-    --save_every=2000
+    pretrain.py "${rows[@]}" ${DATA:+--data="$DATA"} --own_question --lr="$(rate 4e-3)" \
+    --workers="$WORKERS" --save_every=2000
 
 # 3. Supervised fine-tuning, 20%: half of the replies begin with the oracle's reasons, where it
 #    states any. The rate is 3/8 of the first one, so that the model keeps what it knows. Look at:
 #    `mtp1` below 1; OUT/sft.json: which categories are above `blank`, that with grey pictures?
 stage sft 0.2 "$(scaled 0.072)" "$TRIAL" --init="$OUT/pretrain" \
-    pretrain.py "${rows[@]}" --curriculum=0 --think=0.5 --mtp_share=1 \
-    --lr="$(rate 1.5e-3)" --workers="$WORKERS" --save_every=2000
+    pretrain.py "${rows[@]}" ${SFT_DATA:+--data="$SFT_DATA"} --curriculum=0 --think=0.5 \
+    --mtp_share=1 --lr="$(rate 1.5e-3)" --workers="$WORKERS" --save_every=2000
 examine sft
 
 # 4. RL on all categories, 15%: 32 tasks a step, each played 8 times. One GPU plays and learns in
@@ -155,8 +155,7 @@ if [ "$PLAN" ]; then
     echo "$HOURS h of size $SIZE on one $ON. Every figure is computed by a model of the machine;"
     echo "only the time that drawing takes (loading) is measured, on this CPU. Where it is longer"
     echo "than that of the GPU, the run itself, which measures both, takes fewer steps."
-    recipe | awk '{ print } /^time/ { hours += $2 } /^price/ { gsub(/[$,]/, ""); price += $2 }
-        END { printf "\nin all      %.2f h, $%.2f (computed)\n", hours, price }'
+    recipe | total
     exit
 fi
 mkdir -p "$OUT"
