@@ -43,20 +43,21 @@ from tokenizer import Tokenizer
 
 def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
              source: int = 0) -> Document:
-    """Turn a conversation into a Document. Only the assistant's replies have a weight.
+    """Turn a conversation into a Document. Only the assistant's replies have a weight, unless a
+    message has one of its own.
 
     answer: make a prompt, which ends where the next reply begins.
     """
     ids, weights, images = [], [], []
     pixels_per_token = unit_of(config) ** 2
-    for piece, learn, image in tokens.chat(messages, answer):
+    for piece, weight, image in tokens.chat(messages, answer):
         if image is not None:       # the piece is the two marks around the visual tokens
             images.append(resize(image, config))
             height, width = images[-1].shape[:2]
             count = height * width // pixels_per_token
             piece = [piece[0], *[tokens.image] * count, piece[1]]
         ids += piece
-        weights += [float(learn)] * len(piece)
+        weights += [weight] * len(piece)
     return Document(np.array(ids, np.int32), np.array(weights, np.float32), images, source)
 
 

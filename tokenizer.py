@@ -159,7 +159,7 @@ class Tokenizer:
         return [i for part in cut(text) for i in self.encoding.encode(
             part, allowed_special=marks, disallowed_special=())]
 
-    def chat(self, messages, answer: bool = False) -> list[tuple[list[int], bool, object]]:
+    def chat(self, messages, answer: bool = False) -> list[tuple[list[int], float, object]]:
         """Encode a conversation by GLM's chat template [R].
 
             [Message("user", "<|image|>Red?", (picture,)), Message("assistant", "yes")]
@@ -169,9 +169,10 @@ class Tokenizer:
             [gMASK]<sop><|user|>\\n<|begin_of_image|><|end_of_image|>Red?
             <|assistant|>\\n<think></think>\\nyes<|user|>
 
-        messages: objects with role, text and images; the text has one <|image|> for each image.
+        messages: objects with role, text, images and weight; the text has one <|image|> for each
+        image. A weight of None is 1 for an assistant's reply and 0 for all other messages.
         answer: end with the prompt of a reply, `<|assistant|>\\n<think></think>\\n`.
-        Returns pieces (ids, learn, image). The piece of an image holds the ids of the two marks;
+        Returns pieces (ids, weight, image). The piece of an image holds the ids of the two marks;
         `data.document` puts the visual tokens between them, as it knows their number. A reply ends
         with the mark of the role that speaks next (<|user|> after the last), where GLM stops; that
         mark is learnt too. A reply without <think> gets an empty one in front, which is not learnt.
@@ -179,31 +180,34 @@ class Tokenizer:
         """
         s, newline = self.special, self.encode("\n")
         begin_reply = [s["<think>"], s["</think>"], *newline]
-        pieces = [([s["[gMASK]"], s["<sop>"]], False, None)]
+        pieces = [([s["[gMASK]"], s["<sop>"]], 0.0, None)]
         role_before = ""
         for i, message in enumerate(messages):
             # A reply has already been closed by the mark of the next role.
             mark = [] if role_before == "assistant" else [s[f"<|{message.role}|>"]]
-            pieces.append((mark + newline, False, None))
+            pieces.append((mark + newline, 0.0, None))
             role_before = message.role
+            weight = message.weight
+            if weight is None:
+                weight = float(message.role == "assistant")
             if message.role == "assistant":
                 if not message.text.startswith("<think>"):
-                    pieces.append((begin_reply, False, None))
+                    pieces.append((begin_reply, 0.0, None))
                 after = messages[i + 1].role if i + 1 < len(messages) else "user"
                 reply = self.encode_reply(message.text) + [s[f"<|{after}|>"]]
-                pieces.append((reply, True, None))
+                pieces.append((reply, weight, None))
                 continue
             texts = message.text.split("<|image|>", len(message.images))
             if len(texts) != len(message.images) + 1:
                 raise ValueError(f"{len(texts) - 1} <|image|> marks, {len(message.images)} images")
-            pieces.append((self.encode(texts[0]), False, None))
+            pieces.append((self.encode(texts[0]), weight, None))
             for image, text in zip(message.images, texts[1:]):
                 around = [s["<|begin_of_image|>"], s["<|end_of_image|>"]]
-                pieces.append((around, False, image))
-                pieces.append((self.encode(text), False, None))
+                pieces.append((around, 0.0, image))
+                pieces.append((self.encode(text), weight, None))
         if answer:
             mark = [] if role_before == "assistant" else [s["<|assistant|>"]]
-            pieces.append((mark + newline + begin_reply, False, None))
+            pieces.append((mark + newline + begin_reply, 0.0, None))
         return [piece for piece in pieces if piece[0]]
 
 

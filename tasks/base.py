@@ -53,6 +53,7 @@ class Message:
     role: str                   # system | user | assistant | observation
     text: str
     images: tuple = ()
+    weight: float | None = None     # of the loss on its tokens; None: 1 for a reply, 0 otherwise
 
 
 class Stream(np.random.Generator):

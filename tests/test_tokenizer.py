@@ -110,9 +110,18 @@ def test_the_chat_template():
                     "<|assistant|>\n<think></think>\n<|begin_of_box|>3<|end_of_box|><|user|>\n"
                     "And now?<|assistant|>\n<think>two left</think>\nclick(1, 2)<|observation|>\n"
                     "clicked")
-    learnt = "".join(tokens.decode(ids) for ids, learn, _ in pieces if learn)
+    learnt = "".join(tokens.decode(ids) for ids, weight, _ in pieces if weight == 1)
     assert learnt == ("<|begin_of_box|>3<|end_of_box|><|user|>"
                       "<think>two left</think>\nclick(1, 2)<|observation|>")
     assert [image for _, _, image in pieces if image] == ["picture"]
     with pytest.raises(ValueError, match="images"):
         tokens.chat([Message("user", "no mark", ("picture",))])
+
+
+def test_a_message_may_have_a_weight_of_its_own():
+    """It counts for the text and for the mark that ends a reply, never for a picture."""
+    tokens = Tokenizer(512)
+    talk = [Message("user", "a<|image|>b", ("picture",), 0.5), Message("assistant", "c", (), 0.0),
+            Message("user", "d"), Message("assistant", "e", (), 2.0)]
+    weights = [(tokens.decode(ids), weight) for ids, weight, _ in tokens.chat(talk) if weight]
+    assert weights == [("a", 0.5), ("b", 0.5), ("e<|user|>", 2.0)]
