@@ -53,7 +53,7 @@ def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
     for piece, weight, image in tokens.chat(messages, answer):
         if image is not None:       # the piece is the two marks around the visual tokens
             images.append(resize(image, config))
-            height, width = images[-1].shape[:2]
+            height, width = images[-1].shape[-3:-1]     # two frames of a video: (2, h, w, 3)
             count = height * width // pixels_per_token
             piece = [piece[0], *[tokens.image] * count, piece[1]]
         ids += piece

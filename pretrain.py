@@ -151,7 +151,7 @@ def count(rows, patch: int) -> tuple[int, int, int, int]:
         learnt += sum(int((d.weights[1:] > 0).sum()) for d in row)
         images += sum(len(d.images) for d in row)
         encoded = {id(image): image for d in row for image in d.images}
-        patches += sum(x.shape[0] * x.shape[1] // patch ** 2 for x in encoded.values())
+        patches += sum(x.shape[-3] * x.shape[-2] // patch ** 2 for x in encoded.values())
     return tokens, learnt, images, patches
 
 

@@ -3,6 +3,7 @@
 Letters: P patches of all images, N images, F frames a patch, p patch side; h, w sides in pixels.
 """
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,18 +58,63 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def resize(image: Image.Image, config) -> np.ndarray:
-    """An image at the size the model sees it, (h, w, 3) uint8. Raises UserError if one side is more
-    than 200 times the other."""
-    v = config.vision
+@dataclass(frozen=True)
+class Frames:
+    """Two successive frames of a video, which the model sees as one visual run. pairs: how many
+    such runs the video has; together they get the visual tokens that one picture may have. [O]"""
+    pictures: tuple
+    pairs: int = 1
+
+
+def seen_size(image, config) -> tuple[int, int]:
+    """The size (h, w) at which the model sees an Image, a Picture or Frames; pixels are not needed
+    for it. Raises UserError if one side is more than 200 times the other."""
+    v, most = config.vision, config.max_tokens
+    if isinstance(image, Frames):
+        image, most = image.pictures[0], max(config.min_tokens, most // image.pairs)
+    width, height = image.size
     try:
-        h, w = fit(image.height, image.width, v.patch_size * v.spatial_merge_size,
-                   config.min_tokens, config.max_tokens)
+        return fit(height, width, v.patch_size * v.spatial_merge_size, config.min_tokens, most)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def load(image, h: int, w: int) -> np.ndarray:
+    """The pixels of an Image or a Picture at this size, (h, w, 3) uint8; of Frames (2, h, w, 3)."""
+    if isinstance(image, Frames):
+        return np.stack([load(frame, h, w) for frame in image.pictures])
+    image = image if isinstance(image, Image.Image) else image.open()
     if image.size != (w, h):
         image = image.resize((w, h), Image.Resampling.BICUBIC)
     return np.asarray(image.convert("RGB"))
+
+
+def resize(image, config) -> np.ndarray:
+    """An Image, a Picture or Frames at the size the model sees it: (h, w, 3) or (2, h, w, 3) uint8.
+    Raises UserError as `seen_size` does, or if a Picture can't be read."""
+    return load(image, *seen_size(image, config))
+
+
+class Unread:
+    """The pixels of a Picture or of Frames that are not loaded yet, in place of an array of uint8.
+
+    Everything about a batch but the pixels can be computed from `shape`, (h, w, 3) or (2, h, w, 3).
+    np.asarray(unread) loads them. If the file turns out to be damaged then, the pixels are grey and
+    `damage` says why: it is too late to take another sample, and other ranks wait for this one.
+    """
+
+    def __init__(self, image, height: int, width: int):
+        self.image, self.damage = image, ""
+        self.shape = (height, width, 3)
+        if isinstance(image, Frames):
+            self.shape = (len(image.pictures), *self.shape)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        try:
+            return load(self.image, *self.shape[-3:-1])
+        except (UserError, OSError) as error:
+            self.damage = str(error)
+            return np.full(self.shape, 128, np.uint8)
 
 
 def pack(images: list, c: VitConfig) -> tuple[Tensor, Tensor]:
