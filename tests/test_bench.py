@@ -28,6 +28,7 @@ def test_training_compares_equal_losses_and_gradients(tmp_path, capsys):
     assert "ratio" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generation_compares_equal_replies(tmp_path):
     pytest.importorskip("transformers", exc_type=ImportError)
     result = run(Args("decode", out=str(tmp_path), **few))
@@ -86,6 +87,7 @@ def test_busy_processes_end_with_the_block():
     assert all(process.poll() is not None for process in processes)
 
 
+@pytest.mark.slow
 def test_a_measuring_process_that_fails_is_one_line():
     process = bench_busy.start({}, "none")
     with pytest.raises(UserError, match="has ended with code 2"):

@@ -27,6 +27,7 @@ def small_pretraining(monkeypatch):
     monkeypatch.setattr(pretrain, "Args", lambda **kw: full(**kw | small))
 
 
+@pytest.mark.slow
 def test_the_demo_trains_evaluates_answers_and_reports(tmp_path, small_towers, small_pretraining,
                                                        monkeypatch, capsys):
     monkeypatch.setattr(demo.os, "getloadavg", lambda: (99.0, 0.0, 0.0), raising=False)
@@ -244,6 +245,7 @@ def small_towers(monkeypatch):
         **kw | {"batch": 4, "micro": 4, "workers": 0, "probes": 64}))
 
 
+@pytest.mark.slow
 def test_claims_about_the_tower(tmp_path, small_towers):
     small = vit_claims.Args(steps=1, teacher_steps=5, batch=4, probes=64, out=str(tmp_path))
     vit_claims.claims(small)
