@@ -2,61 +2,180 @@
 
 Letters: P patches of all images, N images, F frames a patch, p patch side; h, w sides in pixels.
 """
+import contextlib
+import functools
+import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from lib.cli import UserError
 from lib.common import first_sentence
 from vit import fit, naflex, patchify, VitConfig
 
-
 TURNS = {   # EXIF's orientation: how to turn the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+SIDEWAYS = {TURNS[5], TURNS[6], TURNS[7], TURNS[8]}     # these exchange width and height
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+class BadRecord(UserError):
+    """A record of somebody's data, or a picture in it, that can't be used.
+
+    kind: a short name to count it by, such as "damaged picture"; detail: one line about this one.
+    """
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(kind, detail)      # both, so that it can be sent to another process
+        self.kind = kind
+
+    def __str__(self):
+        return self.args[1]
+
+
+class Stretch(io.RawIOBase):
+    """`length` bytes of a file from `offset` on, as a file of its own that is read as needed."""
+
+    def __init__(self, path, offset: int, length: int):
+        super().__init__()
+        self.file, self.offset, self.length, self.place = open(path, "rb"), offset, length, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
+        self.place = place + (0, self.place, self.length)[whence]
+        return self.place
+
+    def readinto(self, buffer) -> int:
+        self.file.seek(self.offset + self.place)
+        count = max(0, min(len(buffer), self.length - self.place))
+        read = self.file.readinto(memoryview(buffer)[:count])
+        self.place += read
+        return read
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is not decoded yet: a file, a stretch of a file (of a tar), or its bytes.
+
+    It can be sent to another process. `size` and `open` raise BadRecord if there is no picture, it
+    is damaged, or it would unpack to more pixels than Pillow allows.
+    """
+    source: Path | str | bytes          # where the file is, or the file's bytes
+    name: str = ""                      # for messages; "": the path
+    offset: int = 0                     # of the stretch in the file, in bytes
+    length: int | None = None           # of the stretch; None: the whole file
+    frame: int = 0                      # of an animated picture
+    known_size: tuple | None = None     # what `size` is, where an index knows it
+
+    def __str__(self):
+        if self.name or isinstance(self.source, bytes):
+            return self.name or f"a picture of {len(self.source):,} bytes"
+        return str(self.source)
+
+    def file(self):
+        """The picture's bytes as an open file."""
+        if isinstance(self.source, bytes):
+            return io.BytesIO(self.source)
+        if self.length is None:
+            return open(self.source, "rb")
+        return io.BufferedReader(Stretch(self.source, self.offset, self.length))
+
+    @functools.cached_property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the upright picture, from the file's header alone."""
+        if self.known_size:
+            return self.known_size
+        with self._opened() as image:
+            swap = turn_of(image) in SIDEWAYS
+            return image.size[::-1] if swap else image.size
+
+    def open(self) -> Image.Image:
+        """The picture, upright, as RGB, with transparent parts in white."""
+        with self._opened() as image:
+            turn = turn_of(image)
+            if self.frame:
+                image.seek(self.frame)
+            image.load()
+            upright = image if turn is None else image.transpose(turn)
+            if upright.mode.startswith("I"):    # 16 bits: Pillow's conversion clips them at 255
+                eight = (np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8)
+                upright = Image.fromarray(eight)
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright)
+            return upright.convert("RGB")
+
+    def frames(self) -> list["Picture"]:
+        """The frames of an animated GIF, WebP or PNG; a still picture is its own only frame."""
+        with self._opened() as image:
+            moves = image.format in ("GIF", "WEBP", "PNG")      # other formats have several pages
+            count = getattr(image, "n_frames", 1) if moves else 1
+        return [replace(self, frame=k) for k in range(count)] if count > 1 else [self]
+
+    @contextlib.contextmanager
+    def _opened(self):
+        """The picture as a Pillow image that has read the header; what goes wrong while the block
+        runs is a BadRecord."""
+        try:
+            with self.file() as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # Pillow warns of any odd metadata
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                yield Image.open(file)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise BadRecord("missing image", f"no picture at {self}") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise BadRecord("huge picture", f"{self} unpacks to over {Image.MAX_IMAGE_PIXELS:,} "
+                            "pixels: refused") from None
+        except Exception as error:  # Pillow reports damage by more than ten types of exception
+            raise BadRecord("damaged picture",
+                            f"{self} can't be read as a picture: {self._reason(error)}") from None
+
+    def _reason(self, error: Exception) -> str:
+        with contextlib.suppress(OSError), self.file() as file:
+            if not file.read(1):
+                return "it is empty"
+        if isinstance(error, UnidentifiedImageError):
+            return "it is in no format that Pillow knows"
+        return first_sentence(error)
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How to turn a picture upright, by its EXIF block; its pixels need not be read for that.
+    ImageOps.exif_transpose would write a new block, which fails where any entry is damaged."""
+    if image.format == "TIFF":      # Pillow turns those itself
+        return None
+    try:
+        # The method of the PNG class would read all pixels, to look for a block after them.
+        return TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
+    except Exception:               # a damaged block says nothing
+        return None
 
 
 def open_image(path) -> Image.Image:
     """Any picture file as an upright RGB image, transparent parts white. Raises UserError with the
     reason if it can't be read."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no picture at {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # Pillow warns of any odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = upright(Image.open(path))
-            if image.mode.startswith("I"):     # 16 bits: Pillow's conversion clips them at 255
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path} unpacks to over {Image.MAX_IMAGE_PIXELS:,} pixels: "
-                        "refused") from None
-    except Exception as error:  # Pillow reports damage by more than ten types of exception
-        reason = "it is empty" if path.stat().st_size == 0 else first_sentence(error)
-        raise UserError(f"{path} can't be read as a picture: {reason}") from None
+    return Picture(path).open()
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The picture, turned as its EXIF block says. ImageOps.exif_transpose would also write a new
-    block, which fails where any other entry is damaged."""
-    image.load()
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:           # a damaged block says nothing
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
+# ---- what the model sees -------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Frames:
