@@ -130,6 +130,16 @@ class Picture:
             count = getattr(image, "n_frames", 1) if moves else 1
         return [replace(self, frame=k) for k in range(count)] if count > 1 else [self]
 
+    def times(self) -> list[float]:
+        """The seconds at which the frames of an animated picture begin, from 0.0 on; [0.0] of a
+        still one. A frame that says nothing is shown for a tenth of a second, as browsers do."""
+        times = [0.0]
+        with self._opened() as image:
+            for k in range(getattr(image, "n_frames", 1) - 1):
+                image.seek(k)
+                times.append(times[-1] + (image.info.get("duration") or 100) / 1000)
+        return times
+
     @contextlib.contextmanager
     def _opened(self):
         """The picture as a Pillow image that has read the header; what goes wrong while the block
@@ -187,7 +197,7 @@ class Frames:
 
 def seen_size(image, config) -> tuple[int, int]:
     """The size (h, w) at which the model sees an Image, a Picture or Frames; pixels are not needed
-    for it. Raises UserError if one side is more than 200 times the other."""
+    for it. Raises BadRecord if one side is more than 200 times the other."""
     v, most = config.vision, config.max_tokens
     if isinstance(image, Frames):
         image, most = image.pictures[0], max(config.min_tokens, most // image.pairs)
@@ -195,7 +205,7 @@ def seen_size(image, config) -> tuple[int, int]:
     try:
         return fit(height, width, v.patch_size * v.spatial_merge_size, config.min_tokens, most)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise BadRecord("long strip", str(error)) from None
 
 
 def load(image, h: int, w: int) -> np.ndarray:
@@ -210,7 +220,7 @@ def load(image, h: int, w: int) -> np.ndarray:
 
 def resize(image, config) -> np.ndarray:
     """An Image, a Picture or Frames at the size the model sees it: (h, w, 3) or (2, h, w, 3) uint8.
-    Raises UserError as `seen_size` does, or if a Picture can't be read."""
+    Raises BadRecord as `seen_size` does, or if a Picture can't be read."""
     return load(image, *seen_size(image, config))
 
 
