@@ -6,10 +6,15 @@
 ranks.txt holds one token a line, in base64; a token's rank is its line number. Every token is two
 earlier ones joined, so the first n >= 256 lines are a valid tokenizer by themselves: a tiny model
 takes the first 512, a larger one more lines of the same file. Special tokens follow the ranks.
+
+A released model brings its own tokenizer.json, which ReleasedTokenizer reads. `tokenizer_of(config)`
+is the tokenizer of a model, whichever of the two it has.
 """
 import base64
+import functools
 import hashlib
 import heapq
+import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -18,6 +23,7 @@ from pathlib import Path
 import tiktoken
 
 from lib.cli import main, UserError
+from lib.vocabulary import read_vocabulary
 
 HERE = Path(__file__).resolve().parent
 RANKS, CORPUS = HERE / "ranks.txt", HERE / "corpus.txt"
@@ -35,6 +41,14 @@ SPECIAL = [  # GLM's names [R], and in GLM's order where the released ids show o
     "<|begin_of_video|>", "<|end_of_video|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
     "<|begin_of_box|>", "<|end_of_box|>", "<|image|>", "<|video|>",
 ]
+# GLM stops where somebody else speaks next, or at the end of the text.
+STOPS = "<|endoftext|>", "<|user|>", "<|observation|>"
+# Without these special tokens no conversation with a picture can be written.
+NEEDED = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|begin_of_image|>",
+          "<|end_of_image|>", "<|image|>")
+# The files of a released folder that belong to its tokenizer.
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -120,6 +134,10 @@ class Tokenizer:
     """Text to ids and back. `special` is {name: id} of the special tokens; their names in ordinary
     text are encoded as text, so that nobody can type one.
 
+    words: the bytes of each id; image: the id of a visual slot; stops: the ids that end a reply;
+    begin_reply: what stands between <|assistant|>, a line break and a reply that is no thought;
+    files: {name: contents} of the released files that a saved model needs as well.
+
     n_ranks: how many lines of ranks.txt to use. Raises ValueError where there are not so many.
     """
 
@@ -133,10 +151,12 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("nanoglmv", pat_str=PATTERN, mergeable_ranks=ranks,
                                           special_tokens=self.special)
         self.vocab_size = -(-(n_ranks + len(SPECIAL)) // 32) * 32  # padded for the matmuls
+        self.words = {i: word for word, i in ranks.items()}
+        self.words |= {i: name.encode() for name, i in self.special.items()}
         self.image = self.special["<|image|>"]
-        # GLM stops where somebody else speaks next, or at the end of the text.
-        stops = "<|endoftext|>", "<|user|>", "<|observation|>"
-        self.stops = tuple(self.special[mark] for mark in stops)
+        self.stops = tuple(self.special[mark] for mark in STOPS)
+        self.begin_reply = [self.special["<think>"], self.special["</think>"], *self.encode("\n")]
+        self.files: dict[str, bytes] = {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; a "<|user|>" in it is eight characters of text."""
@@ -144,18 +164,27 @@ class Tokenizer:
 
     def decode_bytes(self, ids) -> bytes:
         """Bytes of ids; the padding ids at the end of the vocabulary give none."""
-        return b"".join(self.encoding.decode_single_token_bytes(i) for i in ids if self._known(i))
+        return b"".join(self.words.get(i, b"") for i in ids)
 
     def decode(self, ids) -> str:
         """Text of ids, special tokens by name; broken UTF-8 becomes replacement characters."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def _known(self, i: int) -> bool:
-        return 0 <= i < self.n_ranks + len(SPECIAL)
+    def plain(self, ids) -> str:
+        """Text of ids without the special tokens."""
+        special = set(self.special.values())
+        return self.decode(i for i in ids if i not in special)
+
+    def mark(self, name: str) -> int:
+        """The id of a special token. Raises UserError where a released vocabulary lacks it."""
+        if name not in self.special:
+            raise UserError(f"this model's vocabulary has no special token {name}")
+        return self.special[name]
 
     def encode_reply(self, text: str) -> list[int]:
-        """Ids of an assistant's reply; only here, think and box marks become special tokens."""
-        marks = {"<think>", "</think>", "<|begin_of_box|>", "<|end_of_box|>"}
+        """Ids of an assistant's reply; only here, think and box marks become special tokens. Where
+        a released vocabulary lacks them, they are text, and decode to the same characters."""
+        marks = {"<think>", "</think>", "<|begin_of_box|>", "<|end_of_box|>"} & self.special.keys()
         return [i for part in cut(text) for i in self.encoding.encode(
             part, allowed_special=marks, disallowed_special=())]
 
@@ -175,41 +204,114 @@ class Tokenizer:
         Returns pieces (ids, weight, image). The piece of an image holds the ids of the two marks;
         `data.document` puts the visual tokens between them, as it knows their number. A reply ends
         with the mark of the role that speaks next (<|user|> after the last), where GLM stops; that
-        mark is learnt too. A reply without <think> gets an empty one in front, which is not learnt.
-        Raises ValueError where a text has fewer <|image|> than the message has images.
+        mark is learnt too. A reply without <think> gets an empty one in front, which is not learnt;
+        with a released tokenizer it gets nothing, see ReleasedTokenizer. Raises ValueError where a
+        text has fewer <|image|> than the message has images, and UserError where a vocabulary lacks
+        a role.
         """
         s, newline = self.special, self.encode("\n")
-        begin_reply = [s["<think>"], s["</think>"], *newline]
         pieces = [([s["[gMASK]"], s["<sop>"]], 0.0, None)]
         role_before = ""
         for i, message in enumerate(messages):
             # A reply has already been closed by the mark of the next role.
-            mark = [] if role_before == "assistant" else [s[f"<|{message.role}|>"]]
-            pieces.append((mark + newline, 0.0, None))
+            mark = [] if role_before == "assistant" else [self.mark(f"<|{message.role}|>")]
             role_before = message.role
             weight = message.weight
             if weight is None:
                 weight = float(message.role == "assistant")
             if message.role == "assistant":
+                pieces.append((mark + newline, 0.0, None))
                 if not message.text.startswith("<think>"):
-                    pieces.append((begin_reply, 0.0, None))
+                    pieces.append((self.begin_reply, 0.0, None))
                 after = messages[i + 1].role if i + 1 < len(messages) else "user"
-                reply = self.encode_reply(message.text) + [s[f"<|{after}|>"]]
+                reply = self.encode_reply(message.text) + [self.mark(f"<|{after}|>")]
                 pieces.append((reply, weight, None))
                 continue
             texts = message.text.split("<|image|>", len(message.images))
             if len(texts) != len(message.images) + 1:
                 raise ValueError(f"{len(texts) - 1} <|image|> marks, {len(message.images)} images")
-            pieces.append((self.encode(texts[0]), weight, None))
+            # Encoded together with its text, as in the whole string, the newline becomes one token
+            # with white space that follows it.
+            first, *rest = self.encode("\n" + texts[0])
+            pieces += [(mark + [first], 0.0, None), (rest, weight, None)]
             for image, text in zip(message.images, texts[1:]):
                 around = [s["<|begin_of_image|>"], s["<|end_of_image|>"]]
                 pieces.append((around, 0.0, image))
                 pieces.append((self.encode(text), weight, None))
         if answer:
             mark = [] if role_before == "assistant" else [s["<|assistant|>"]]
-            pieces.append((mark + newline + begin_reply, 0.0, None))
+            pieces.append((mark + newline + self.begin_reply, 0.0, None))
         return [piece for piece in pieces if piece[0]]
 
+
+# ---- released tokenizers ------------------------------------------------------------------------
+
+class ReleasedTokenizer(Tokenizer):
+    """The tokenizer of a released folder [R], from the path of its tokenizer.json. It differs from
+    ours in three ways:
+
+    - Text becomes the ids that the `tokenizers` package gives, see lib/vocabulary.py. Names of
+      special tokens in ordinary text are text here as well; there they become special tokens.
+    - A reply begins right after <|assistant|> and a line break: GLM-OCR's template writes an empty
+      <think></think> only where it is asked to (`enable_thinking=false`).
+    - `stops` are the ids in generation_config.json, or else in config.json, and those of STOPS, as
+      a reply ends where an observation follows.
+
+    Raises UserError where a file is damaged or says what is not built, or a special token is
+    missing that every conversation needs.
+    """
+
+    def __init__(self, path):
+        path = Path(path)
+        found = read_vocabulary(path)
+        if lacking := [name for name in NEEDED if name not in found.special]:
+            raise UserError(f"{path} lacks the special token {lacking[0]}: no vocabulary of GLM's")
+        self.n_ranks = 0                # no line of ranks.txt
+        self.special, self.words = found.special, found.words
+        self.encoding = found.encoding()
+        self.vocab_size = max(self.words) + 1
+        self.image = self.special["<|image|>"]
+        stops = {self.special[mark] for mark in STOPS if mark in self.special}
+        self.stops = tuple(sorted(stops | read_stops(path.parent)))
+        self.begin_reply = []
+        self.files = {name: (path.parent / name).read_bytes() for name in FILES
+                      if (path.parent / name).is_file()}
+
+
+def read_stops(folder: Path) -> set[int]:
+    """The ids that end a reply, by generation_config.json, or else by config.json. Raises UserError
+    where the file is damaged."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if not path.is_file():
+            continue
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            ids = values.get("eos_token_id") or values.get("text_config", {}).get("eos_token_id")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
+        ids = ids if isinstance(ids, list) else [ids]
+        if all(type(i) is int for i in ids):
+            return set(ids)
+        if ids != [None]:
+            raise UserError(f"{path} is damaged: eos_token_id is {json.dumps(ids)[:60]}")
+    return set()
+
+
+@functools.cache
+def _tokenizer(n_ranks: int, vocabulary: str) -> Tokenizer:
+    return ReleasedTokenizer(vocabulary) if vocabulary else Tokenizer(n_ranks)
+
+
+def tokenizer_of(config) -> Tokenizer:
+    """The tokenizer of the model that `config` describes, a model.Config; each is made once. Raises
+    UserError where it has none."""
+    if not (config.n_ranks or config.vocabulary):
+        raise UserError("this model comes without a tokenizer: its weights can be loaded, but it "
+                        "can't read or write text; put its tokenizer.json beside them")
+    return _tokenizer(config.n_ranks, config.vocabulary)
+
+
+# ---- the command line ---------------------------------------------------------------------------
 
 def entry():
     words = sys.argv[1:]

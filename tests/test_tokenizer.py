@@ -125,3 +125,14 @@ def test_a_message_may_have_a_weight_of_its_own():
             Message("user", "d"), Message("assistant", "e", (), 2.0)]
     weights = [(tokens.decode(ids), weight) for ids, weight, _ in tokens.chat(talk) if weight]
     assert weights == [("a", 0.5), ("b", 0.5), ("e<|user|>", 2.0)]
+
+
+def test_a_message_is_encoded_together_with_the_newline_before_it():
+    """So transformers, which encodes the whole string, gets the same ids. The learnt part begins
+    after the newline."""
+    tokens = Tokenizer(4096)
+    for text in ("\n\n\tx", "   indented", "\n \n1", "plain", ""):
+        pieces = tokens.chat([Message("user", text, (), 1.0)])
+        ids = [i for piece, _, _ in pieces for i in piece]
+        assert ids[3:] == tokens.encode("\n" + text)
+        assert [i for piece, weight, _ in pieces for i in piece if weight] == ids[4:]
