@@ -53,7 +53,8 @@ class TextConfig:
 @dataclass
 class Config:
     """A whole model. min_tokens, max_tokens: limits of the visual tokens of one image. n_ranks: how
-    many ranks of the rank file its tokenizer uses; 0: the checkpoint has another tokenizer."""
+    many ranks of the rank file its tokenizer uses; 0: it has another one, whose tokenizer.json is
+    at the path `vocabulary`."""
     text: TextConfig = field(default_factory=TextConfig)
     vision: VitConfig = field(default_factory=VitConfig)
     image_token_id: int = 59280
@@ -62,6 +63,7 @@ class Config:
     n_ranks: int = 0
     mtp_depths: int = 0         # how far ahead its MTP head was trained to look; 0: unknown
     mrope: tuple | None = None  # sections that differ from TextConfig.mrope_section
+    vocabulary: str = ""        # path of a released tokenizer.json
 
     @property
     def sections(self) -> tuple[int, int, int]:

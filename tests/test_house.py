@@ -14,6 +14,7 @@ from lib.common import ROOT
 # here is on its folder's floor.
 FLOORS = {
     "lib": 0, "lib.cli": 0.1, "lib.tensors": 0.2, "lib.dispatch": 0.2, "lib.rotary": 0.4,
+    "lib.vocabulary": 0.3,
     "lib.attention": 0.5, "lib.sigmoid": 0.5,
     "lib.losses": 0.5, "lib.memory": 0.5, "lib.prefetch": 0.5, "lib.common": 1,
     "lib.runs": 1.1, "lib.loader": 1.2,
