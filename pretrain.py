@@ -46,6 +46,7 @@ from lib.common import (check_same_start, cores, Log, multiples, Part, print_pla
                         read_json, setup, sum_over_ranks, write_json)
 from lib.loader import SampleLoader
 from lib.memory import compile_blocks, parse_memory
+from lib.partition import AHEAD, Costs
 from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
@@ -252,7 +253,7 @@ class Rows:
 def load_rows(packer: Packer, args: Args, config: Config, hw) -> Rows:
     """Pack the global batch. Every rank makes the same rows, and takes row r where r mod world is
     its rank: what a step sees does not depend on the number of ranks."""
-    rows = [packer.row() for _ in range(args.rows)]
+    rows = packer.batch()
     batches = [collate(row, config, args.row_tokens) for row in rows[hw.rank::hw.world]]
     if hw.device.type == "cuda":
         batches = [batch.pinned() for batch in batches]
@@ -380,7 +381,8 @@ def run(args: Args):
     config, counts = model.config, model.counts()
     # On a CPU, workers that load during a step would take its cores: no overlap there.
     loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")
-    packer = Packer(loader, args.row_tokens, state=position, say=say)
+    packer = Packer(loader, args.row_tokens, args.rows, Costs.of(config), ahead=AHEAD,
+                    state=position, say=say)
     position = packer.state()
     # On a GPU a thread loads the rows of the next step while this one runs.
     load = Prefetch(functools.partial(load_rows, packer, args, config, hw), args.steps - start,

@@ -417,7 +417,7 @@ def test_little_is_padded_however_long_a_row_is(room):
     used = [sum(len(d.ids) for d in packer.row()) for _ in range(count)]
     assert 1 - sum(used) / (count * room) < 0.03
     # What waits: two rows' tokens and the last sample, or 64 samples.
-    waiting = [sum(len(d.ids) for d in sample) for _, sample in packer.waiting]
+    waiting = [sum(len(d.ids) for d in sample) for _, sample, _ in packer.waiting]
     assert sum(waiting) < 2 * room + 1000 or len(waiting) < 64
 
 
