@@ -2,6 +2,7 @@
 
     config.json                 sizes, special tokens; ours has a section `nanoglmv` [O]
     preprocessor_config.json    limits of an image's size
+    tokenizer.json, ...         what transformers and vLLM need to chat, see lib/hub.py
     model.safetensors           weights, or several files and an index [R]
     train.pt                    in a run's step_ folders: what is needed to resume
     digests.json                SHA-256 of these files, see lib/tensors.py
@@ -18,6 +19,7 @@ from torch import nn, Tensor
 import mmtp
 from lib.cli import UserError
 from lib.common import first_sentence, write_json
+from lib.hub import CLASSES, save_hub_files
 from lib.runs import checkpoints, step_of
 from lib.tensors import (check_digest, check_shapes, checked, is_whole, load_tensors, save_tensors,
                          shown, write_digests)
@@ -77,8 +79,9 @@ def load_head(model: GLMV, own: dict[str, Tensor], trunk: dict[str, Tensor], fol
 
 
 def save_model(model: GLMV, folder, dtype=torch.float32, weights: dict | None = None):
-    """Write config.json, preprocessor_config.json and model.safetensors to `folder`. weights:
-    values to save instead of the model's own, for example the optimizer's fp32 masters."""
+    """Write config.json, preprocessor_config.json, model.safetensors and the files of lib/hub.py to
+    `folder`. weights: values to save instead of the model's own, for example the optimizer's fp32
+    masters."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {**model.state_dict(), **(weights or {})}
@@ -86,6 +89,7 @@ def save_model(model: GLMV, folder, dtype=torch.float32, weights: dict | None = 
     has_head = mmtp.head_of(model) is not None
     config = model.config if has_head else dataclasses.replace(model.config, mtp_depths=0)
     save_config(config, folder, str(dtype).removeprefix("torch."))
+    save_hub_files(config, folder)
     write_digests(folder)
 
 
@@ -202,7 +206,7 @@ def save_config(config: Config, folder, dtype: str = "float32"):
                  "longest_edge": config.max_tokens * pixels},
         "patch_size": v.patch_size, "temporal_patch_size": v.temporal_patch_size,
         "merge_size": v.spatial_merge_size, "do_rescale": True,
-        "image_mean": list(MEAN), "image_std": list(STD)})
+        "image_mean": list(MEAN), "image_std": list(STD), **CLASSES})
 
 
 def pixels_per_token(v: VitConfig) -> int:
