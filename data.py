@@ -37,7 +37,7 @@ from model import Config
 from tasks.atlas import atlas_text
 from tasks.base import IMAGE, Message, OneShot, Task
 from tasks.driver import MOST_PIXELS
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, tokenizer_of
 
 
 # ---- documents ----------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class Stream:
         total = sum(weight for _, weight in self.mix)
         # Source k owns the numbers between edges[k-1] and edges[k] in [0, 1].
         self.edges = np.cumsum([weight / total for _, weight in self.mix])
-        self.tokens = Tokenizer(self.config.n_ranks)
+        self.tokens = tokenizer_of(self.config)
 
     def __call__(self, i: int) -> list[Document]:
         """Sample i: the questions about one picture as documents that share its pixels, or one

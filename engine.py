@@ -39,7 +39,7 @@ from lib.draft_tuner import DraftTuner
 from lib.prefetch import send
 from mmtp import categorical
 from model import Config, GLMV
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 
 PATIENCE = 1    # how long slots may stay free while requests wait, in steps of all slots [O]
 
@@ -250,7 +250,7 @@ class Engine:
         weight = model.lm_head.weight
         self.model, self.slots, self.context = model, slots, context
         self.device, self.version = weight.device, 0
-        self.stops = set(Tokenizer(model.config.n_ranks).stops)
+        self.stops = set(tokenizer_of(model.config).stops)
         if drafts and mmtp.head_of(model) is None:
             say("no MTP head in this checkpoint: speculation is off")
             drafts = 0

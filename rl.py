@@ -62,7 +62,7 @@ from mmtp import attach, head_of, losses as mtp_losses
 from model import GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 from tasks.base import Task
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 
 
 DEMO = ROOT / "ckpt" / "demo"     # the model that runs start from, without --init
@@ -323,7 +323,7 @@ def prepare(args: Args, hw, trains: bool = True, process_group=None):
         pin_weights(reference, hw.device)
     say = print if hw.rank == 0 else (lambda *_: None)
     move_earlier_run(Path(args.out), args.resume, hw, say)
-    settings = RolloutSettings(Tokenizer(model.config.n_ranks), model.config, args.context,
+    settings = RolloutSettings(tokenizer_of(model.config), model.config, args.context,
                                args.max_new, args.think, args.seed)
     say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
         f"step, steps {progress.step}..{args.steps}, staleness {args.max_staleness}, run folder "

@@ -61,7 +61,7 @@ from lib.common import setup, write_json
 from model import Config, GLMV, init, sized
 from pretrain import loss_sum
 from tasks.base import Task
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 from vit import CogViT, MEAN, naflex, patch_positions, patchify, STD
 
 AIM = 1.5                     # our speed over theirs, in training and in generation
@@ -100,7 +100,7 @@ CATEGORIES = ("shape_attr", "counting", "ocr_line", "point", "gui_click", "gui_f
 def documents(config: Config, count: int, seed: int, prompts: bool = False) -> list[Document]:
     """Conversations of the gym with pictures of 16, 36 or 64 tokens, alternating with plain text of
     32 to 400 tokens. prompts: only the first question of each conversation."""
-    rng, tokens, made = np.random.default_rng(seed), Tokenizer(config.n_ranks), []
+    rng, tokens, made = np.random.default_rng(seed), tokenizer_of(config), []
     sides = [side * config.vision.patch_size // 8 for side in (64, 96, 128)]
     for i in range(count):
         if i % 2:

@@ -55,7 +55,7 @@ from lib.runs import checkpoints
 from model import sized
 from tasks.base import Task
 from tasks.hostile import hostile_reply
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 
 LONGEST = 60        # seconds that a trial may take
 MEMORY = 12 << 30   # bytes of address space that a script may take; torch alone maps several GiB
@@ -453,7 +453,7 @@ def reply(rng, ground: Ground) -> str:
 
 
 CONFIG = sized("tiny")
-TOKENS = Tokenizer(CONFIG.n_ranks)
+TOKENS = tokenizer_of(CONFIG)
 
 
 def page(rng, ground: Ground) -> str:

@@ -44,7 +44,7 @@ from lib.probes import RANDOM
 from lib.runs import checkpoints, find_checkpoint, same_options, step_of
 from sample import evaluate, show
 from tasks.draw import PAIRS
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 
 # ---- settings: change them here -----------------------------------------------------------------
 
@@ -254,7 +254,7 @@ def demo(args: Args):
         folder = run_pretraining(args)
     trained = sum(line["dt"] for line in read_log(folder.parent / "log.jsonl"))
     model = load_model(folder, hw.device, hw.dtype)
-    tokens = Tokenizer(model.config.n_ranks)
+    tokens = tokenizer_of(model.config)
     announce("evaluation")
     table = evaluate(model, tokens, MIX, args.levels, args.count)
     show(table)

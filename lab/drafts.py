@@ -38,7 +38,7 @@ from lib.cli import (check_options, cli, Count, Device, Dtype, main, Positive, R
 from lib.common import setup, write_json
 from model import Config, GLMV, sized
 from tasks.base import Task
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, tokenizer_of
 
 NAMES = ("point", "gui_click", "gui_form", "shape_attr", "ocr_line", "counting")
 TRACED = 6      # replies that --trace prints: one a category
@@ -68,7 +68,7 @@ def load(args: Args):
         hw = setup(args.device, args.dtype)
         model = GLMV(sized(args.size), args.seed)
         mmtp.attach(model, 3)
-        return model.to(hw.device, hw.dtype), Tokenizer(model.config.n_ranks), hw
+        return model.to(hw.device, hw.dtype), tokenizer_of(model.config), hw
     model, tokens, hw = sample.load(args.ckpt, args.device, args.dtype)
     if mmtp.head_of(model) is None:
         raise UserError("the checkpoint has no MTP head: there is nothing to measure")

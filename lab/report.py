@@ -36,7 +36,7 @@ from lib.runs import checkpoints
 from model import Config
 from sample import readable, run_tasks
 from tasks.base import Task
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, tokenizer_of
 
 QUESTIONS = 12                # tasks that a run of pretrain.py answers on its page
 FIRST_SEED = 2_000_000        # of these tasks; the split `test` keeps them apart from training
@@ -344,7 +344,7 @@ def answer_questions(run: Path, config: dict):
     tasks = tasks_of(mix, levels, model.config)
     if not tasks or not model.config.n_ranks:       # a mix of text only; another tokenizer
         return
-    samples = answer(model, Tokenizer(model.config.n_ranks), tasks, run / "pictures")
+    samples = answer(model, tokenizer_of(model.config), tasks, run / "pictures")
     write_json(path, {**facts, "samples": samples, "answered_by": found[-1].name,
                       "parameters": model.counts()})
 

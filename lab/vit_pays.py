@@ -24,7 +24,7 @@ from lib.cli import check_options, cli, Count, main, Positive, UserError
 from lib.common import read_log, setup, write_json
 from lib.runs import find_checkpoint, same_options
 from sample import evaluate
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 
 
 @dataclass
@@ -88,7 +88,7 @@ def pays(args: Args):
                                out=f"{out}/{arm}{seed}")
             pretrain.run(settings)
             model = load_model(find_checkpoint(settings.out))
-            tables[name] = evaluate(model, Tokenizer(model.config.n_ranks), MIX, 1, args.count)
+            tables[name] = evaluate(model, tokenizer_of(model.config), MIX, 1, args.count)
             log = read_log(Path(settings.out) / "log.jsonl")
             curves[name] = [((spent[arm] + each * line["step"]) / 60, line["held_out"])
                             for line in log if "held_out" in line]

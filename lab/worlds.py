@@ -39,7 +39,7 @@ from lib.rollout import Episode
 from lib.runs import find_checkpoint, same_options
 from tasks.base import stream, Task
 from tasks.draw import GRID
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 
 MIX = "shape_attr:1.3,counting:0.8,ocr_line:0.8,point:1.6,gui_click:1.6,gui_form:1.6"
 NAMES = [name for name, _ in parse_mix(MIX)]
@@ -151,7 +151,7 @@ def evaluate(folder: Path, count: int) -> dict[str, dict[str, float]]:
     tasks = [Task(name, 3_000_000 + i, 0, "test", task_pixels(name, model.config))
              for name in NAMES for i in range(count)]
     for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        settings = rl.RolloutSettings(Tokenizer(model.config.n_ranks), model.config, args.context,
+        settings = rl.RolloutSettings(tokenizer_of(model.config), model.config, args.context,
                                       args.max_new, temperature=temperature)
         episodes = [Episode(task, i, 0) for i, task in enumerate(tasks)]
         table[how] = accuracy(rl.rollout(rl.make_engine(model, args), episodes, settings,
