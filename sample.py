@@ -35,7 +35,7 @@ from lib.images import open_image
 from lib.rollout import Episode, rollout, RolloutSettings
 from lib.runs import find_checkpoint
 from tasks.base import Message, Task
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 
 SHIPPED = ROOT / "ckpt" / "gym"     # the checkpoint that is used without --ckpt
 
@@ -50,7 +50,7 @@ def load(ckpt: str, device: str, dtype: str):
     if not model.config.n_ranks:
         raise UserError(f"{folder} has another tokenizer than ours: its weights can be loaded, but "
                         "it can't be asked here")
-    return model, Tokenizer(model.config.n_ranks), hw
+    return model, tokenizer_of(model.config), hw
 
 
 # ---- ask ----------------------------------------------------------------------------------------

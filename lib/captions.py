@@ -30,7 +30,7 @@ from tasks.base import held, Task
 from tasks.draw import CELL, GRID, SHAPES, UNITS
 from tasks.driver import make
 from tasks.scenes import caption, Item, moving, ShapeAttr, window
-from tokenizer import Tokenizer
+from tokenizer import tokenizer_of
 from vit import AttentionPool, CogViT, VitConfig
 
 
@@ -304,7 +304,7 @@ class Captions:
     clips: float = 0.0
 
     def __post_init__(self):
-        self.tokens = Tokenizer(self.config.n_ranks)
+        self.tokens = tokenizer_of(self.config)
 
     def __call__(self, i: int) -> Pair:
         rng = np.random.default_rng([self.seed, i])
