@@ -159,7 +159,7 @@ class Picture:
                             f"{self} can't be read as a picture: {self._reason(error)}") from None
 
     def _reason(self, error: Exception) -> str:
-        with contextlib.suppress(OSError), self.file() as file:
+        with contextlib.suppress(OSError, ValueError), self.file() as file:     # also an odd name
             if not file.read(1):
                 return "it is empty"
         if isinstance(error, UnidentifiedImageError):

@@ -1,0 +1,367 @@
+"""Records of own data as conversations: layouts of others in, `Message`s out.
+
+Five layouts are recognised, each record by its fields:
+
+    OpenAI messages      {"messages": [{"role": "user", "content": [
+                              {"type": "image_url", "image_url": {"url": "cats/1.jpg"}},
+                              {"type": "text", "text": "What is it?"}]},
+                          {"role": "assistant", "content": "A cat."}]}
+    LLaVA conversations  {"image": "cats/1.jpg", "conversations": [
+                              {"from": "human", "value": "<image>\\nWhat is it?"},
+                              {"from": "gpt", "value": "A cat."}]}
+    nanoVLM texts        {"images": ["cats/1.jpg"], "texts": [
+                              {"user": "What is it?", "assistant": "A cat."}]}
+    captions             {"image": "cats/1.jpg", "caption": "A cat."}, or x.jpg beside x.txt
+    plain text           {"text": "..."}, or a text file
+
+A picture is named by its path, relative to the file, or by a data URI. A record may also list its
+pictures in `image` or `images`, or have them beside it in a tar; the messages then mark their
+places, by <image> in a text or by a part {"type": "image"} without a name. There must be as many
+marks as pictures. Videos work alike (`video`, `videos`, <video>): a list of frames, or a GIF.
+
+Nothing in a record is trusted: what can't be used raises BadRecord, whose kind is counted.
+"""
+import ast
+import json
+import math
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from keyword import iskeyword
+
+from lib.images import BadRecord, Frames, Picture
+from lib.shards import Record
+from tasks.base import IMAGE, Message, quoted
+from tasks.verify import parse_python
+
+OPENAI, LLAVA, NANOVLM = "OpenAI messages", "LLaVA conversations", "nanoVLM texts"
+CAPTIONS, PLAIN = "captions", "plain text"
+
+ROLES = {  # of OpenAI's messages and of LLaVA's, and what they are called here
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant",
+    "tool": "observation", "function": "observation", "observation": "observation"}
+# The types of a part of a message, and the fields that may name its picture or video.
+TEXT_PARTS = ("text", "input_text", "output_text")
+IMAGE_PARTS = ("image", "image_url", "image_path", "input_image")
+VIDEO_PARTS = ("video", "video_url")
+NAMES = (*IMAGE_PARTS, *VIDEO_PARTS, "path", "url")
+
+
+@dataclass
+class Mark:
+    """The place of a picture or a video in a message. name: which one, None for the next of those
+    that the record lists; fps: frames a second of a video that is a list of frames."""
+    kind: str               # image | video
+    name: object = None
+    fps: float = 1.0
+
+
+# ---- recognising a record -----------------------------------------------------------------------
+
+def layout_of(record: Record) -> str:
+    """The name of a record's layout, by its fields. Raises BadRecord where there is none."""
+    value = record.value or {}
+    for field, layout in (("messages", OPENAI), ("conversations", LLAVA), ("texts", NANOVLM)):
+        if value.get(field) is not None:
+            return layout
+    if text_beside(record) is not None:
+        return CAPTIONS if any(listed(record).values()) else PLAIN
+    fields = ", ".join(map(str, value)) or "no fields"
+    raise BadRecord("unknown layout", f"{fields[:80]}; lib/conversations.py lists the layouts")
+
+
+def text_beside(record: Record) -> str | None:
+    """The caption or the plain text of a record that is no conversation, None if it has none."""
+    value = record.value or {}
+    found = (record.text, value.get("caption"), value.get("text"))
+    return next((text for text in found if text is not None), None)
+
+
+def plain_text(record: Record) -> str | None:
+    """The text of a record that is plain text, from which stretches are learnt; None of others.
+    Raises BadRecord if it is empty, or if the record has no layout that is known."""
+    return text_of(text_beside(record)) if layout_of(record) == PLAIN else None
+
+
+def conversation(record: Record, pairs: int = 16) -> list[Message]:
+    """The messages of a record in any layout but plain text. Their images are `Picture`s, and
+    `Frames` of videos, of which at most `pairs` pairs of frames are taken, evenly spaced.
+
+    A caption is learnt as the answer to its picture, without a question: so it can't be mistaken
+    for the answer to one. [O]
+    Raises BadRecord where the record can't be trained on.
+    """
+    layout, value = layout_of(record), record.value or {}
+    pictures = listed(record)
+    if layout in (CAPTIONS, NANOVLM):       # all pictures come first
+        first = [Mark(kind) for kind, names in pictures.items() for _ in names]
+    if layout == CAPTIONS:
+        turns = [{"role": "user", "content": first},
+                 {"role": "assistant", "content": text_of(text_beside(record))}]
+    elif layout == NANOVLM:
+        turns = [{"role": role, "content": text_of(turn.get(role))}
+                 for turn in objects(value["texts"]) for role in ("user", "assistant")]
+        turns[0]["content"] = [*first, turns[0]["content"]]
+    else:
+        turns = objects(value["messages" if layout == OPENAI else "conversations"])
+        # In a record of text alone, OpenAI's layout has no marks: <image> is a word there.
+        marked = layout == LLAVA or any(pictures.values())
+        turns = [turn | {"content": parts_of(first_of(turn, "content", "value"), marked)}
+                 for turn in turns]
+        named = any(isinstance(part, Mark) and part.name is not None
+                    for turn in turns for part in turn["content"])
+        if named and not any(value.get(field) for field in LISTS):
+            pictures = {kind: [] for kind in pictures}      # those beside it are those it names
+    messages = [message_of(turn, pictures, record, pairs) for turn in turns]
+    if left := sum(map(len, pictures.values())):
+        raise BadRecord("image marks", f"{left} more pictures or videos than marks")
+    messages = [m for m in messages if m.text or m.role != "system"]    # an empty one says nothing
+    check_order(messages)
+    return messages
+
+
+def check_order(messages: list[Message]):
+    """Raise BadRecord unless every reply answers something, ends where the user or a tool speaks
+    next, as generation does, and at least one message is learnt."""
+    roles = [message.role for message in messages]
+    if "assistant" not in roles:
+        raise BadRecord("no reply", "no message of the assistant")
+    if roles[0] == "assistant":
+        raise BadRecord("wrong role order", "the assistant's message is the first")
+    for role, following in pairwise(roles):
+        if role == "assistant" and following not in ("user", "observation"):
+            raise BadRecord("wrong role order", f"{following} after assistant")
+    if not any(m.role == "assistant" if m.weight is None else m.weight for m in messages):
+        raise BadRecord("nothing to learn", "all weights are 0")
+
+
+# ---- fields, parts and marks --------------------------------------------------------------------
+
+LISTS = {"images": "image", "image": "image", "videos": "video", "video": "video"}
+
+
+def listed(record: Record) -> dict[str, list]:
+    """{"image": names or Pictures, "video": names}: what the marks of a record stand for, in order.
+    Where no field lists them, the pictures that lie beside it in a tar or a folder."""
+    value, found = record.value or {}, {"image": [], "video": []}
+    for field, kind in LISTS.items():
+        names = value.get(field)
+        if names is not None:
+            found[kind] += names if isinstance(names, list) and field != "video" else [names]
+    if not any(found.values()):
+        found["image"] = list(record.pictures)
+    return found
+
+
+def objects(turns) -> list[dict]:
+    """The messages of a record, which must be a list of objects."""
+    if not isinstance(turns, list) or not turns:
+        raise BadRecord("empty content", "no list of messages")
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise BadRecord("not an object", f"a message is {short(turn)}")
+    return turns
+
+
+def first_of(fields: dict, *names):
+    """The first of these fields that is there and not null."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def text_of(text) -> str:
+    """A text that must not be empty."""
+    if not isinstance(text, str):
+        raise BadRecord("empty content" if text is None else "not a text", short(text))
+    if not text.strip():
+        raise BadRecord("empty content", "a text without a letter")
+    return text
+
+
+def short(value) -> str:
+    return repr(value)[:60]
+
+
+def parts_of(content, marked: bool) -> list:
+    """The content of a message as texts and Marks. marked: <image> and <video> in a text are marks;
+    in a list of parts they never are, since there the parts show where the pictures are."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        pieces = re.split("(<image>|<video>)", content) if marked else [content]
+        return [Mark(piece[1:-1]) if n % 2 else piece for n, piece in enumerate(pieces)]
+    if not isinstance(content, list):
+        raise BadRecord("not a text", f"the content of a message is {short(content)}")
+    return [part_of(part) for part in content]
+
+
+def part_of(part):
+    """One part of a message as a text or a Mark."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise BadRecord("not an object", f"a part of a message is {short(part)}")
+    kind = part.get("type") or next((name for name in part if name in NAMES + TEXT_PARTS), None)
+    if kind in TEXT_PARTS:
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise BadRecord("not a text", short(text))
+        return text
+    if kind not in IMAGE_PARTS + VIDEO_PARTS:
+        raise BadRecord("unknown part", f"a part of type {short(kind)}")
+    name, fps = first_of(part, *NAMES), first_of(part, "fps")
+    if isinstance(name, dict) and "url" in name:        # OpenAI's {"url": ...}
+        name = name["url"]
+    if kind in IMAGE_PARTS:
+        return Mark("image", name)
+    return Mark("video", name, 1.0 if fps is None else number_of(fps, "fps"))
+
+
+def number_of(value, what: str) -> float:
+    """A finite number that is not negative."""
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise BadRecord(f"wrong {what}", short(value))
+    return float(value)
+
+
+def message_of(turn: dict, pictures: dict, record: Record, pairs: int) -> Message:
+    """One turn, whose content is a list of texts and Marks, as a Message. A Mark without a name
+    takes the next of `pictures`."""
+    role = first_of(turn, "role", "from")
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRecord("unknown role", short(role))
+    role, weight = ROLES[role], turn.get("weight")
+    weight = None if weight is None else number_of(weight, "weight")
+    content = [turn["content"]] if isinstance(turn["content"], str) else turn["content"]
+    if role == "assistant":
+        return Message(role, reply_of(turn, content), (), weight)
+    text, said, images = "", "", []     # said: the text since the last picture
+    for part in content:
+        if isinstance(part, str):
+            said += part
+            continue
+        for image, after in shown(part, pictures, record, pairs):
+            text, said = text + plainly(said) + IMAGE, after
+            images.append(image)
+    text += plainly(said)
+    if role == "user" and not text.strip():
+        raise BadRecord("empty content", "a user's message")
+    return Message(role, text, tuple(images), weight)
+
+
+def plainly(text: str) -> str:
+    """A text in which <|image|> is no mark of ours."""
+    return text.replace(IMAGE, quoted(IMAGE))
+
+
+def reply_of(turn: dict, content: list) -> str:
+    """What the assistant writes: its thought, its text, its calls of tools, a line each."""
+    if not all(isinstance(part, str) for part in content):
+        raise BadRecord("picture in a reply", "only text can be learnt")
+    lines = ["".join(content)] if any(content) else []
+    for call in objects(turn["tool_calls"]) if turn.get("tool_calls") else ():
+        call = call["function"] if isinstance(call.get("function"), dict) else call
+        arguments = call.get("arguments")
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            lines.append(call_text(call.get("name"), arguments))
+        except (ValueError, RecursionError) as error:
+            raise BadRecord("damaged tool call", f"{short(call)}: {error}") from None
+    reply = text_of("\n".join(lines))
+    thought = first_of(turn, "reasoning_content")
+    return reply if thought is None else f"<think>{text_of(thought)}</think>\n{reply}"
+
+
+# ---- videos -------------------------------------------------------------------------------------
+
+def shown(mark: Mark, pictures: dict, record: Record, pairs: int) -> list[tuple]:
+    """[(image, text after it), ...]: the picture that a Mark stands for, or a video as pairs of
+    frames, each with the time of its first frame behind it [R: GLM-4.5V]."""
+    name = mark.name
+    if name is None:
+        if not pictures[mark.kind]:
+            raise BadRecord("image marks", f"more <{mark.kind}> than {mark.kind}s")
+        name = pictures[mark.kind].pop(0)
+    if mark.kind == "image":
+        return [(found(name, record), "")]
+    if isinstance(name, list):
+        frames = [found(frame, record) for frame in name]
+        times = [n / mark.fps if mark.fps else 0.0 for n in range(len(frames))]
+    else:
+        picture = found(name, record)
+        frames, times = picture.frames(), picture.times()
+    if not frames:
+        raise BadRecord("empty content", "a video without frames")
+    couples = [(tuple(frames[n:n + 2]), times[n]) for n in range(0, len(frames), 2)]
+    if len(couples) > pairs:        # evenly spaced, from the first to the last
+        couples = [couples[n * (len(couples) - 1) // max(1, pairs - 1)] for n in range(pairs)]
+    # The last frame of an odd number is shown twice.
+    return [(Frames(couple if len(couple) == 2 else couple * 2, len(couples)),
+             f"{seconds:.1f} seconds") for couple, seconds in couples]
+
+
+def found(name, record: Record):
+    """The Picture of this name, or the Picture that `name` is already."""
+    return name if isinstance(name, Picture) else record.find(name)
+
+
+# ---- calls of tools -----------------------------------------------------------------------------
+
+def call_text(name: str, arguments: dict | list) -> str:
+    """A call of a tool as the model writes it: Python's syntax, with literals only.
+
+        call_text("search", {"query": "cats"})      search(query="cats")
+        call_text("click", [412, 377])              click(412, 377)
+        call_text("get", {"file-name": "a"})        get(**{"file-name": "a"})
+
+    arguments: a JSON object, or an array where the arguments have no names, as in the gym. Texts
+    have double quotes and JSON's escapes; true, false and null are written True, False and None.
+    `parse_call` is the inverse; a call without arguments becomes one with an empty object. Raises
+    ValueError where there is no such call.
+    """
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        raise ValueError(f"{short(name)} is not the name of a tool")
+    if isinstance(arguments, list):
+        return f"{name}({', '.join(map(literal, arguments))})"
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments are neither an object nor an array")
+    if all(key.isascii() and key.isidentifier() and not iskeyword(key) for key in arguments):
+        return f"{name}({', '.join(f'{key}={literal(x)}' for key, x in arguments.items())})"
+    return f"{name}(**{literal(arguments)})"
+
+
+NAME = r"[A-Za-z_][A-Za-z0-9_.-]*"      # of a tool: OpenAI's names, and dotted ones
+
+
+def literal(value) -> str:
+    """A JSON value as a Python literal."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return f"[{', '.join(map(literal, value))}]"
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return "{" + ", ".join(f"{literal(key)}: {literal(x)}" for key, x in value.items()) + "}"
+    if value is None or type(value) in (bool, int) or type(value) is float and math.isfinite(value):
+        return repr(value)
+    raise ValueError(f"{short(value)} is not a value of JSON")
+
+
+def parse_call(text: str) -> tuple[str, dict | list] | None:
+    """(name, arguments) of a call that `call_text` may have written, None of any other text. It is
+    read as a literal and never evaluated."""
+    parts = re.fullmatch(rf"({NAME})(\(.*\))", text.strip(), re.DOTALL)
+    try:
+        call = parse_python("f" + parts[2], "eval").body if parts else None
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            return None
+        values = [ast.literal_eval(argument) for argument in call.args]
+        named = {}
+        for keyword in call.keywords:
+            value = ast.literal_eval(keyword.value)
+            named |= dict(**value) if keyword.arg is None else {keyword.arg: value}
+        if values and named:        # JSON has no form for both at once
+            return None
+        call_text(parts[1], values or named)        # raises where a value is none of JSON's
+        return parts[1], values or named
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None
