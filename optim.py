@@ -61,8 +61,9 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
 
 def is_matrix(name: str, p: Tensor) -> bool:
     """Whether Muon updates this parameter: a matrix from hidden states to hidden states. AdamW
-    updates embeddings, norms and biases [R: GLM-4.5], and patch embedding and output head [O]."""
-    ends = ("embed_tokens", "lm_head", "patch_embed")
+    updates embeddings, norms and biases [R: GLM-4.5], patch embedding and output head [O], and the
+    low-rank matrices of LoRA, which are factors of one matrix [O]."""
+    ends = ("embed_tokens", "lm_head", "patch_embed", "lora_")
     return p.ndim >= 2 and not any(end in name for end in ends)
 
 
@@ -103,14 +104,19 @@ class Optimizer:
     ranks changes nothing but rounding. Memory, in bytes a parameter: 4 for the buffer and 2 for the
     model in bf16 on every rank; 8 (Muon) or 12 (AdamW) for the share, divided by the ranks.
 
-    A matrix that is frozen, by requires_grad_(False), is skipped as long as it is. (AdamW goes on
-    with what is frozen, by its momentum and decay: that costs little.)
+    A matrix that is frozen later, by requires_grad_(False), is skipped as long as it is. (AdamW
+    goes on with what is frozen, by its momentum and decay: that costs little.) What is frozen from
+    the start has no place here: no gradient, no master, no momenta. Where the model has rounded it
+    on loading, rank 0 keeps its exact value in the CPU's memory, for the checkpoints.
     """
 
     def __init__(self, named_parameters, config: OptimConfig, process_group=None):
         """process_group: the ranks that train, if not all do."""
         self.config, self.process_group = config, process_group
-        self.params = {n: p for n, p in named_parameters if p.requires_grad}
+        named = dict(named_parameters)
+        self.params = {n: p for n, p in named.items() if p.requires_grad}
+        self.frozen = {n: p for n, p in named.items() if not p.requires_grad}
+        self.exact: dict[str, Tensor] = {}      # of the frozen ones, what the model has rounded
         joined = dist.is_initialized()
         self.rank = dist.get_rank(process_group) if joined else 0
         self.world = dist.get_world_size(process_group) if joined else 1
@@ -313,9 +319,10 @@ class Optimizer:
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def gather(self) -> tuple[dict, dict]:
-        """All that a checkpoint needs, from all ranks, which call this together: {name: master} and
-        `state_dict`. On rank 0 only; on others the two have no tensors."""
-        return ({**self._gather("muon", self.masters["muon"]),
+        """All that a checkpoint needs, from all ranks, which call this together: {name: master},
+        with the exact values of what is frozen, and `state_dict`. On rank 0 only; on others the two
+        have no tensors."""
+        return ({**self.exact, **self._gather("muon", self.masters["muon"]),
                  **self._gather("adam", self.masters["adam"])}, self.state_dict())
 
     def state_dict(self) -> dict:
@@ -365,7 +372,10 @@ class Optimizer:
     @torch.no_grad()
     def load_masters(self, weights: dict[str, Tensor]):
         """Copy fp32 weights, by name, into the masters and into the model. Parameters that they
-        lack take their value from the model."""
+        lack take their value from the model. What is frozen is in the model already."""
+        if self.rank == 0:
+            self.exact = {n: weights[n] for n, p in self.frozen.items()
+                          if n in weights and (weights[n] != p.cpu()).any()}
         weights = {**self.params, **weights}
         for kind, masters in self.masters.items():
             self._fill(kind, masters, weights)

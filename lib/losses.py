@@ -153,15 +153,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, weights, used, shape, chunk):
         losses = torch.empty_like(weights)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        d_weight = None         # of a frozen matrix
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(hidden), chunk):
             rows = slice(i, i + chunk)
             logits = hidden[rows] @ weight.T
             losses[rows] = softmax_gradient(logits, targets[rows], weights[rows])
             torch.mm(logits, weight, out=d_hidden[rows])    # they are their gradient now
-            if ctx.needs_input_grad[1]:
+            if d_weight is not None:
                 _add_product(d_weight, logits.T, hidden[rows])
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         every = losses.new_zeros(shape.numel()).index_copy(0, used, losses * weights)
         return every.view(shape).sum(-1)
 
@@ -172,8 +174,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad.numel() > 1:    # d_weight is already the sum over all groups
             torch._assert_async((grad == first).all(), "linear_cross_entropy: the losses of all "
                                 "groups need one factor; what differs belongs into `weights`")
-        grads = d_hidden * first.to(d_hidden.dtype), d_weight * first.to(d_weight.dtype)
-        return *grads, *[None] * 5
+        if d_weight is not None:
+            d_weight = d_weight * first.to(d_weight.dtype)
+        return d_hidden * first.to(d_hidden.dtype), d_weight, *[None] * 5
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor,
@@ -226,14 +229,17 @@ class _LinearLogp(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, targets = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        d_weight = None         # of a frozen matrix
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(hidden), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
             logits = hidden[rows] @ weight.T
             softmax_gradient(logits, targets[rows], -grad[rows])    # logp is the loss times -1
             torch.mm(logits, weight, out=d_hidden[rows])
-            _add_product(d_weight, logits.T, hidden[rows])
-        return d_hidden, d_weight.to(weight.dtype), None, None
+            if d_weight is not None:
+                _add_product(d_weight, logits.T, hidden[rows])
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 
 def linear_logp(hidden: Tensor, weight: Tensor, targets: Tensor,

@@ -127,12 +127,14 @@ class Runner:
 
     def __call__(self, block, x: Tensor, *others, parameters=None) -> Tensor:
         """block(x, *others); `others` need no gradient. parameters: of a block that is no module,
-        all that need a gradient."""
-        if self.policy == "none" or not torch.is_grad_enabled():
+        all that may need a gradient. A block without gradients, as in a frozen tower, keeps nothing
+        under any policy."""
+        parameters = list(block.parameters() if parameters is None else parameters)
+        learns = any(t.requires_grad for t in (x, *parameters))
+        if self.policy == "none" or not learns or not torch.is_grad_enabled():
             return block(x, *others)
         if self.policy == "offload":
             self.copy = HostCopy(x.detach(), self.copy)
-        parameters = block.parameters() if parameters is None else parameters
         y = Recompute.apply(block, others, self.copy, x, *parameters)
         if self.copy:
             self.copy.finish()
