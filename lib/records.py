@@ -1,0 +1,534 @@
+"""The records of one file or folder that somebody has: JSONL, a tar, parquet, pictures, text.
+
+Each kind is a class with `len(shard)`, `shard[k]` -> Record, `shard.sizes(k)`, and an index (see
+lib/index.py) whose array `held` says which records are held out. lib/shards.py puts several of them
+together; that is what the rest of the repository uses.
+
+All that is read here comes from somebody else: a record that can't be used raises BadRecord, which
+whoever reads counts by its kind.
+"""
+import base64
+import binascii
+import functools
+import json
+import mmap
+import os
+import re
+import tarfile
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+
+from lib.cli import UserError
+from lib.common import first_sentence
+from lib.images import BadRecord, Picture
+from lib.index import index_of, progress, stamp_of
+
+HELD_OUT = 50                       # one record in so many [O]
+MOST_BYTES = 2 ** 28                # of a line or a text: more is a mistake
+PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+            ".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".ico", ".tga"}
+TEXTS = {".txt", ".md", ".rst", ".tex", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
+         ".java", ".js", ".jsx", ".ts", ".tsx", ".go", ".rs", ".rb", ".php", ".sh", ".html", ".css",
+         ".sql", ".toml", ".yaml", ".yml", ".swift", ".kt", ".scala", ".lua", ".jl", ".r", ".pl",
+         ".hs", ".ml", ".lean"}
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+@dataclass
+class Record:
+    """One record: `value`, a JSON object; `text`, a caption or plain text; or both."""
+    where: str                                          # for messages: "shard-000.tar: 000017"
+    value: dict | None = None
+    text: str | None = None
+    pictures: list[Picture] = field(default_factory=list)   # those that lie beside it
+    names: list[str] = field(default_factory=list)      # of these pictures
+    folder: Path | None = None                          # where relative paths begin
+
+    def find(self, name) -> Picture:
+        """The picture that the record names: a path, the name of a picture beside the record, a
+        data URI, or bytes, also as {"bytes": ...}. Whether a file is there, is not looked at.
+        Raises BadRecord."""
+        if isinstance(name, dict):                      # as parquet files hold pictures
+            name = name.get("bytes") or name.get("path") or name.get("url")
+        if isinstance(name, bytes) and name:
+            return Picture(name, f"a picture of {self.where}")
+        if not isinstance(name, str) or not name:
+            raise BadRecord("missing image", f"{self.where}: {str(name)[:60]!r} names no picture")
+        if name.startswith("data:"):
+            return Picture(self._data_uri(name), f"a picture of {self.where}")
+        if re.match(r"https?://", name):
+            raise BadRecord("image on the web", f"{self.where}: {name[:100]} is not downloaded")
+        for own, picture in zip(self.names, self.pictures):
+            base = Path(own).name           # 000017.0.jpg, which people also call 0.jpg
+            if name in (own, base.partition(".")[2]) or Path(name).name == base:
+                return picture
+        if self.folder is None:
+            raise BadRecord("missing image", f"{self.where} has no picture {name[:100]!r}")
+        return Picture(self.folder / name.removeprefix("file://"))
+
+    def _data_uri(self, text: str) -> bytes:
+        """The bytes of data:image/png;base64,iVBOR..."""
+        head, _, body = text.partition(",")
+        try:
+            if not head.endswith(";base64"):
+                raise ValueError("it is not in base64")
+            return base64.b64decode(body, validate=True)
+        except (ValueError, binascii.Error) as error:
+            raise BadRecord("damaged data URI", f"{self.where}: {head[:40]}: {error}") from None
+
+
+def decode(data: bytes, where: str) -> str:
+    """UTF-8 as text. Raises BadRecord."""
+    try:
+        text = data.decode("utf-8-sig")     # Windows begins files with a byte-order mark
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f"{where}: byte {error.start} is not UTF-8") from None
+    if "\0" in text:
+        raise BadRecord("NUL bytes", f"{where} has NUL bytes")
+    return text
+
+
+def parse(data: bytes, where: str) -> dict:
+    """A JSON object as a dict. Raises BadRecord."""
+    text = decode(data, where)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("not JSON", f"{where}: {str(error)[:100]}") from None
+    if not isinstance(value, dict):
+        raise BadRecord("not an object", f"{where} is no JSON object but {text[:40]!r}")
+    return value
+
+
+# ---- JSONL --------------------------------------------------------------------------------------
+
+class Lines:
+    """A file with one JSON object a line, or with one list of objects."""
+
+    def __init__(self, path: Path):
+        self.path, self.is_list = path, path.suffix.lower() == ".json" and begins_list(path)
+        find = list_entries if self.is_list else lines
+        self.index = index_of(path, ["lines", *stamp_of(path)], lambda: index_lines(path, find))
+        if path.suffix.lower() == ".json" and len(self):
+            try:
+                self[0]
+            except BadRecord as error:
+                raise UserError(f"{path} is neither a list of objects nor one object a line: "
+                                f"{error}") from None
+
+    def __len__(self):
+        return len(self.index["offset"])
+
+    def __getitem__(self, k: int) -> Record:
+        unit = "entry" if self.is_list else "line"
+        where = f"{self.path.name}: {unit} {self.index['number'][k]}"
+        length = int(self.index["length"][k])
+        if length > MOST_BYTES:
+            raise BadRecord("huge line", f"{where} has {length:,} bytes")
+        with open(self.path, "rb") as file:
+            file.seek(int(self.index["offset"][k]))
+            value = parse(file.read(length), where)
+        return Record(where, value, folder=self.path.parent)
+
+    def sizes(self, k: int):
+        return None                         # the pictures are elsewhere
+
+
+def begins_list(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+class Places:
+    """The arrays of an index over parts of files, filled one part after the other."""
+
+    def __init__(self):
+        self.arrays = {"number": array("q"), "offset": array("q"), "length": array("q"),
+                       "held": array("B")}
+
+    def add(self, number: int, offset: int, length: int, checksum: int):
+        """number: of the line, of the list's entry or of the file."""
+        for values, value in zip(self.arrays.values(), (number, offset, length,
+                                                        checksum % HELD_OUT == 0)):
+            values.append(value)
+
+    def done(self) -> dict[str, np.ndarray]:
+        return {name: np.asarray(values) for name, values in self.arrays.items()}
+
+
+def index_lines(path: Path, find) -> tuple[dict, list[str]]:
+    """The arrays of an index over what `find` finds in a file, and notes for the log."""
+    places, notes = Places(), []
+    with progress(path, path.stat().st_size, "B") as bar:
+        for number, offset, length, checksum in find(path, notes):
+            places.add(number, offset, length, checksum)
+            bar.update(offset + length - bar.n)
+    return places.done(), notes
+
+
+def lines(path: Path, notes: list[str]):
+    """(line's number, offset, length, checksum) of each line that is not blank."""
+    number = start = 0
+    with open(path, "rb") as file:
+        while piece := file.readline(2 ** 20):          # a huge line comes in pieces
+            number += 1
+            size, checksum, blank = 0, 0, True
+            while piece:
+                size += len(piece)
+                ends = piece.endswith(b"\n")
+                blank = blank and not piece.strip()
+                checksum = crc32(piece.rstrip(b"\r\n"), checksum)
+                piece = b"" if ends else file.readline(2 ** 20)
+            if not blank:
+                yield number, start, size, checksum
+            start += size
+
+
+# What matters to find the entries of a JSON list: strings, which may hold brackets, and brackets.
+TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.DOTALL)
+
+
+def list_entries(path: Path, notes: list[str]):
+    """(number, offset, length, checksum) of each entry of a JSON list that begins with a bracket.
+    An entry that the file's end cuts off is left out."""
+    number = depth = start = 0
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for token in TOKEN.finditer(data):
+            mark = data[token.start()]
+            if mark in b"[{":
+                if depth == 1:
+                    start = token.start()
+                depth += 1
+            elif mark in b"]}":
+                depth -= 1
+                if depth == 1:
+                    number += 1
+                    yield number, start, token.end() - start, crc32(data[start:token.end()])
+    if depth:
+        notes.append(f"{path} is cut off after entry {number}")
+
+
+# ---- groups of files ----------------------------------------------------------------------------
+
+@dataclass
+class Member:
+    """A file of a record, in a folder or in a tar."""
+    name: str
+    offset: int
+    length: int
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix.lower()
+
+    @property
+    def order(self) -> list:
+        """To sort members by: 2.jpg before 10.jpg."""
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", self.name)]
+
+
+def index_groups(path: Path, groups: list, picture) -> dict[str, np.ndarray]:
+    """The arrays of an index over groups of Members: which members each record has, their names,
+    places and lengths, the sizes of pictures, and whether the record is held out.
+
+    picture: a function of a Member that returns its Picture.
+    """
+    groups = [sorted(group, key=lambda member: member.order) for group in groups]
+    members = [member for group in groups for member in group]
+    names = [member.name.encode("utf-8", "surrogateescape") for member in members]
+    sizes, held = np.zeros((len(members), 2), np.int32), np.zeros(len(groups), np.uint8)
+    k = 0
+    with progress(path, len(groups), " records") as bar:
+        for r, group in enumerate(groups):
+            # The checksum is that of the text, or else of the beginning of the first picture.
+            checked = next((m for m in group if m.suffix not in PICTURES), group[0])
+            with picture(checked).file() as file:
+                count = 2 ** 16 if checked.suffix in PICTURES else MOST_BYTES
+                held[r] = crc32(file.read(count)) % HELD_OUT == 0
+            for member in group:
+                if member.suffix in PICTURES:
+                    try:
+                        sizes[k] = picture(member).size
+                    except BadRecord:       # whoever reads it will be told
+                        pass
+                k += 1
+            bar.update()
+    return {"first": np.cumsum([0, *map(len, groups)]),
+            "names": np.frombuffer(b"".join(names), np.uint8),
+            "name_end": np.cumsum([0, *map(len, names)]),
+            "offset": np.array([member.offset for member in members], np.int64),
+            "length": np.array([member.length for member in members], np.int64),
+            "size": sizes, "held": held}
+
+
+class Groups:
+    """Records that are groups of files: pictures, and their text as .txt or .json."""
+    path: Path
+
+    def __len__(self):
+        return len(self.index["held"])
+
+    def member(self, m: int) -> Member:
+        start, end = self.index["name_end"][m:m + 2]
+        name = bytes(self.index["names"][start:end]).decode("utf-8", "surrogateescape")
+        return Member(name, int(self.index["offset"][m]), int(self.index["length"][m]))
+
+    def members(self, k: int) -> range:
+        return range(*map(int, self.index["first"][k:k + 2]))
+
+    def picture(self, member: Member, size: tuple | None = None) -> Picture:
+        raise NotImplementedError
+
+    def where(self, member: Member) -> str:
+        raise NotImplementedError
+
+    def __getitem__(self, k: int) -> Record:
+        record = Record("")
+        for m in self.members(k):
+            member = self.member(m)
+            record.where = record.where or self.where(member)
+            if member.suffix in PICTURES:
+                size = tuple(map(int, self.index["size"][m]))
+                record.pictures.append(self.picture(member, size if all(size) else None))
+                record.names.append(member.name)
+                continue
+            if member.length > MOST_BYTES:
+                raise BadRecord("huge text", f"{record.where} has {member.length:,} bytes of text")
+            with self.picture(member).file() as file:
+                data = file.read()
+            if member.suffix == ".json":
+                record.value = parse(data, record.where)
+            else:
+                record.text = decode(data, record.where).strip()
+        return record
+
+    def sizes(self, k: int):
+        members = [m for m in self.members(k) if self.member(m).suffix in PICTURES]
+        sizes = [tuple(map(int, self.index["size"][m])) for m in members]
+        return sizes if all(map(all, sizes)) else None
+
+
+class Folder(Groups):
+    """A folder of pictures with a .txt or .json of the same name."""
+
+    def __init__(self, path: Path, files: list[Path]):
+        self.path = path
+        groups: dict[str, list[Path]] = {}
+        for file in files:
+            if file.suffix.lower() in PICTURES | {".txt", ".json"}:
+                groups.setdefault(str(file.with_suffix("")), []).append(file)
+        pairs, alone = [], 0
+        for group in groups.values():
+            pictures = sum(file.suffix.lower() in PICTURES for file in group)
+            if 0 < pictures < len(group):
+                pairs.append(group)
+            else:
+                alone += pictures
+        notes = [f"{path.name}: {alone} pictures have no .txt or .json of the same name"]
+        if not pairs:
+            raise UserError(f"{path} has no picture with a .txt or .json of the same name")
+
+        def member(file: Path) -> Member:
+            return Member(file.relative_to(path).as_posix(), 0, file.stat().st_size)
+
+        def build():
+            listed = [[member(file) for file in group] for group in pairs]
+            return index_groups(path, listed, self.picture), notes if alone else []
+
+        self.index = index_of(path, ["pairs", *stamp_of_files(path, files)], build)
+
+    def picture(self, member: Member, size: tuple | None = None) -> Picture:
+        return Picture(self.path / member.name, known_size=size)
+
+    def where(self, member: Member) -> str:
+        return f"{self.path.name}: {Path(member.name).with_suffix('')}"
+
+
+class Tar(Groups):
+    """A webdataset shard. As there, the files of a record have one name up to its first dot:
+    000017.jpg, 000017.json, or 000017.0.jpg, 000017.1.jpg, 000017.txt."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.index = index_of(path, ["tar", *stamp_of(path)], self._build)
+
+    def _build(self) -> tuple[dict, list[str]]:
+        members, damage = tar_members(self.path)
+        notes = [f"{self.path}: {damage}; the {len(members):,} files before that are used"]
+        groups: list[dict] = []
+        last: dict[str, dict] = {}          # the last group of each key
+        for member in members:
+            found = KEY.fullmatch(member.name)
+            if not found or member.suffix not in PICTURES | {".txt", ".json"}:
+                continue
+            key, ending = found.groups()
+            # A name that comes again, as in tars that were joined, begins another record.
+            if key not in last or ending in last[key]:
+                last[key] = {}
+                groups.append(last[key])
+            last[key][ending] = member
+        groups = [list(group.values()) for group in groups]
+        return index_groups(self.path, groups, self.picture), notes if damage else []
+
+    def picture(self, member: Member, size: tuple | None = None) -> Picture:
+        return Picture(self.path, f"{self.path.name}: {member.name}", member.offset, member.length,
+                       known_size=size)
+
+    def where(self, member: Member) -> str:
+        return f"{self.path.name}: {KEY.fullmatch(member.name)[1]}"
+
+
+# The key, and the ending after its first dot; a name that begins with a dot has no key.
+KEY = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)", re.DOTALL)
+
+
+def tar_members(path: Path) -> tuple[list[Member], str]:
+    """The files in a tar, and what is wrong with it: "" if it is whole."""
+    found, size, damage = [], path.stat().st_size, ""
+    try:
+        with tarfile.open(path, "r:") as tar, progress(path, size, "B") as bar:
+            while info := tar.next():
+                tar.members.clear()         # or they would all stay in memory
+                if info.offset_data + info.size > size:
+                    raise tarfile.ReadError(f"it is cut off in {info.name}")
+                if info.isreg() and not info.issparse():
+                    found.append(Member(info.name, info.offset_data, info.size))
+                bar.update(info.offset_data + info.size - bar.n)
+            end = tar.offset
+        # tarfile takes a damaged header for the end, which really is a block of zeros.
+        with open(path, "rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                damage = f"it has no end mark at byte {end:,}, so something is missing"
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        damage = str(error)
+    return found, damage
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and the folders in it, sorted, without names that begin with a dot."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__"]
+        found += [Path(root, name) for name in names if name[0] != "."]
+    return sorted(found)
+
+
+def stamp_of_files(folder: Path, files: list[Path]) -> list:
+    """What changes when any of the files is changed, renamed or removed."""
+    checksum = 0
+    for file in files:
+        stamp = [str(file.relative_to(folder)), *stamp_of(file)]
+        checksum = crc32(json.dumps(stamp).encode(), checksum)
+    return [len(files), checksum]
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+PIECE = 2 ** 15         # bytes: a longer text becomes several records, cut at ends of lines [O]
+
+
+class TextFolder:
+    """A folder of text and source files. A long file is several records, one after the other, so
+    that an epoch shows all of it."""
+
+    def __init__(self, path: Path, files: list[Path]):
+        self.path = path
+        self.files = [file for file in files if file.suffix.lower() in TEXTS]
+        self.index = index_of(path, ["texts", *stamp_of_files(path, files)], self._build)
+
+    def _build(self) -> tuple[dict, list[str]]:
+        places = Places()
+        with progress(self.path, len(self.files), " files") as bar:
+            for number, path in enumerate(self.files):
+                with open(path, "rb") as file:
+                    while piece := b"".join(file.readlines(PIECE)):
+                        places.add(number, file.tell() - len(piece), len(piece), crc32(piece))
+                bar.update()
+        return places.done(), []
+
+    def __len__(self):
+        return len(self.index["offset"])
+
+    def __getitem__(self, k: int) -> Record:
+        path, start = self.files[self.index["number"][k]], int(self.index["offset"][k])
+        where = str(path.relative_to(self.path)) + (f" from byte {start}" if start else "")
+        with open(path, "rb") as file:
+            file.seek(start)
+            return Record(where, text=decode(file.read(int(self.index["length"][k])), where))
+
+    def sizes(self, k: int):
+        return []
+
+
+
+
+# ---- parquet ------------------------------------------------------------------------------------
+
+class Parquet:
+    """A parquet file as hubs keep data sets: a row a record, pictures as {"bytes": ...}. Raises
+    UserError if pyarrow is not installed.
+
+    A row can be read only together with its row group, often a hundred megabytes. `first` of the
+    index has the number of the first row of each group, for an order that keeps to one at a time.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise UserError(f"{path}: to read parquet, pip install pyarrow") from None
+        self.path = path
+        self.index = index_of(path, ["parquet", *stamp_of(path)], self._build)
+
+    def _build(self) -> tuple[dict, list[str]]:
+        import pyarrow
+        import pyarrow.parquet
+        held, first = [], [0]
+        try:
+            file = pyarrow.parquet.ParquetFile(self.path)
+            texts = [name for name in file.schema_arrow.names if not PICTURE_COLUMN.search(name)]
+            with progress(self.path, file.metadata.num_rows, " rows") as bar:
+                for group in range(file.num_row_groups):
+                    for row in file.read_row_group(group, texts or None).to_pylist():
+                        text = json.dumps(row, sort_keys=True, default=repr)
+                        held.append(crc32(text.encode()) % HELD_OUT == 0)
+                        bar.update()
+                    first.append(len(held))
+        except (pyarrow.ArrowException, OSError) as error:
+            return {"held": np.zeros(0, np.uint8), "first": np.zeros(1, np.int64)}, [
+                f"{self.path} can't be read as parquet: {first_sentence(error)}"]
+        return {"held": np.array(held, np.uint8), "first": np.array(first, np.int64)}, []
+
+    def __len__(self):
+        return len(self.index["held"])
+
+    def __getitem__(self, k: int) -> Record:
+        import pyarrow
+        where = f"{self.path.name}: row {k}"
+        group = int(np.searchsorted(self.index["first"], k, "right")) - 1
+        try:
+            rows = row_group(str(self.path), tuple(self.index.stamp), group)
+            value = rows.slice(k - int(self.index["first"][group]), 1).to_pylist()[0]
+        except (pyarrow.ArrowException, OSError) as error:
+            raise BadRecord("damaged parquet", f"{where}: {first_sentence(error)}") from None
+        return Record(where, value, folder=self.path.parent)
+
+    def sizes(self, k: int):
+        return None
+
+
+PICTURE_COLUMN = re.compile("image|picture|video|bytes", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=2)
+def row_group(path: str, stamp: tuple, group: int):
+    """A row group as a pyarrow table. stamp: of the file, so that a new one is not taken for it."""
+    import pyarrow.parquet
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return file.read_row_group(group)
