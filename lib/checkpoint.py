@@ -1,7 +1,7 @@
 """Checkpoint folders in GLM-OCR's format, read and written: whole models and vision towers.
 
     config.json                 sizes, special tokens; ours has a section `nanoglmv` [O]
-    preprocessor_config.json    limits of an image's size
+    preprocessor_config.json    limits of an image's size; processor_config.json in some folders [R]
     tokenizer.json, ...         what transformers and vLLM need to chat, see lib/hub.py
     model.safetensors           weights, or several files and an index [R]
     train.pt                    in a run's step_ folders: what is needed to resume
@@ -24,7 +24,7 @@ from lib.runs import checkpoints, step_of
 from lib.tensors import (check_digest, check_shapes, checked, is_whole, load_tensors, save_tensors,
                          shown, write_digests)
 from model import Config, GLMV, TextConfig
-from tokenizer import SPECIAL
+from tokenizer import SPECIAL, tokenizer_of
 from vit import CogViT, MEAN, STD, VitConfig
 
 
@@ -176,7 +176,6 @@ def save_config(config: Config, folder, dtype: str = "float32"):
     """Write config.json and preprocessor_config.json as GLM-OCR has them [R], and what only we need
     in a section `nanoglmv`. dtype: the name of the weights' dtype."""
     c, v = config.text, config.vision
-    ids_of = {name: i for i, name in enumerate(SPECIAL, config.n_ranks)}
     text = dataclasses.asdict(c) | {
         "model_type": "glm_ocr_text", "hidden_act": "silu", "attention_bias": False,
         "tie_word_embeddings": False, "dtype": dtype, "pad_token_id": None,
@@ -185,15 +184,15 @@ def save_config(config: Config, folder, dtype: str = "float32"):
     text.pop("rope_theta")
     if config.mtp_depths:
         text["num_nextn_predict_layers"] = 1        # one physical layer, whatever the depth
-    if config.n_ranks:
-        text["eos_token_id"] = [ids_of[s] for s in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     ids = {"image_token_id": config.image_token_id}
-    if config.n_ranks:
-        ids |= {"video_token_id": ids_of["<|video|>"],
-                "image_start_token_id": ids_of["<|begin_of_image|>"],
-                "image_end_token_id": ids_of["<|end_of_image|>"],
-                "video_start_token_id": ids_of["<|begin_of_video|>"],
-                "video_end_token_id": ids_of["<|end_of_video|>"]}
+    if config.n_ranks or config.vocabulary:
+        tokens = tokenizer_of(config)
+        text["eos_token_id"] = list(tokens.stops)
+        ids |= {field: tokens.special[name] for field, name in (
+            ("video_token_id", "<|video|>"), ("image_start_token_id", "<|begin_of_image|>"),
+            ("image_end_token_id", "<|end_of_image|>"),
+            ("video_start_token_id", "<|begin_of_video|>"),
+            ("video_end_token_id", "<|end_of_video|>")) if name in tokens.special}
     vision = dataclasses.asdict(v) | {"model_type": "glm_ocr_vision", "hidden_act": "silu"}
     write_json(Path(folder) / "config.json", {
         "architectures": ["GlmOcrForConditionalGeneration"], "model_type": "glm_ocr", **ids,
@@ -228,8 +227,8 @@ def one_line_errors(path: Path):
         raise UserError(f"{path} does not describe a model: {error}") from None
 
 
-# Fields that change the computation, with the only value for which it is built here. A file may
-# leave them out.
+# Fields that change the computation, with the only value for which it is built here, or a tuple of
+# several. A file may leave them out.
 BUILT = {
     "architectures": ["GlmOcrForConditionalGeneration"], "model_type": "glm_ocr",
     "tie_word_embeddings": False, "quantization_config": None,
@@ -242,7 +241,9 @@ BUILT = {
     "vision_config": {
         "model_type": "glm_ocr_vision", "hidden_act": "silu", "attention_dropout": 0.0,
         "in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2,
-        "rope_theta": 10000.0, "window_size": None},
+        "rope_theta": 10000.0, "window_size": None,
+        "rope_parameters": {"rope_type": ("axial", "default"), "rope_theta": 10000.0,
+                            "partial_rotary_factor": 1.0}},
     "nanoglmv": {}}
 BUILT_PICTURES = {
     "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
@@ -258,7 +259,7 @@ def check_built(values: dict, built: dict, section: str = ""):
             if not isinstance(value, dict):
                 raise ValueError(f"{section}{name} is no JSON object")
             check_built(value, wanted, f"{section}{name}.")
-        elif value != wanted:
+        elif value not in (wanted if isinstance(wanted, tuple) else (wanted,)):
             raise ValueError(f"{section}{name} is {shown(value)}; only {shown(wanted)} is built")
 
 
@@ -290,8 +291,56 @@ def read_fields(path: Path) -> dict:
     return values
 
 
+def read_limits(folder: Path, config: Config):
+    """Set the limits of an image's size in `config` from preprocessor_config.json, or from the part
+    of processor_config.json where transformers 5 writes the same [R]; a folder without these files
+    has the limits that `config` has. Raises UserError where the file is damaged or another
+    preprocessing than ours."""
+    path = folder / "preprocessor_config.json"
+    check_digest(path)
+    if not path.exists():
+        path = folder / "processor_config.json"
+    if not path.exists():
+        return
+    with one_line_errors(path):
+        raw = read_fields(path)
+        if path.name == "processor_config.json":
+            raw = raw["image_processor"]
+        check_built(raw, BUILT_PICTURES)
+        patch = config.vision.patch_size
+        if raw.get("patch_size", patch) != patch:
+            raise ValueError(f"patch_size is {shown(raw['patch_size'])}; config.json says {patch}")
+        size, pixels = raw["size"], pixels_per_token(config.vision)
+        for name in ("shortest_edge", "longest_edge"):
+            if type(size[name]) is not int or size[name] < 1:
+                raise ValueError(f"size.{name} is {shown(size[name])}; it must be an integer "
+                                 "above 0")
+        config.min_tokens = max(1, size["shortest_edge"] // pixels)
+        config.max_tokens = size["longest_edge"] // pixels
+        most = config.text.max_position_embeddings
+        if not config.min_tokens <= config.max_tokens <= most:
+            raise ValueError(f"size allows {config.min_tokens} to {config.max_tokens} tokens "
+                             f"an image, of at most {most} (max_position_embeddings)")
+
+
+def find_vocabulary(folder: Path, config: Config):
+    """Set `config.vocabulary` where the folder has a tokenizer that is not ours, and read it. Raises
+    UserError where it is damaged or not of this model."""
+    path = folder / "tokenizer.json"
+    if config.n_ranks or not path.is_file():
+        return
+    check_digest(path)
+    config.vocabulary = str(path.absolute())
+    tokens = tokenizer_of(config)
+    if tokens.image != config.image_token_id or tokens.vocab_size > config.text.vocab_size:
+        raise UserError(f"{path} is not of the model in {folder / 'config.json'}: the id of "
+                        f"<|image|> is {tokens.image}, not {config.image_token_id}, or its "
+                        f"{tokens.vocab_size} ids are more than vocab_size")
+
+
 def load_config(folder) -> Config:
-    """Read config.json and, if there is one, preprocessor_config.json.
+    """Read config.json, preprocessor_config.json and a released tokenizer.json; of these only the
+    first must be there.
 
     Fields that change the computation in a way that is not built here are refused, others that we
     do not know are ignored. Raises UserError if a file is missing, damaged, or of another format.
@@ -314,25 +363,6 @@ def load_config(folder) -> Config:
                                  "above 0 that add up to half of head_dim")
             config.mrope = tuple(section)
         check_relations(config)
-    path = path.with_name("preprocessor_config.json")
-    check_digest(path)
-    if path.exists():
-        with one_line_errors(path):
-            raw = read_fields(path)
-            check_built(raw, BUILT_PICTURES)
-            patch = config.vision.patch_size
-            if raw.get("patch_size", patch) != patch:
-                raise ValueError(f"patch_size is {shown(raw['patch_size'])}; config.json says "
-                                 f"{patch}")
-            size, pixels = raw["size"], pixels_per_token(config.vision)
-            for name in ("shortest_edge", "longest_edge"):
-                if type(size[name]) is not int or size[name] < 1:
-                    raise ValueError(f"size.{name} is {shown(size[name])}; it must be an integer "
-                                     "above 0")
-            config.min_tokens = max(1, size["shortest_edge"] // pixels)
-            config.max_tokens = size["longest_edge"] // pixels
-            most = config.text.max_position_embeddings
-            if not config.min_tokens <= config.max_tokens <= most:
-                raise ValueError(f"size allows {config.min_tokens} to {config.max_tokens} tokens "
-                                 f"an image, of at most {most} (max_position_embeddings)")
+    read_limits(Path(folder), config)
+    find_vocabulary(Path(folder), config)
     return config

@@ -22,13 +22,12 @@ characters become the special token, unless `apply_chat_template` is called with
 where `tokenizers` does not, so that a few tokens around such a cut can differ.
 """
 import functools
-import shutil
 from pathlib import Path
 
 from lib.common import write_json, write_text
 from lib.vocabulary import byte_alphabet
 from model import Config
-from tokenizer import PATTERN, Tokenizer
+from tokenizer import PATTERN, Tokenizer, tokenizer_of
 
 FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -40,11 +39,9 @@ def save_hub_files(config: Config, folder):
     """Write FILES to `folder`. A model with the tokenizer of a released folder keeps that folder's
     files, those of them that are there."""
     folder = Path(folder)
-    if config.vocabulary:
-        source = Path(config.vocabulary).parent
-        for name in FILES:
-            if (source / name).is_file() and source.resolve() != folder.resolve():
-                shutil.copyfile(source / name, folder / name)
+    if config.vocabulary:       # its folder may be gone: a run removes its older checkpoints
+        for name, contents in tokenizer_of(config).files.items():
+            (folder / name).write_bytes(contents)
     elif config.n_ranks:
         tokens = Tokenizer(config.n_ranks)
         write_json(folder / "tokenizer.json", tokenizer_json(config.n_ranks))
