@@ -22,6 +22,7 @@ class Document:
     images: list = field(default_factory=list)   # (h, w, 3) uint8 each, as the model sees them
     source: int = 0         # which entry of the mixture it comes from
     extras: dict = field(default_factory=dict)   # name -> (L,), e.g. log-probabilities in RL
+    passed: tuple = ()      # (kind, detail) of records passed over for this one: they can't be used
 
 
 @dataclass
@@ -45,6 +46,10 @@ class Batch:
     learnt: Tensor       # (n,) int64: the places t whose next token, t + 1, has a weight
     extras: dict = field(default_factory=dict)      # name -> (T,) float32
     sent_from: "Batch | None" = None                # the batch on the CPU, if this one is not
+    # Where ranks encode for each other (lib/partition.py): how many groups this one sends to each
+    # rank, and how many arrive from each. Then `patches` and `grids` are what this rank encodes,
+    # and `visual` counts in what arrives.
+    splits: tuple = ()
 
     @property
     def host(self) -> "Batch":
@@ -63,13 +68,21 @@ class Batch:
 
     def _mapped(self, function) -> "Batch":
         tensors = {k: function(x) for k, x in vars(self).items() if isinstance(x, Tensor)}
-        return Batch(**tensors, extras={k: function(x) for k, x in self.extras.items()})
+        return replace(self, **tensors, extras={k: function(x) for k, x in self.extras.items()})
 
 
-def collate(documents: list[Document], config: Config, room: int = 0) -> Batch:
+def images_of(documents: list[Document]) -> list:
+    """The different images of some documents, in order of appearance."""
+    return list({id(image): image for d in documents for image in d.images}.values())
+
+
+def collate(documents: list[Document], config: Config, room: int = 0,
+            arriving: list | None = None) -> Batch:
     """Join documents to one row, filled up to `room` tokens by a tail of weight 0.
 
-    Raises ValueError where the image tokens are not as many as the groups of patches.
+    arriving: the images of the documents in the order in which other ranks will send what they have
+    encoded. Only shapes are needed then, and there are no patches. Raises ValueError where the
+    image tokens are not as many as the groups of patches.
     """
     parts = list(documents)
     used = sum(len(d.ids) for d in parts)
@@ -84,9 +97,11 @@ def collate(documents: list[Document], config: Config, room: int = 0) -> Batch:
 
     # Each array once, in order of appearance; documents about one picture hold the same array.
     shown = [image for d in parts for image in d.images]
-    unique = {id(image): image for image in shown}
-    number = {key: n for n, key in enumerate(unique)}
-    patches, grids = pack(list(unique.values()), config.vision)
+    encoded = images_of(parts) if arriving is None else arriving
+    number = {id(image): n for n, image in enumerate(encoded)}
+    patches = pack(encoded if arriving is None else [], config.vision)[0]
+    sides = [np.array(image.shape[-3:-1]) // config.vision.patch_size for image in encoded]
+    grids = torch.tensor([(1, *side) for side in sides], dtype=torch.long).view(-1, 3)
 
     # Image n owns the groups starts[n] .. starts[n] + counts[n] - 1 of the encoded ones; a picture
     # that is shown again brings the same groups again.
