@@ -20,19 +20,25 @@ A worked example, with a 32 x 32 picture, 8 x 8 patches and one visual token per
 
 Letters: T tokens of a row, L tokens of a document.
 """
+import contextlib
 import functools
+import itertools
 import math
+import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import gym
 from lib.batch import collate, Document
 from lib.cli import UserError
-from lib.images import resize
+from lib.conversations import conversation, layout_of, plain_text
+from lib.images import BadRecord, load, seen_size, Unread
 from lib.partition import Costs, pack
+from lib.shards import open_shards, Record, Shards, shuffled
 from model import Config
 from tasks.atlas import atlas_text
 from tasks.base import IMAGE, Message, OneShot, Task
@@ -43,23 +49,89 @@ from tokenizer import Tokenizer, tokenizer_of
 # ---- documents ----------------------------------------------------------------------------------
 
 def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
-             source: int = 0) -> Document:
+             source: int = 0, lazy: bool = False) -> Document:
     """Turn a conversation into a Document. Only the assistant's replies have a weight, unless a
     message has one of its own.
 
-    answer: make a prompt, which ends where the next reply begins.
+    answer: make a prompt, which ends where the next reply begins. lazy: leave the pixels of files
+    `Unread`.
     """
     ids, weights, images = [], [], []
     pixels_per_token = unit_of(config) ** 2
     for piece, weight, image in tokens.chat(messages, answer):
         if image is not None:       # the piece is the two marks around the visual tokens
-            images.append(resize(image, config))
+            size = seen_size(image, config)
+            unread = lazy and not isinstance(image, Image.Image)    # what is drawn is there already
+            images.append(Unread(image, *size) if unread else load(image, *size))
             height, width = images[-1].shape[-3:-1]     # two frames of a video: (2, h, w, 3)
             count = height * width // pixels_per_token
             piece = [piece[0], *[tokens.image] * count, piece[1]]
         ids += piece
         weights += [weight] * len(piece)
     return Document(np.array(ids, np.int32), np.array(weights, np.float32), images, source)
+
+
+# ---- own data -----------------------------------------------------------------------------------
+
+TRIES = 100     # so many records in a row that can't be used end a run: there is nothing to learn
+
+
+@dataclass
+class OwnData:
+    """A source of own data. split: which of its records are meant, those of `train`, those of
+    `test`, which are held out, or `all`."""
+    name: str
+    shards: Shards
+    split: str = "train"
+
+    def __post_init__(self):
+        whole = self.split == "all"
+        self.count = len(self.shards if whole else self.shards.numbers(self.split))
+
+    def record(self, seed: int, i: int) -> Record:
+        """The record for sample i: each of them once an epoch of `count` samples, in another order
+        each time."""
+        if self.split == "all":
+            return self.shards[shuffled(seed, i, self.count)]
+        return self.shards[self.shards.order(seed, i, self.split)]
+
+    def layout(self) -> str:
+        """The layout of the first record that has one."""
+        for number in range(min(TRIES, len(self.shards))):
+            with contextlib.suppress(BadRecord):
+                return layout_of(self.shards[number])
+        return "no layout that is known"
+
+
+def parse_data(text: str, split: str = "train",
+               option: str = "--data") -> tuple[tuple[OwnData, ...], dict[str, float]]:
+    """'data/cats.jsonl:2,notes' -> (the OwnData of both, {"cats": 2.0, "notes": 1.0})
+
+    option: for messages. Raises UserError on a wrong weight, or on what `open_shards` refuses.
+    """
+    sources, weights = [], {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        path, colon, weight = part.rpartition(":")
+        try:
+            value = float(weight) if colon else 1.0
+        except ValueError:
+            raise UserError(f"{option} takes FILE:weight, not '{part}'") from None
+        if not 0 <= value < math.inf:       # true for nan as well
+            raise UserError(f"{option} takes weights from 0 on, not '{part}'")
+        path = path if colon else part
+        name = source_name(path, weights)
+        sources.append(OwnData(name, open_shards(path), split))
+        weights[name] = value
+    if text and not sources:
+        raise UserError(f"{option} names no file: '{text}'")
+    return tuple(sources), weights
+
+
+def source_name(path: str, taken) -> str:
+    """A short name for the file or folder: its stem, and a number if there is such a source."""
+    stem = re.sub(r"\W+", "_", Path(path).stem).strip("_")[:24] or "own"
+    names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
+    return next(n for n in names if n not in {"gym", *gym.names(), *TEXTS, *taken})
 
 
 # ---- the mixture --------------------------------------------------------------------------------
@@ -113,8 +185,8 @@ def read_text(path: Path) -> str:
 
 @dataclass
 class Stream:
-    """A mixture of named sources: the gym's categories, `text`, `code`, and `atlas` (the pages that
-    world_knowledge asks about). `stream(i)` makes sample i.
+    """A mixture of named sources: the gym's categories, `text`, `code`, `atlas` (the pages that
+    world_knowledge asks about), and own data. `stream(i)` makes sample i.
 
     Raises UserError where mix or parts name what is not there.
     """
@@ -129,13 +201,17 @@ class Stream:
     parts: tuple = ()           # categories shown only in single questions about their screens
     own_question: bool = False  # a picture's own question is always among those asked about it
     pixels: int = 0             # side of the pictures; 0: see `task_pixels`
+    own: tuple = ()             # OwnData, each named in mix
+    own_tokens: int = 2048      # tokens of a stretch of own text
+    lazy: bool = False          # own pictures are `Unread`: only their sizes are known
 
     def __post_init__(self):
-        known = [*gym.names(), *TEXTS]
+        self.own_data = {data.name: data for data in self.own}
+        known = [*gym.names(), *TEXTS, *self.own_data]
         for name, _ in self.mix:
             if name not in known:
                 raise UserError(f"--mix names '{name}'; there are {', '.join(known)}")
-            if name not in TEXTS:
+            if name in gym.names():
                 task_pixels(name, self.config, self.pixels)     # refuses what can't be seen
         for name in self.parts:
             if name not in gym.names() or not gym.demonstrate(Task(name, 0), parts=True):
@@ -143,19 +219,23 @@ class Stream:
             if name not in dict(self.mix):
                 raise UserError(f"--parts names {name}, which is no part of --mix")
         total = sum(weight for _, weight in self.mix)
+        if not 0 < total < math.inf:
+            raise UserError(f"the weights of the sources need a finite sum above 0, not {total:g}")
         # Source k owns the numbers between edges[k-1] and edges[k] in [0, 1].
         self.edges = np.cumsum([weight / total for _, weight in self.mix])
         self.tokens = tokenizer_of(self.config)
 
     def __call__(self, i: int) -> list[Document]:
-        """Sample i: the questions about one picture as documents that share its pixels, or one
-        stretch of text."""
+        """Sample i: the questions about one picture as documents that share its pixels, one
+        stretch of text, or one record of own data."""
         rng = np.random.default_rng([self.seed, i])     # all that is random below comes from here
         source = int(np.searchsorted(self.edges, rng.random(), "right"))
         source = min(source, len(self.mix) - 1)         # the last edge may be 0.9999999
         name = self.mix[source][0]
         if name in TEXTS:
             return [self._text(rng, name, source)]
+        if name in self.own_data:
+            return [self._own(rng, self.own_data[name], i, source)]
         conversations = self._conversations(rng, name, i)
         order = rng.permutation(len(conversations)).tolist()
         if self.own_question and issubclass(gym.CATEGORIES[name].env, OneShot):
@@ -200,10 +280,51 @@ class Stream:
         start = int(rng.integers(max(1, len(text) - 4 * self.text_tokens)))
         start = text.find("\n", start) + 1
         ids = self.tokens.encode(text[start:start + 8 * self.text_tokens])[:self.text_tokens]
+        return self._plain(ids, source)
+
+    def _plain(self, ids: list[int], source: int) -> Document:
+        """A text without a conversation: every token is learnt."""
         ids = [self.tokens.special["[gMASK]"], self.tokens.special["<sop>"], *ids]
         weights = np.ones(len(ids), np.float32)
         weights[:2] = 0         # the two marks that begin every document are given
         return Document(np.array(ids, np.int32), weights, [], source)
+
+    def _own(self, rng, data: OwnData, i: int, source: int) -> Document:
+        """The record for sample i, or the next one in the shuffled order that can be used; the
+        document says which were passed over. Raises UserError where TRIES in a row can't be."""
+        passed, record = [], None
+        for k in range(min(TRIES, data.count)):
+            try:
+                record = None
+                record = data.record(self.seed, i + k)
+                text = plain_text(record)
+                if text is not None:
+                    made = self._plain(self._stretch(rng, text), source)
+                else:
+                    pairs = max(1, self.config.max_tokens // self.config.min_tokens)
+                    made = document(conversation(record, pairs), self.tokens, self.config,
+                                    source=source, lazy=self.lazy)
+            except BadRecord as error:
+                where = f"{record.where}: " if record and record.where not in str(error) else ""
+                passed.append((error.kind, where + str(error)))
+                continue
+            made.passed = tuple(passed)
+            return made
+        raise UserError(f"{data.name}: {len(passed)} records in a row can't be used; the last: "
+                        f"{': '.join(passed[-1])}")
+
+    def _stretch(self, rng, text: str) -> list[int]:
+        """The ids of a text, or of a stretch of it that fits into a row with its two marks. It
+        begins at the start of a line, if one is near."""
+        most = self.own_tokens - 2
+        head = text[:8 * most]
+        ids = self.tokens.encode(head)
+        if len(ids) <= most and len(head) == len(text):
+            return ids
+        length = most * len(head) // len(ids)       # of a stretch in characters, about
+        start = int(rng.integers(max(1, len(text) - length)))
+        start = text.rfind("\n", max(0, start - 1000), start) + 1 or start
+        return self.tokens.encode(text[start:start + 8 * most])[:most]
 
 
 def unit_of(config: Config) -> int:
@@ -283,6 +404,7 @@ class Packer:
         self.window, self.tokens_ahead = window, ahead * rows * room
         state = state or {"next": 0, "waiting": [], "skipped": 0}
         self.next, self.skipped = state["next"], state["skipped"]
+        self.passed = dict(state.get("passed", {}))     # {kind: number of records passed over}
         self.waiting = []           # [(number, documents, their size: see Costs.documents), ...]
         for i in state["waiting"]:
             if not self._add(i, samples(i)):
@@ -303,6 +425,7 @@ class Packer:
         tokens = sum(size[0] for *_, size in self.waiting)
         while len(self.waiting) < self.window or tokens < self.tokens_ahead:
             sample = self.samples(self.next)
+            self._count(sample[0].passed)
             if self._add(self.next, sample):
                 tokens += self.waiting[-1][2][0]
             else:
@@ -319,6 +442,13 @@ class Packer:
         [row] = self.batch()
         return row
 
+    def _count(self, passed):
+        """Count records that were passed over by their kind, and name the first one of each."""
+        for kind, detail in passed:
+            if kind not in self.passed:
+                self.say(f"skipped: {kind} ({detail}); others of this kind are only counted")
+            self.passed[kind] = self.passed.get(kind, 0) + 1
+
     def _skip(self, sample: list[Document]):
         """Count sample `next`, whose first document is longer than a row."""
         if not self.skipped:
@@ -331,7 +461,7 @@ class Packer:
 
     def state(self) -> dict:
         return {"next": self.next, "waiting": [i for i, *_ in self.waiting],
-                "skipped": self.skipped}
+                "skipped": self.skipped, "passed": dict(self.passed)}
 
 
 def pack_rows(documents: list[Document], room: int, ranks: int = 1) -> list[list[Document]]:
