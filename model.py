@@ -316,11 +316,19 @@ class GLMV(nn.Module):
         embedding is a lookup and takes none. Left out are the products of attention itself, queries
         with keys and weights with values; in `base` these alone are as many as all the rest once
         documents have about 18,000 tokens.
+
+        A frozen matrix takes 4 n, without the gradient of itself; in tower and adapter 2 n, since
+        nothing before them learns, so that they have no backward.
         """
-        n = self.counts()
-        decoder = n["decoder"] - self.model.language_model.embed_tokens.weight.numel()
-        return 6 * (tokens * (decoder + depths * n["mtp"]) + learnt * (1 + depths) * n["head"]
-                    + patches * (n["tower"] + n["adapter"] / 4))
+        def cost(module, frozen=4):
+            return sum(p.numel() * (6 if p.requires_grad else frozen) for p in module.parameters())
+        visual, decoder = self.model.visual, self.model.language_model
+        adapter = cost(visual.downsample, 2) + cost(visual.merger, 2)
+        tower = cost(visual, 2) - adapter
+        mtp = cost(decoder.layers[self.config.text.num_hidden_layers:])
+        trunk = cost(decoder) - cost(decoder.embed_tokens) - mtp
+        return (tokens * (trunk + depths * mtp) + learnt * (1 + depths) * cost(self.lm_head)
+                + patches * (tower + adapter / 4))
 
     def counts(self) -> dict[str, int]:
         """Parameters of each part: tower, adapter, decoder (with embedding), mtp, head, total."""

@@ -20,6 +20,7 @@ import mmtp
 from lib.cli import UserError
 from lib.common import first_sentence, write_json
 from lib.hub import CLASSES, save_hub_files
+from lib.lora import merged
 from lib.runs import checkpoints, step_of
 from lib.tensors import (check_digest, check_shapes, checked, is_whole, load_tensors, save_tensors,
                          shown, write_digests)
@@ -60,7 +61,7 @@ def load_head(model: GLMV, own: dict[str, Tensor], trunk: dict[str, Tensor], fol
     equal those of the trunk, the head uses the trunk's; otherwise it keeps its own. Raises
     UserError if names or shapes are wrong.
     """
-    head = mmtp.attach(model, model.config.mtp_depths or 1)
+    head = mmtp.attach(model, model.config.mtp_depths or 3)     # 3, where no file says it [C]
     for name, of_trunk in (("embed_tokens", "model.language_model.embed_tokens.weight"),
                            ("shared_head.head", "lm_head.weight")):
         copy = own.get(name + ".weight")
@@ -81,11 +82,12 @@ def load_head(model: GLMV, own: dict[str, Tensor], trunk: dict[str, Tensor], fol
 def save_model(model: GLMV, folder, dtype=torch.float32, weights: dict | None = None):
     """Write config.json, preprocessor_config.json, model.safetensors and the files of lib/hub.py to
     `folder`. weights: values to save instead of the model's own, for example the optimizer's fp32
-    masters."""
+    masters. Low-rank matrices (lib/lora.py) are merged into those beside which they are."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {**model.state_dict(), **(weights or {})}
-    save_tensors(folder / "model.safetensors", {k: v.to(dtype) for k, v in state.items()})
+    # On the CPU: a GPU that holds the model in bf16 may have no room for a copy in fp32.
+    state = {k: v.cpu() for k, v in {**model.state_dict(), **(weights or {})}.items()}
+    save_tensors(folder / "model.safetensors", {k: v.to(dtype) for k, v in merged(state).items()})
     has_head = mmtp.head_of(model) is not None
     config = model.config if has_head else dataclasses.replace(model.config, mtp_depths=0)
     save_config(config, folder, str(dtype).removeprefix("torch."))
@@ -101,28 +103,41 @@ def start_from(folder, optimizer):
     optimizer.load_masters(load_tensors(folder))
 
 
-def restore(folder, module: nn.Module, optimizer=None) -> dict:
+def restore(folder, module: nn.Module, optimizer=None, train: str = "all") -> dict:
     """Resume from the checkpoint `folder`: load the module and the optimizer, if this rank has one,
-    and return what else the script has saved in train.pt (step, args, ...). Raises UserError if a
-    file is damaged, or comes from an earlier version."""
+    and return what else the script has saved in train.pt (step, args, ...). train: the option
+    --train, of what learns in `module`. Raises UserError if a file is damaged, comes from an
+    earlier version, or from a run in which something else learned."""
     folder = Path(folder)
-    try:
+    with errors_of_resuming(folder):
         check_digest(folder / "train.pt")
         # To the CPU: of the optimizer's state, each rank takes its share to the device.
         state = torch.load(folder / "train.pt", map_location="cpu", weights_only=True)
-        saved = state.pop("optimizer")
-        weights = load_tensors(folder)
-        module.load_state_dict(weights)
-        if optimizer and "adam" not in saved:
-            optimizer.load_state_dict(saved)
-            optimizer.load_masters(weights)
-    except Exception as error:  # torch.load reports damage by some ten types of exception
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_sentence(error)
-        raise UserError(f"{folder} can't be resumed ({reason}); {advice(folder)}") from None
+        saved, begun = state.pop("optimizer"), state.get("args", {}).get("train", "all")
+    if begun != train:
+        raise UserError(f"{folder} is of a run with --train={begun}: resume it with the same, or "
+                        f"start from its weights with --init={folder}")
     if "adam" in saved:         # the state of AdamW as torch numbers its parameters
         raise UserError(f"{folder} holds the optimizer of an earlier version, which can't be "
                         f"resumed; --init={folder} starts from its weights")
+    with errors_of_resuming(folder):
+        # With LoRA, train.pt holds the frozen matrices too, and the low-rank ones that learn.
+        weights = {**load_tensors(folder), **state.pop("unmerged", {})}
+        module.load_state_dict(weights)
+        if optimizer:
+            optimizer.load_state_dict(saved)
+            optimizer.load_masters(weights)
     return state
+
+
+@contextlib.contextmanager
+def errors_of_resuming(folder: Path):
+    """Turn any error of reading the checkpoint `folder` into a UserError that says how to go on."""
+    try:
+        yield
+    except Exception as error:  # torch.load reports damage by some ten types of exception
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_sentence(error)
+        raise UserError(f"{folder} can't be resumed ({reason}); {advice(folder)}") from None
 
 
 def advice(folder: Path) -> str:
