@@ -4,6 +4,8 @@
     python sample.py ask --image=docs/example.png "What color is the diamond?"
     python sample.py ask --image=docs/example.png "List all." --temperature=0.7
     python sample.py ask --image=docs/example.png "List all." --drafts=3    speculative decoding
+    python sample.py ask --ckpt=FOLDER --image=page.png "Text Recognition:" --max_new=2048
+                                                         GLM-OCR's folder, as it is released
     python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
 
@@ -14,7 +16,6 @@ nothing else: to a photo or a question in other words it gives some answer, whic
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
-import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from lib.common import ROOT, setup, write_json
 from lib.images import open_image
 from lib.rollout import Episode, rollout, RolloutSettings
 from lib.runs import find_checkpoint
+from lib.scoring import interval
 from tasks.base import Message, Task
 from tokenizer import tokenizer_of
 
@@ -42,14 +44,10 @@ SHIPPED = ROOT / "ckpt" / "gym"     # the checkpoint that is used without --ckpt
 
 def load(ckpt: str, device: str, dtype: str):
     """Model, tokenizer and hardware for a checkpoint or run folder, the shipped one if `ckpt` is
-    empty.
-    Raises UserError if there is none, or if it has another tokenizer than ours."""
+    empty. Raises UserError if there is none, or if it comes without a tokenizer."""
     hw = setup(device, dtype)
     folder = find_checkpoint(ckpt or SHIPPED)
     model = load_model(folder, hw.device, hw.dtype)
-    if not model.config.n_ranks:
-        raise UserError(f"{folder} has another tokenizer than ours: its weights can be loaded, but "
-                        "it can't be asked here")
     return model, tokenizer_of(model.config), hw
 
 
@@ -155,14 +153,6 @@ def run_tasks(model, tokens, tasks, slots: int = 64, context: int = 0, max_new: 
     settings = RolloutSettings(tokens, model.config, context, max_new, temperature=0.0, blank=blank)
     episodes = [Episode(task, i, 0) for i, task in enumerate(tasks)]
     return rollout(engine, episodes, settings, gym.Rewards(), bar)
-
-
-def interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share that was observed in n trials."""
-    z = 1.96
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def figures(tasks, shown, blanked) -> dict | None:

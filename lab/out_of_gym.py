@@ -27,7 +27,8 @@ from lab import report
 from lib.cli import check_options, cli, Count, Device, Dtype, main, Seed, UserError
 from lib.common import write_json, write_text
 from lib.images import open_image
-from sample import interval, load
+from lib.scoring import interval
+from sample import load
 from tasks.base import IMAGE, Message, Task
 from tasks.draw import CELL, font, ink_on, OUTLINES, SHAPES, sheet, tile, UNITS
 from tasks.verify import inside, is_point, parse_action

@@ -80,16 +80,21 @@ def number(evidence: dict) -> float:
     return float(bool(re.fullmatch(r"-?[0-9]{1,12}", answer)) and int(answer) == int(gold))
 
 
+def close(found: float, gold: float) -> bool:
+    """Whether a number is within 2.5% of gold; it must be exact if gold is an integer from 1000 to
+    3000, which may be a year. [R] for both."""
+    year = type(gold) is int and 1000 <= gold <= 3000
+    return abs(found - gold) <= (0 if year else 0.025 * abs(gold) + 1e-9)
+
+
 def value(evidence: dict) -> float:
-    """EX/NUM: for a word as `exact`; a number must be within 2.5% of gold, and exact if gold is an
-    integer from 1000 to 3000, which may be a year. [R] for both."""
+    """EX/NUM: for a word as `exact`, for a number as `close`."""
     answer, gold = answer_and_gold(evidence)
     if isinstance(gold, str):
         return exact(evidence)
     if not re.fullmatch(r"-?[0-9]{1,12}(\.[0-9]{1,6})?", answer):
         return 0.0
-    year = type(gold) is int and 1000 <= gold <= 3000
-    return float(abs(float(answer) - gold) <= (0 if year else 0.025 * abs(gold) + 1e-9))
+    return float(close(float(answer), gold))
 
 
 def cited(evidence: dict) -> float:
