@@ -38,7 +38,7 @@ from lib.cli import UserError
 from lib.conversations import conversation, layout_of, plain_text
 from lib.images import BadRecord, load, seen_size, Unread
 from lib.partition import Costs, pack
-from lib.shards import open_shards, Record, Shards, shuffled
+from lib.shards import open_shards, Record, Shards
 from model import Config
 from tasks.atlas import atlas_text
 from tasks.base import IMAGE, Message, OneShot, Task
@@ -85,22 +85,22 @@ class OwnData:
     split: str = "train"
 
     def __post_init__(self):
-        whole = self.split == "all"
-        self.count = len(self.shards if whole else self.shards.numbers(self.split))
+        self.count = len(self.shards.numbers(self.split))
 
     def record(self, seed: int, i: int) -> Record:
         """The record for sample i: each of them once an epoch of `count` samples, in another order
         each time."""
-        if self.split == "all":
-            return self.shards[shuffled(seed, i, self.count)]
         return self.shards[self.shards.order(seed, i, self.split)]
 
-    def layout(self) -> str:
-        """The layout of the first record that has one."""
+    def description(self) -> str:
+        """One line for the log, with the layout of the first record that has one."""
+        layout = "no layout that is known"
         for number in range(min(TRIES, len(self.shards))):
             with contextlib.suppress(BadRecord):
-                return layout_of(self.shards[number])
-        return "no layout that is known"
+                layout = layout_of(self.shards[number])
+                break
+        held = f", {len(self.shards) - self.count:,} of them held out" * (self.split == "train")
+        return f"{self.name}: {len(self.shards):,} records{held}, {layout}"
 
 
 def parse_data(text: str, split: str = "train",
@@ -225,12 +225,15 @@ class Stream:
         self.edges = np.cumsum([weight / total for _, weight in self.mix])
         self.tokens = tokenizer_of(self.config)
 
+    @property
+    def digest(self) -> str:
+        """What differs where two runs, or two ranks, have other own data; "" without any."""
+        return " ".join(f"{data.name}:{data.split}:{data.shards.digest}" for data in self.own)
+
     def __call__(self, i: int) -> list[Document]:
         """Sample i: the questions about one picture as documents that share its pixels, one
         stretch of text, or one record of own data."""
-        rng = np.random.default_rng([self.seed, i])     # all that is random below comes from here
-        source = int(np.searchsorted(self.edges, rng.random(), "right"))
-        source = min(source, len(self.mix) - 1)         # the last edge may be 0.9999999
+        rng, source = self._source(i)       # all that is random below comes from this generator
         name = self.mix[source][0]
         if name in TEXTS:
             return [self._text(rng, name, source)]
@@ -246,6 +249,18 @@ class Stream:
         for other in documents[1:]:
             other.images = documents[0].images
         return documents
+
+    def _source(self, i: int) -> tuple[np.random.Generator, int]:
+        """The random generator of sample i, and its entry of the mixture."""
+        rng = np.random.default_rng([self.seed, i])
+        source = int(np.searchsorted(self.edges, rng.random(), "right"))
+        return rng, min(source, len(self.mix) - 1)      # the last edge may be 0.9999999
+
+    def drawn(self, i: int) -> int:
+        """How many pixels the picture of sample i has that is drawn for it: 0 for texts and own
+        data. It takes no drawing to know that; see lib/partition.py."""
+        name = self.mix[self._source(i)[1]][0]
+        return task_pixels(name, self.config, self.pixels) ** 2 if name in gym.names() else 0
 
     def _conversations(self, rng, name: str, i: int) -> list[list[Message]]:
         """Conversations about the same pictures, from one task of the category `name`."""
