@@ -3,6 +3,7 @@
     python pretrain.py --steps=200                          a first look, any machine
     python pretrain.py --mix=gym:9,text,code --levels=3     all tasks, up to level 2, some text
     python pretrain.py --init=out/pretrain --lr=1e-3 --out=out/sft   start from other weights
+    python pretrain.py --init=ckpt/gym --data=own.jsonl --out=out/own   SFT on own data
     torchrun --nproc_per_node=8 pretrain.py --size=small    two rows of 16,384 tokens a rank
     python pretrain.py --size=base --plan                   what it would need, then stop
 
@@ -36,23 +37,25 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import collate, Packer, parse_mix, sight, Stream
+from data import collate, pack_rows, Packer, parse_data, parse_mix, sight, Stream
 from kernels import linear_cross_entropy
 from lib.batch import Batch
-from lib.checkpoint import load_config, load_model, load_tower, restore, save_model, start_from
+from lib.checkpoint import load_config, load_model, load_tower, restore, save_model
 from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, NonNegative,
                      Positive, Range, Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, cores, Log, multiples, Part, print_plan, print_plan_on,
-                        read_json, setup, sum_over_ranks, write_json)
+from lib.common import (check_same_data, check_same_start, cores, Log, multiples, Part, print_plan,
+                        print_plan_on, read_json, setup, sum_over_ranks, write_json)
 from lib.loader import SampleLoader
+from lib.lora import check_train, count_learning, learns, set_learning, unmerged
 from lib.memory import compile_blocks, parse_memory
 from lib.partition import AHEAD, Costs
 from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
-from mmtp import attach, head_of, losses as mtp_losses
+from mmtp import attach, head_of, losses as mtp_losses, prefix
 from model import Config, DecoderLayer, GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
+from tokenizer import tokenizer_of
 from vit import VitBlock
 
 
@@ -62,7 +65,9 @@ class Args:
     steps: Positive = 1000        # optimizer updates
     rows: Natural = 0             # packed rows a step, over all ranks; 0: by size, 1 to 4 a rank
     row_tokens: Natural = 0       # tokens a row; 0: by size, 2048, 4096 or 16384
-    mix: str = "gym:8,text:1,code:1"  # sources and weights; gym = all that the model can see
+    mix: str = ""                 # sources and weights, gym = all it can see; gym:8,text:1,code:1
+    data: str = ""                # own data, FILE:weight,... alone or beside --mix; lib/shards.py
+    val: str = ""                 # own data for the held-out loss; default: one in fifty of --data
     levels: Levels = 2            # tasks come from levels 0..levels-1
     think: Share = 0.0            # share of the gym's replies that state their reasons first
     parts: str = ""               # categories shown only in single questions about their screens
@@ -70,7 +75,8 @@ class Args:
     own_question: bool = False    # always ask the task's own question, not only the further ones
     curriculum: Share = 0.2       # share of the run that sees level 0 only
     lr: NonNegative = 4e-3        # peak learning rate, of Muon and AdamW alike
-    vision_scale: NonNegative = 1.0     # factor on it for the vision tower
+    train: str = "all"            # what learns: all, decoder (and adapter), adapter, or lora:16
+    vision_scale: NonNegative = 1.0     # factor on lr for the vision tower and the adapter
     weight_decay: NonNegative = 0.05    # on matrices
     warmup: Natural = 20          # steps over which the learning rate rises
     schedule: Schedule = "linear"       # constant, linear (falls in the last part) or cosine
@@ -99,6 +105,8 @@ class Args:
     on: str = ""                  # with --plan: on this machine, e.g. H100 or 8xH100; default: here
 
 
+MIX = "gym:8,text:1,code:1"     # where neither --mix nor --data say what to learn from
+
 # Rows a rank and tokens a row, where --rows and --row_tokens do not say it. tiny and mini are for
 # CPUs; the longest document of mini has about 2,100 tokens. A GPU wants long rows: each takes the
 # host as many launches as a short one, and for small with 16 rows of 2,048 it would wait for the
@@ -124,10 +132,15 @@ def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token", alone: 
 
 
 @torch.no_grad()
-def held_out_loss(model: GLMV, batches) -> float:
-    """The mean loss per unit of weight on rows that are never trained on."""
-    total = sum(loss_sum(model, batch)[0] for batch in batches)
-    return (total / sum(batch.weights.sum() for batch in batches)).item()
+def held_out_losses(model: GLMV, rows: dict[str, list[Batch]]) -> dict[str, float]:
+    """The mean loss per unit of weight on rows that are never trained on, as `held_out`; where they
+    are of several sources, also of each one, as `held_out_NAME`."""
+    losses = {name: sum(loss_sum(model, batch)[0] for batch in rows[name]) for name in rows}
+    weights = {name: sum(batch.weights.sum() for batch in rows[name]) for name in rows}
+    found = {"held_out": sum(losses.values()) / sum(weights.values())} if rows else {}
+    if len(rows) > 1:
+        found |= {f"held_out_{name}": losses[name] / weights[name] for name in rows}
+    return {name: value.item() for name, value in found.items()}
 
 
 def mtp_weight(step: int, args: Args) -> float:
@@ -159,10 +172,8 @@ def count(rows, patch: int) -> tuple[int, int, int, int]:
 def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     """Print what the run would need (`--plan`). About a second of loading tells how long samples
     take, and how many tokens and patches they have."""
-    with torch.device("meta"):          # shapes without memory
-        model = GLMV(config)
-        if args.mtp or config.mtp_depths:
-            attach(model, args.mtp)
+    model = on_meta(args, config)
+    args = with_mtp(args, model)
     made = [stream(10 ** 9 + i) for i in range(50)]     # beyond the easy ones; they fill caches
     began = time.perf_counter()
     while (spent := time.perf_counter() - began) < 1:
@@ -177,12 +188,13 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     flops = model.flops(tokens, patches, learnt)
     if args.mtp:
         flops += args.mtp_share * (model.flops(tokens, patches, learnt, args.mtp) - flops)
-    # Weights in the model's dtype, gradients in fp32; ranks share master and moments, 12 bytes.
-    # What is kept for the backward pass of a row counts 2 bytes a value.
-    kept = parse_memory(args.memory, args.chunk_patches).kept(
-        config, args.row_tokens, args.row_tokens * patches / tokens)
-    counts = model.counts()
-    memory = counts["total"] * (4 + hw.dtype.itemsize + 12 / hw.world)
+    # Weights in the model's dtype; of what learns, gradients in fp32, and ranks share master and
+    # moments, 12 bytes. What is kept for the backward pass of a row counts 2 bytes a value; a
+    # frozen tower keeps nothing.
+    row_patches = args.row_tokens * patches / tokens * learns(model.model.visual.blocks)
+    kept = parse_memory(args.memory, args.chunk_patches).kept(config, args.row_tokens, row_patches)
+    counts = model.counts() | {"learning": count_learning(model)}
+    memory = counts["total"] * hw.dtype.itemsize + counts["learning"] * (4 + 12 / hw.world)
     memory += 2 * kept
     print_plan(hw, counts, tokens, flops, memory)
     # Every rank loads all samples. On a CPU workers do not load while the model trains.
@@ -208,10 +220,21 @@ def plan_on(machine: Machine, args: Args, config: Config, stream: Stream, made: 
             parts.append(Part(name, steps, trace, flops))
     workers = max(1, args.workers) if args.workers >= 0 else min(8, machine.cores)
     samples = args.steps * args.rows * len(row) / sum(map(len, made)) * len(made)
-    print_plan_on(machine, model.counts(), args.steps * args.rows * tokens, parts,
+    counts = model.counts() | {"learning": count_learning(on_meta(args, config))}
+    print_plan_on(machine, counts, args.steps * args.rows * tokens, parts,
                   seconds * samples / workers / 3600,
                   f"{1000 * seconds:.2f} ms a sample, measured here, by {workers} workers a GPU, "
                   "an assumption")
+
+
+def on_meta(args: Args, config: Config) -> GLMV:
+    """The model of a run, with shapes but without memory."""
+    with torch.device("meta"):
+        model = GLMV(config)
+        if config.mtp_depths:       # as --init brings a head
+            attach(model, config.mtp_depths)
+        choose_learning(model, args)
+    return model
 
 
 def trace_step(machine: Machine, args: Args, config: Config, row, depths: int):
@@ -219,14 +242,10 @@ def trace_step(machine: Machine, args: Args, config: Config, row, depths: int):
     rows. See lib/roofline.py."""
     trace = Trace(machine)
     with trace:
-        with torch.device("meta"):
-            model = GLMV(config)
-            if args.mtp or config.mtp_depths:
-                attach(model, args.mtp)
+        model = on_meta(args, config)
         parse_memory(args.memory, args.chunk_patches).use_in(model)
         optimizer = Optimizer(model.bfloat16().named_parameters(), OptimConfig())
-        if head := head_of(model):
-            head.requires_grad_(depths > 0)
+        let_head_learn(model, optimizer, depths > 0)
         trace.hold_training(model, optimizer)
         optimizer.last_backward()
         batch = collate(row, config, args.row_tokens).to("meta")
@@ -234,6 +253,56 @@ def trace_step(machine: Machine, args: Args, config: Config, row, depths: int):
         trace.learn(lambda: loss_sum(model, batch, depths, args.image_option, args.mtp_alone), rows)
         trace.update(optimizer)
     return model, trace
+
+
+# ---- the samples --------------------------------------------------------------------------------
+
+def stream_of(args: Args, config: Config) -> Stream:
+    """The stream of samples that the run learns from: own data, categories of the gym, text."""
+    own, weights = parse_data(args.data, "all" if args.val else "train")
+    if args.mix:
+        weights |= dict(parse_mix(args.mix, sight(config)))
+    # Level 0 alone for the first fifth of the run. At first a model only learns how answers read:
+    # its loss stays on a plateau until it finds out that the picture tells which answer is right.
+    # It does so sooner on pictures with few objects [O].
+    samples = args.steps * args.rows * args.row_tokens / 110    # about 110 tokens a sample at tiny
+    return Stream(config, tuple(weights.items()), args.seed, "train", args.levels,
+                  easy_samples=int(args.curriculum * samples), think=args.think,
+                  parts=tuple(filter(None, args.parts.split(","))),
+                  own_question=args.own_question, pixels=args.pixels, own=own,
+                  own_tokens=args.row_tokens)
+
+
+def held_out_rows(stream: Stream, args: Args, hw, say) -> dict[str, list[Batch]]:
+    """Up to two rows of each source that are never trained on; the categories of the gym and its
+    texts are one source, `gym`. They do not depend on the step, so that the held-out losses of a
+    run can be compared."""
+    stream = replace(stream, split="test", easy_samples=0, lazy=False)
+    own = parse_data(args.val, "all", "--val")[0] or tuple(
+        replace(data, split="test") for data in stream.own)
+    drawn = tuple((name, weight) for name, weight in stream.mix if name not in stream.own_data)
+    rows = {}
+    if any(weight for _, weight in drawn):
+        # From all levels of the test split, whose tasks are never trained on.
+        packer = Packer(replace(stream, mix=drawn, own=()), args.row_tokens, say=lambda _: None)
+        rows["gym"] = [packer.row() for _ in range(2)]
+    for data in own:
+        alone = replace(stream, mix=((data.name, 1.0),), own=(data,), parts=())
+        documents, tokens = [], 0
+        try:
+            for i in range(data.count):         # each record once
+                documents += [d for d in alone(i) if len(d.ids) <= args.row_tokens]
+                tokens = sum(len(d.ids) for d in documents)
+                if tokens >= 2 * args.row_tokens:
+                    break
+        except UserError as error:              # none of the held-out records can be used
+            say(str(error))
+        if documents:
+            rows[data.name] = pack_rows(documents, args.row_tokens)[:2]
+        else:
+            say(f"{data.name} has no held-out record: --val=FILE would give some")
+    return {name: [collate(row, stream.config).to(hw.device) for row in some]
+            for name, some in rows.items()}
 
 
 # ---- the rows of a step -------------------------------------------------------------------------
@@ -261,6 +330,30 @@ def load_rows(packer: Packer, args: Args, config: Config, hw) -> Rows:
     return Rows(batches, *count(rows, config.vision.patch_size), weight, packer.state())
 
 
+# ---- what learns --------------------------------------------------------------------------------
+
+def choose_learning(model: GLMV, args: Args):
+    """Attach a new MTP head if there is none, and freeze what --train excludes."""
+    # Of a new head all has to learn. In a head that --init brings LoRA learns as in other layers.
+    if args.mtp and not head_of(model) and args.train in ("all", "decoder"):
+        attach(model, args.mtp, args.seed)
+    set_learning(model, args.train, args.seed)
+    if learns(head_of(model)):
+        model.config.mtp_depths = max(model.config.mtp_depths, args.mtp)
+
+
+def with_mtp(args: Args, model: GLMV) -> Args:
+    """The arguments, without --mtp where no part of the MTP head learns: then it has no loss."""
+    return args if learns(head_of(model)) else replace(args, mtp=0)
+
+
+def let_head_learn(model: GLMV, optimizer: Optimizer, on: bool):
+    """Freeze what learns in the MTP head, which the optimizer then skips, or let it learn again."""
+    for name, p in optimizer.params.items():
+        if name.startswith(prefix(model)):
+            p.requires_grad_(on)
+
+
 # ---- start and save -----------------------------------------------------------------------------
 
 def check(args: Args):
@@ -274,6 +367,12 @@ def check(args: Args):
         raise UserError("--init and --vit both bring a tower: give one of them")
     if args.vit:
         find_checkpoint(args.vit)
+    kind = check_train(args)
+    given = args.init or args.vit and kind == "decoder" or args.resume and checkpoints(args.out)
+    if kind != "all" and not given and not args.plan:
+        raise UserError(f"--train={args.train} would freeze random weights: name others by --init")
+    if kind == "adapter" and args.mtp_alone:
+        raise UserError("--mtp_alone does nothing with --train=adapter, which freezes the MTP head")
 
 
 def start_of(args: Args) -> tuple[Path | None, Config]:
@@ -285,8 +384,7 @@ def start_of(args: Args) -> tuple[Path | None, Config]:
         return None, sized(size)
     folder = find_checkpoint(folder)
     config, asked = load_config(folder), sized(size)
-    if not config.n_ranks:
-        raise UserError(f"{folder} comes with another tokenizer; only its weights can be used here")
+    tokenizer_of(config)        # refuses a folder without one
     if args.size != "auto" and (config.text, config.vision) != (asked.text, asked.vision):
         raise UserError(f"--size={size} is not the size of the model in {folder}: leave it out")
     return folder, config
@@ -314,11 +412,10 @@ def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
     folder, config = start_of(args)
     resumed = args.resume and bool(checkpoints(args.out))
     model = load_model(folder) if folder else GLMV(config, args.seed)
-    if args.mtp and not head_of(model):
-        attach(model, args.mtp, args.seed)
-    model.config.mtp_depths = max(model.config.mtp_depths, args.mtp)
     if args.vit and not resumed:
         load_tower(model.model.visual, find_checkpoint(args.vit))
+    choose_learning(model, args)
+    exact = model.state_dict()      # before it is rounded to bf16
     model = model.to(hw.device, hw.dtype)
     parse_memory(args.memory, args.chunk_patches).use_in(model)
     if args.compile:
@@ -332,10 +429,9 @@ def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
     config = OptimConfig(args.lr, args.weight_decay, scales=(("model.visual", args.vision_scale),))
     optimizer = Optimizer(model.named_parameters(), config)
     if not resumed:
-        if folder:
-            start_from(folder, optimizer)
+        optimizer.load_masters(exact)
         return model, optimizer, 0, None
-    state = restore(folder, model, optimizer)
+    state = restore(folder, model, optimizer, args.train)
     if "position" not in state:
         raise UserError(f"{folder} was not saved by pretrain.py; --init={folder} starts from its "
                         "weights")
@@ -349,7 +445,8 @@ def save(folder: Path, masters: dict, state: dict, step: int, model: GLMV, posit
     save_model(model, folder, weights=masters)      # fp32; the model may be bf16
     save_state(folder / "train.pt", {
         "step": step, "position": position, "seed": args.seed, "optimizer": state,
-        "args": asdict(args), "rng": torch.get_rng_state()})
+        "args": asdict(args), "rng": torch.get_rng_state(),
+        "unmerged": unmerged({**model.state_dict(), **masters})})
     if args.keep:
         save_model(model, args.keep, torch.bfloat16, masters)
 
@@ -359,26 +456,28 @@ def save(folder: Path, masters: dict, state: dict, step: int, model: GLMV, posit
 def run(args: Args):
     """Train, from the start or from the newest checkpoint, to the last step."""
     check(args)
+    if not args.mix and not args.data:
+        args = replace(args, mix=MIX)
     hw = setup(args.device, args.dtype, args.max_hours)
     out, config = Path(args.out), start_of(args)[1]
     args = with_rows(args, config, find_machine(args.on).count if args.on else hw.world)
     say = print if hw.rank == 0 else (lambda *_: None)
 
-    # Level 0 alone for the first fifth of the run. At first a model only learns how answers read:
-    # its loss stays on a plateau until it finds out that the picture tells which answer is right.
-    # It does so sooner on pictures with few objects [O].
-    samples = args.steps * args.rows * args.row_tokens / 110    # about 110 tokens a sample at tiny
-    stream = Stream(config, parse_mix(args.mix, sight(config)), args.seed, "train", args.levels,
-                    easy_samples=int(args.curriculum * samples), think=args.think,
-                    parts=tuple(filter(None, args.parts.split(","))),
-                    own_question=args.own_question, pixels=args.pixels)
+    stream = stream_of(args, config)
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores() // hw.world))
     if args.plan:
         return plan(args, hw, config, stream, workers) if hw.rank == 0 else None
     say(hw.description)
+    for data in stream.own:
+        say("\n".join([data.description(), *data.shards.notes]))
+    check_same_data(stream.digest)
     model, optimizer, start, position = build(args, hw)
     check_same_start(start, out)
-    config, counts = model.config, model.counts()
+    if position and position.get("data", "") != stream.digest:
+        raise UserError(f"--data has changed since {out} was saved: --init={out} and another --out "
+                        "start a new run from its weights")
+    args = with_mtp(args, model)
+    config, counts = model.config, model.counts() | {"learning": count_learning(model)}
     # On a CPU, workers that load during a step would take its cores: no overlap there.
     loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")
     packer = Packer(loader, args.row_tokens, args.rows, Costs.of(config), ahead=AHEAD,
@@ -387,23 +486,21 @@ def run(args: Args):
     # On a GPU a thread loads the rows of the next step while this one runs.
     load = Prefetch(functools.partial(load_rows, packer, args, config, hw), args.steps - start,
                     ahead=hw.device.type == "cuda")
-    # Two rows of the test split, whose tasks are never trained on, from all levels: they do not
-    # depend on the step, so that the held-out losses of a run can be compared.
-    test_rows = Packer(replace(stream, split="test", easy_samples=0), args.row_tokens,
-                       say=lambda _: None)
-    held_out = [collate(test_rows.row(), config).to(hw.device) for _ in range(2)]
+    held_out = held_out_rows(stream, args, hw, say) if args.eval_every else {}
 
     # Only now, as --init may be in the folder of the earlier run.
     move_earlier_run(out, args.resume, hw, say)
-    say(f"{counts['total'] / 1e6:.2f}M parameters, {args.rows}x{args.row_tokens} tokens a step, "
-        f"steps {start}..{args.steps}, {workers} workers, run folder {out}")
+    say(f"{counts['total'] / 1e6:.2f}M parameters, of which {counts['learning'] / 1e6:.2f}M learn, "
+        f"{args.rows}x{args.row_tokens} tokens a step, steps {start}..{args.steps}, {workers} "
+        f"workers, run folder {out}")
     if hw.rank == 0:        # the page of a run shows its options from here; eval reads the mixture
         write_json(out / "config.json", asdict(args) | {
             "parameters": counts, "hardware": hw.description})
     # From here on a signal no longer ends the process: the loop finishes its step and saves.
     checkpointer = Checkpointer(
         out, hw, args.steps, args.save_every, start,
-        lambda folder, *gathered: save(folder, *gathered, checkpointer.done, model, position, args),
+        lambda folder, *gathered: save(folder, *gathered, checkpointer.done, model,
+                                       position | {"data": stream.digest}, args),
         optimizer.gather)
     log = Log(out, "pretrain", args.steps, start, hw.rank)
 
@@ -424,8 +521,7 @@ def run(args: Args):
         ahead = mtp_weight(step, args)
         depths = args.mtp if ahead else 0
         losses = torch.zeros(1 + depths, device=hw.device)  # of the next token, of each depth
-        if head := head_of(model):
-            head.requires_grad_(depths > 0)     # the optimizer skips what is frozen
+        let_head_learn(model, optimizer, depths > 0)
 
         for number, batch in enumerate(rows.batches, 1):
             # 2. Forward. A row is always T tokens long, filled up by a tail without weight.
@@ -466,20 +562,23 @@ def run(args: Args):
         values |= {f"mtp{depth}": x for depth, x in enumerate(further, 1)}
         if load.seconds - loading > 0.05 * seconds:         # worth a look: more --workers?
             values["loading"] = load.seconds - loading
-        # Steps that were not finite, and samples longer than a row.
-        if checkpointer.skipped or position["skipped"]:
-            values["skipped"] = checkpointer.skipped + position["skipped"]
+        # Steps that were not finite, samples longer than a row, records that can't be used.
+        passed = sum(position["passed"].values())
+        if checkpointer.skipped or position["skipped"] or passed:
+            values["skipped"] = checkpointer.skipped + position["skipped"] + passed
 
         # 6. Held-out loss, without the MTP part; also at the last step, so that two runs can be
         #    compared by their last line.
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
-            values["held_out"] = held_out_loss(model, held_out)
+            values |= held_out_losses(model, held_out)
 
         # 7. Log every step, print some. Save when due, and also if a signal has come: then all
         #    ranks leave the loop together.
         log.step(done, done % args.log_every == 0 or done == args.steps, **values)
         if checkpointer.after_step(done, log.reader_gone):
             break
+    if position["passed"]:
+        say("skipped in all: " + ", ".join(f"{n} {kind}" for kind, n in position["passed"].items()))
     log.close()
     load.close()
     loader.close()

@@ -18,6 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -264,12 +265,26 @@ def store_of_this_attempt(store, rank: int, world: int):
 def check_same_start(start: int, out):
     """Raise UserError where ranks have found different checkpoints to continue from: they would add
     up gradients of different weights."""
-    if dist.is_initialized():
-        found = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-        found[dist.get_rank()] = start
-        steps = sum_over_ranks(found).tolist()
-        if len(set(steps)) > 1:
-            raise UserError(f"--resume: ranks find steps {steps} in {out}: not all see that folder")
+    steps = of_all_ranks(start)
+    if len(set(steps)) > 1:
+        raise UserError(f"--resume: ranks find steps {steps} in {out}: not all see that folder")
+
+
+def check_same_data(digest: str):
+    """Raise UserError where ranks see different own data: each would pack other rows."""
+    checksums = of_all_ranks(crc32(digest.encode()))
+    if len(set(checksums)) > 1:
+        raise UserError(f"--data: ranks see different files (checksums {checksums}): not all have "
+                        "the same shards")
+
+
+def of_all_ranks(number: int) -> list[int]:
+    """The number that each rank has."""
+    if not dist.is_initialized():
+        return [number]
+    found = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    found[dist.get_rank()] = number
+    return sum_over_ranks(found).tolist()
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:

@@ -33,8 +33,8 @@ import numpy as np
 
 from lib.cli import UserError
 from lib.images import BadRecord
-from lib.records import (files_below, Folder, Lines, Parquet, PICTURES, Record, Tar, TextFolder,
-                         TEXTS)
+from lib.parquet import Parquet
+from lib.records import files_below, Folder, Lines, PICTURES, Record, Tar, TextFolder, TEXTS
 
 # ---- all shards ---------------------------------------------------------------------------------
 
@@ -83,7 +83,9 @@ class Shards:
 
     def numbers(self, split: str) -> np.ndarray:
         """The numbers of the records of a split, `train` or `test`, in order, int64. The test split
-        may be empty; the training split never is."""
+        may be empty; the training split never is. The split `all` is both."""
+        if split == "all":
+            return np.arange(len(self))
         held = np.concatenate([shard.index["held"] for shard in self.shards]).astype(bool)
         if held.all():
             held[:] = False
@@ -141,6 +143,8 @@ class Order:
 def open_shards(spec: str) -> Shards:
     """Open the data that `spec` names; see the top of this file. An index is made the first time.
     Raises UserError where nothing can be read."""
+    if not spec.strip():
+        raise UserError("the path of the data is empty")
     if Path(spec).is_dir():
         return open_folder(Path(spec))
     return open_files(spec, expand(spec))
@@ -184,9 +188,13 @@ def expand(spec: str) -> list[Path]:
         listed = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.strip() and not line.startswith("#"):
-                listed += expand_pattern(str(path.parent / line.strip()))
+                try:
+                    listed += expand_pattern(str(path.parent / line.strip()))
+                except UserError as error:
+                    raise UserError(f"each line of {spec} is the path of a shard, but {error}; to "
+                                    "learn plain text, give its folder") from None
         if not listed:
-            raise UserError(f"{spec} names no file: each of its lines is the path of a shard")
+            raise UserError(f"{spec} names no file; each line is the path of a shard")
         return listed
     return expand_pattern(spec)
 
