@@ -1,4 +1,4 @@
-"""Using a model: ask it about pictures, or evaluate it on the gym.
+"""Using a model: ask it about pictures, or evaluate it on the gym or on questions of your own.
 
     python sample.py ask                                 lists the questions that it was trained on
     python sample.py ask --image=docs/example.png "What color is the diamond?"
@@ -8,6 +8,7 @@
                                                          GLM-OCR's folder, as it is released
     python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
+    python sample.py eval --data=FILE.jsonl              your own questions: see lib/own_eval.py
 
 Without --ckpt the model in ckpt/gym is used: 3.3M parameters, trained on all 36 categories of the
 gym, see ckpt/gym/README.md. It knows what the gym draws and the wordings that `ask` lists, and
@@ -33,6 +34,7 @@ from lib.cli import (Count, Device, Drafts, Dtype, main, Natural, NonNegative, P
                      run_verb, Seed, Share, UserError)
 from lib.common import ROOT, setup, write_json
 from lib.images import open_image
+from lib.own_eval import evaluate_file, show_figures
 from lib.rollout import Episode, rollout, RolloutSettings
 from lib.runs import find_checkpoint
 from lib.scoring import interval
@@ -113,6 +115,7 @@ def readable(reply: str) -> str:
 @dataclass
 class Eval:
     ckpt: str = ""                # checkpoint or run folder; default: ckpt/gym
+    data: str = ""                # file of own questions, see lib/own_eval.py; default: the gym's
     mix: str = ""                 # categories; default: those that it was trained on
     levels: Annotated[int, Range(0, 5)] = 0  # tasks of levels 0..levels-1; 0: as it was trained
     count: Count = 200            # tasks a category
@@ -120,10 +123,11 @@ class Eval:
     split: Literal["test", "train"] = "test"  # test: held-out seeds and factors; or train
     seed: Seed = 1_000_000        # of the first task; the next one has the next seed
     slots: Positive = 64          # conversations generated side by side
-    context: Natural = 0          # tokens of a conversation; 0: by the oracle's, see `budget`
-    max_new: Natural = 0          # tokens a reply may have; 0: the same
+    context: Natural = 0          # tokens of a conversation; 0: as tasks or questions need
+    max_new: Natural = 0          # tokens a reply may have; 0: as tasks need, or 256 for --data
     card: str = ""                # folder of the same weights that gets a card and report.json
-    out: str = "out/eval.json"    # file for the figures
+    out: str = ""                 # file for the figures; default: out/eval.json or, for
+                                  # --data=X.jsonl, out/eval_X/eval.json
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16
 
@@ -226,7 +230,10 @@ def show(table: dict):
 
 
 def evaluation(args: Eval):
-    """Evaluate a checkpoint, print the table and write it to --out; --card: a card too."""
+    """Evaluate a checkpoint, print the table and write it to --out; --card: a card too. With --data
+    the questions are those of a file, and `python -m lab.report FOLDER` makes a page of them."""
+    if args.data:
+        return own_evaluation(args)
     model, tokens, hw = load(args.ckpt, args.device, args.dtype)
     print(hw.description)
     folder = find_checkpoint(args.ckpt or SHIPPED)
@@ -247,11 +254,31 @@ def evaluation(args: Eval):
     found = {"ckpt": args.ckpt or "ckpt/gym", "split": args.split, "levels": levels,
              "seed": args.seed, "hardware": hw.description, "trained_levels": trained_levels,
              "table": table}
-    write_json(args.out, found)
+    out = args.out or "out/eval.json"
+    write_json(out, found)
     if args.card:
         write_card(Path(args.card), model, seen(folder, model.config), found)
     print(f"{levels} level{'s' * (levels > 1)} in {time.time() - began:.0f} s; the figures are in "
-          f"{args.out}" + f", the card is {args.card}/README.md" * bool(args.card))
+          f"{out}" + f", the card is {args.card}/README.md" * bool(args.card))
+
+
+def own_evaluation(args: Eval):
+    """Evaluate a checkpoint on the questions of --data."""
+    for name in ("mix", "levels", "count", "pixels", "split", "seed", "card"):
+        if getattr(args, name) != getattr(Eval, name):
+            raise UserError(f"--{name} is about the gym's tasks, and --data takes their place")
+    model, tokens, hw = load(args.ckpt, args.device, args.dtype)
+    print(hw.description)
+    began, name = time.time(), Path(args.data).stem
+    out = Path(args.out or f"out/eval_{name}/eval.json")
+    found = evaluate_file(model, tokens, args.data, out.parent / "pictures", args.slots,
+                          args.context, args.max_new or 256)
+    show_figures(found)
+    write_json(out, {"title": f"{Path(args.data).name}, answered by {args.ckpt or 'ckpt/gym'}",
+                     "data": args.data, "ckpt": args.ckpt or "ckpt/gym",
+                     "hardware": hw.description, **found})
+    print(f"{found['all']['n']:,} questions in {time.time() - began:.0f} s; the figures are in "
+          f"{out}, and `python -m lab.report {out.parent}` makes a page of them")
 
 
 # ---- the command line ---------------------------------------------------------------------------
