@@ -3,7 +3,7 @@
     python train_vit.py                                all stages, small, any machine, no network
     python train_vit.py --stage=distill --mask=random  one stage, from the earlier ones in --out
     python train_vit.py --stage=distill --semantic_teacher=SIGLIP2 --texture_teacher=DINOV3
-    python train_vit.py --stage=align --pairs=FOLDER --batch=65536 --micro=256
+    python train_vit.py --stage=align --pairs='cc12m/*.tar' --batch=65536 --micro=256
     torchrun --nproc_per_node=8 train_vit.py --size=small    data parallel; same batch, same result
     python pretrain.py --vit=out/vit/align             pretraining from the finished tower
 
@@ -40,8 +40,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from lib.captions import (Captions, collate_pairs, find_pairs, LabelledScenes, Pair,
-                          PatchClassifier, Picture, Pictures, stack_masks, TextTower, TwoTowers)
+from lib.captions import (Captions, collate_pairs, LabelledScenes, Pair, PatchClassifier, Picture,
+                          Pictures, stack_masks, TextTower, TwoTowers)
 from lib.checkpoint import export_tower, load_tower, restore
 from lib.cli import (check_options, cli, Device, Dtype, main, Natural, NonNegative, Positive, Range,
                      Schedule, Seed, Share, UserError)
@@ -50,6 +50,7 @@ from lib.common import (check_same_start, cores, Log, multiples, Part, print_pla
 from lib.images import pack
 from lib.loader import RankShard, SampleLoader
 from lib.memory import compile_blocks, Memory
+from lib.pairs import open_pairs, Skipped
 from lib.prefetch import send
 from lib.probes import evaluate_tower, ProbeSet, read_report
 from lib.ring import ring_sigmoid_loss
@@ -79,7 +80,8 @@ class Args:
     semantic_teacher: str = ""    # Hugging Face folder of SigLIP2; default: the stand-in of --out
     texture_teacher: str = ""     # Hugging Face folder of DINOv3 or DINOv2; default: the stand-in
     budgets: str = ""             # align: patches an image, drawn for each batch; default: by size
-    pairs: str = ""               # folder of x.png (jpg, webp) and x.txt; default: drawings
+    pairs: str = ""               # pictures with captions: a folder, tars, JSONL or parquet
+    languages: str = "en,zh"      # of captions that say their language; all: every one
     clips: Share = 0.0            # share of those drawings in which a shape moves, in two frames
     lr: NonNegative = 4e-3        # peak rate of the vision tower, for Muon and AdamW alike
     text_scale: NonNegative = 1.0       # align: factor on it for the text tower
@@ -126,13 +128,10 @@ def tower(args: Args, config: Config) -> CogViT:
 def contrastive_loss(model: TwoTowers, pairs: list[Pair], args: Args) -> tuple[Tensor, dict]:
     """SigLIP's loss [C]: for every image and every text of the global batch, do they match?
 
-    Returns this rank's part of the mean over the batch's images (the parts of all ranks add up),
-    and figures for the log: with --pairs the number of corrupt pictures that were skipped."""
+    Returns this rank's part of the mean over the batch's images: the parts of all ranks add up."""
     batch = collate_pairs(pairs, model.visual.config).to(model.logit_bias.device)
     x, y = model.embed(batch)
-    loss = ring_sigmoid_loss(x, y, model.logit_scale.exp(), model.logit_bias) / args.batch
-    skipped = loss.new_full((), sum(pair.skipped for pair in pairs))
-    return loss, {"skipped": skipped} if args.pairs else {}
+    return ring_sigmoid_loss(x, y, model.logit_scale.exp(), model.logit_bias) / args.batch, {}
 
 
 # ---- texture: the shape under each patch --------------------------------------------------------
@@ -240,11 +239,12 @@ def build(stage: str, args: Args, config: Config, hw):
         stream = LabelledScenes(config, args.side, args.seed)
     elif stage == "distill":
         model = Distiller(args, config, load_teachers(args, config, hw))
-        stream = Pictures(config, args.side, args.seed, args.mask, args.masked, args.pairs)
+        stream = Pictures(config, args.side, args.seed, args.mask, args.masked, args.pairs,
+                          args.languages)
     else:
         model = TwoTowers(tower(args, config), config)
         stream = Captions(config, patch_budgets(stage, args), args.batch, args.seed, "train",
-                          args.side, args.pairs, args.clips)
+                          args.side, args.pairs, args.languages, args.clips)
     # The texture teacher starts from weights of its own: from those of the semantic teacher and the
     # student, which share a seed, the two teachers would have more in common than they learnt.
     if hw.device.type != "meta":
@@ -320,9 +320,10 @@ def train(stage: str, args: Args, hw):
     for name in STAGES[STAGES.index(stage):]:
         move_earlier_run(out.with_name(name), args.resume, hw, say)
     probes = ProbeSet(config, args.side, args.probes) if lead else None
+    pairs = open_pairs(args.pairs, args.languages) if args.pairs else None
     if start >= args.steps:
         if lead and read_report(out.parent)["figures"].get(stage, {}).get("step") != start:
-            evaluate_tower(model, probes, out, start, args.seed, args.clips > 0, args.pairs)
+            evaluate_tower(model, probes, out, start, args.seed, args.clips > 0, pairs)
         return say(f"{stage}: {start} steps are done, of {args.steps}")
 
     share = args.batch // hw.world      # images of this rank in each step
@@ -338,22 +339,25 @@ def train(stage: str, args: Args, hw):
     if lead:
         write_json(out / "config.json", asdict(args) | {"hardware": hw.description})
         write_json(out.parent / "report.json", read_report(out.parent))
+    skipped = Skipped()
     watch = Checkpointer(out, hw, args.steps, args.save_every, start, lambda folder, *parts: (
         save_stage(folder, *parts, stage, watch.done, model, config, args)), optimizer.gather)
     log = Log(out, stage, args.steps, start, hw.rank)
 
     for step in range(start, args.steps):
-        began, loading, values = time.perf_counter(), loader.seconds, {}
+        began, loading, before = time.perf_counter(), loader.seconds, skipped.kinds.total()
+        values = {}
         # Sample numbers count over all steps, so the step alone says which samples come next: a
         # resumed run goes on with exactly those that it would have seen.
         mine = range(step * share, (step + 1) * share)
         try:
             if cached:
-                values = cached_gradients(model, loader, mine, args)
+                values = cached_gradients(model, loader, mine, args, skipped)
             else:
                 for first in range(0, share, args.micro):
                     # 1. Load one micro-batch: as many images as fit into memory in one forward.
                     samples = [loader(i) for i in mine[first:first + args.micro]]
+                    skipped.note(samples)
                     # 2. Forward and loss, already divided by the global batch: so parts of
                     #    micro-batches and ranks add up to one batch's gradient, whatever the cut.
                     loss, figures = LOSSES[stage](model, samples, args)
@@ -363,6 +367,8 @@ def train(stage: str, args: Args, hw):
                     for name, value in {"loss": loss.detach(), **figures}.items():
                         values[name] = values.get(name, 0.0) + value
             squares = optimizer.reduce()
+            if args.pairs:
+                values["skipped"] = squares.new_full((), skipped.kinds.total() - before)
             sums = sum_over_ranks(torch.stack([*values.values(), squares])).tolist()    # waits once
             values, norm = dict(zip(values, sums)), math.sqrt(sums[-1])
         except (UserError, OSError, RuntimeError):  # no samples, here or on a rank that has ended
@@ -385,14 +391,14 @@ def train(stage: str, args: Args, hw):
             values["loading"] = loader.seconds - loading
         last = done == args.steps
         if lead and (last or args.eval_every and done % args.eval_every == 0):
-            values |= evaluate_tower(model, probes, out, done, args.seed, args.clips > 0,
-                                     args.pairs)
+            values |= evaluate_tower(model, probes, out, done, args.seed, args.clips > 0, pairs)
         log.step(done, last or done % args.log_every == 0, **values)
         if watch.after_step(done, log.reader_gone):
             break
     log.close()
     loader.close()
     watch.close()
+    skipped.summary()
     return watch.out_of_time
 
 
@@ -407,21 +413,21 @@ def save_stage(folder: Path, masters: dict, state: dict, stage: str, step: int, 
 
 # ---- align: batches larger than memory ----------------------------------------------------------
 
-def cached_gradients(model: TwoTowers, load, mine: range, args: Args) -> dict:
+def cached_gradients(model: TwoTowers, load, mine: range, args: Args, skipped: Skipped) -> dict:
     """Steps 1-3 for a contrastive batch of several micro-batches, in the memory of one [R:
     GradCache]. The gradients are those of one large batch.
 
     Each image's loss depends on the texts of all others, so the losses of micro-batches would add
     up to another loss. But the towers meet only in the embeddings, which are small.
     """
-    device, skipped = model.logit_bias.device, 0
+    device = model.logit_bias.device
     chunks = [mine[i:i + args.micro] for i in range(0, len(mine), args.micro)]
     # a. Embed all micro-batches without a graph, into two tensors: thousands of small ones, kept
     #    until the end of the step, would fragment the heap.
     x, y = torch.empty(2, len(mine), len(model.image_proj.weight), device=device)
     for chunk, x_rows, y_rows in zip(chunks, x.split(args.micro), y.split(args.micro)):
         pairs = [load(i) for i in chunk]
-        skipped += sum(pair.skipped for pair in pairs)
+        skipped.note(pairs)
         with torch.no_grad():
             images, texts = model.embed(collate_pairs(pairs, model.visual.config).to(device))
         x_rows.copy_(images)
@@ -438,8 +444,7 @@ def cached_gradients(model: TwoTowers, load, mine: range, args: Args) -> dict:
         pairs = [load(i) for i in chunk]
         embeddings = model.embed(collate_pairs(pairs, model.visual.config).to(device))
         torch.autograd.backward(embeddings, rows)
-    figures = {"skipped": loss.new_full((), skipped)} if args.pairs else {}
-    return {"loss": loss.detach(), **figures}
+    return {"loss": loss.detach()}
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -511,8 +516,9 @@ def run(args: Args):
     if {"semantic", "texture"} & set(stages(args)):
         say("teachers without a folder are stand-ins: small towers that are trained here")
     if args.pairs:
-        paired, alone = find_pairs(args.pairs, "train")
-        say(f"{len(paired)} pairs for training in {args.pairs}; {alone} files without a partner")
+        pairs = open_pairs(args.pairs, args.languages)
+        say(f"{len(pairs.training)} pairs for training in {args.pairs}, "
+            f"{len(pairs.numbers('test'))} held out", *pairs.shards.notes, sep="\n")
     if args.keep:
         Path(args.keep).mkdir(parents=True, exist_ok=True)  # or fail before hours have passed
     for stage in stages(args):

@@ -7,10 +7,8 @@ of the semantic teacher and of `align`. As in data.py, sample i of a stream is a
 Letters: P patches, F frames a patch, p patch side, N images, T caption tokens, W width of the text
 tower, E of the common space; h, w sides of a picture in pixels, or of its grid in patches.
 """
-import functools
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,13 +18,13 @@ from PIL import Image, ImageEnhance
 from torch import nn, Tensor
 
 from kernels import angles, Segments
-from lib.cli import UserError
-from lib.images import budgeted, open_image, pack
+from lib.images import budgeted, pack
 from lib.memory import Runner
+from lib.pairs import choose_pair, open_pairs
 from lib.prefetch import send
 from model import Config, Decoder, TextConfig
 from tasks import CATEGORIES
-from tasks.base import held, Task
+from tasks.base import Task
 from tasks.draw import CELL, GRID, SHAPES, UNITS
 from tasks.driver import make
 from tasks.scenes import caption, Item, moving, ShapeAttr, window
@@ -131,6 +129,7 @@ class Picture:
     image: np.ndarray
     mask: np.ndarray
     source: str
+    skipped: list = field(default_factory=list)     # BadRecords passed over for this one
 
 
 def stack_masks(pictures: list[Picture]) -> Tensor:
@@ -142,29 +141,37 @@ def stack_masks(pictures: list[Picture]) -> Tensor:
 class Pictures:
     """Stage 1's stream: three sources at 80/10/10 [C]; draws two candidates, keeps the better one.
 
-    side: pixels of the square; mask, share: see `random_mask`; folder: take `natural` from the
-    pictures of this folder of pairs instead.
+    side: pixels of the square; mask, share: see `random_mask`; pairs, languages: take `natural`
+    from the pictures of these pairs instead.
     """
     config: Config
     side: int
     seed: int = 0
     mask: str = "block"
     share: float = 0.35
-    folder: str = ""
+    pairs: str = ""
+    languages: str = "en,zh"
 
     def __call__(self, i: int) -> Picture:
         rng = np.random.default_rng([self.seed, i])
         borders = np.cumsum([share for share, _ in KINDS.values()])
         number = int(np.searchsorted(borders, rng.random(), "right"))
         source = list(KINDS)[min(number, len(KINDS) - 1)]   # rounding may leave the sum below 1
-        candidates = [self._fit(self._render(rng, source)) for _ in range(2)]
+        candidates, skipped = [], []
+        for k in range(2):
+            if self.pairs and source == "natural":
+                pairs = open_pairs(self.pairs, self.languages)
+                image, _, missed = choose_pair(rng, pairs, pairs.order(self.seed, 2 * i + k))
+                skipped += missed
+            else:
+                image = self._render(rng, source)
+            candidates.append(self._fit(image))
         image = max(map(np.asarray, candidates), key=quality)
         side = self.side // self.config.vision.patch_size
-        return Picture(image, random_mask(rng, side, side, self.share, self.mask), source)
+        mask = random_mask(rng, side, side, self.share, self.mask)
+        return Picture(image, mask, source, skipped)
 
     def _render(self, rng, source: str) -> Image.Image:
-        if self.folder and source == "natural":
-            return choose_pair(rng, self.folder, "train")[0]
         names = KINDS[source][1]
         name, level = names[int(rng.integers(len(names)))], int(rng.integers(2))
         pixels = max(self.side, CATEGORIES[name].env.min_pixels)
@@ -176,85 +183,7 @@ class Pictures:
         return image if image.size == square else image.resize(square, Image.Resampling.BICUBIC)
 
 
-# ---- folders of pictures with captions ----------------------------------------------------------
-
-@functools.lru_cache(maxsize=8)
-def find_pairs(folder: str, split: str) -> tuple[list[Path], int]:
-    """(pictures with a .txt of the same name, number of files without a partner), sorted. One name
-    in five is held out, for split `test`. Raises UserError if no picture is left."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"--pairs={folder}: there is no such folder")
-    kinds = {".png", ".jpg", ".jpeg", ".webp"}
-    pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in kinds)
-    texts = {p.with_suffix("") for p in root.rglob("*.txt")}
-    paired = [p for p in pictures if p.with_suffix("") in texts]
-    alone = len(pictures) - len(paired) + len(texts - {p.with_suffix("") for p in paired})
-    chosen = [p for p in paired if held(p.stem) == (split != "train")]
-    if not chosen:
-        part = f" for {split}: none of its {len(paired)} pairs is in that part" if paired else ""
-        raise UserError(f"--pairs={folder} holds no picture with a .txt of the same name{part}")
-    return chosen, alone
-
-
-def read_captions(path: Path, folder: str) -> list[str]:
-    """All captions of a picture: the English and Chinese lines of its caption file.
-
-    A line may begin with its language. The file FOLDER/animals/cat.txt
-
-        A sleeping cat.
-        zh_cn.utf8=一只睡着的猫
-        de.utf8=Eine schlafende Katze
-
-    becomes ["A sleeping cat.", "一只睡着的猫", "animals: A sleeping cat.",
-    "animals: 一只睡着的猫", "animals", "animals"]; directly in FOLDER it becomes the first two.
-
-    Collections are often sorted by kind into folders, and a user asks for a kind by its name alone.
-    So a picture below FOLDER also learns its folders' names: before each line and alone. [O]
-    Raises UserError if there is no caption, or the file is not in UTF-8.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not in UTF-8") from None
-    found = []
-    for line in lines:
-        language, mark, text = line.partition(".utf8=")
-        if not mark:
-            language, text = "en", line
-        if text.strip() and language.startswith(("en", "zh")):
-            found.append(text.strip())
-    names = " ".join(path.parent.relative_to(folder).parts)
-    if not names and not found:
-        raise UserError(f"{path} holds no caption in English or Chinese")
-    if not names:
-        return found
-    # As many times alone as there are lines, so that a third of the draws is the kind alone.
-    return [*found, *(f"{names}: {line}" for line in found), *[names] * max(1, len(found))]
-
-
-def read_pair(path: Path, folder: str) -> tuple[Image.Image, list[str]]:
-    """(picture, its captions). Raises UserError or OSError if either can't be used."""
-    image = open_image(path)
-    if max(image.size) > 100 * min(image.size):     # a long strip fits into no budget of patches
-        raise UserError(f"{path} is {image.width} x {image.height} pixels")
-    return image, read_captions(path.with_suffix(".txt"), folder)
-
-
-def choose_pair(rng, folder: str, split: str) -> tuple[Image.Image, str, int]:
-    """(picture, caption, number of pairs skipped: corrupt, a strip, without a caption). Raises
-    UserError after 20 failures in a row."""
-    paths, _ = find_pairs(folder, split)
-    for skipped in range(20):
-        path = paths[int(rng.integers(len(paths)))]
-        try:
-            image, lines = read_pair(path, folder)
-        except (UserError, OSError) as error:
-            reason = error
-            continue
-        return image, lines[int(rng.integers(len(lines)))], skipped
-    raise UserError(f"--pairs={folder}: 20 pictures in a row can't be read; the last: {reason}")
-
+# ---- stage 2: pictures and captions -------------------------------------------------------------
 
 def crop(rng, image: Image.Image) -> Image.Image:
     """A random part, 60-100% of each side, brighter or darker by up to 20%. Never mirrored, since
@@ -265,14 +194,12 @@ def crop(rng, image: Image.Image) -> Image.Image:
     return ImageEnhance.Brightness(part).enhance(rng.uniform(0.8, 1.2))
 
 
-# ---- stage 2: pictures and captions -------------------------------------------------------------
-
 @dataclass
 class Pair:
     """A picture, (h, w, 3) or two frames (2, h, w, 3), and the token ids of its caption."""
     image: np.ndarray
     ids: np.ndarray
-    skipped: int = 0            # corrupt pairs of the folder that were passed over for this one
+    skipped: list = field(default_factory=list)     # BadRecords passed over for this one
 
 
 LANGUAGES = ("en", "zh")
@@ -289,10 +216,11 @@ def choose(rng, options):
 
 @dataclass
 class Captions:
-    """Stage 2's stream: scenes with a caption in English or Chinese, or the pairs of a folder.
+    """Stage 2's stream: scenes with a caption in English or Chinese, or own pairs.
 
     budgets: numbers of patches; each `batch` of consecutive samples draws one of them (NaFlex [R]).
-    clips: the share of the scenes in which a shape moves, in two frames.
+    clips: the share of the scenes in which a shape moves, in two frames. pairs, languages: for
+    `open_pairs`, in place of scenes.
     """
     config: Config
     budgets: tuple
@@ -300,7 +228,8 @@ class Captions:
     seed: int = 0
     split: str = "train"
     pixels: int = 64
-    folder: str = ""
+    pairs: str = ""
+    languages: str = "en,zh"
     clips: float = 0.0
 
     def __post_init__(self):
@@ -310,8 +239,9 @@ class Captions:
         rng = np.random.default_rng([self.seed, i])
         batch_rng = np.random.default_rng([self.seed, 2 ** 32, i // self.batch])
         budget = choose(batch_rng, self.budgets)
-        if self.folder:
-            image, text, skipped = choose_pair(rng, self.folder, self.split)
+        if self.pairs:
+            pairs = open_pairs(self.pairs, self.languages)
+            image, text, skipped = choose_pair(rng, pairs, pairs.order(self.seed, i))
             image = budgeted(crop(rng, image), self.config.vision, budget)
             return Pair(image, self.encode(text), skipped)
         if self.clips and rng.random() < self.clips:

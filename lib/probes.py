@@ -20,11 +20,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from lib.captions import (Captions, clip, find_pairs, LANGUAGES, pack_texts, patch_labels,
-                          read_pair, scene)
+from lib.captions import Captions, clip, LANGUAGES, pack_texts, patch_labels, scene
 from lib.cli import UserError
 from lib.common import read_json, write_json
-from lib.images import budgeted, pack
+from lib.images import BadRecord, budgeted, pack
+from lib.pairs import PairSource
 from lib.prefetch import send
 from lib.runs import checkpoints
 from model import Config, init
@@ -169,18 +169,16 @@ def retrieval(images: Tensor, texts: Tensor, lines: list[str]) -> dict[str, floa
             "chance": sum(n * n for n in Counter(lines).values()) / len(lines) ** 2}
 
 
-def probe_pairs(embed_images, embed_texts, probes: ProbeSet, folder: str, count: int = 256) -> dict:
-    """Retrieval among at most `count` held-out pairs of a folder, each with its first caption;
-    empty if fewer than two are held out. Embedding functions as in `probe_language`."""
+def probe_pairs(embed_images, embed_texts, probes: ProbeSet, pairs: PairSource,
+                count: int = 256) -> dict:
+    """Retrieval among at most `count` held-out pairs, each with its first caption; empty if fewer
+    than two are held out. Embedding functions as in `probe_language`."""
     images, lines, vision = [], [], probes.config.vision
-    try:
-        paths, _ = find_pairs(folder, "test")
-    except UserError:
-        return {}
-    for path in paths[::math.ceil(len(paths) / count)]:     # sorted, often by kind: some of each
+    numbers = pairs.numbers("test")
+    for n in numbers[::math.ceil(len(numbers) / count) or 1]:   # often sorted by kind: some of each
         try:
-            image, captions = read_pair(path, folder)
-        except (UserError, OSError):        # training reports corrupt pictures
+            image, captions = pairs.read(int(n))
+        except (BadRecord, OSError):        # training reports those that can't be used
             continue
         images.append(budgeted(image, vision, (probes.side // vision.patch_size) ** 2))
         lines.append(captions[0])
@@ -206,10 +204,11 @@ def probe_moves(embed_images, embed_texts, side: int, count: int = 256) -> dict[
 
 
 @torch.no_grad()
-def probe_towers(towers, probes: ProbeSet, clips: bool, folder: str) -> dict[str, float]:
+def probe_towers(towers, probes: ProbeSet, clips: bool,
+                 pairs: PairSource | None = None) -> dict[str, float]:
     """All probes that need both towers. `towers` embeds packed batches: embed_images(patches,
-    grids) and embed_texts(ids, cu_seqlens). clips: also ask about movement; folder: also about its
-    held-out pairs."""
+    grids) and embed_texts(ids, cu_seqlens). clips: also ask about movement; pairs: also about those
+    of them that are held out."""
     encode, device = Captions(probes.config, (), 1).encode, next(towers.parameters()).device
 
     def in_chunks(embed, pack_chunk, things) -> Tensor:     # so that memory stays small
@@ -230,8 +229,8 @@ def probe_towers(towers, probes: ProbeSet, clips: bool, folder: str) -> dict[str
     figures = probe_language(embed_images, embed_texts, probes)
     if clips:
         figures |= probe_moves(embed_images, embed_texts, probes.side)
-    if folder:
-        figures |= probe_pairs(embed_images, embed_texts, probes, folder)
+    if pairs:
+        figures |= probe_pairs(embed_images, embed_texts, probes, pairs)
     return figures
 
 
@@ -283,7 +282,7 @@ def read_report(run: Path) -> dict:
 
 
 def evaluate_tower(model, probes: ProbeSet, out: Path, step: int, seed: int = 0,
-                   clips: bool = False, folder: str = "") -> dict[str, float]:
+                   clips: bool = False, pairs: PairSource | None = None) -> dict[str, float]:
     """All figures of a stage's model: `probe` of model.visual, and `probe_towers` if it has a text
     tower.
 
@@ -293,7 +292,7 @@ def evaluate_tower(model, probes: ProbeSet, out: Path, step: int, seed: int = 0,
     visual, stage = model.visual, out.name
     figures = probe(visual, probes)
     if hasattr(model, "embed_texts"):
-        figures |= probe_towers(model, probes, clips, folder)
+        figures |= probe_towers(model, probes, clips, pairs)
     picture = f"{stage}/features-{step:06d}.png"
     try:
         facts = read_report(out.parent)

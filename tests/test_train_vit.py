@@ -24,12 +24,12 @@ from conftest import odd_config, on_ranks
 from kernels import sigmoid_loss
 from lab import report
 from lib import common, probes
-from lib.captions import (Captions, choose_pair, clip, collate_pairs, find_pairs, LabelledScenes,
-                          pack_texts, Pair, patch_labels, Pictures, quality, random_mask,
-                          read_captions, stack_masks, TwoTowers)
+from lib.captions import (Captions, clip, collate_pairs, LabelledScenes, pack_texts, Pair,
+                          patch_labels, Pictures, quality, random_mask, stack_masks, TwoTowers)
 from lib.checkpoint import load_tower
 from lib.cli import UserError
 from lib.images import budgeted, open_image, pack
+from lib.pairs import open_pairs, Skipped
 from lib.loader import RankShard
 from lib.probes import (evaluate_tower, extract_features, linear_probe, pca_picture, probe,
                         probe_language, probe_moves, probe_pairs, probe_random_weights,
@@ -143,7 +143,7 @@ def test_captions_say_the_same_in_both_languages():
         assert x0 == y0 == 0 and x1 == 4 and y1 >= 3
 
 
-# ---- folders of pairs ---------------------------------------------------------------------------
+# ---- own pairs: see tests/test_pairs.py for their forms ----------------------------------------
 
 def fill(folder, names="abcdefghijkl"):
     folder.mkdir(exist_ok=True)
@@ -152,39 +152,22 @@ def fill(folder, names="abcdefghijkl"):
         (folder / f"{name}.txt").write_text(f"thing {name}\nde.utf8=Ding\nzh_cn.utf8=东西\n")
 
 
-def test_a_folder_of_pairs(tmp_path):
-    fill(tmp_path)
-    (tmp_path / "lone.txt").write_text("no picture")
-    Image.new("RGB", (9, 9)).save(tmp_path / "alone.png")
-    for name in "bcd":
-        (tmp_path / f"{name}.png").write_bytes(b"not a picture")
-    (paths, alone), (test, _) = (find_pairs(str(tmp_path), split) for split in ("train", "test"))
-    assert alone == 2 and len(paths) + len(test) == 12 and not set(paths) & set(test)
-    assert read_captions(tmp_path / "a.txt", str(tmp_path)) == ["thing a", "东西"]
-    above = f"{tmp_path.parent.name} {tmp_path.name}"
-    assert sorted(read_captions(tmp_path / "a.txt", str(tmp_path.parent.parent))) == sorted(
-        ["thing a", "东西", f"{above}: thing a", f"{above}: 东西", above, above])
-    rng = np.random.default_rng(0)
-    drawn = [choose_pair(rng, str(tmp_path), "train") for _ in range(60)]
-    assert sum(skipped for _, _, skipped in drawn) > 0
-    assert {text for _, text, _ in drawn} >= {"thing a", "东西"}
-
-
-def test_corrupt_pictures_are_counted_and_too_many_are_one_line(tmp_path):
+def test_corrupt_pictures_are_counted_and_too_many_are_one_line(tmp_path, capsys):
     fill(tmp_path / "pairs")
     (tmp_path / "pairs" / "a.png").write_bytes(b"")
     log = train(tmp_path, "align", pairs=str(tmp_path / "pairs"), steps=6)
-    assert sum(line["skipped"] for line in log) > 0
-    held_out = find_pairs(str(tmp_path / "pairs"), "test")[0]
+    count = sum(line["skipped"] for line in log)
+    said = capsys.readouterr().out
+    assert count > 0 and f"skipped {count:.0f} in all: {count:.0f} times damaged picture" in said
+    assert said.count("a.png can't be read as a picture: it is empty") == 1
+    held_out = open_pairs(str(tmp_path / "pairs")).numbers("test")
     assert log[-1]["pairs"] == len(held_out) > 1 and 0 <= log[-1]["pairs_t2i"] <= 1
-    image, text, *_ = choose_pair(np.random.default_rng(0), str(tmp_path / "pairs"), "train")
-    assert text
     for i, path in enumerate((tmp_path / "pairs").glob("*.png")):
         if i % 2:
             path.write_bytes(b"")
         else:           # found before, gone now
             path.with_suffix(".txt").unlink()
-    with pytest.raises(UserError, match="20 pictures in a row can't be read"):
+    with pytest.raises(UserError, match="20 pairs in a row can't be used"):
         train(tmp_path / "second", "align", pairs=str(tmp_path / "pairs"))
 
 
@@ -265,7 +248,7 @@ def gradients(model, loss, stream, args, n) -> dict:
                 found[name] = found.get(name, 0) + p.grad
                 p.grad = None
     if loss is contrastive_loss and args.micro < n:
-        found["loss"] = cached_gradients(model, stream, range(n), args)["loss"]
+        found["loss"] = cached_gradients(model, stream, range(n), args, Skipped())["loss"]
         collect()
         return found
     for i in range(0, n, args.micro):
@@ -302,7 +285,7 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches(tmp_path):
         pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
         return embed(batch)
     model.embed = watched
-    cached_gradients(model, stream, range(args.batch), args)
+    cached_gradients(model, stream, range(args.batch), args, Skipped())
     assert len(pages) == 80 and (pages[39] - pages[7]) * os.sysconf("SC_PAGESIZE") < 50e6
 
 
@@ -541,17 +524,6 @@ def test_what_would_change_the_samples_is_refused_on_resume(tmp_path):
     assert len(train(tmp_path, "align", resume=True, lr=1e-4, micro=2)) == 4
 
 
-def test_captions_that_nobody_wrote_are_not_learnt(tmp_path):
-    """Empty ones and other encodings count as corrupt; a byte order mark is no word."""
-    texts = {"empty": b" \n", "german": "de.utf8=Ding".encode(), "latin": "café".encode("latin-1"),
-             "utf16": "thing".encode("utf-16"), "bom": "thing".encode("utf-8-sig")}
-    for name, text in texts.items():
-        (tmp_path / f"{name}.txt").write_bytes(text)
-        words = {"empty": "no caption", "german": "no caption", "bom": ""}.get(name, "not in UTF-8")
-        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
-            assert read_captions(tmp_path / f"{name}.txt", str(tmp_path)) == ["thing"]
-
-
 def test_the_probes_of_both_towers_take_the_memory_of_a_small_batch(monkeypatch):
     config, sizes = sized("tiny"), []
     model = two_towers(config)
@@ -559,16 +531,8 @@ def test_the_probes_of_both_towers_take_the_memory_of_a_small_batch(monkeypatch)
     embed = model.embed_images
     monkeypatch.setattr(model, "embed_images", lambda patches, grids: (
         sizes.append(len(grids)), embed(patches, grids))[1])
-    probe_towers(model, ProbeSet(config, 64, 300), False, "")
+    probe_towers(model, ProbeSet(config, 64, 300), False)
     assert sum(sizes) == 300 and max(sizes) <= 64
-
-
-def test_a_long_strip_is_passed_over(tmp_path):
-    for name, size in (("strip", (2000, 8)), ("quad", (32, 32))):
-        Image.new("RGB", size).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(name)
-    drawn = [choose_pair(np.random.default_rng(i), str(tmp_path), "train") for i in range(8)]
-    assert {text for _, text, _ in drawn} == {"quad"} and sum(skipped for _, _, skipped in drawn)
 
 
 @pytest.mark.slow
@@ -598,7 +562,7 @@ def test_two_processes_are_one(tmp_path):
     (dict(stage="third"), "--stage takes all"),
     (dict(mask="none"), "--mask takes block"), (dict(masked=0.0), "hides no patch"),
     (dict(masked=1.5), "--masked takes 0 to 1"), (dict(budgets="64,many"), "--budgets takes"),
-    (dict(budgets="2"), "--budgets takes"), (dict(pairs="nowhere"), "no such folder"),
+    (dict(budgets="2"), "--budgets takes"), (dict(pairs="nowhere"), "nowhere is not there"),
     (dict(semantic_teacher="nowhere"), "no teacher in nowhere"), (dict(steps=0), "--steps"),
     (dict(supervise="none"), "--supervise"), (dict(seed=-1), "--seed"),
     (dict(save_every=0), "--save_every takes 1 or more"), (dict(micro=-1), "--micro"),
@@ -719,21 +683,21 @@ def test_a_tower_that_knows_the_captions_passes_the_language_probes_and_no_other
 
 def test_held_out_pairs_are_retrieved(tmp_path):
     fill(tmp_path, [f"n{i}" for i in range(60)])
-    paths, _ = find_pairs(str(tmp_path), "test")
-    vision = sized("tiny").vision
+    pairs, vision = open_pairs(str(tmp_path)), sized("tiny").vision
+    paths = [tmp_path / pairs.shards[n].names[0] for n in pairs.numbers("test")]
     known = {budgeted(open_image(p), vision, 64).tobytes(): f"thing {p.stem}" for p in paths[1:]}
     paths[0].write_bytes(b"not a picture")
     Image.new("RGB", (700, 3)).save(paths[1])       # a strip
     ask = (lambda images: torch.stack([vector(x, known) for x in images]),
            lambda lines: torch.stack([vector(x) for x in lines]), ProbeSet(sized("tiny"), 64, 8),
-           str(tmp_path))
+           pairs)
     n = len(paths) - 2
     assert n > 2 and probe_pairs(*ask) == {
         "pairs_i2t": 1, "pairs_t2i": 1, "pairs_chance": pytest.approx(1 / n), "pairs": n}
     assert probe_pairs(*ask, count=3)["pairs"] == 2     # every fourth; the first is no picture
     assert probe_pairs(*ask, count=1) == {}
     fill(tmp_path / "few", "a")
-    assert probe_pairs(*ask[:3], str(tmp_path / "few")) == {}
+    assert probe_pairs(*ask[:3], open_pairs(str(tmp_path / "few"))) == {}
 
 
 def test_patches_are_labelled_with_the_shape_that_covers_them():
@@ -856,7 +820,8 @@ def stamps_named(model, stamps: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether each held-out stamp's folder is named rightly, and which it is."""
     config = sized("tiny")
     encode = Captions(config, (64,), 1).encode
-    paths, _ = find_pairs(str(stamps), "test")
+    pairs = open_pairs(str(stamps))
+    paths = [stamps / pairs.shards[n].names[0] for n in pairs.numbers("test")]
     truth = [path.relative_to(stamps).parts[0] for path in paths]
     kinds = sorted(set(truth))
     images = [budgeted(open_image(path), config.vision, 64) for path in paths]
