@@ -1,14 +1,15 @@
-"""The records of one file or folder that somebody has: JSONL, a tar, parquet, pictures, text.
+"""The records of one file or folder that somebody has: JSONL, a tar, pictures, text.
 
 Each kind is a class with `len(shard)`, `shard[k]` -> Record, `shard.sizes(k)`, and an index (see
-lib/index.py) whose array `held` says which records are held out. lib/shards.py puts several of them
-together; that is what the rest of the repository uses.
+lib/index.py) whose array `held` says which records are held out. So is Parquet, in lib/parquet.py.
+lib/shards.py puts several of them together; that is what the rest of the repository uses.
 
 All that is read here comes from somebody else: a record that can't be used raises BadRecord, which
 whoever reads counts by its kind.
 """
 import base64
 import binascii
+import contextlib
 import functools
 import json
 import mmap
@@ -23,7 +24,6 @@ from zlib import crc32
 import numpy as np
 
 from lib.cli import UserError
-from lib.common import first_sentence
 from lib.images import BadRecord, Picture
 from lib.index import index_of, progress, stamp_of
 
@@ -82,6 +82,12 @@ class Record:
             raise BadRecord("damaged data URI", f"{self.where}: {head[:40]}: {error}") from None
 
 
+def read(path: Path, offset: int, length: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
 def decode(data: bytes, where: str) -> str:
     """UTF-8 as text. Raises BadRecord."""
     try:
@@ -122,17 +128,14 @@ class Lines:
                                 f"{error}") from None
 
     def __len__(self):
-        return len(self.index["offset"])
+        return len(self.index["held"])
 
     def __getitem__(self, k: int) -> Record:
-        unit = "entry" if self.is_list else "line"
-        where = f"{self.path.name}: {unit} {self.index['number'][k]}"
-        length = int(self.index["length"][k])
+        number, offset, length = self.index["places"][k].tolist()
+        where = f"{self.path.name}: {'entry' if self.is_list else 'line'} {number}"
         if length > MOST_BYTES:
             raise BadRecord("huge line", f"{where} has {length:,} bytes")
-        with open(self.path, "rb") as file:
-            file.seek(int(self.index["offset"][k]))
-            value = parse(file.read(length), where)
+        value = parse(read(self.path, offset, length), where)
         return Record(where, value, folder=self.path.parent)
 
     def sizes(self, k: int):
@@ -144,31 +147,21 @@ def begins_list(path: Path) -> bool:
         return file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-class Places:
-    """The arrays of an index over parts of files, filled one part after the other."""
-
-    def __init__(self):
-        self.arrays = {"number": array("q"), "offset": array("q"), "length": array("q"),
-                       "held": array("B")}
-
-    def add(self, number: int, offset: int, length: int, checksum: int):
-        """number: of the line, of the list's entry or of the file."""
-        for values, value in zip(self.arrays.values(), (number, offset, length,
-                                                        checksum % HELD_OUT == 0)):
-            values.append(value)
-
-    def done(self) -> dict[str, np.ndarray]:
-        return {name: np.asarray(values) for name, values in self.arrays.items()}
+def table(rows: array) -> dict[str, np.ndarray]:
+    """The arrays of an index over parts of files, from four integers for each part: the number of
+    the line, the list's entry or the file; its offset and length in bytes; its checksum."""
+    rows = np.asarray(rows).reshape(-1, 4)
+    return {"places": rows[:, :3], "held": (rows[:, 3] % HELD_OUT == 0).astype(np.uint8)}
 
 
 def index_lines(path: Path, find) -> tuple[dict, list[str]]:
     """The arrays of an index over what `find` finds in a file, and notes for the log."""
-    places, notes = Places(), []
+    rows, notes = array("q"), []
     with progress(path, path.stat().st_size, "B") as bar:
         for number, offset, length, checksum in find(path, notes):
-            places.add(number, offset, length, checksum)
+            rows.extend((number, offset, length, checksum))
             bar.update(offset + length - bar.n)
-    return places.done(), notes
+    return table(rows), notes
 
 
 def lines(path: Path, notes: list[str]):
@@ -221,15 +214,21 @@ class Member:
     name: str
     offset: int
     length: int
+    size: tuple[int, int] | None = None     # (width, height) of a picture, where it is known
 
     @property
-    def suffix(self) -> str:
-        return Path(self.name).suffix.lower()
+    def is_picture(self) -> bool:
+        return Path(self.name).suffix.lower() in PICTURES
 
-    @property
-    def order(self) -> list:
-        """To sort members by: 2.jpg before 10.jpg."""
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", self.name)]
+
+def is_text(name: str) -> bool:
+    """Whether a file that lies beside pictures is their text."""
+    return name.lower().endswith((".txt", ".json"))
+
+
+def natural(name: str) -> str:
+    """A name to sort by, so that 2.jpg comes before 10.jpg."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(9), name)
 
 
 def index_groups(path: Path, groups: list, picture) -> dict[str, np.ndarray]:
@@ -238,79 +237,79 @@ def index_groups(path: Path, groups: list, picture) -> dict[str, np.ndarray]:
 
     picture: a function of a Member that returns its Picture.
     """
-    groups = [sorted(group, key=lambda member: member.order) for group in groups]
-    members = [member for group in groups for member in group]
-    names = [member.name.encode("utf-8", "surrogateescape") for member in members]
-    sizes, held = np.zeros((len(members), 2), np.int32), np.zeros(len(groups), np.uint8)
-    k = 0
+    names, rows, held, last = [], [], [], 0
     with progress(path, len(groups), " records") as bar:
-        for r, group in enumerate(groups):
+        for group in groups:
+            group.sort(key=lambda member: natural(member.name))
             # The checksum is that of the text, or else of the beginning of the first picture.
-            checked = next((m for m in group if m.suffix not in PICTURES), group[0])
+            checked = next((member for member in group if not member.is_picture), group[0])
             with picture(checked).file() as file:
-                count = 2 ** 16 if checked.suffix in PICTURES else MOST_BYTES
-                held[r] = crc32(file.read(count)) % HELD_OUT == 0
+                checksum = crc32(file.read(2 ** 16 if checked.is_picture else MOST_BYTES))
+            held.append(checksum % HELD_OUT == 0)
             for member in group:
-                if member.suffix in PICTURES:
-                    try:
-                        sizes[k] = picture(member).size
-                    except BadRecord:       # whoever reads it will be told
-                        pass
-                k += 1
+                size = (0, 0)
+                if member.is_picture:
+                    with contextlib.suppress(BadRecord):    # whoever reads it will count it
+                        size = picture(member).size
+                names.append(member.name.encode("utf-8", "surrogateescape"))
+                rows.append((last, last + len(names[-1]), member.offset, member.length, *size))
+                last += len(names[-1])
             bar.update()
     return {"first": np.cumsum([0, *map(len, groups)]),
-            "names": np.frombuffer(b"".join(names), np.uint8),
-            "name_end": np.cumsum([0, *map(len, names)]),
-            "offset": np.array([member.offset for member in members], np.int64),
-            "length": np.array([member.length for member in members], np.int64),
-            "size": sizes, "held": held}
+            "members": np.array(rows, np.int64).reshape(-1, 6),
+            "names": np.frombuffer(b"".join(names), np.uint8), "held": np.array(held, np.uint8)}
 
 
 class Groups:
     """Records that are groups of files: pictures, and their text as .txt or .json."""
     path: Path
 
-    def __len__(self):
-        return len(self.index["held"])
-
-    def member(self, m: int) -> Member:
-        start, end = self.index["name_end"][m:m + 2]
-        name = bytes(self.index["names"][start:end]).decode("utf-8", "surrogateescape")
-        return Member(name, int(self.index["offset"][m]), int(self.index["length"][m]))
-
-    def members(self, k: int) -> range:
-        return range(*map(int, self.index["first"][k:k + 2]))
-
-    def picture(self, member: Member, size: tuple | None = None) -> Picture:
+    def picture(self, member: Member) -> Picture:
+        """Any file of a record as a Picture, which knows where its bytes are."""
         raise NotImplementedError
 
     def where(self, member: Member) -> str:
+        """The name of a member's record, for messages."""
         raise NotImplementedError
 
+    def folder(self, member: Member) -> Path | None:
+        """Where the paths that a member's record names begin."""
+        raise NotImplementedError
+
+    def __len__(self):
+        return len(self.index["held"])
+
+    def members(self, k: int) -> range:
+        """The numbers of a record's members."""
+        return range(*self.index["first"][k:k + 2].tolist())
+
+    def member(self, m: int) -> Member:
+        start, end, offset, length, *size = self.index["members"][m].tolist()
+        name = bytes(self.index["names"][start:end]).decode("utf-8", "surrogateescape")
+        return Member(name, offset, length, tuple(size) if all(size) else None)
+
     def __getitem__(self, k: int) -> Record:
-        record = Record("")
-        for m in self.members(k):
-            member = self.member(m)
-            record.where = record.where or self.where(member)
-            if member.suffix in PICTURES:
-                size = tuple(map(int, self.index["size"][m]))
-                record.pictures.append(self.picture(member, size if all(size) else None))
+        members = [self.member(m) for m in self.members(k)]
+        record = Record(self.where(members[0]), folder=self.folder(members[0]))
+        for member in members:
+            if member.is_picture:
+                record.pictures.append(self.picture(member))
                 record.names.append(member.name)
                 continue
             if member.length > MOST_BYTES:
                 raise BadRecord("huge text", f"{record.where} has {member.length:,} bytes of text")
             with self.picture(member).file() as file:
                 data = file.read()
-            if member.suffix == ".json":
+            if member.name.lower().endswith(".json"):
                 record.value = parse(data, record.where)
             else:
                 record.text = decode(data, record.where).strip()
         return record
 
     def sizes(self, k: int):
-        members = [m for m in self.members(k) if self.member(m).suffix in PICTURES]
-        sizes = [tuple(map(int, self.index["size"][m])) for m in members]
-        return sizes if all(map(all, sizes)) else None
+        members = map(self.member, self.members(k))
+        sizes = [member.size for member in members if member.is_picture]
+        return sizes if all(sizes) else None
 
 
 class Folder(Groups):
@@ -318,35 +317,34 @@ class Folder(Groups):
 
     def __init__(self, path: Path, files: list[Path]):
         self.path = path
-        groups: dict[str, list[Path]] = {}
+        build = functools.partial(self._build, files)
+        self.index = index_of(path, ["pairs", *stamp_of_files(path, files)], build)
+
+    def _build(self, files: list[Path]) -> tuple[dict, list[str]]:
+        groups: dict[str, list[Member]] = {}
         for file in files:
-            if file.suffix.lower() in PICTURES | {".txt", ".json"}:
-                groups.setdefault(str(file.with_suffix("")), []).append(file)
+            name = file.relative_to(self.path).as_posix()
+            member = Member(name, 0, file.stat().st_size)
+            if member.is_picture or is_text(name):
+                groups.setdefault(name.removesuffix(file.suffix), []).append(member)
         pairs, alone = [], 0
         for group in groups.values():
-            pictures = sum(file.suffix.lower() in PICTURES for file in group)
+            pictures = sum(member.is_picture for member in group)
             if 0 < pictures < len(group):
                 pairs.append(group)
             else:
                 alone += pictures
-        notes = [f"{path.name}: {alone} pictures have no .txt or .json of the same name"]
-        if not pairs:
-            raise UserError(f"{path} has no picture with a .txt or .json of the same name")
+        notes = [f"{self.path}: {alone} pictures have no .txt or .json of the same name"]
+        return index_groups(self.path, pairs, self.picture), notes if alone else []
 
-        def member(file: Path) -> Member:
-            return Member(file.relative_to(path).as_posix(), 0, file.stat().st_size)
-
-        def build():
-            listed = [[member(file) for file in group] for group in pairs]
-            return index_groups(path, listed, self.picture), notes if alone else []
-
-        self.index = index_of(path, ["pairs", *stamp_of_files(path, files)], build)
-
-    def picture(self, member: Member, size: tuple | None = None) -> Picture:
-        return Picture(self.path / member.name, known_size=size)
+    def picture(self, member: Member) -> Picture:
+        return Picture(self.path / member.name, known_size=member.size)
 
     def where(self, member: Member) -> str:
         return f"{self.path.name}: {Path(member.name).with_suffix('')}"
+
+    def folder(self, member: Member) -> Path:
+        return (self.path / member.name).parent
 
 
 class Tar(Groups):
@@ -364,7 +362,7 @@ class Tar(Groups):
         last: dict[str, dict] = {}          # the last group of each key
         for member in members:
             found = KEY.fullmatch(member.name)
-            if not found or member.suffix not in PICTURES | {".txt", ".json"}:
+            if not found or not (member.is_picture or is_text(member.name)):
                 continue
             key, ending = found.groups()
             # A name that comes again, as in tars that were joined, begins another record.
@@ -375,12 +373,15 @@ class Tar(Groups):
         groups = [list(group.values()) for group in groups]
         return index_groups(self.path, groups, self.picture), notes if damage else []
 
-    def picture(self, member: Member, size: tuple | None = None) -> Picture:
+    def picture(self, member: Member) -> Picture:
         return Picture(self.path, f"{self.path.name}: {member.name}", member.offset, member.length,
-                       known_size=size)
+                       known_size=member.size)
 
     def where(self, member: Member) -> str:
         return f"{self.path.name}: {KEY.fullmatch(member.name)[1]}"
+
+    def folder(self, member: Member) -> None:
+        return None                         # what is in a tar names no files outside it
 
 
 # The key, and the ending after its first dot; a name that begins with a dot has no key.
@@ -415,7 +416,8 @@ def files_below(folder: Path) -> list[Path]:
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__"]
-        found += [Path(root, name) for name in names if name[0] != "."]
+        paths = (Path(root, name) for name in names if name[0] != ".")
+        found += [path for path in paths if path.is_file()]     # a link may point to nothing
     return sorted(found)
 
 
@@ -443,92 +445,35 @@ class TextFolder:
         self.index = index_of(path, ["texts", *stamp_of_files(path, files)], self._build)
 
     def _build(self) -> tuple[dict, list[str]]:
-        places = Places()
+        rows = array("q")
         with progress(self.path, len(self.files), " files") as bar:
             for number, path in enumerate(self.files):
+                offset = 0
                 with open(path, "rb") as file:
-                    while piece := b"".join(file.readlines(PIECE)):
-                        places.add(number, file.tell() - len(piece), len(piece), crc32(piece))
+                    while piece := next_piece(file):
+                        rows.extend((number, offset, len(piece), crc32(piece)))
+                        offset += len(piece)
                 bar.update()
-        return places.done(), []
-
-    def __len__(self):
-        return len(self.index["offset"])
-
-    def __getitem__(self, k: int) -> Record:
-        path, start = self.files[self.index["number"][k]], int(self.index["offset"][k])
-        where = str(path.relative_to(self.path)) + (f" from byte {start}" if start else "")
-        with open(path, "rb") as file:
-            file.seek(start)
-            return Record(where, text=decode(file.read(int(self.index["length"][k])), where))
-
-    def sizes(self, k: int):
-        return []
-
-
-
-
-# ---- parquet ------------------------------------------------------------------------------------
-
-class Parquet:
-    """A parquet file as hubs keep data sets: a row a record, pictures as {"bytes": ...}. Raises
-    UserError if pyarrow is not installed.
-
-    A row can be read only together with its row group, often a hundred megabytes. `first` of the
-    index has the number of the first row of each group, for an order that keeps to one at a time.
-    """
-
-    def __init__(self, path: Path):
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise UserError(f"{path}: to read parquet, pip install pyarrow") from None
-        self.path = path
-        self.index = index_of(path, ["parquet", *stamp_of(path)], self._build)
-
-    def _build(self) -> tuple[dict, list[str]]:
-        import pyarrow
-        import pyarrow.parquet
-        held, first = [], [0]
-        try:
-            file = pyarrow.parquet.ParquetFile(self.path)
-            texts = [name for name in file.schema_arrow.names if not PICTURE_COLUMN.search(name)]
-            with progress(self.path, file.metadata.num_rows, " rows") as bar:
-                for group in range(file.num_row_groups):
-                    for row in file.read_row_group(group, texts or None).to_pylist():
-                        text = json.dumps(row, sort_keys=True, default=repr)
-                        held.append(crc32(text.encode()) % HELD_OUT == 0)
-                        bar.update()
-                    first.append(len(held))
-        except (pyarrow.ArrowException, OSError) as error:
-            return {"held": np.zeros(0, np.uint8), "first": np.zeros(1, np.int64)}, [
-                f"{self.path} can't be read as parquet: {first_sentence(error)}"]
-        return {"held": np.array(held, np.uint8), "first": np.array(first, np.int64)}, []
+        return table(rows), []
 
     def __len__(self):
         return len(self.index["held"])
 
     def __getitem__(self, k: int) -> Record:
-        import pyarrow
-        where = f"{self.path.name}: row {k}"
-        group = int(np.searchsorted(self.index["first"], k, "right")) - 1
-        try:
-            rows = row_group(str(self.path), tuple(self.index.stamp), group)
-            value = rows.slice(k - int(self.index["first"][group]), 1).to_pylist()[0]
-        except (pyarrow.ArrowException, OSError) as error:
-            raise BadRecord("damaged parquet", f"{where}: {first_sentence(error)}") from None
-        return Record(where, value, folder=self.path.parent)
+        number, offset, length = self.index["places"][k].tolist()
+        path = self.files[number]
+        where = str(path.relative_to(self.path)) + (f" from byte {offset:,}" if offset else "")
+        return Record(where, text=decode(read(path, offset, length), where))
 
     def sizes(self, k: int):
-        return None
+        return []
 
 
-PICTURE_COLUMN = re.compile("image|picture|video|bytes", re.IGNORECASE)
-
-
-@functools.lru_cache(maxsize=2)
-def row_group(path: str, stamp: tuple, group: int):
-    """A row group as a pyarrow table. stamp: of the file, so that a new one is not taken for it."""
-    import pyarrow.parquet
-    with pyarrow.parquet.ParquetFile(path) as file:
-        return file.read_row_group(group)
+def next_piece(file) -> bytes:
+    """The next part of a text file. It ends with a line, or in a very long line at least with a
+    letter, which has up to four bytes in UTF-8."""
+    piece = file.read(PIECE)
+    piece += file.readline(PIECE)
+    while (following := file.peek(1)[:1]) and following[0] & 0xC0 == 0x80:
+        piece += file.read(1)
+    return piece

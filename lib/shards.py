@@ -33,6 +33,7 @@ import numpy as np
 
 from lib.cli import UserError
 from lib.images import BadRecord
+from lib.index import SUFFIX
 from lib.parquet import Parquet
 from lib.records import files_below, Folder, Lines, PICTURES, Record, Tar, TextFolder, TEXTS
 
@@ -219,7 +220,7 @@ def expand_pattern(pattern: str) -> list[Path]:
             found.append(Path(name))
             continue
         matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
-        matches = [match for match in matches if match.is_file()]
+        matches = [match for match in matches if match.is_file() and match.suffix != SUFFIX]
         if not matches:
             what = "matches no file" if glob.has_magic(name) else "is not there"
             raise UserError(f"{name} {what}")
