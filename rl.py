@@ -298,8 +298,9 @@ def prepare(args: Args, hw, trains: bool = True, process_group=None):
     folder = find_checkpoint(args.out if resumed else args.init or DEMO)
     model = load_model(folder, hw.device, hw.dtype)
     parse_memory(args.memory, args.chunk_patches).use_in(model)
-    if not model.config.n_ranks:
-        raise UserError(f"{folder} comes with another tokenizer, which RL can't use")
+    tokens = tokenizer_of(model.config)
+    if args.think:              # a released vocabulary may lack these
+        tokens.mark("<think>"), tokens.mark("</think>")
     mix = parse_mix(args.mix, sight(model.config))
     unknown = [name for name, _ in mix if name not in gym.names()]
     if unknown:
@@ -323,8 +324,8 @@ def prepare(args: Args, hw, trains: bool = True, process_group=None):
         pin_weights(reference, hw.device)
     say = print if hw.rank == 0 else (lambda *_: None)
     move_earlier_run(Path(args.out), args.resume, hw, say)
-    settings = RolloutSettings(tokenizer_of(model.config), model.config, args.context,
-                               args.max_new, args.think, args.seed)
+    settings = RolloutSettings(tokens, model.config, args.context, args.max_new, args.think,
+                               args.seed)
     say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
         f"step, steps {progress.step}..{args.steps}, staleness {args.max_staleness}, run folder "
         f"{args.out}")

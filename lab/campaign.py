@@ -366,7 +366,7 @@ def odd_config(rng, ground: Ground) -> str:
     model = load_model(folder)
     if others:
         raise Silent(f"{what}: loads")
-    if not model.config.n_ranks:            # a model with another tokenizer: no text of ours
+    if not (model.config.n_ranks or model.config.vocabulary):   # it comes without a tokenizer
         return what
     documents = Stream(model.config, (("point", 1.0),))(0)
     with torch.no_grad():

@@ -219,4 +219,4 @@ def _shown(e: Episode, tokens: Tokenizer, folder: Path) -> dict:
 
 def _plain_text(ids, tokens: Tokenizer) -> str:
     """Text without special tokens."""
-    return tokens.decode([i for i in ids if i < tokens.n_ranks]).strip()
+    return tokens.plain(ids).strip()

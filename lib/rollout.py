@@ -123,8 +123,9 @@ class Rollout:
         grows = self.append_layout and bool(documents)
         new = document(messages[-1:] if grows else messages, s.tokens, s.config, answer=True)
         ids = new.ids
-        if s.think:     # the template ends in <think></think> and a newline: leave <think> open
-            ids = ids[:-1 - len(s.tokens.encode("\n"))]
+        if s.think:     # instead of the empty thought with which the prompt may end
+            ids = ids[:len(ids) - len(s.tokens.begin_reply)]
+            ids = np.append(ids, np.int32(s.tokens.special["<think>"]))
         images = [np.full_like(image, 128) if s.blank else image for image in new.images]
         images = [intern_image(image) for image in images]
         if grows:
