@@ -153,7 +153,7 @@ def test_pictures_that_are_missing_end_the_run(tmp_path):
 
 def test_a_folder_without_pairs_or_with_held_out_ones_alone_is_one_line(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
-    with pytest.raises(UserError, match="no picture with a .txt or .json of the same name"):
+    with pytest.raises(UserError, match="have no .txt or .json of the same name"):
         open_pairs(str(tmp_path))
     for end, data in (("png", png(0)), ("txt", b"thing")):
         (tmp_path / f"n5.{end}").write_bytes(data)
