@@ -46,13 +46,14 @@ from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, N
 from lib.common import (check_same_data, check_same_start, cores, Log, multiples, Part, print_plan,
                         print_plan_on, read_json, setup, sum_over_ranks, write_json)
 from lib.loader import SampleLoader
-from lib.lora import check_train, count_learning, learns, set_learning, unmerged
+from lib.lora import (check_train, count_learning, learns, let_head_learn, set_learning,
+                      unmerged)
 from lib.memory import compile_blocks, parse_memory
-from lib.partition import AHEAD, Costs
+from lib.partition import AHEAD, Costs, exchange
 from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
-from mmtp import attach, head_of, losses as mtp_losses, prefix
+from mmtp import attach, head_of, losses as mtp_losses
 from model import Config, DecoderLayer, GLMV, sized
 from optim import OptimConfig, Optimizer, schedule
 from tokenizer import tokenizer_of
@@ -120,7 +121,7 @@ ROWS = {"tiny": (2, 2048), "mini": (1, 4096), "small": (2, 16384), "base": (4, 1
 def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token", alone: bool = False):
     """The weighted sum of the next-token losses of one row, and the MTP head's sums, one for each
     depth: fp32 scalars."""
-    merged = model.encode_images(batch)         # (slots, width)
+    merged = exchange(model, batch)             # (slots, width)
     hidden = model(batch, merged)               # (T, width)
     # Position t-1 predicts token t. A document's first token has weight 0: the position before it
     # belongs to another document.
@@ -173,7 +174,8 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     """Print what the run would need (`--plan`). About a second of loading tells how long samples
     take, and how many tokens and patches they have."""
     model = on_meta(args, config)
-    args = with_mtp(args, model)
+    if not learns(head_of(model)):
+        args = replace(args, mtp=0)
     made = [stream(10 ** 9 + i) for i in range(50)]     # beyond the easy ones; they fill caches
     began = time.perf_counter()
     while (spent := time.perf_counter() - began) < 1:
@@ -233,7 +235,7 @@ def on_meta(args: Args, config: Config) -> GLMV:
         model = GLMV(config)
         if config.mtp_depths:       # as --init brings a head
             attach(model, config.mtp_depths)
-        choose_learning(model, args)
+        set_learning(model, args.train, args.seed, args.mtp)
     return model
 
 
@@ -330,30 +332,6 @@ def load_rows(packer: Packer, args: Args, config: Config, hw) -> Rows:
     return Rows(batches, *count(rows, config.vision.patch_size), weight, packer.state())
 
 
-# ---- what learns --------------------------------------------------------------------------------
-
-def choose_learning(model: GLMV, args: Args):
-    """Attach a new MTP head if there is none, and freeze what --train excludes."""
-    # Of a new head all has to learn. In a head that --init brings LoRA learns as in other layers.
-    if args.mtp and not head_of(model) and args.train in ("all", "decoder"):
-        attach(model, args.mtp, args.seed)
-    set_learning(model, args.train, args.seed)
-    if learns(head_of(model)):
-        model.config.mtp_depths = max(model.config.mtp_depths, args.mtp)
-
-
-def with_mtp(args: Args, model: GLMV) -> Args:
-    """The arguments, without --mtp where no part of the MTP head learns: then it has no loss."""
-    return args if learns(head_of(model)) else replace(args, mtp=0)
-
-
-def let_head_learn(model: GLMV, optimizer: Optimizer, on: bool):
-    """Freeze what learns in the MTP head, which the optimizer then skips, or let it learn again."""
-    for name, p in optimizer.params.items():
-        if name.startswith(prefix(model)):
-            p.requires_grad_(on)
-
-
 # ---- start and save -----------------------------------------------------------------------------
 
 def check(args: Args):
@@ -414,7 +392,7 @@ def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
     model = load_model(folder) if folder else GLMV(config, args.seed)
     if args.vit and not resumed:
         load_tower(model.model.visual, find_checkpoint(args.vit))
-    choose_learning(model, args)
+    set_learning(model, args.train, args.seed, args.mtp)
     exact = model.state_dict()      # before it is rounded to bf16
     model = model.to(hw.device, hw.dtype)
     parse_memory(args.memory, args.chunk_patches).use_in(model)
@@ -476,7 +454,8 @@ def run(args: Args):
     if position and position.get("data", "") != stream.digest:
         raise UserError(f"--data has changed since {out} was saved: --init={out} and another --out "
                         "start a new run from its weights")
-    args = with_mtp(args, model)
+    if not learns(head_of(model)):      # --train freezes it, or there is none
+        args = replace(args, mtp=0)
     config, counts = model.config, model.counts() | {"learning": count_learning(model)}
     # On a CPU, workers that load during a step would take its cores: no overlap there.
     loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")

@@ -28,6 +28,9 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from lib.cli import UserError
+from mmtp import attach, head_of, prefix
+from model import GLMV
+from optim import Optimizer
 
 SCALE = 2.0     # alpha / R
 # The linear layers that get low-rank matrices: of attention and MLP in each decoder layer. The MTP
@@ -49,11 +52,27 @@ def parse_train(text: str) -> tuple[str, int]:
                     f"lora:16; not '{text}'")
 
 
-def set_learning(model, train: str, seed: int = 0):
-    """Freeze what does not learn in a GLMV with these options of --train and --seed; with lora:R,
-    add the low-rank matrices, which differ only by the seed. Raises UserError if R is too large."""
+def check_train(args) -> str:
+    """all, decoder, adapter or lora: what the option --train of a script says. Raises UserError if
+    it says nothing that there is, or leaves another option without effect."""
+    kind, _ = parse_train(args.train)
+    if kind == "lora" and args.vision_scale != 1:
+        raise UserError(f"--vision_scale={args.vision_scale:g} changes nothing with --train=lora, "
+                        "which freezes tower and adapter")
+    return kind
+
+
+def set_learning(model: GLMV, train: str, seed: int = 0, mtp: int = 0):
+    """Freeze what does not learn with this option --train; with lora:R, add the low-rank matrices,
+    whose random values depend on the seed alone. Raises UserError if R is too large.
+
+    mtp: how far ahead the MTP head is to look. If the model has no head, a new one is attached
+    where all of it can learn. A head that was there before gets low-rank matrices as all layers.
+    """
     kind, rank = parse_train(train)
     visual = model.model.visual
+    if mtp and not head_of(model) and kind in ("all", "decoder"):
+        attach(model, mtp, seed)
     model.requires_grad_(kind in ("all", "decoder"))
     if kind == "decoder":
         visual.requires_grad_(False)
@@ -66,6 +85,16 @@ def set_learning(model, train: str, seed: int = 0):
             for name, child in list(block.named_children()):
                 if name in TARGETS:
                     setattr(block, name, LoraLinear(child.weight, rank, generator))
+    if learns(head_of(model)):
+        model.config.mtp_depths = max(model.config.mtp_depths, mtp)
+
+
+def let_head_learn(model: GLMV, optimizer: Optimizer, on: bool):
+    """Freeze what learns in the MTP head, if there is one, or let it learn again. The optimizer
+    skips what is frozen."""
+    for name, p in optimizer.params.items():
+        if name.startswith(prefix(model)):
+            p.requires_grad_(on)
 
 
 def learns(module: nn.Module | None) -> bool:
