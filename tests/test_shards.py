@@ -1,4 +1,4 @@
-"""Data that people have, as records: what is read, in which order, and what is refused or counted."""
+"""Data that people have, as records: what is read, in which order, what is refused or counted."""
 import base64
 import io
 import json
