@@ -432,12 +432,12 @@ def stamp_of_files(folder: Path, files: list[Path]) -> list:
 
 # ---- text ---------------------------------------------------------------------------------------
 
-PIECE = 2 ** 15         # bytes: a longer text becomes several records, cut at ends of lines [O]
+PIECE = 2 ** 13         # bytes: a longer text becomes several records, cut at ends of lines [O]
 
 
 class TextFolder:
-    """A folder of text and source files. A long file is several records, one after the other, so
-    that an epoch shows all of it."""
+    """A folder of text and source files. A long file is several records, so that it counts by its
+    length, and that an epoch shows all of it where a row has room for a record."""
 
     def __init__(self, path: Path, files: list[Path]):
         self.path = path

@@ -357,8 +357,8 @@ def test_globs_ranges_and_lists(tmp_path):
             "t-*.jsonl": "matches no file", "s-{000..012}.jsonl": "s-012.jsonl is not there",
             "s-{5..4}.jsonl": "from 1 to 100,000", "s-{0..999999999}.jsonl": "from 1 to 100,000",
             "s-000.jsonl": "has no record", "missing.jsonl": "is not there", "s-00?.???": "no file",
-            "poem.txt": "give its folder", "mixed.list": "several kinds", "a.tar.gz": "gunzip a.tar.gz",
-            "odd[1].json": "no file"}.items():
+            "poem.txt": "give its folder", "mixed.list": "several kinds",
+            "a.tar.gz": "gunzip a.tar.gz", "odd[1].json": "no file"}.items():
         assert said in refusal(tmp_path / spec), spec
     (tmp_path / "model.bin").write_bytes(b"x")
     assert "files that end in '.bin'" in refusal(tmp_path / "model.bin")
@@ -404,6 +404,7 @@ def test_an_epoch_shows_each_record_once(tmp_path):
     assert order == [int(train[shuffled(7, i, len(train))]) for i in range(2 * len(train))]
     test = shards.numbers("test")
     assert {shards.order(7, i, "test") for i in range(len(test))} == set(test.tolist())
+    assert sorted(shards.order(7, i, "all") for i in range(200)) == list(range(200))
 
 
 # ---- the index ----------------------------------------------------------------------------------
