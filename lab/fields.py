@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Field:
-    """keys: one or more names, separated by blanks; N in a name stands for a number."""
+    """keys: one or more names, separated by blanks; N in a name stands for a number, NAME for the
+    name of a source."""
     keys: str
     unit: str
     meaning: str
 
     def covers(self, key: str) -> bool:
-        return any(re.fullmatch(name.replace("N", r"\d+"), key) for name in self.keys.split())
+        return any(re.fullmatch(name.replace("NAME", r"\w+").replace("N", r"\d+"), key)
+                   for name in self.keys.split())
 
 
 FIELDS = {
@@ -48,6 +50,8 @@ FIELDS = {
         Field("held_out", "nats a token", "The same loss on held-out samples, which training never "
                                           "sees. Where it rises while `loss` falls, the model "
                                           "memorises."),
+        Field("held_out_NAME", "nats a token", "The held-out loss of one source alone, such as a "
+                                               "file of your own data."),
         Field("mtpN", "nats a token", "Loss of the multi-token prediction head at depth N: it "
                                       "predicts the token N places after the next one. The head "
                                       "learns only in the last part of a run (--mtp_share)."),
@@ -132,17 +136,52 @@ def print_fields():
             print(f"  {', '.join(field.keys.split())}{unit}\n      {field.meaning}")
 
 
+# ---- the lines of a log --------------------------------------------------------------------------
+
+def numbers(row: dict) -> dict:
+    """The values of `row` that can be drawn. NaN, of a step that was skipped or of rollouts that
+    were all errors, is none of them."""
+    return {key: value for key, value in row.items()
+            if type(value) in (int, float) and abs(value) < 1e30}
+
+
+def usable(lines: list) -> list[dict]:
+    """The lines of a log without what is damaged: of each line its numbers, and those in `by`. A
+    line without a step is left out."""
+    kept = []
+    for line in lines:
+        if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
+            continue
+        by = line.pop("by", {})
+        kept.append(numbers(line))
+        if isinstance(by, dict) and by:
+            kept[-1]["by"] = {name: numbers(row) for name, row in by.items()
+                              if isinstance(row, dict)}
+    return kept
+
+
 # ---- charts -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Chart:
-    """Fields that are drawn in one chart. lines: {key: name in the legend}. smooth: draw means over
-    short stretches, since single steps vary. minor: fold the chart away, since it only helps to
-    find a fault."""
+    """Fields that are drawn in one chart. lines: {key: name in the legend}; a key that ends with *
+    stands for all fields that begin so. smooth: draw means over short stretches, since single steps
+    vary. minor: fold the chart away, since it only helps to find a fault."""
     title: str
     lines: dict
     smooth: bool = True
     minor: bool = False
+
+    def fields(self, lines: list[dict]) -> dict[str, str]:
+        """{key: name in the legend} of the chart's fields that occur in the lines of a log."""
+        present, found = dict.fromkeys(key for line in lines for key in line), {}
+        for key, name in self.lines.items():
+            if key.endswith("*"):
+                found |= {k: name + k.removeprefix(key[:-1]) for k in present
+                          if k.startswith(key[:-1])}
+            elif key in present:
+                found[key] = name
+        return found
 
 
 def same(*keys: str) -> dict:
@@ -151,7 +190,7 @@ def same(*keys: str) -> dict:
 
 
 CHARTS = (
-    Chart("loss", {"loss": "training", "held_out": "held out"}),
+    Chart("loss", {"loss": "training", "held_out": "held out", "held_out_*": "held out, "}),
     Chart("loss of the multi-token prediction head, nats a token",
           {"mtp1": "depth 1", "mtp2": "depth 2", "mtp3": "depth 3"}),
     Chart("reward in training, accuracy on held-out tasks",

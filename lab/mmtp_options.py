@@ -31,7 +31,7 @@ import mmtp
 import pretrain
 from data import collate, Packer, parse_mix, Stream
 from kernels import angles, linear_cross_entropy, Segments
-from lab.report import curve, smooth, STYLE
+from lab.drawing import curve, smooth, STYLE
 from lib.checkpoint import load_model
 from lib.cli import check_options, cli, main, Positive, Range, UserError
 from lib.common import read_log, ROOT, write_json

@@ -11,10 +11,8 @@ also answers a dozen held-out tasks; the answers are kept in the run's report.js
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
-import base64
 import dataclasses
 import html
-import math
 import shlex
 import statistics
 from collections import defaultdict
@@ -28,7 +26,9 @@ import pretrain
 import rl
 import train_vit
 from data import parse_mix, sight, task_pixels
-from lab.fields import CHARTS, field_of, print_fields
+from lab.drawing import (curve, figures_html, groups_html, inline, number, one_table, page_html,
+                         smooth, stages_html, table_html, text_table, tiles_html)
+from lab.fields import CHARTS, field_of, print_fields, usable
 from lib.checkpoint import load_model
 from lib.cli import cli, field_comments, main, UserError
 from lib.common import clock, read_json, read_log, setup, write_json, write_text
@@ -41,53 +41,6 @@ from tokenizer import Tokenizer, tokenizer_of
 QUESTIONS = 12                # tasks that a run of pretrain.py answers on its page
 FIRST_SEED = 2_000_000        # of these tasks; the split `test` keeps them apart from training
 SCRIPTS = {"pretrain.py": pretrain.Args, "train_vit.py": train_vit.Args, "rl.py": rl.Args}
-COLORS = ("#2f6fd0", "#d97706", "#15803d", "#8b4fc0", "#be185d")
-WIDE, LEFT, BOTTOM, TOP, RIGHT = 960, 64, 48, 14, 20      # of a chart: width and margins
-
-STYLE = """
-:root { --ink: #1d2733; --quiet: #5f6b7a; --line: #e1e7ee; --soft: #f6f8fb; --blue: #2f6fd0 }
-* { box-sizing: border-box }
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; max-width: 62rem;
-       margin: 0 auto; padding: 2.2rem 1.4rem 5rem; color: var(--ink); background: #fff }
-h1 { margin: 0 0 .2rem; font-size: 2rem; letter-spacing: -.01em }
-h2 { margin: 3rem 0 .9rem; padding-bottom: .35rem; border-bottom: 1px solid var(--line);
-     font-size: 1.35rem }
-h3 { margin: 2rem 0 .4rem; font-size: 1.05rem }
-small, .quiet { color: var(--quiet); font-size: .88rem }
-code, pre { font: .88rem/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace }
-pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px;
-      padding: .7rem 1rem; white-space: pre-wrap }
-table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums }
-th { font-weight: 600; color: var(--quiet); vertical-align: bottom }
-td, th { padding: .32rem 1.1rem .32rem 0; text-align: right; border-bottom: 1px solid var(--line) }
-td:first-child, th:first-child, td.text, th.text { text-align: left }
-td.text { color: var(--quiet) }
-.scroll { overflow-x: auto }
-.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.3rem 0 }
-.tile { flex: 1 1 8rem; background: var(--soft); border: 1px solid var(--line);
-        border-radius: 10px; padding: .65rem .95rem }
-.tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums }
-.bar { position: relative; width: 12rem; height: 1rem; background: #edf1f5; border-radius: 3px }
-.bar i { position: absolute; left: 0; height: 100%; border-radius: 3px }
-.bar .got { background: var(--blue) } .bar .blank { background: #d97706; height: 35%; bottom: 0 }
-.bar .chance { width: 2px; background: var(--ink); border-radius: 0 }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 1rem }
-.card { border: 1px solid var(--line); border-radius: 10px; padding: .8rem; overflow: hidden;
-        overflow-wrap: anywhere }
-.card .frames { display: flex; flex-wrap: wrap; gap: 4px; margin-bottom: .5rem }
-.card img { image-rendering: pixelated; border-radius: 4px; width: 100%; max-width: 192px }
-.card .two img { width: calc(50% - 2px) } .card .many img { width: calc(33.3% - 3px) }
-.card p { margin: .2rem 0 }
-.right { color: #15803d; font-weight: 600 } .wrong { color: #b91c1c; font-weight: 600 }
-figure { margin: 1.4rem 0 2rem } figcaption { font-weight: 600 }
-figure svg { display: block; width: 100%; height: auto }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; margin: .15rem 0 .35rem }
-.legend i { display: inline-block; width: 1.1rem; height: .25rem; border-radius: 2px;
-            margin-right: .45rem; vertical-align: middle }
-.wide img { max-width: 100%; border-radius: 6px }
-details { margin: .9rem 0 } summary { cursor: pointer; color: var(--blue) }
-@media print { details > * { display: block } .card, figure { break-inside: avoid } }
-"""
 
 
 @dataclass
@@ -95,100 +48,7 @@ class Args:
     run: str = ""                 # run folder, also as a bare word; or the word `fields`
 
 
-# ---- logs ---------------------------------------------------------------------------------------
-
-def numbers(row: dict) -> dict:
-    """The values of `row` that can be drawn. NaN, of a step that was skipped or of rollouts that
-    were all errors, is none of them."""
-    return {key: value for key, value in row.items()
-            if type(value) in (int, float) and abs(value) < 1e30}
-
-
-def usable(lines: list) -> list[dict]:
-    """The lines of a log without what is damaged: of each line its numbers, and those in `by`. A
-    line without a step is left out."""
-    kept = []
-    for line in lines:
-        if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
-            continue
-        by = line.pop("by", {})
-        kept.append(numbers(line))
-        if isinstance(by, dict) and by:
-            kept[-1]["by"] = {name: numbers(row) for name, row in by.items()
-                              if isinstance(row, dict)}
-    return kept
-
-
-# ---- charts -------------------------------------------------------------------------------------
-
-def smooth(points: list, share: float = 0.02) -> list:
-    """Means over consecutive stretches of `share` of the points, 50 points by default."""
-    size = max(1, int(len(points) * share))
-    stretches = [points[i:i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
-            for part in stretches]
-
-
-def ticks(most: float, count: int) -> list[float]:
-    """Round numbers from 0 to `most`, at most `count` of them behind the 0."""
-    size = 10.0 ** math.floor(math.log10(most / count))
-    step = next(k * size for k in (1, 2, 5, 10) if most / (k * size) <= count)
-    return [i * step for i in range(int(most / step + 1e-9) + 1)]
-
-
-def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 300,
-          clip: bool = False) -> str:
-    """{name: [(x, y), ...]} as a chart of full width, axes from 0 to the largest x and y; nothing
-    where every series has less than two points. The legend shows the last value of each series.
-
-    clip: end the y axis at four times the median, for losses, whose first values are far larger
-    than the rest.
-    """
-    if not any(len(points) > 1 for points in series.values()):
-        return ""
-    series = {name: points for name, points in series.items() if points}
-    right = max(x for points in series.values() for x, _ in points) or 1
-    heights = sorted(y for points in series.values() for _, y in points)
-    most = min(heights[-1], 4 * statistics.median(heights)) if clip else heights[-1]
-    most = most if most > 0 else 1
-    least = min(0, heights[0])
-
-    def at_x(x):
-        return LEFT + x / right * (WIDE - LEFT - RIGHT)
-
-    def at_y(y):
-        share = (min(y, most) - least) / (most - least)
-        return high - BOTTOM - share * (high - BOTTOM - TOP)
-
-    parts = []
-    for y in ticks(most, 5):
-        parts.append(f'<path d="M{LEFT} {at_y(y):.1f}H{WIDE - RIGHT}" stroke="#e1e7ee"/>'
-                     f'<text x="{LEFT - 9}" y="{at_y(y) + 5:.1f}" text-anchor="end">'
-                     f"{number(y)}</text>")
-    for x in ticks(right, 8):
-        parts.append(f'<text x="{at_x(x):.1f}" y="{high - BOTTOM + 21}" text-anchor="middle">'
-                     f"{number(x)}</text>")
-    parts.append(f'<text x="{(LEFT + WIDE - RIGHT) / 2}" y="{high - 5}" text-anchor="middle">'
-                 f"{html.escape(unit)}</text>")
-    legend = []
-    for i, (name, points) in enumerate(series.items()):
-        color = COLORS[i % len(COLORS)]
-        if len(points) > 1:
-            line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" '
-                         'stroke-width="2.5" stroke-linejoin="round"/>')
-        if len(points) <= 20:               # few measurements: show where they are
-            parts += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="4" fill="{color}"/>'
-                      for x, y in points]
-        legend.append(f'<span><i style="background:{color}"></i>{html.escape(name)} '
-                      f'<b>{number(points[-1][1])}</b></span>')
-    if heights[-1] > most:
-        legend.append(f"<span>values above {number(most)} are cut off</span>")
-    return (f"<figure><figcaption>{html.escape(title)}</figcaption>"
-            f'<div class="legend quiet">{"".join(legend)}</div>'
-            f'<svg viewBox="0 0 {WIDE} {high}" role="img" aria-label="{html.escape(title)}" '
-            f'font-size="15" fill="#5f6b7a">{"".join(parts)}</svg></figure>')
-
+# ---- curves and tables of a log ------------------------------------------------------------------
 
 def charts(lines: list[dict]) -> str:
     """All charts of CHARTS for which the lines of one log have fields, each field in one chart;
@@ -196,7 +56,7 @@ def charts(lines: list[dict]) -> str:
     shown, folded = [], []
     for chart in CHARTS:
         series = {}
-        for key, name in chart.lines.items():
+        for key, name in chart.fields(lines).items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             series[name] = smooth(points) if chart.smooth else points
         drawn = curve(series, chart.title, high=220 if chart.minor else 300,
@@ -206,68 +66,6 @@ def charts(lines: list[dict]) -> str:
         shown.append(f"<details><summary>More curves: time, gradient, learning rate</summary>"
                      f"{''.join(folded)}</details>")
     return "".join(shown)
-
-
-# ---- tables -------------------------------------------------------------------------------------
-
-def number(value: float) -> str:
-    """Three digits, or all of them before the point."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def table_html(table: dict) -> str:
-    """The table of `sample.evaluate`, with a bar for each category."""
-    rows = ["<tr><th>category</th><th>accuracy</th><th>95% interval</th><th>grey picture</th>"
-            "<th>chance</th><th>tasks</th><th></th></tr>"]
-    for name, r in table.items():
-        bar = (f'<div class="bar"><i class="got" style="width:{r["accuracy"]:.1%}"></i>'
-               f'<i class="blank" style="width:{r["blank"]:.1%}"></i>'
-               f'<i class="chance" style="left:{r["chance"]:.1%}"></i></div>')
-        rows.append(f"<tr><td>{html.escape(name)}</td><td>{r['accuracy']:.1%}</td>"
-                    f"<td>{r['low']:.1%} – {r['high']:.1%}</td><td>{r['blank']:.1%}</td>"
-                    f"<td>{r['chance']:.1%}</td><td>{r['n']}</td><td>{bar}</td></tr>")
-    return (f'<div class="scroll"><table>{"".join(rows)}</table></div><p class="quiet">Blue: share '
-            "of tasks that are solved in full, with seeds, words, colours and layouts that "
-            "training never saw. Orange: the same model and tasks, with a grey picture instead. "
-            "Black line: the best score without looking at the picture.</p>")
-
-
-def figures_html(figures: dict[str, dict]) -> str:
-    """{row: {column: number}} as tables; not every row has every column. A row that shares no
-    column with the rows above begins a new table."""
-    tables = []
-    for name, row in figures.items():
-        known = {key for found in tables[-1].values() for key in found} if tables else set()
-        if not row.keys() & known:
-            tables.append({})
-        tables[-1][name] = row
-    return "<p></p>".join(map(one_table, tables))
-
-
-def one_table(figures: dict[str, dict]) -> str:
-    """One HTML table. If it has more than about eight columns, rows and columns are swapped."""
-    columns = list(dict.fromkeys(name for row in figures.values() for name in row))
-    if len(columns) > max(8, len(figures)):
-        swapped = {name: {row: found[name] for row, found in figures.items() if name in found}
-                   for name in columns}
-        figures, columns = swapped, list(figures)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))
-    body = []
-    for name, row in figures.items():
-        cells = "".join(f"<td>{number(row[key])}</td>" if key in row else "<td></td>"
-                        for key in columns)
-        body.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>'
-
-
-def text_table(head: tuple, rows: list[tuple]) -> str:
-    """Rows of plain text; the first column is set as code."""
-    line = "".join(f'<th class="text">{html.escape(name)}</th>' for name in head)
-    body = []
-    for first, *others in rows:
-        cells = "".join(f'<td class="text">{html.escape(str(cell))}</td>' for cell in others)
-        body.append(f"<tr><td><code>{html.escape(str(first))}</code></td>{cells}</tr>")
-    return f'<div class="scroll"><table><tr>{line}</tr>{"".join(body)}</table></div>'
 
 
 def by_category(lines: list[dict]) -> dict[str, dict]:
@@ -342,7 +140,7 @@ def answer_questions(run: Path, config: dict):
     hw = setup(config.get("device", "auto"))
     model = load_model(found[-1], hw.device, hw.dtype)
     tasks = tasks_of(mix, levels, model.config)
-    if not tasks or not model.config.n_ranks:       # a mix of text only; another tokenizer
+    if not tasks:       # a mix of text only
         return
     samples = answer(model, tokenizer_of(model.config), tasks, run / "pictures")
     write_json(path, {**facts, "samples": samples, "answered_by": found[-1].name,
@@ -351,7 +149,7 @@ def answer_questions(run: Path, config: dict):
 
 def card(sample: dict, pictures: Path) -> str:
     """One question as HTML: at most six pictures, question, answer, and the truth where the answer
-    is wrong."""
+    is wrong. detail: what stands beside the category; of a task of the gym, its level."""
     files = [name for name in sample["pictures"] if (pictures / name).is_file()][:6]
     images = "".join(f'<img alt="" src="{inline(pictures / name)}">' for name in files)
     right = sample["reward"] > 0.999
@@ -359,15 +157,11 @@ def card(sample: dict, pictures: Path) -> str:
     truth = "" if right else f'<p class="quiet">truth: {html.escape(sample["truth"])}</p>'
     said = html.escape(sample["answer"]) or "(nothing)"
     layout = ("frames", "frames", "frames two", "frames many")[min(len(files), 3)]
+    detail = sample["detail"] if "detail" in sample else f"level {sample['level']}"
     return (f'<div class="card"><div class="{layout}">{images}</div>'
-            f'<small>{sample["category"]}, level {sample["level"]}</small>'
+            f'<small>{html.escape(sample["category"])}, {html.escape(detail)}</small>'
             f'<p>{html.escape(sample["question"])}</p>'
             f'<p class="{verdict}">{"✓" if right else "✗"} {said}</p>{truth}</div>')
-
-
-def inline(path: Path) -> str:
-    """A picture file as a data URL."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -425,12 +219,6 @@ def summary(lines: list[dict], parameters: int = 0) -> list[tuple[str, str]]:
               ("sampled reward", end("reward")), ("held-out accuracy", last("accuracy")),
               ("tokens a second", end("tok/s")))
     return tiles + [(name, number(value)) for name, value in values if value is not None]
-
-
-def tiles_html(tiles: list[tuple[str, str]]) -> str:
-    return '<div class="tiles">' + "".join(
-        f'<div class="tile"><small>{name}</small><b>{value}</b></div>' for name, value in tiles
-    ) + "</div>"
 
 
 def glossary(lines: list[dict]) -> str:
@@ -504,11 +292,14 @@ def page_of(run: Path, facts: dict, configs: dict, logs: dict) -> str:
     parts = [header(run, facts, configs.get(run, {}), logs)]
     if facts.get("stages"):
         parts.append("<h2>What each stage improves</h2>" + stages_html(facts["stages"]))
+    if "groups" in facts:
+        parts.append("<h2>Own questions</h2>" + groups_html(facts))
     if facts.get("samples"):
         cards = "".join(card(sample, run / "pictures") for sample in facts["samples"])
         by = f" by {facts['answered_by']}" if "answered_by" in facts else ""
-        parts.append(f"<h2>Questions and answers</h2><p>Held-out tasks, answered greedily{by}. "
-                     f'✓ earns the full reward.</p><div class="cards">{cards}</div>')
+        what = f"Questions of {facts['data']}" if "data" in facts else "Held-out tasks"
+        parts.append(f"<h2>Questions and answers</h2><p>{html.escape(what)}, answered greedily{by}."
+                     f' ✓ earns the full reward.</p><div class="cards">{cards}</div>')
     if "table" in facts:
         parts.append("<h2>Held-out tasks</h2>" + table_html(facts["table"]))
     if facts.get("figures"):
@@ -523,25 +314,7 @@ def page_of(run: Path, facts: dict, configs: dict, logs: dict) -> str:
     for folder, lines in logs.items():
         parts.append(section(folder.name, lines, configs.get(folder, {}), len(logs) == 1))
     parts.append(glossary([line for lines in logs.values() for line in lines]))
-    title = html.escape(facts.get("title", run.name))
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
-            f"<body>{''.join(parts)}</body></html>\n")
-
-
-def stages_html(stages: dict[str, dict]) -> str:
-    """The stages of the demo, {stage: {figure, random, before, after}}, as a table with bars."""
-    rows = ["<tr><th>stage</th><th class='text'>figure that it improves</th><th>random weights,<br>"
-            "or a blind guess</th><th>before</th><th>after</th><th></th></tr>"]
-    for stage, row in stages.items():
-        bar = (f'<div class="bar"><i class="got" style="width:{row["after"]:.1f}%"></i>'
-               f'<i class="chance" style="left:{row["before"]:.1f}%"></i></div>')
-        random = f"{row['random']:.1f}" if "random" in row else ""
-        rows.append(f"<tr><td>{html.escape(stage)}</td><td class='text'>"
-                    f"{html.escape(row['figure'])}</td><td>{random}</td><td>{row['before']:.1f}"
-                    f"</td><td><b>{row['after']:.1f}</b></td><td>{bar}</td></tr>")
-    return (f'<div class="scroll"><table>{"".join(rows)}</table></div><p class="quiet">Blue: after '
-            "the stage. Black line: before it.</p>")
+    return page_html(facts.get("title", run.name), parts)
 
 
 def write(run) -> Path:

@@ -31,7 +31,7 @@ from engine import Engine, Request
 from lib.batch import Document
 from lib.cli import UserError
 from lib.images import BadRecord, load
-from lib.scoring import chance, checked, interval, METRICS, score
+from lib.scoring import chance, checked, interval, METRICS, said, score
 from lib.shards import open_shards
 from tasks.base import IMAGE, Message
 from tokenizer import Tokenizer
@@ -220,8 +220,8 @@ def evaluate_file(model, tokens: Tokenizer, path: str, folder: Path, slots: int 
     groups = {}
     for a in answered:
         groups.setdefault(a.question.group, []).append(a)
-    samples = [{"category": a.question.group, "detail": f"{a.question.metric} {a.worth(a.score):.2g}",
-                "pictures": a.pictures, "question": a.question.text, "answer": a.reply,
+    samples = [{"category": a.question.group, "pictures": a.pictures, "question": a.question.text,
+                "detail": f"{a.question.metric}: {a.worth(a.score):.2g}", "answer": said(a.reply),
                 "truth": " or ".join(map(str, a.question.answers)), "reward": a.worth(a.score)}
                for a in answered if a.pictures is not None]
     return {"groups": {name: figures(rows) for name, rows in sorted(groups.items())},

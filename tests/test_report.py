@@ -11,7 +11,7 @@ import gym
 import pretrain
 import rl
 import train_vit
-from lab import fields, report
+from lab import drawing, fields, report
 from lib.cli import UserError
 from lib.probes import read_report
 from model import sized
@@ -19,35 +19,58 @@ from tasks.base import Task
 
 
 def test_a_curve_stays_inside_its_axes():
-    svg = report.curve({"loss": [(0, 100.0), (1, 1.0), (2, -0.9), (3, 0.8)]}, "loss", clip=True)
+    svg = drawing.curve({"loss": [(0, 100.0), (1, 1.0), (2, -0.9), (3, 0.8)]}, "loss", clip=True)
     points = [tuple(map(float, p.split(",")))
               for p in svg.split('points="')[1].split('"')[0].split()]
-    assert all(report.LEFT <= x <= report.WIDE and 0 <= y <= 300 - report.BOTTOM for x, y in points)
+    assert all(drawing.LEFT <= x <= drawing.WIDE and 0 <= y <= 300 - drawing.BOTTOM for x, y in points)
 
 
 @pytest.mark.parametrize("most,expected", [(60, [0, 20, 40, 60]),
                                            (0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
                                            (7, [0, 2, 4, 6])])
 def test_axes_have_round_numbers(most, expected):
-    assert report.ticks(most, 5) == pytest.approx(expected)
+    assert drawing.ticks(most, 5) == pytest.approx(expected)
 
 
 def test_rows_that_share_no_column_with_those_above_get_a_table_of_their_own():
-    page = report.figures_html({"a": {"x": 1.0}, "b": {"x": 2.0, "y": 3.0}, "c": {"z": 4.0}})
+    page = drawing.figures_html({"a": {"x": 1.0}, "b": {"x": 2.0, "y": 3.0}, "c": {"z": 4.0}})
     assert page.count("<table>") == 2 and page.index("4") > page.index("<th>z</th>")
 
 
 def test_a_wide_table_lies_on_its_side():
     """Nine columns and two rows become nine rows; what a row lacks stays empty."""
-    page = report.figures_html({"before": {f"c{i}": i for i in range(9)}, "after": {"c3": 1200}})
+    page = drawing.figures_html({"before": {f"c{i}": i for i in range(9)}, "after": {"c3": 1200}})
     assert page.count("<tr>") == 10 and "<th>before</th><th>after</th>" in page
     assert "<td>c3</td><td>3</td><td>1,200</td>" in page
     assert "<td>c4</td><td>4</td><td></td>" in page
 
 
+def test_losses_by_source_are_drawn_with_the_held_out_loss():
+    lines = [{"step": k, "loss": 3.0, "held_out": 2.0, "held_out_cats": 1.5, "held_out_gym": 2.5}
+             for k in (1, 2)]
+    page = report.charts(lines)
+    assert page.count("<figure>") == 1 and page.count("<polyline") == 4
+    assert "held out, cats <b>1.5</b>" in page and "held out <b>2</b>" in page
+    assert "one source alone" in fields.field_of("held_out_cats").meaning
+    assert "one source" not in fields.field_of("held_out").meaning
+
+
+def test_a_page_of_own_questions(tmp_path):
+    row = {"accuracy": 0.5, "low": 0.1, "high": 0.9, "blank": 0.25, "chance": None, "unread": 1,
+           "n": 4}
+    page = page_with(tmp_path, {
+        "data": "a<b.jsonl", "groups": {"boxes": row | {"chance": 0.01, "mean_iou": 0.4321}},
+        "all": row, "skipped": {"missing image": [3, "no picture at <x>"]}, "cut_off": 2,
+        "samples": [{"category": "boxes", "detail": "iou: 0", "pictures": [], "question": "Where?",
+                     "answer": "[1, 2]", "truth": "[1, 2, 3, 4]", "reward": 0.0}]})
+    for shown in ("Questions of a&lt;b.jsonl", "<td>0.432</td>", "<td>1.0%</td>", "boxes, iou: 0",
+                  "3 x missing image, the first: no picture at &lt;x&gt;", "2 replies were cut"):
+        assert shown in page, shown
+
+
 def test_a_curve_of_one_point_is_none():
-    assert report.curve({"linear": [(9, 0.5)]}, "probes") == ""
-    page = report.curve({"training": [(1, 2.0), (2, 1.0)], "held out": [(2, 1.0)]}, "loss")
+    assert drawing.curve({"linear": [(9, 0.5)]}, "probes") == ""
+    page = drawing.curve({"training": [(1, 2.0), (2, 1.0)], "held out": [(2, 1.0)]}, "loss")
     assert page.count("<polyline") == 1
 
 
@@ -120,7 +143,7 @@ def test_damaged_lines_of_a_log_are_left_out(tmp_path):
     lines = [*ODD, {"loss": 3.0}, *({"step": odd, "loss": 99.0} for odd in ODD[:5] if odd != 5),
              *({"step": 7, "loss": odd, "lr": odd, "by": odd, "dt": odd} for odd in ODD),
              {"step": 8, "loss": 1.0, "by": by}, {"step": 9, "loss": 2.0, "by": {"point": None}}]
-    good = report.usable(copy.deepcopy(lines))
+    good = fields.usable(copy.deepcopy(lines))
     assert all(isinstance(line.get("by", {}), dict) for line in good)
     assert {line["step"] for line in good} == {7, 8, 9}
     assert {line["loss"] for line in good if "loss" in line} == {-1, 1.0, 1.5, 2.0, 5}
@@ -150,7 +173,7 @@ def test_categories_early_and_late_without_steps_of_errors_alone():
     def line(value):
         return {"step": 1, "by": {"point": {"reward": value}}}
     steps = [0.5, math.nan, *[0.0] * 16, 1.0, 0.5]
-    lines = report.usable([*map(line, steps), {"step": 2}])
+    lines = fields.usable([*map(line, steps), {"step": 2}])
     assert report.by_category(lines) == {
         "point": {"reward, first": 0.5, "reward, last": 0.5}}
 
@@ -238,7 +261,8 @@ def test_fields_are_printed(capsys):
 
 def test_every_curve_is_of_a_field_that_is_explained_and_drawn_once():
     keys = [key for chart in fields.CHARTS for key in chart.lines]
-    assert len(keys) == len(set(keys)) and all(map(fields.field_of, keys))
+    assert len(keys) == len(set(keys))
+    assert all(fields.field_of(key.replace("*", "cats")) for key in keys)
 
 
 def test_questions_are_spread_over_categories_and_levels():
