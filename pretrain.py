@@ -448,7 +448,8 @@ def run(args: Args):
     say(hw.description)
     for data in stream.own:
         say("\n".join([data.description(), *data.shards.notes]))
-    check_same_data(stream.digest)
+    if stream.own:
+        check_same_data(stream.digest)
     model, optimizer, start, position = build(args, hw)
     check_same_start(start, out)
     if position and position.get("data", "") != stream.digest:
@@ -516,7 +517,8 @@ def run(args: Args):
             #    last row are the last of the step, and travel to their owners as it goes.
             if number == len(rows.batches):
                 optimizer.last_backward()
-            part.backward()
+            if part.requires_grad:  # not where only the adapter learns and there is no picture
+                part.backward()
             # Sums stay on the device: .item() here would make the host wait for every row.
             losses += torch.stack([loss.detach(), *(x.detach() for x in further)]) / rows.weight
 

@@ -470,7 +470,7 @@ def test_a_checkpoint_of_another_script_is_refused(tmp_path):
     (dict(init="nowhere"), "no such folder"), (dict(size="huge"), "tiny, mini, small or base"),
     (dict(mix="point,doc_qa"), "doc_qa, which needs pictures of 256 pixels; .* sees 64,"),
     (dict(mix="pont"), "names 'pont'"), (dict(mix="point:-1"), "weight"),
-    (dict(mix="point:many"), "name:weight"), (dict(mix=""), "--mix"),
+    (dict(mix="point:many"), "name:weight"), (dict(mix=" "), "--mix"),
     (dict(schedule="square"), "constant, linear or cosine"), (dict(rows=-1), "--rows takes 0"),
     (dict(levels=0), "--levels"), (dict(levels=6), "--levels"), (dict(steps=0), "--steps"),
     (dict(save_every=0), "--save_every"), (dict(log_every=0), "--log_every"),
