@@ -53,6 +53,7 @@ from lib.common import (check_same_start, Log, Part, print_plan, print_plan_on, 
                         write_json)
 from lib.curriculum import Curriculum
 from lib.episodes import accuracy, Episode, figures_of, report_evaluation, rewards_of
+from lib.lora import check_train, count_learning, learns, set_learning, unmerged
 from lib.memory import parse_memory
 from lib.rollout import rollout, RolloutSettings
 from lib.prefetch import lent, pin_weights
@@ -88,6 +89,8 @@ class Args:
     rehearse: Annotated[float, Range(0, 10)] = 0.0  # demonstrations, as a share of the rollouts
     mtp: NonNegative = 0.1        # weight of the MTP head's own loss, if there is a head
     lr: NonNegative = 8e-4        # peak learning rate; Muon and AdamW alike
+    train: str = "all"            # what learns: all, decoder (and adapter), adapter, or lora:16
+    vision_scale: NonNegative = 1.0  # factor on lr for the vision tower and the adapter
     weight_decay: NonNegative = 0.0  # on matrices
     warmup: Natural = 10          # steps
     schedule: Schedule = "linear"  # constant, linear (over the last part) or cosine
@@ -227,7 +230,7 @@ def row_loss(model: GLMV, batch, args: Args, reference=None):
         statistics = torch.stack([
             loss.detach(), own.sum(), (entropy * own).sum(), size.sum(), outside.sum(),
             size.max() if len(size) else size.sum()])
-    if args.mtp and head_of(model):         # it learns to predict this policy, and can't change it
+    if args.mtp and learns(head_of(model)):     # it learns to predict this policy as it is
         depths = model.config.mtp_depths or 1
         further = mtp_losses(model, hidden, batch, depths=depths, detach=True)
         loss = loss + args.mtp * sum(further) / depths
@@ -255,7 +258,8 @@ def update(model: GLMV, optimizer: Optimizer, samples: list[list[Document]], arg
     for batch, logps in zip(batches, reference_logps):
         loss, statistics = row_loss(model, batch, args, logps)
         # Divided by all samples, not by this row's: the update does not depend on the packing.
-        (loss / len(samples)).backward()
+        if loss.requires_grad:      # not where only the adapter learns and there is no picture
+            (loss / len(samples)).backward()
         sums, largest = sums + statistics[:5], torch.maximum(largest, statistics[5])
         if after_row:
             after_row()
@@ -297,6 +301,7 @@ def prepare(args: Args, hw, trains: bool = True, process_group=None):
     resumed = args.resume and bool(checkpoints(args.out))
     folder = find_checkpoint(args.out if resumed else args.init or DEMO)
     model = load_model(folder, hw.device, hw.dtype)
+    set_learning(model, args.train, args.seed)
     parse_memory(args.memory, args.chunk_patches).use_in(model)
     tokens = tokenizer_of(model.config)
     if args.think:              # a released vocabulary may lack these
@@ -307,12 +312,13 @@ def prepare(args: Args, hw, trains: bool = True, process_group=None):
         raise UserError(f"--mix takes categories of the gym, not '{unknown[0]}'")
     optimizer = None
     if trains:
-        optimizer = Optimizer(model.named_parameters(), OptimConfig(args.lr, args.weight_decay),
-                              process_group)
-        freeze_unused_head(model, args)
+        config = OptimConfig(args.lr, args.weight_decay,
+                             scales=(("model.visual", args.vision_scale),))
+        optimizer = Optimizer(model.named_parameters(), config, process_group)
+    freeze_unused_head(model, args)
     first, progress = args.init, Progress()
     if resumed:
-        state = restore(folder, model, optimizer)
+        state = restore(folder, model, optimizer, args.train)
         progress = Progress(state["step"], state["collector"], state["exams"], state["recent"])
         first = state["args"]["init"]
     elif trains:
@@ -326,8 +332,9 @@ def prepare(args: Args, hw, trains: bool = True, process_group=None):
     move_earlier_run(Path(args.out), args.resume, hw, say)
     settings = RolloutSettings(tokens, model.config, args.context, args.max_new, args.think,
                                args.seed)
-    say(f"{model.counts()['total'] / 1e6:.2f}M parameters, {args.prompts}x{args.group} rollouts a "
-        f"step, steps {progress.step}..{args.steps}, staleness {args.max_staleness}, run folder "
+    say(f"{model.counts()['total'] / 1e6:.2f}M parameters, of which "
+        f"{count_learning(model) / 1e6:.2f}M learn, {args.prompts}x{args.group} rollouts a step, "
+        f"steps {progress.step}..{args.steps}, staleness {args.max_staleness}, run folder "
         f"{args.out}")
     say("pg_loss stays near 0, since the advantages of a group add up to 0: it does not measure "
         "progress; watch reward and held-out accuracy")
@@ -370,7 +377,7 @@ def save_run(model: GLMV, args: Args, progress: Progress, folder: Path, masters:
     save_state(folder / "train.pt", {
         "step": progress.step, "optimizer": state, "args": asdict(args),
         "collector": progress.collector, "exams": progress.evaluations,
-        "recent": progress.rewards})
+        "recent": progress.rewards, "unmerged": unmerged({**model.state_dict(), **masters})})
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -477,13 +484,16 @@ def plan(args: Args, hw):
     patches = sum(i.size // 3 // config.vision.patch_size ** 2
                   for d in documents for i in d.images) / len(documents)
     learnt, depths = args.max_new // 2, (config.mtp_depths or 1) * (args.mtp > 0)
-    # A rollout is a forward: a third of a forward and backward. A prompt is read once a group.
-    learning = rollouts * model.flops(length, patches, learnt, depths)
+    # A rollout is a forward: a third of a forward and backward in which all learns. A prompt is read
+    # once a group.
     playing = rollouts / 3 * (model.flops(learnt, 0, learnt) + model.flops(
         length - learnt, patches, 0) / args.group)
-    tokens, counts = args.steps * rollouts * length, model.counts()
+    set_learning(model, args.train)
+    learning = rollouts * model.flops(length, patches, learnt, depths)
+    tokens = args.steps * rollouts * length
+    counts = model.counts() | {"learning": count_learning(model)}
     if not args.on:
-        memory = counts["total"] * (4 + 12 / hw.world + 2 * hw.dtype.itemsize)
+        memory = 2 * counts["total"] * hw.dtype.itemsize + counts["learning"] * (4 + 12 / hw.world)
         return print_plan(hw, counts, tokens, args.steps * (learning + playing), memory)
 
     # On several GPUs the last ones play while the others train.
@@ -560,6 +570,7 @@ def run(args: Args):
     if args.size != "auto" and not args.plan:
         raise UserError("--size is for --plan; a run has the size of --init")
     parse_memory(args.memory)
+    check_train(args)
     hw = setup(args.device, args.dtype, args.max_hours)
     if args.plan:
         return plan(args, hw) if hw.rank == 0 else None

@@ -30,7 +30,9 @@ def never() -> bool:
 
 
 class Transfer:
-    """Sends a model's weights from rank 0 of `process_group` to its other ranks, in the background.
+    """Sends the weights that learn from rank 0 of `process_group` to its other ranks, in the
+    background; what --train freezes is the same everywhere. With LoRA these are the low-rank
+    matrices alone: the player's engine computes with them as the trainer does.
 
     The weights are copied into a second buffer, end to end, and travel in buckets of at most
     `bucket` bytes [C]. So the trainer may change its own weights while the last ones are on their
@@ -43,7 +45,7 @@ class Transfer:
     def __init__(self, model: GLMV, process_group, bucket: int = 2 ** 28):
         like = model.lm_head.weight
         self.process_group, self.work = process_group, []
-        shapes = {name: p.shape for name, p in model.named_parameters()}
+        shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
         self.buffer = like.new_empty(sum(shape.numel() for shape in shapes.values()))
         self.buckets = self.buffer.split(bucket // like.element_size())
         parts = self.buffer.split([shape.numel() for shape in shapes.values()])

@@ -231,7 +231,7 @@ class Trace:
         """Follow forward(), which returns a loss or other results, and the backward from there;
         both happen `times` in a step, the forward `forwards` times as often."""
         self.begin("forward", times * forwards)
-        results = tensors(forward())
+        results = [x for x in tensors(forward()) if x.requires_grad]
         self.begin("backward", times)
         torch.autograd.backward(results, [torch.empty_like(x) for x in results])
 
