@@ -1,6 +1,6 @@
 """Records of own data as conversations: layouts of others in, `Message`s out.
 
-Five layouts are recognised, each record by its fields:
+Six layouts are recognised, each record by its fields:
 
     OpenAI messages      {"messages": [{"role": "user", "content": [
                               {"type": "image_url", "image_url": {"url": "cats/1.jpg"}},
@@ -11,8 +11,10 @@ Five layouts are recognised, each record by its fields:
                               {"from": "gpt", "value": "A cat."}]}
     nanoVLM texts        {"images": ["cats/1.jpg"], "texts": [
                               {"user": "What is it?", "assistant": "A cat."}]}
+    questions            {"image": "cats/1.jpg", "question": "What is it?", "answer": "A cat."},
+                         as `sample.py eval --data` takes them: lib/own_eval.py
     captions             {"image": "cats/1.jpg", "caption": "A cat."}, or x.jpg beside x.txt
-    plain text           {"text": "..."}, or a text file
+    plain text           {"text": "..."} or {"content": "..."}, or a text file
 
 A picture is named by its path, relative to the file, or by a data URI. A record may also list its
 pictures in `image` or `images`, or have them beside it in a tar; the messages then mark their
@@ -28,14 +30,16 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from keyword import iskeyword
+from string import ascii_uppercase
 
 from lib.images import BadRecord, Frames, Picture
+from lib.scoring import BOXES, checked, letter_of
 from lib.shards import Record
 from tasks.base import IMAGE, Message, quoted
 from tasks.verify import parse_python
 
 OPENAI, LLAVA, NANOVLM = "OpenAI messages", "LLaVA conversations", "nanoVLM texts"
-CAPTIONS, PLAIN = "captions", "plain text"
+QUESTIONS, CAPTIONS, PLAIN = "questions", "captions", "plain text"
 
 ROLES = {  # of OpenAI's messages and of LLaVA's, and what they are called here
     "system": "system", "developer": "system", "user": "user", "human": "user",
@@ -62,7 +66,8 @@ class Mark:
 def layout_of(record: Record) -> str:
     """The name of a record's layout, by its fields. Raises BadRecord where there is none."""
     value = record.value or {}
-    for field, layout in (("messages", OPENAI), ("conversations", LLAVA), ("texts", NANOVLM)):
+    for field, layout in (("messages", OPENAI), ("conversations", LLAVA), ("texts", NANOVLM),
+                          ("question", QUESTIONS)):
         if value.get(field) is not None:
             return layout
     if text_beside(record) is not None:
@@ -74,7 +79,7 @@ def layout_of(record: Record) -> str:
 def text_beside(record: Record) -> str | None:
     """The caption or the plain text of a record that is no conversation, None if it has none."""
     value = record.value or {}
-    found = (record.text, value.get("caption"), value.get("text"))
+    found = (record.text, value.get("caption"), value.get("text"), value.get("content"))
     return next((text for text in found if text is not None), None)
 
 
@@ -94,11 +99,14 @@ def conversation(record: Record, pairs: int = 16) -> list[Message]:
     """
     layout, value = layout_of(record), record.value or {}
     pictures = listed(record)
-    if layout in (CAPTIONS, NANOVLM):       # all pictures come first
+    if layout in (CAPTIONS, NANOVLM, QUESTIONS):    # all pictures come first
         first = [Mark(kind) for kind, names in pictures.items() for _ in names]
     if layout == CAPTIONS:
         turns = [{"role": "user", "content": first},
                  {"role": "assistant", "content": text_of(text_beside(record))}]
+    elif layout == QUESTIONS:
+        turns = [{"role": "user", "content": [*first, asked(value)]},
+                 {"role": "assistant", "content": right_reply(value)}]
     elif layout == NANOVLM:
         turns = [{"role": role, "content": text_of(turn.get(role))}
                  for turn in objects(value["texts"]) for role in ("user", "assistant")]
@@ -134,6 +142,44 @@ def check_order(messages: list[Message]):
             raise BadRecord("wrong role order", f"{following} after assistant")
     if not any(m.role == "assistant" if m.weight is None else m.weight for m in messages):
         raise BadRecord("nothing to learn", "all weights are 0")
+
+
+# ---- questions with answers ---------------------------------------------------------------------
+
+def asked(value: dict) -> str:
+    """The text of a question; its choices, if it has any, stand below it, as "A. a cat"."""
+    text, choices = value.get("question"), value.get("choices") or []
+    if not isinstance(text, str) or not text.strip():
+        raise BadRecord("no question", f"the question is {short(text)}")
+    if not (isinstance(choices, list) and len(choices) != 1 and len(choices) <= 26
+            and all(isinstance(choice, str) for choice in choices)):
+        raise BadRecord("odd choices", "choices are a list of 2 to 26 texts")
+    if choices != list(ascii_uppercase[:len(choices)]):     # letters only say how many there are
+        text += "".join(f"\n{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices))
+    return text
+
+
+def answers_of(value: dict) -> list:
+    """The right answers of a question as its metric takes them; without a metric they are texts."""
+    metric, answers = value.get("metric") or "exact", value.get("answers", value.get("answer"))
+    try:
+        return checked(metric, answers, value.get("choices") or [])
+    except ValueError as error:
+        raise BadRecord("odd answer", str(error)) from None
+
+
+def right_reply(value: dict) -> str:
+    """The first answer of a question as a reply: a text, the letter of a choice, a box, or the
+    middle of a box that is to be hit."""
+    answer, metric = answers_of(value)[0], value.get("metric")
+    if metric == "choice":
+        return letter_of(answer, value.get("choices") or [])
+    if metric not in BOXES:
+        return answer
+    x0, y0, x1, y1 = map(round, answer)
+    if metric == "iou":
+        return f"[{x0}, {y0}, {x1}, {y1}]"
+    return f"[{(x0 + x1) // 2}, {(y0 + y1) // 2}]"
 
 
 # ---- fields, parts and marks --------------------------------------------------------------------

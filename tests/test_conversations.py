@@ -9,7 +9,7 @@ from PIL import Image
 
 from data import document
 from lib.conversations import (call_text, CAPTIONS, conversation, layout_of, LLAVA, NANOVLM, OPENAI,
-                               parse_call, PLAIN, plain_text)
+                               parse_call, PLAIN, plain_text, QUESTIONS)
 from lib.images import BadRecord, Frames, Picture
 from lib.shards import Record
 from model import sized
@@ -78,6 +78,9 @@ ASKED = [("user", IMAGE + "What is it?", ["cat.png"]), ("assistant", "A cat.", [
         pictures=[Picture("cat.png")])),
     (NANOVLM, raw({"images": ["cat.png"], "texts": [
         {"user": "What is it?", "assistant": "A cat.", "source": "vqa"}]})),
+    (QUESTIONS, raw({"image": "cat.png", "question": "What is it?", "answer": "A cat."})),
+    (QUESTIONS, raw({"images": ["cat.png"], "question": "What is it?", "answers": ["A cat.", "cat"],
+                     "metric": "anls", "group": "cats"})),
 ])
 def test_one_question_in_every_layout(layout, record):
     assert layout_of(record) == layout
@@ -91,6 +94,18 @@ def test_one_question_in_every_layout(layout, record):
 def test_a_caption_is_the_answer_to_its_picture(record):
     assert layout_of(record) == CAPTIONS
     assert shown(conversation(record)) == [("user", IMAGE, ["cat.png"]), ASKED[1]]
+
+
+@pytest.mark.parametrize("fields,question,reply", [
+    ({"answer": "a cat", "metric": "choice", "choices": ["a dog", "a cat"]},
+     "Which?\nA. a dog\nB. a cat", "B"),
+    ({"answer": "C", "metric": "choice", "choices": ["A", "B", "C"]}, "Which?", "C"),
+    ({"answer": [10, 20, 30, 61], "metric": "iou"}, "Which?", "[10, 20, 30, 61]"),
+    ({"answer": [10, 20, 30, 61], "metric": "point-in-box"}, "Which?", "[20, 40]"),
+    ({"answers": [40, "40%"], "metric": "relaxed"}, "Which?", "40")])
+def test_questions_are_answered_as_their_metric_asks(fields, question, reply):
+    found = conversation(raw({"question": "Which?", **fields}))
+    assert shown(found) == [("user", question, []), ("assistant", reply, [])]
 
 
 def test_plain_text_is_no_conversation():
@@ -185,6 +200,11 @@ Q, A = says("user", "Q"), says("assistant", "A")
 
 
 @pytest.mark.parametrize("kind,record", [
+    ("no question", raw({"question": 5, "answer": "yes"})),
+    ("odd answer", raw({"question": "Which?"})),
+    ("odd answer", raw({"question": "Which?", "answer": "c", "metric": "choice",
+                        "choices": ["a", "b"]})),
+    ("odd choices", raw({"question": "Which?", "answer": "a", "choices": "a"})),
     ("unknown role", talk(Q, says("robot", "A"))), ("unknown role", talk(Q, {"content": "A"})),
     ("unknown role", talk(says(["user"], "Q"), A)), ("no reply", talk(Q)),
     ("wrong role order", talk(A, Q, A)), ("wrong role order", talk(Q, A, A)),
@@ -215,7 +235,7 @@ Q, A = says("user", "Q"), says("assistant", "A")
     ("not an object", talk(Q, says("assistant", None, tool_calls=[5]))),
     ("wrong fps", talk(says("user", [{"type": "video", "video": ["a"], "fps": "fast"}]), A)),
     ("empty content", talk(says("user", [{"type": "video", "video": []}]), A)),
-    ("unknown layout", raw({"question": "?"}))])
+    ("unknown layout", raw({"prompt": "?"}))])
 def test_what_cant_be_trained_on_is_named(kind, record):
     assert refused(record) == kind
 
