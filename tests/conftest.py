@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -64,6 +65,8 @@ def on_ranks(world: int, work, *args):
             try:
                 work(rank, world, *args)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)
