@@ -14,13 +14,13 @@ Each line of the file is an object:
                 letters alone, ["A", "B"], only say how many there are.
     group       figures are given for each group, too; without it, the metric is the group
 
-A line that can't be used is skipped, counted by its kind, and the first of each kind is shown.
+`pretrain.py --data` trains on such lines, too, with the first answer as the reply; on others than
+the model is evaluated on, of course. A line that can't be used is skipped, counted by its kind, and the first of each kind is shown.
 """
 import sys
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from string import ascii_uppercase
 
 import numpy as np
 from PIL import Image
@@ -30,8 +30,9 @@ from data import document
 from engine import Engine, Request
 from lib.batch import Document
 from lib.cli import UserError
+from lib.conversations import answers_of, asked
 from lib.images import BadRecord, load
-from lib.scoring import chance, checked, interval, METRICS, said, score
+from lib.scoring import chance, interval, METRICS, said, score
 from lib.shards import open_shards
 from tasks.base import IMAGE, Message
 from tokenizer import Tokenizer
@@ -67,22 +68,14 @@ class Skipped(dict):
 def question_of(record, tokens: Tokenizer, config, room: int) -> Question:
     """A record as a question. room: tokens that its prompt may have. Raises BadRecord."""
     value, where = record.value or {}, record.where
-    text, metric = value.get("question"), value.get("metric")
-    if not isinstance(text, str) or not text.strip():
-        raise BadRecord("no question", f"{where} has no question")
+    metric = value.get("metric")
     if not isinstance(metric, str) or metric not in METRICS:
         raise BadRecord("unknown metric", f"{where}: the metric is {str(metric)[:40]!r}, there are "
                         f"{', '.join(METRICS)}")
-    choices = value.get("choices") or []
-    if not (isinstance(choices, list) and len(choices) != 1 and len(choices) <= 26
-            and all(isinstance(choice, str) for choice in choices)):
-        raise BadRecord("odd choices", f"{where}: choices are a list of 2 to 26 texts")
     try:
-        answers = checked(metric, value.get("answers", value.get("answer")), choices)
-    except ValueError as error:
-        raise BadRecord("odd answer", f"{where}: {error}") from None
-    if choices != list(ascii_uppercase[:len(choices)]):
-        text += "".join(f"\n{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices))
+        text, answers, choices = asked(value), answers_of(value), value.get("choices") or []
+    except BadRecord as error:
+        raise BadRecord(error.kind, f"{where}: {error}") from None
     names = value.get("images", value.get("image")) or []
     pictures = [record.find(name) for name in (names if isinstance(names, list) else [names])]
     message = Message("user", IMAGE * len(pictures) + text, tuple(pictures))
