@@ -14,8 +14,9 @@ Each line of the file is an object:
                 letters alone, ["A", "B"], only say how many there are.
     group       figures are given for each group, too; without it, the metric is the group
 
-`pretrain.py --data` trains on such lines, too, with the first answer as the reply; on others than
-the model is evaluated on, of course. A line that can't be used is skipped, counted by its kind, and the first of each kind is shown.
+`pretrain.py --data` trains on such lines, too, with the first answer as the reply: on others than
+the model is evaluated on, of course. A line that can't be used is skipped, counted by its kind, and
+the first of each kind is shown.
 """
 import sys
 from collections import deque
