@@ -55,22 +55,24 @@ def fit(h: int, w: int, unit: int, min_tokens: int, max_tokens: int) -> tuple[in
     max_tokens units in all.
 
     GLM's rounding [R]: each side to the nearest multiple; if that gives too many (few) tokens,
-    scale both sides by the same factor and round down (up). Raises ValueError if one side is more
-    than 200 times the other.
+    scale both sides by the same factor and round down (up). It is computed in the same order as in
+    transformers, since a rounding error can decide about a row. Raises ValueError if one side is
+    more than 200 times the other.
     """
     if min(h, w) < 1 or max(h, w) > 200 * min(h, w):
         raise ValueError(f"an image of {w}x{h} pixels: no side may be 200 times the other")
-    scale = max(1.0, unit / min(h, w))      # enlarge a side that is shorter than one unit
-    high, wide = h * scale / unit, w * scale / unit     # sides in units
-    rows, columns = round(high), round(wide)
+    if min(h, w) < unit:        # enlarge a side that is shorter than one unit
+        scale = max(unit / h, unit / w)
+        h, w = int(h * scale), int(w * scale)
+    rows, columns = round(h / unit), round(w / unit)
     if rows * columns > max_tokens:
-        shrink = math.sqrt(max_tokens / (high * wide))
-        rows, columns = (max(1, math.floor(side * shrink)) for side in (high, wide))
+        shrink = math.sqrt(h * w / (max_tokens * unit ** 2))
+        rows, columns = (max(1, math.floor(side / shrink / unit)) for side in (h, w))
         # A strip one unit high can't shrink in height, so it may still be too long. [O]
         rows, columns = min(rows, max_tokens), min(columns, max_tokens)
     elif rows * columns < min_tokens:
-        grow = math.sqrt(min_tokens / (high * wide))
-        rows, columns = math.ceil(high * grow), math.ceil(wide * grow)
+        grow = math.sqrt(min_tokens * unit ** 2 / (h * w))
+        rows, columns = (math.ceil(side * grow / unit) for side in (h, w))
     return rows * unit, columns * unit
 
 
