@@ -220,7 +220,8 @@ class Stream:
                 raise UserError(f"--parts names {name}, which is no part of --mix")
         total = sum(weight for _, weight in self.mix)
         if not 0 < total < math.inf:
-            raise UserError(f"the weights of the sources need a finite sum above 0, not {total:g}")
+            raise UserError("--data and --mix take weights with a finite sum above 0; theirs is "
+                            f"{total:g}")
         # Source k owns the numbers between edges[k-1] and edges[k] in [0, 1].
         self.edges = np.cumsum([weight / total for _, weight in self.mix])
         self.tokens = tokenizer_of(self.config)
@@ -308,7 +309,7 @@ class Stream:
         """The record for sample i, or the next one in the shuffled order that can be used; the
         document says which were passed over. Raises UserError where TRIES in a row can't be."""
         passed, record = [], None
-        for k in range(min(TRIES, data.count)):
+        for k in range(min(TRIES, 2 * data.count)):     # two epochs: all records, at any i
             try:
                 record = None
                 record = data.record(self.seed, i + k)

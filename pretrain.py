@@ -9,8 +9,10 @@
 
 `run` is the whole of it, from top to bottom. One optimizer step is:
 
-    1. pack    documents into `rows` rows of `row_tokens` tokens, the global batch; deal them out
-    2. forward the tower encodes each picture once, the decoder reads the row
+    1. pack    documents into `rows` rows of `row_tokens` tokens, the global batch. A rank draws its
+               share of the samples and loads the pictures that it will encode: lib/partition.py
+    2. forward the tower encodes its pictures, each once; their tokens go to the rank that has the
+               row, whose decoder reads it
     3. loss    cross-entropy of the next token, divided by the summed weights of the global batch
     4. backward
     5. update  gradients are summed over ranks, then each rank moves its share of the fp32 masters
@@ -19,10 +21,9 @@
 
 Left out: sharded weights (FSDP2). The optimizer's state is shared by the ranks, but each holds all
 weights and gradients: 6 bytes a parameter, plus 12 / ranks. So `base` takes 8 GB on each of eight
-GPUs; half of 80 GB is full with about 5B. Also left out: a sampler that gives a rank only its own
-samples (each rank loads all of them and keeps its rows: this is simple and exact, and wasteful once
-loading costs more than training), and gradient accumulation as a setting (a rank accumulates over
-its rows, so --rows is the setting).
+GPUs; half of 80 GB is full with about 5B. Also left out: context parallelism (a rank computes whole
+rows), and gradient accumulation as a setting (a rank accumulates over its rows, so --rows is the
+setting).
 
 Letters: T tokens of a row.
 """
@@ -49,7 +50,8 @@ from lib.loader import SampleLoader
 from lib.lora import (check_train, count_learning, learns, let_head_learn, set_learning,
                       unmerged)
 from lib.memory import compile_blocks, parse_memory
-from lib.partition import AHEAD, Costs, exchange
+from lib.partition import (AHEAD, balance, Costs, exchange, Homes, load_batch, PixelLoader,
+                           plan_steps, Skeletons)
 from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
@@ -100,6 +102,7 @@ class Args:
     dtype: Dtype = "auto"         # auto, float32 or bfloat16; masters are fp32 in any case
     memory: str = "none"          # or recompute, offload; by part: vit:offload,decoder:recompute
     chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
+    partition: Literal["planned", "gathered", "plain"] = "planned"  # who loads what: lib/partition
     compile: bool = False         # torch.compile each block: the first step takes a minute more
     workers: Annotated[int, Range(-1, 512)] = -1    # processes that load; -1: one a core, max 8
     plan: bool = False            # print parameters, memory, FLOPs, hours, price and stop
@@ -121,7 +124,7 @@ ROWS = {"tiny": (2, 2048), "mini": (1, 4096), "small": (2, 16384), "base": (4, 1
 def loss_sum(model: GLMV, batch, depths: int = 0, option: str = "token", alone: bool = False):
     """The weighted sum of the next-token losses of one row, and the MTP head's sums, one for each
     depth: fp32 scalars."""
-    merged = exchange(model, batch)             # (slots, width)
+    merged = exchange(model, batch)             # (slots, width); may be on its way still
     hidden = model(batch, merged)               # (T, width)
     # Position t-1 predicts token t. A document's first token has weight 0: the position before it
     # belongs to another document.
@@ -199,8 +202,9 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     memory = counts["total"] * hw.dtype.itemsize + counts["learning"] * (4 + 12 / hw.world)
     memory += 2 * kept
     print_plan(hw, counts, tokens, flops, memory)
-    # Every rank loads all samples. On a CPU workers do not load while the model trains.
-    hours = seconds * tokens / own * len(made) / max(1, workers) / 3600
+    # On a CPU workers do not load while the model trains.
+    ranks = hw.world if args.partition == "planned" else 1      # that share the samples
+    hours = seconds * tokens / own * len(made) / max(1, workers) / ranks / 3600
     both = "longer" if workers and hw.device.type != "cpu" else "sum"
     print(f"loading     {hours:,.2f} h by {workers} workers a rank, {1000 * seconds:.2f} ms a "
           f"sample of {own / len(made):.0f} tokens; the run takes the {both} of both times")
@@ -222,9 +226,10 @@ def plan_on(machine: Machine, args: Args, config: Config, stream: Stream, made: 
             parts.append(Part(name, steps, trace, flops))
     workers = max(1, args.workers) if args.workers >= 0 else min(8, machine.cores)
     samples = args.steps * args.rows * len(row) / sum(map(len, made)) * len(made)
+    ranks = machine.count if args.partition == "planned" else 1     # that share the samples
     counts = model.counts() | {"learning": count_learning(on_meta(args, config))}
     print_plan_on(machine, counts, args.steps * args.rows * tokens, parts,
-                  seconds * samples / workers / 3600,
+                  seconds * samples / workers / ranks / 3600,
                   f"{1000 * seconds:.2f} ms a sample, measured here, by {workers} workers a GPU, "
                   "an assumption")
 
@@ -318,18 +323,25 @@ class Rows:
     images: int
     patches: int
     weight: float           # summed over all tokens
+    balance: float          # the time that a step takes over that of ranks with equal work
+    bytes_in: int           # that the rank reads and receives which reads and receives most
     position: dict          # of the packer behind these rows: where a resumed run goes on
 
 
-def load_rows(packer: Packer, args: Args, config: Config, hw) -> Rows:
-    """Pack the global batch. Every rank makes the same rows, and takes row r where r mod world is
-    its rank: what a step sees does not depend on the number of ranks."""
+def load_rows(packer: Packer, load: PixelLoader, args: Args, config: Config, hw) -> Rows:
+    """Pack the global batch, which does not depend on the number of ranks, share it out, and load
+    the part of this rank."""
     rows = packer.batch()
-    batches = [collate(row, config, args.row_tokens) for row in rows[hw.rank::hw.world]]
+    steps = plan_steps(rows, args.row_tokens, Costs.of(config), hw.world, args.partition)
+    batches = [load_batch(step, hw.rank, config, load, args.row_tokens) for step in steps]
     if hw.device.type == "cuda":
         batches = [batch.pinned() for batch in batches]
     weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)
-    return Rows(batches, *count(rows, config.vision.patch_size), weight, packer.state())
+    visual_token = config.text.hidden_size * hw.dtype.itemsize
+    bytes_in = max(sum(step.bytes_in(rank, visual_token) for step in steps)
+                   for rank in range(hw.world))
+    return Rows(batches, *count(rows, config.vision.patch_size), weight, balance(steps), bytes_in,
+                packer.state())
 
 
 # ---- start and save -----------------------------------------------------------------------------
@@ -458,14 +470,19 @@ def run(args: Args):
     if not learns(head_of(model)):      # --train freezes it, or there is none
         args = replace(args, mtp=0)
     config, counts = model.config, model.counts() | {"learning": count_learning(model)}
+    # Of several ranks each makes some of the samples and sends the others all but the pixels. Own
+    # pictures are not read before it is decided who encodes them.
+    stream = replace(stream, lazy=hw.world > 1)
+    planned = hw.world > 1 and args.partition == "planned"
+    own = Homes(stream, hw.rank, hw.world) if planned else stream
     # On a CPU, workers that load during a step would take its cores: no overlap there.
-    loader = SampleLoader(stream, workers, overlap=hw.device.type != "cpu")
-    packer = Packer(loader, args.row_tokens, args.rows, Costs.of(config), ahead=AHEAD,
-                    state=position, say=say)
+    loader = SampleLoader(own, workers, 2048 // hw.world, overlap=hw.device.type != "cpu")
+    packer = Packer(Skeletons(loader, own) if planned else loader, args.row_tokens, args.rows,
+                    Costs.of(config), ahead=AHEAD, state=position, say=say)
     position = packer.state()
     # On a GPU a thread loads the rows of the next step while this one runs.
-    load = Prefetch(functools.partial(load_rows, packer, args, config, hw), args.steps - start,
-                    ahead=hw.device.type == "cuda")
+    load = Prefetch(functools.partial(load_rows, packer, PixelLoader(stream), args, config, hw),
+                    args.steps - start, ahead=hw.device.type == "cuda")
     held_out = held_out_rows(stream, args, hw, say) if args.eval_every else {}
 
     # Only now, as --init may be in the folder of the earlier run.
@@ -504,7 +521,8 @@ def run(args: Args):
         let_head_learn(model, optimizer, depths > 0)
 
         for number, batch in enumerate(rows.batches, 1):
-            # 2. Forward. A row is always T tokens long, filled up by a tail without weight.
+            # 2. Forward: the tower, then the decoder, which embeds its text while visual tokens are
+            #    on their way. A row is always T tokens long, filled up by a tail without weight.
             batch = batch.to(hw.device)
             loss, further = loss_sum(model, batch, depths, args.image_option, args.mtp_alone)
             # 3. The loss of this row as a part of the global batch: divided by the weight of all
@@ -541,6 +559,8 @@ def run(args: Args):
             flops = model.flops(rows.tokens, rows.patches, rows.learnt, depths)
             values["mfu"] = flops / seconds / hw.peak / hw.world
         values |= {f"mtp{depth}": x for depth, x in enumerate(further, 1)}
+        if hw.world > 1:
+            values |= {"balance": rows.balance, "MB in": rows.bytes_in / 1e6}
         if load.seconds - loading > 0.05 * seconds:         # worth a look: more --workers?
             values["loading"] = load.seconds - loading
         # Steps that were not finite, samples longer than a row, records that can't be used.
@@ -559,7 +579,8 @@ def run(args: Args):
         if checkpointer.after_step(done, log.reader_gone):
             break
     if position["passed"]:
-        say("skipped in all: " + ", ".join(f"{n} {kind}" for kind, n in position["passed"].items()))
+        counts = (f"{n} x {kind}" for kind, n in position["passed"].items())
+        say(f"skipped in all: {', '.join(counts)}")
     log.close()
     load.close()
     loader.close()
