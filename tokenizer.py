@@ -7,8 +7,8 @@ ranks.txt holds one token a line, in base64; a token's rank is its line number. 
 earlier ones joined, so the first n >= 256 lines are a valid tokenizer by themselves: a tiny model
 takes the first 512, a larger one more lines of the same file. Special tokens follow the ranks.
 
-A released model brings its own tokenizer.json, which ReleasedTokenizer reads. `tokenizer_of(config)`
-is the tokenizer of a model, whichever of the two it has.
+A released model brings its own tokenizer.json, which ReleasedTokenizer reads. The tokenizer of a
+model, whichever of the two it is, is `tokenizer_of(config)`.
 """
 import base64
 import functools

@@ -339,8 +339,8 @@ def read_limits(folder: Path, config: Config):
 
 
 def find_vocabulary(folder: Path, config: Config):
-    """Set `config.vocabulary` where the folder has a tokenizer that is not ours, and read it. Raises
-    UserError where it is damaged or not of this model."""
+    """Set `config.vocabulary` where the folder has a tokenizer that is not ours, and read it.
+    Raises UserError where it is damaged or not of this model."""
     path = folder / "tokenizer.json"
     if config.n_ranks or not path.is_file():
         return

@@ -1,5 +1,5 @@
-"""A small folder in GLM-OCR's form, written by transformers, tokenizers and safetensors alone, so that
-the tests of reading such folders do not depend on what our own code writes."""
+"""A small folder in GLM-OCR's form, written by transformers, tokenizers and safetensors alone, so
+that the tests of reading such folders do not depend on what our own code writes."""
 import json
 import random
 from pathlib import Path
