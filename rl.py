@@ -484,8 +484,8 @@ def plan(args: Args, hw):
     patches = sum(i.size // 3 // config.vision.patch_size ** 2
                   for d in documents for i in d.images) / len(documents)
     learnt, depths = args.max_new // 2, (config.mtp_depths or 1) * (args.mtp > 0)
-    # A rollout is a forward: a third of a forward and backward in which all learns. A prompt is read
-    # once a group.
+    # A rollout is a forward: a third of a forward and backward in which all learns. A prompt is
+    # read once a group.
     playing = rollouts / 3 * (model.flops(learnt, 0, learnt) + model.flops(
         length - learnt, patches, 0) / args.group)
     set_learning(model, args.train)

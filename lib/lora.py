@@ -48,8 +48,8 @@ def parse_train(text: str) -> tuple[str, int]:
         return text, 0
     if kind == "lora" and rank.isascii() and rank.isdecimal() and len(rank) < 9 and int(rank):
         return kind, int(rank)
-    raise UserError("--train takes all, decoder, adapter, or lora:R with a rank R of at least 1, as "
-                    f"lora:16; not '{text}'")
+    raise UserError("--train takes all, decoder, adapter, or lora:R with a rank R of at least 1, "
+                    f"as lora:16; not '{text}'")
 
 
 def check_train(args) -> str:
@@ -120,8 +120,8 @@ class LoraLinear(nn.Module):
         super().__init__()
         outputs, inputs = weight.shape
         if rank > min(outputs, inputs):
-            raise UserError(f"--train=lora:{rank} is above {min(outputs, inputs)}, the highest rank "
-                            f"of a matrix of {outputs} x {inputs} in this model")
+            raise UserError(f"--train=lora:{rank} is above {min(outputs, inputs)}, the highest "
+                            f"rank of a matrix of {outputs} x {inputs} in this model")
         self.weight = weight.requires_grad_(False)
         self.lora_A = nn.Parameter(weight.new_empty(rank, inputs))
         self.lora_B = nn.Parameter(weight.new_zeros(outputs, rank))
