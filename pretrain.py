@@ -476,7 +476,7 @@ def run(args: Args):
     planned = hw.world > 1 and args.partition == "planned"
     own = Homes(stream, hw.rank, hw.world) if planned else stream
     # On a CPU, workers that load during a step would take its cores: no overlap there.
-    loader = SampleLoader(own, workers, 2048 // hw.world, overlap=hw.device.type != "cpu")
+    loader = SampleLoader(own, workers, overlap=hw.device.type != "cpu")
     packer = Packer(Skeletons(loader, own) if planned else loader, args.row_tokens, args.rows,
                     Costs.of(config), ahead=AHEAD, state=position, say=say)
     position = packer.state()

@@ -21,13 +21,28 @@ limited by its memory.
 
 Letters: P patches, T tokens of a row, W width of the decoder.
 """
-from dataclasses import dataclass
+import json
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from model import Config
+from lib.batch import Batch, collate, Document, images_of
+from lib.cli import UserError
+from lib.common import GROUP_TIMEOUT
+from lib.images import pack as pack_images, Unread
+from lib.loader import make_sample
+from model import Config, GLMV
 
-AHEAD = 8       # global batches that samples are chosen from; more balances better, and waits longer
+AHEAD = 8       # global batches that samples are chosen from: with more, all wait longer
+SHARE = 16      # of so many samples for each rank, homes are chosen together
+THREADS = 4     # that decode the pictures of a rank
 
 
 # ---- costs --------------------------------------------------------------------------------------
@@ -42,6 +57,7 @@ class Costs:
     patch: int          # of tower and adapter, for each patch
     patch_pair: int     # of the tower's attention, for each pair of patches in a frame
     patch_size: int     # side of a patch in pixels
+    merge: int          # patches of a downsample group, which becomes one visual token
 
     @classmethod
     def of(cls, config: Config) -> "Costs":
@@ -51,13 +67,15 @@ class Costs:
         heads = t.num_attention_heads * t.head_dim
         matrices = (2 * heads + 2 * t.num_key_value_heads * t.head_dim
                     + 3 * t.intermediate_size) * t.hidden_size
+        embedding = v.in_channels * v.patch_size ** 2 * v.hidden_size       # of a still image
         tower = (4 * v.hidden_size + 3 * v.intermediate_size) * v.hidden_size
         out = v.out_hidden_size     # the convolution and vit.Merger, for each group of patches
         adapter = v.spatial_merge_size ** 2 * v.hidden_size * out + 10 * out ** 2
         return cls(token=2 * t.num_hidden_layers * matrices, pair=2 * t.num_hidden_layers * heads,
                    learnt=2 * t.hidden_size * t.vocab_size,
-                   patch=2 * v.depth * tower + 2 * adapter // v.spatial_merge_size ** 2,
-                   patch_pair=4 * v.depth * v.hidden_size, patch_size=v.patch_size)
+                   patch=2 * (embedding + v.depth * tower + adapter // v.spatial_merge_size ** 2),
+                   patch_pair=4 * v.depth * v.hidden_size, patch_size=v.patch_size,
+                   merge=v.spatial_merge_size ** 2)
 
     def patches(self, image) -> int:
         """The patches of an image (h, w, 3), or of two frames (2, h, w, 3)."""
@@ -75,8 +93,7 @@ class Costs:
         lengths = [len(d.ids) for d in documents]
         learnt = sum(int(np.count_nonzero(d.weights[1:])) for d in documents)
         decoder = self.pair * sum(n * n for n in lengths) + self.learnt * learnt
-        images = {id(image): image for d in documents for image in d.images}
-        return sum(lengths), decoder, sum(map(self.frame, images.values()))
+        return sum(lengths), decoder, sum(map(self.frame, images_of(documents)))
 
 
 # ---- which samples make up a global batch -------------------------------------------------------
@@ -162,3 +179,339 @@ def assign_encoders(costs: list[int], owners: list[int], homes: list[int | None]
             loads[rank] += costs[frame]
             encoders[frame] = rank
     return encoders
+
+
+def assign_stretches(costs: list[int], ranks: int) -> list[int]:
+    """Which rank encodes each frame, where each encodes the next part of the list."""
+    ends, total = np.cumsum(costs, dtype=np.int64), max(1, sum(costs))
+    return [int((2 * end - cost) * ranks // (2 * total)) for end, cost in zip(ends, costs)]
+
+
+@dataclass
+class MicroStep:
+    """Who does what while each rank computes one row. A list has an entry for each rank."""
+    rows: list[list[Document]]      # the row that it computes
+    loaded: list[list]              # the images whose pixels it holds
+    encoded: list[list]             # of these, the images that it encodes, by whom they go to
+    arriving: list[list]            # the images that it receives, by whom they come from
+    groups: np.ndarray              # [a, b]: how many groups rank a encodes for rank b
+    tower: list[int]                # FLOPs of the tower
+    decoder: list[int]              # FLOPs of the decoder
+
+    def bytes_in(self, rank: int, visual_token: int) -> int:
+        """Bytes that a rank reads or receives: ids and weights of all rows, the pixels that it
+        holds, the embeddings that come from other ranks, and in the backward their gradients, of
+        `visual_token` bytes each. What a rank draws itself counts as read."""
+        text = 8 * sum(len(d.ids) for row in self.rows for d in row)
+        crossing = self.groups - np.diag(self.groups.diagonal())
+        received = int(crossing[:, rank].sum() + crossing[rank].sum())
+        pixels = sum(math.prod(image.shape) for image in self.loaded[rank])
+        return text + pixels + received * visual_token
+
+
+def plan_steps(rows: list[list[Document]], room: int, costs: Costs, ranks: int,
+               how: str = "planned") -> list[MicroStep]:
+    """The micro-steps of a global batch; all ranks compute the same ones. Of an image only its
+    shape is needed, and its `home` if it is a Stub.
+
+    how: `planned`, or one of two ways to compare with. `gathered` is the conventional way: each
+    rank holds all pictures of a micro-step, encodes a stretch of them, and receives what all have
+    encoded. `plain` is data parallelism: each rank encodes the pictures of its row.
+    """
+    sizes, steps, everyone = [costs.documents(row) for row in rows], [], range(ranks)
+    for numbers in assign_rows([decoder for _, decoder, _ in sizes], ranks):
+        shown = [(image, owner) for owner, n in enumerate(numbers) for image in images_of(rows[n])]
+        images, owners = [image for image, _ in shown], [owner for _, owner in shown]
+        flops = [costs.frame(image) for image in images]
+        encoders = owners
+        if how == "planned":
+            homes = [getattr(image, "home", None) for image in images]
+            encoders = assign_encoders(flops, owners, homes, ranks)
+        elif how == "gathered":
+            encoders = assign_stretches(flops, ranks)
+
+        groups, tower = np.zeros((ranks, ranks), np.int64), [0] * ranks
+        encoded, arriving = [[] for _ in everyone], [[] for _ in everyone]
+        # From encoder to encoder, and of each from owner to owner: in this order images are sent
+        # and received.
+        for n in sorted(range(len(shown)), key=lambda n: encoders[n]):
+            encoded[encoders[n]].append(images[n])
+            tower[encoders[n]] += flops[n]
+            for rank in everyone if how == "gathered" else [owners[n]]:
+                arriving[rank].append(images[n])
+                groups[encoders[n], rank] += costs.patches(images[n]) // costs.merge
+        steps.append(MicroStep(
+            [rows[n] for n in numbers], [images] * ranks if how == "gathered" else encoded,
+            encoded, arriving, groups, tower, [costs.token * room + sizes[n][1] for n in numbers]))
+    return steps
+
+
+def balance(steps: list[MicroStep]) -> float:
+    """How long a step takes, over how long it would take if all ranks had equally much to do: 1 at
+    best. In a micro-step the ranks wait for each other twice, for the slowest tower and for the
+    slowest decoder."""
+    slowest = sum(max(step.tower) + max(step.decoder) for step in steps)
+    return slowest / sum(sum(step.tower + step.decoder) / len(step.rows) for step in steps)
+
+
+# ---- samples without pixels ---------------------------------------------------------------------
+
+@dataclass(eq=False)        # each is itself, whatever it looks like
+class Stub:
+    """An image of a sample in place of its pixels."""
+    shape: tuple            # (h, w, 3), or (2, h, w, 3) of two frames of a video
+    sample: int             # number of the sample
+    number: int             # of the image among those of the sample
+    home: int | None        # the rank that has drawn it, and encodes it; None: it can be loaded
+    source: object = None   # what the sample has at its home: an array, or an Unread
+
+
+def to_bytes(samples: list[list[Document]]) -> bytes:
+    """Samples without their pixels: a header in JSON, then all ids and all weights."""
+    header, documents = [], [d for sample in samples for d in sample]
+    for sample in samples:
+        images = images_of(sample)
+        number = {id(image): n for n, image in enumerate(images)}
+        header.append({
+            "images": [[image.shape, isinstance(image, Unread)] for image in images],
+            "documents": [[len(d.ids), d.source, [number[id(x)] for x in d.images], d.passed]
+                          for d in sample]})
+    head = json.dumps(header).encode()
+    return b"".join([len(head).to_bytes(8, "little"), head,
+                     *(d.ids.astype(np.int32).tobytes() for d in documents),
+                     *(d.weights.astype(np.float32).tobytes() for d in documents)])
+
+
+def from_bytes(data: bytes, numbers: list[int], home: int) -> list[list[Document]]:
+    """The samples of these numbers, which `home` has made, with Stubs as images. Raises the
+    UserError that it sent in their place."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, samples = json.loads(data[8:start]), []
+    if isinstance(header, str):
+        raise UserError(header)
+    ids, weights = np.frombuffer(data, np.int32, offset=start).reshape(2, -1)
+    weights = weights.view(np.float32)
+    for number, sample in zip(numbers, header):
+        frames = [Stub(tuple(shape), number, n, None if free else home)
+                  for n, (shape, free) in enumerate(sample["images"])]
+        documents = []
+        for length, source, images, passed in sample["documents"]:
+            documents.append(Document(ids[:length], weights[:length], [frames[n] for n in images],
+                                      source, passed=tuple(map(tuple, passed))))
+            ids, weights = ids[length:], weights[length:]
+        samples.append(documents)
+    return samples
+
+
+@dataclass
+class Homes:
+    """The samples whose home is `rank`, as a stream for SampleLoader. Of each world * SHARE samples
+    in succession every rank makes SHARE, and draws about as many pixels as the others."""
+    stream: object      # data.Stream with lazy=True
+    rank: int
+    world: int
+
+    def __post_init__(self):
+        self.dealt = {}         # {number of a portion: see `portion`}, of the last one
+
+    def portion(self, n: int) -> list[list[int]]:
+        """The numbers of the samples of portion n that each rank makes."""
+        if n not in self.dealt:
+            first = n * SHARE * self.world
+            drawn = {i: self.stream.drawn(i) for i in range(first, first + SHARE * self.world)}
+            order, loads = sorted(drawn, key=lambda i: -drawn[i]), [0] * self.world
+            ranks = [[] for _ in loads]
+            for k in range(0, len(order), self.world):      # the largest to who has least to draw
+                takers = sorted(range(self.world), key=lambda rank: loads[rank])
+                for i, rank in zip(order[k:k + self.world], takers):
+                    ranks[rank].append(i)
+                    loads[rank] += drawn[i]
+            self.dealt = {n: [sorted(numbers) for numbers in ranks]}
+        return self.dealt[n]
+
+    def __call__(self, own: int) -> list[Document]:
+        portion, k = divmod(own, SHARE)
+        return make_sample(self.stream, self.portion(portion)[self.rank][k])
+
+
+class Skeletons:
+    """All samples by number, without pixels: a function for Packer, which asks in ascending order.
+    Each rank makes those whose home it is and sends the others what they need of them. They are
+    large Python objects and stay off the GPU: they travel as bytes between CPUs [C]."""
+
+    def __init__(self, loader, homes: Homes):
+        """loader: SampleLoader of `homes`. All ranks make this object together."""
+        self.loader, self.homes = loader, homes
+        self.ready = {}         # {number: sample}
+        self.bytes = 0          # received from other ranks so far
+        # A group of their own: samples are exchanged in a thread that is ahead of the training
+        # loop, whose collectives must not come in between.
+        self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+
+    def __call__(self, i: int) -> list[Document]:
+        # Those before it were used already by the run that this one continues.
+        self.ready = {number: sample for number, sample in self.ready.items() if number >= i}
+        if i not in self.ready:
+            self._exchange(i // (SHARE * self.homes.world))
+        return self.ready.pop(i)
+
+    def _exchange(self, portion: int):
+        """Make and exchange the samples of one portion. Raises the same UserError on all ranks
+        where a sample of any of them can't be made."""
+        try:
+            own = [self.loader(portion * SHARE + k) for k in range(SHARE)]
+            data = to_bytes(own)
+        except UserError as error:
+            head = json.dumps(str(error)).encode()
+            own, data = [], len(head).to_bytes(8, "little") + head
+        numbers, found = self.homes.portion(portion), {}
+        for rank, part in enumerate(all_gather_bytes(data, self.group)):
+            samples = from_bytes(part, numbers[rank], rank)
+            found.update(zip(numbers[rank], samples))
+            if rank == self.homes.rank:
+                for mine, sample in zip(own, samples):
+                    for frame, source in zip(images_of(sample), images_of(mine)):
+                        frame.source = source
+            else:
+                self.bytes += len(part)
+        self.ready.update(sorted(found.items()))
+
+
+def all_gather_bytes(data: bytes, group) -> list[bytes]:
+    """What each rank of the process group passes in, on all of them."""
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    padded[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return [part[:int(size)].numpy().tobytes() for part, size in zip(parts, sizes)]
+
+
+# ---- the batch of a rank ------------------------------------------------------------------------
+
+class PixelLoader:
+    """Loads the pixels of images: a Stub's, an Unread's, or those of an array, which has them."""
+
+    def __init__(self, stream):
+        self.stream = stream    # data.Stream, which makes the sample of a Stub again
+        self.damaged = 0        # pictures that turned out to be, on this rank
+
+    def __call__(self, images: list) -> list[np.ndarray]:
+        sources = self._sources(images)
+        with ThreadPoolExecutor(THREADS) as threads:
+            arrays = list(threads.map(np.asarray, sources))
+        # Their documents are planned already, on all ranks, so such pictures stay grey.
+        for damage in filter(None, (getattr(source, "damage", "") for source in sources)):
+            self.damaged += 1
+            if self.damaged in (1, 10, 100, 1000):
+                print(f"{damage}: its pixels are grey; damaged pictures so far on this rank: "
+                      f"{self.damaged}", file=sys.stderr)
+        return arrays
+
+    def _sources(self, images: list) -> list:
+        """The arrays and Unreads of the images. A sample of another home is made again: it is a
+        function of its number, and without pixels that takes less than to send a large record."""
+        made, sources = {}, []
+        for image in images:
+            if isinstance(image, Stub) and image.source is None:
+                if image.sample not in made:
+                    made[image.sample] = images_of(make_sample(self.stream, image.sample))
+                image.source = made[image.sample][image.number]
+            sources.append(image.source if isinstance(image, Stub) else image)
+        return sources
+
+
+def load_batch(step: MicroStep, rank: int, config: Config, load: PixelLoader, room: int) -> Batch:
+    """The row of this rank in a micro-step, with the patches of the images that it encodes."""
+    batch = collate(step.rows[rank], config, room, arriving=step.arriving[rank])
+    pixels = dict(zip(map(id, step.loaded[rank]), load(step.loaded[rank])))
+    patches, grids = pack_images([pixels[id(x)] for x in step.encoded[rank]], config.vision)
+    splits = ()
+    if (step.groups != np.diag(step.groups.diagonal())).any():      # some rank encodes for another
+        splits = step.groups[rank].tolist(), step.groups[:, rank].tolist()
+    return replace(batch, patches=patches, grids=grids, splits=splits)
+
+
+# ---- the exchange of visual tokens --------------------------------------------------------------
+
+class Travel:
+    """One all-to-all forward and its reverse in the backward; both run beside other work."""
+
+    def __init__(self, sent: list[int], received: list[int]):
+        self.sent, self.received, self.work = sent, received, None
+
+    def begin(self, x: Tensor, back: bool = False) -> Tensor:
+        """Start to send the rows of x (N, W); returns the tensor that the others' will be in."""
+        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
+        out = x.new_empty(sum(received), x.shape[1])
+        self.work = dist.all_to_all_single(out, x.contiguous(), received, sent, async_op=True)
+        return out
+
+    def end(self):
+        """Wait until all has arrived: with NCCL the device waits, with gloo the host."""
+        self.work.wait()
+
+
+class Send(torch.autograd.Function):
+    """Starts to send embeddings. Its backward, the last of the two, waits for the gradients."""
+
+    @staticmethod
+    def forward(ctx, encoded, travel):
+        ctx.travel = travel
+        return travel.begin(encoded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ctx.travel.end()
+        return ctx.travel.gradient, None
+
+
+class Receive(torch.autograd.Function):
+    """Waits for embeddings. Its backward starts to send their gradients back; what it returns only
+    lets autograd go on to the backward of Send."""
+
+    @staticmethod
+    def forward(ctx, received, travel):
+        ctx.travel = travel
+        travel.end()
+        return received.view_as(received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ctx.travel.gradient = ctx.travel.begin(grad, back=True)
+        return grad, None
+
+
+class Arriving:
+    """The embeddings (slots, W) of the visual slots of a row, on their way from other ranks. The
+    model calls `to` when it has embedded the text, and only then are they waited for."""
+
+    def __init__(self, received: Tensor, travel: Travel, visual: Tensor):
+        self.received, self.travel, self.visual, self.arrived = received, travel, visual, None
+
+    def to(self, dtype) -> Tensor:
+        if self.arrived is None:
+            self.arrived = Receive.apply(self.received, self.travel)[self.visual]
+        return self.arrived.to(dtype)
+
+
+def exchange(model: GLMV, batch: Batch) -> Tensor | Arriving | None:
+    """Encode the images of a batch and send each embedding to the rank that needs it. Returns what
+    GLMV takes as `merged`: one embedding for each visual slot of this rank's row, or None. All
+    ranks call it together, forward and backward. Without other ranks: GLMV.encode_images.
+    """
+    if not batch.splits:
+        return model.encode_images(batch)
+    sent, received = batch.splits
+    if len(batch.patches):
+        encoded = model.encode(batch.patches, batch.grids)
+    else:       # nothing to encode here; but what this rank receives needs gradients
+        encoded = model.lm_head.weight.new_empty(0, model.config.text.hidden_size)
+        encoded.requires_grad_(any(p.requires_grad for p in model.model.visual.parameters()))
+    if len(encoded) < sum(sent):        # `gathered`: the same to each rank
+        encoded = encoded.repeat(len(sent), 1)
+    travel = Travel(sent, received)
+    return Arriving(Send.apply(encoded, travel), travel, batch.visual)
