@@ -86,18 +86,20 @@ def ticks(most: float, count: int) -> list[float]:
 
 
 def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 300,
-          clip: bool = False) -> str:
+          clip: bool = False, bands: dict[str, list] | None = None) -> str:
     """{name: [(x, y), ...]} as a chart of full width, axes from 0 to the largest x and y; nothing
     where every series has less than two points. The legend shows the last value of each series.
 
     clip: end the y axis at four times the median, for losses, whose first values are far larger
-    than the rest.
+    than the rest. bands: {name: [(x, low, high), ...]} that are shaded behind the lines.
     """
+    bands = bands or {}
     if not any(len(points) > 1 for points in series.values()):
         return ""
     series = {name: points for name, points in series.items() if points}
     right = max(x for points in series.values() for x, _ in points) or 1
-    heights = sorted(y for points in series.values() for _, y in points)
+    heights = sorted(y for points in [*series.values(), *bands.values()]
+                     for _, *values in points for y in values)
     most = min(heights[-1], 4 * statistics.median(heights)) if clip else heights[-1]
     most = most if most > 0 else 1
     least = min(0, heights[0])
@@ -122,10 +124,15 @@ def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 3
     legend = []
     for i, (name, points) in enumerate(series.items()):
         color = COLORS[i % len(COLORS)]
+        dashes = ' stroke-dasharray="8 5"' if i // len(COLORS) % 2 else ""      # more than colors
+        if band := bands.get(name):
+            edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
+            area = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in edge)
+            parts.append(f'<polygon points="{area}" fill="{color}" opacity="0.15"/>')
         if len(points) > 1:
             line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" '
-                         'stroke-width="2.5" stroke-linejoin="round"/>')
+                         f'stroke-width="2.5" stroke-linejoin="round"{dashes}/>')
         if len(points) <= 20:               # few measurements: show where they are
             parts += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="4" fill="{color}"/>'
                       for x, y in points]

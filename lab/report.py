@@ -2,6 +2,7 @@
 
     python -m lab.report out/pretrain      any run folder of pretrain.py, train_vit.py, rl.py, lab/
     python -m lab.report out/demo
+    python -m lab.report out/A out/B out/C      several runs on one page: see lab/compare.py
     python -m lab.report fields            explain the fields of log.jsonl
 
 The page is out/pretrain/report.html. It contains its pictures and fetches nothing, so it can be
@@ -26,6 +27,7 @@ import pretrain
 import rl
 import train_vit
 from data import parse_mix, sight, task_pixels
+from lab import compare
 from lab.drawing import (curve, figures_html, groups_html, inline, number, one_table, page_html,
                          smooth, stages_html, table_html, text_table, tiles_html)
 from lab.fields import CHARTS, field_of, print_fields, usable
@@ -45,7 +47,8 @@ SCRIPTS = {"pretrain.py": pretrain.Args, "train_vit.py": train_vit.Args, "rl.py"
 
 @dataclass
 class Args:
-    run: str = ""                 # run folder, also as a bare word; or the word `fields`
+    run: list[str] = dataclasses.field(default_factory=list)    # run folders, or `fields`
+    out: str = "out/compare.html"       # file for the page of several runs
 
 
 # ---- curves and tables of a log ------------------------------------------------------------------
@@ -328,12 +331,15 @@ def write(run) -> Path:
 
 
 def report(args: Args):
-    """The command line: print the fields, or make a run's page and print its path."""
-    if args.run == "fields":
+    """The command line: print the fields, or make the page of one run or of several and print its
+    path."""
+    if args.run == ["fields"]:
         return print_fields()
     if not args.run:
         raise UserError("which run? give its folder, or the word `fields`")
-    run = Path(args.run)
+    if len(args.run) > 1:
+        return print(compare.write([Path(run) for run in args.run], args.out))
+    run = Path(args.run[0])
     config = read_json(run / "config.json") if (run / "config.json").exists() else {}
     if script_of(config)[0] == "pretrain.py":
         try:

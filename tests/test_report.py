@@ -11,7 +11,7 @@ import gym
 import pretrain
 import rl
 import train_vit
-from lab import drawing, fields, report
+from lab import compare, drawing, fields, report
 from lib.cli import UserError
 from lib.probes import read_report
 from model import sized
@@ -22,7 +22,8 @@ def test_a_curve_stays_inside_its_axes():
     svg = drawing.curve({"loss": [(0, 100.0), (1, 1.0), (2, -0.9), (3, 0.8)]}, "loss", clip=True)
     points = [tuple(map(float, p.split(",")))
               for p in svg.split('points="')[1].split('"')[0].split()]
-    assert all(drawing.LEFT <= x <= drawing.WIDE and 0 <= y <= 300 - drawing.BOTTOM for x, y in points)
+    assert all(drawing.LEFT <= x <= drawing.WIDE and 0 <= y <= 300 - drawing.BOTTOM
+               for x, y in points)
 
 
 @pytest.mark.parametrize("most,expected", [(60, [0, 20, 40, 60]),
@@ -164,7 +165,7 @@ def test_odd_options_of_a_run_do_not_hide_its_curves(tmp_path, capsys, name, odd
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
     (tmp_path / "step_000001").mkdir()
-    report.report(report.Args(str(tmp_path)))
+    report.report(report.Args([str(tmp_path)]))
     assert f"{name} is {odd!r}" in capsys.readouterr().out
     assert "polyline" in (tmp_path / "report.html").read_text()
 
@@ -203,7 +204,7 @@ def test_a_pretraining_run_shows_questions_settings_and_all_its_curves(tmp_path,
                                eval_every=2, mtp_share=0.9, save_every=2, device="cpu",
                                out=str(tmp_path)))
     assert explained(log_of(tmp_path)) >= {"loss", "held_out", "mtp1", "mtp2", "mtp3"}
-    report.report(report.Args(str(tmp_path)))
+    report.report(report.Args([str(tmp_path)]))
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["answered_by"] == "step_000004" and len(facts["samples"]) == report.QUESTIONS
     assert {(s["category"], s["level"]) for s in facts["samples"]} == {
@@ -216,11 +217,11 @@ def test_a_pretraining_run_shows_questions_settings_and_all_its_curves(tmp_path,
     for title in ("loss", "loss of the multi-token prediction head, nats a token"):
         assert page.count(f"<figcaption>{title}</figcaption>") == 1
     written = (tmp_path / "report.json").stat().st_mtime_ns
-    report.report(report.Args(str(tmp_path)))       # the same checkpoint: nothing is asked again
+    report.report(report.Args([str(tmp_path)]))       # the same checkpoint: nothing is asked again
     assert (tmp_path / "report.json").stat().st_mtime_ns == written
     (tmp_path / "step_000004/model.safetensors").write_text("damaged")
     (tmp_path / "report.json").unlink()
-    report.report(report.Args(str(tmp_path)))
+    report.report(report.Args([str(tmp_path)]))
     assert "no questions are answered" in capsys.readouterr().out
     assert "polyline" in (tmp_path / "report.html").read_text()
 
@@ -252,7 +253,7 @@ def test_every_field_of_an_rl_run_is_explained(tmp_path, staleness):
 
 
 def test_fields_are_printed(capsys):
-    report.report(report.Args("fields"))
+    report.report(report.Args(["fields"]))
     said = capsys.readouterr().out
     assert "mtpN [nats a token]" in said and "rl.py" in said
     everything = [field for group in fields.FIELDS.values() for field in group]
@@ -283,3 +284,71 @@ def test_pictures_of_an_answer_are_those_that_the_model_saw():
 
 def test_a_config_of_no_script_has_no_settings():
     assert report.settings({"tower_steps": 1, "steps": 3}) == ""
+
+
+# ---- several runs -------------------------------------------------------------------------------
+
+def a_run(folder, losses, lr=0.1, steps=None, **options):
+    """A run folder with these losses of its steps; options that differ from the defaults."""
+    folder.mkdir()
+    config = dataclasses.asdict(pretrain.Args(lr=lr, steps=steps or len(losses), **options))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "log.jsonl").write_text("".join(
+        json.dumps({"step": k, "loss": loss}) + "\n" for k, loss in enumerate(losses, 1)))
+    return folder
+
+
+@pytest.mark.parametrize("values,expected", [
+    ([3.0], (3, 3, 3)), ([1.0, 4.0], (2.5, 1, 4)),
+    ([1.0, 2.0, 3.0], (2, 2 - 4.303 / 3 ** 0.5, 2 + 4.303 / 3 ** 0.5)),     # std 1, t of 2 degrees
+    ([0.0, 0.0, 2.0, 2.0], (1, 1 - 3.182 / 3 ** 0.5, 1 + 3.182 / 3 ** 0.5))])
+def test_the_interval_over_seeds(values, expected):
+    assert compare.spread(values) == pytest.approx(expected)
+
+
+def test_runs_that_differ_in_the_seed_alone_are_a_group(tmp_path):
+    folders = [a_run(tmp_path / f"run{k}", [4.0, 2.0 + k, 1.0 + k], seed=k, workers=k)
+               for k in range(3)]
+    folders += [a_run(tmp_path / "other", [4.0, 3.0, 0.5], lr=0.2),
+                a_run(tmp_path / "short", [9.0, 9.0], steps=3)]     # its group has better runs
+    runs = [compare.read_run(folder) for folder in folders]
+    groups = compare.grouped(runs)
+    assert {name: [run.folder.name for run in members] for name, members in groups.items()} == {
+        "1: lr=0.1": ["run0", "run1", "run2", "short"], "2: lr=0.2": ["other"]}
+    logs = [run.logs[""] for run in compare.counted(groups["1: lr=0.1"])]
+    means, band = compare.group_curve(logs, "loss", True)
+    assert means == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    assert band[0] == (1, 4.0, 4.0)
+    assert band[2][1:] == pytest.approx((2 - 4.303 / 3 ** 0.5, 2 + 4.303 / 3 ** 0.5))
+    page = compare.page(runs)
+    assert page.count("<polygon") == 1 and page.count("<polyline") == 2
+    assert "not ended: step 2 of 3" in page and "<td class=\"text\">-0.484 – 4.48</td>" in page
+    assert page.count("<td><code>lr</code></td>") == 1      # the only option that differs
+
+
+def test_damaged_runs_are_named_and_the_others_compared(tmp_path, capsys):
+    good, cut, odd, empty = (a_run(tmp_path / name, [2.0, 1.0]) for name in "abcd")
+    (cut / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 5}\n{"step": 3, ')
+    (odd / "config.json").write_text("[1]")
+    (empty / "log.jsonl").write_text("\n")
+    (tmp_path / "e").write_text("a file")
+    args = report.Args([str(p) for p in (good, cut, odd, empty, tmp_path / "e", tmp_path / "f")],
+                       str(tmp_path / "page.html"))
+    report.report(args)
+    assert "page.html" in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text()
+    for shown in ("6 runs in 1 group<", "ended; damaged lines of its log: 1",
+                  "config.json is damaged", "no log.jsonl with a line", "1: all runs <b>3</b>",
+                  "1 – 5"):
+        assert shown in page, shown
+    assert page.count("there is no such folder") == 2
+    with pytest.raises(UserError, match="none of these runs can be shown: .*no such folder"):
+        report.report(report.Args([str(tmp_path / "e"), str(tmp_path / "f")]))
+
+
+def test_the_final_figure_of_a_field():
+    """Of a field of every step the mean over the last twentieth; of a rare one its last value."""
+    lines = [{"step": k, "loss": float(k)} for k in range(1, 41)]
+    lines[9]["held_out"], lines[19]["held_out"] = 7.0, 8.0
+    assert compare.final(lines, "loss") == 39.5
+    assert compare.final(lines, "held_out") == 8.0 and compare.final(lines, "norm") is None
