@@ -292,11 +292,10 @@ def test_four_steps_are_two_and_resume_and_two(tmp_path, begin, monkeypatch, wha
 def test_another_train_does_not_resume(tmp_path, begin):
     options = {**FAST, "steps": 1, "init": str(begin)}
     train(tmp_path, **options, train="lora:4")
-    for other in ("all", "lora:8", "adapter"):
-        with pytest.raises(UserError, match="is of a run with --train=lora:4: resume it with the "
-                                            "same, or start from its weights") as error:
-            train(tmp_path, **{**options, "steps": 2}, train=other, resume=True)
-        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="is of a run with --train=lora:4: resume it with the same, "
+                                        "or start from its weights") as error:
+        train(tmp_path, **{**options, "steps": 2}, train="lora:8", resume=True)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
@@ -376,8 +375,9 @@ def test_rl_moves_the_policy_by_low_rank_matrices(tmp_path, begin, monkeypatch, 
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[-2] for name in changed} == set(TARGETS)
     assert before.keys() == after.keys()
-    rl.run(rl.Args(steps=3, resume=True, **options))
-    assert log_of(tmp_path)[2]["step"] == 3
+    if more:
+        rl.run(rl.Args(steps=3, resume=True, **options))
+        assert log_of(tmp_path)[2]["step"] == 3
 
 
 def test_only_what_learns_travels_to_the_players():
