@@ -33,8 +33,9 @@ FIELDS = {
         Field("dt", "seconds", "Duration of this step."),
         Field("loading", "seconds", "Time in which the step waited for samples. It is written only "
                                     "where it is more than 5% of the step."),
-        Field("skipped", "count", "Steps whose loss or gradient was not finite, plus samples that "
-                                  "were too long, since the start; all of them were left out."),
+        Field("skipped", "count", "Steps whose loss or gradient was not finite, samples that were "
+                                  "too long, and records of own data that can't be used, since the "
+                                  "start; all of them were left out."),
     ),
     "pretrain.py and train_vit.py": (
         Field("loss", "nats a token", "Training loss on this step's batch. Pretraining: "
