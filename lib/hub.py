@@ -13,13 +13,16 @@
                                            return_dict=True, return_tensors="pt")
     reply = model.generate(**inputs, max_new_tokens=64)
 
-A test compares ids, pixels and greedy replies of transformers with ours. The files are written for
-vLLM too, but were not run with it.
+tests/test_hub.py compares ids, pixels and greedy replies of transformers with ours. The files are
+written for vLLM too, but were not run with it.
 
-One difference remains. Here a user who types `<|user|>` gets plain text; in transformers the same
-characters become the special token, unless `apply_chat_template` is called with
-`sanitize_control_tokens=True`. And `Tokenizer.encode` cuts a text of more than 100,000 characters
-where `tokenizers` does not, so that a few tokens around such a cut can differ.
+Three differences remain:
+
+- If a user types `<|user|>`, it is plain text here. In transformers the same characters become the
+  special token, unless apply_chat_template is called with `sanitize_control_tokens=True`.
+- A reply in the history that begins with two white-space characters is cut into other tokens there,
+  together with the newline before it. Here that newline was a part of the prompt.
+- A text of more than 100,000 characters is cut there (Tokenizer.encode), and not in transformers.
 """
 import functools
 from pathlib import Path
@@ -29,21 +32,20 @@ from lib.vocabulary import byte_alphabet
 from model import Config
 from tokenizer import PATTERN, Tokenizer, tokenizer_of
 
-FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 # transformers' classes for GLM-OCR's preprocessing [R]
 CLASSES = {"image_processor_type": "Glm46VImageProcessor", "processor_class": "Glm46VProcessor"}
 
 
 def save_hub_files(config: Config, folder):
-    """Write FILES to `folder`. A model with the tokenizer of a released folder keeps that folder's
-    files, those of them that are there."""
+    """Write the four files to `folder`. A model with a released tokenizer keeps the files that came
+    with it; one whose tokenizer is unknown gets none."""
     folder = Path(folder)
     if config.vocabulary:       # its folder may be gone: a run removes its older checkpoints
         for name, contents in tokenizer_of(config).files.items():
             (folder / name).write_bytes(contents)
     elif config.n_ranks:
-        tokens = Tokenizer(config.n_ranks)
+        tokens = tokenizer_of(config)
         write_json(folder / "tokenizer.json", tokenizer_json(config.n_ranks))
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast",
