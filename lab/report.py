@@ -90,6 +90,8 @@ def by_category(lines: list[dict]) -> dict[str, dict]:
 def tasks_of(mix: str, levels: int, config: Config, count: int = QUESTIONS) -> list[Task]:
     """`count` held-out tasks, spread evenly over the categories and levels of a mix, as a model of
     this configuration sees them."""
+    if not mix:         # a run on own data alone
+        return []
     names = [name for name, _ in parse_mix(mix, sight(config)) if name in gym.names()]
     if not names:
         return []
