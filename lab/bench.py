@@ -11,6 +11,8 @@
                                            (lab/bench_memory.py)
     python -m lab.bench loss               linear_cross_entropy and all logits at once, time and
                                            memory (lab/bench_loss.py)
+    python -m lab.bench loader             own data from tars, beside the webdataset package
+                                           (lab/bench_loader.py)
 
 In `train`, `decode` and `vit`, both sides get the same random weights, documents, dtype, device and
 number of threads. First a check that both do the same work: equal losses, equal tokens. Then a few
@@ -54,7 +56,7 @@ from einops import rearrange
 import gym
 from data import collate, Document, document, Stream
 from engine import Engine, Request
-from lab import bench_busy, bench_loss, bench_memory, bench_rl
+from lab import bench_busy, bench_loader, bench_loss, bench_memory, bench_rl
 from lib.checkpoint import save_model
 from lib.cli import check_options, cli, Count, Device, main, Natural, Positive, Seed, UserError
 from lib.common import setup, write_json
@@ -73,7 +75,7 @@ BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws t
 
 @dataclass
 class Args:
-    what: str = ""             # train, decode, vit, rl, busy, memory or loss
+    what: str = ""             # train, decode, vit, rl, busy, memory, loss, loader
     size: Literal["tiny", "mini", "small", "base"] = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"    # auto, cpu, cuda or mps
@@ -490,8 +492,10 @@ def vit(args: Args, hw) -> dict:
 # ---- the report ---------------------------------------------------------------------------------
 
 VERBS = {"train": train, "decode": decode, "vit": vit, "rl": bench_rl.measure,
-         "busy": bench_busy.measure, "memory": bench_memory.measure, "loss": bench_loss.measure}
-UNITS = {"vit": "useful patches/s", "rl": "samples learnt/s", "busy": "seconds a step"}
+         "busy": bench_busy.measure, "memory": bench_memory.measure, "loss": bench_loss.measure,
+         "loader": bench_loader.measure}
+UNITS = {"vit": "useful patches/s", "rl": "samples learnt/s", "busy": "seconds a step",
+         "loader": "samples/s"}
 
 
 def print_case(name: str, case: dict, aim: float):
@@ -516,7 +520,7 @@ def run(args: Args) -> dict:
     check_options(args)
     hw = setup("cpu" if args.what in ("rl", "busy") else args.device,
                "auto" if args.what == "busy" else args.dtype)
-    documents = "" if args.what in ("rl", "busy") else f" {args.documents} documents,"
+    documents = "" if args.what in ("rl", "busy", "loader") else f" {args.documents} documents,"
     print(f"{hw.description}; {args.size},{documents} {args.rounds} rounds")
     result = {"args": dataclasses.asdict(args), "hardware": hw.description, "aim": AIM,
               **VERBS[args.what](args, hw)}

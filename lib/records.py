@@ -24,7 +24,7 @@ from zlib import crc32
 import numpy as np
 
 from lib.cli import UserError
-from lib.images import BadRecord, Picture
+from lib.images import BadRecord, Picture, read_part
 from lib.index import index_of, progress, stamp_of
 
 HELD_OUT = 50                       # one record in so many [O]
@@ -82,12 +82,6 @@ class Record:
             raise BadRecord("damaged data URI", f"{self.where}: {head[:40]}: {error}") from None
 
 
-def read(path: Path, offset: int, length: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
-
-
 def decode(data: bytes, where: str) -> str:
     """UTF-8 as text. Raises BadRecord."""
     try:
@@ -135,7 +129,7 @@ class Lines:
         where = f"{self.path.name}: {'entry' if self.is_list else 'line'} {number}"
         if length > MOST_BYTES:
             raise BadRecord("huge line", f"{where} has {length:,} bytes")
-        value = parse(read(self.path, offset, length), where)
+        value = parse(read_part(self.path, offset, length), where)
         return Record(where, value, folder=self.path.parent)
 
     def sizes(self, k: int):
@@ -218,7 +212,7 @@ class Member:
 
     @property
     def is_picture(self) -> bool:
-        return Path(self.name).suffix.lower() in PICTURES
+        return os.path.splitext(self.name)[1].lower() in PICTURES   # pathlib is slow
 
 
 def is_text(name: str) -> bool:
@@ -298,7 +292,7 @@ class Groups:
                 continue
             if member.length > MOST_BYTES:
                 raise BadRecord("huge text", f"{record.where} has {member.length:,} bytes of text")
-            with self.picture(member).file() as file:
+            with self.picture(member).file(whole=True) as file:
                 data = file.read()
             if member.name.lower().endswith(".json"):
                 record.value = parse(data, record.where)
@@ -463,7 +457,7 @@ class TextFolder:
         number, offset, length = self.index["places"][k].tolist()
         path = self.files[number]
         where = str(path.relative_to(self.path)) + (f" from byte {offset:,}" if offset else "")
-        return Record(where, text=decode(read(path, offset, length), where))
+        return Record(where, text=decode(read_part(path, offset, length), where))
 
     def sizes(self, k: int):
         return []

@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import re
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -55,21 +56,21 @@ class Shards:
     def __init__(self, spec: str, shards: list):
         self.spec, self.shards, self.kind = spec, shards, KINDS[type(shards[0])]
         self.notes = [note for shard in shards for note in shard.index.notes]
-        self.ends = np.cumsum([len(shard) for shard in shards])     # the number after each shard's
+        self.ends = list(itertools.accumulate(map(len, shards)))    # the number after each shard's
         self.digest = digest_of(shards)
         self.orders: dict[tuple, Order] = {}
         if len(self) == 0:
             raise UserError("; ".join([f"{spec} has no record", *self.notes]))
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def _shard(self, n: int) -> tuple:
         """(the shard that holds record n, its number in it)"""
         if not 0 <= n < len(self):
             raise IndexError(f"record {n} of {len(self)}")
-        s = int(np.searchsorted(self.ends, n, "right"))
-        return self.shards[s], int(n) - int(self.ends[s]) + len(self.shards[s])
+        s = bisect_right(self.ends, n)
+        return self.shards[s], int(n) - self.ends[s] + len(self.shards[s])
 
     def __getitem__(self, n: int) -> Record:
         """Record n. Raises BadRecord if it can't be used, or OSError if it can't be read."""
@@ -114,31 +115,35 @@ def digest_of(shards: list) -> str:
 
 
 class Order:
-    """The order of the records of a split: see Shards.order."""
+    """The order of the records of a split: see Shards.order. The records are in blocks: those of
+    parquet are its row groups, of anything else there is only one."""
 
     def __init__(self, shards: Shards, seed: int, split: str):
-        self.numbers, self.seed, self.epoch = shards.numbers(split), seed, -1
-        self.starts = np.array([0])         # where in `numbers` each block begins
+        numbers, self.seed = shards.numbers(split), seed
+        self.count, self.blocks = len(numbers), [numbers]
         if shards.kind == "parquet":
             firsts = [shard.index["first"][:-1] + end - len(shard)
                       for shard, end in zip(shards.shards, shards.ends)]
-            self.starts = np.unique(np.searchsorted(self.numbers, np.concatenate(firsts)))
-            self.starts = self.starts[self.starts < len(self.numbers)]
-        self.lengths = np.diff(self.starts, append=len(self.numbers))
+            borders = np.searchsorted(numbers, np.concatenate(firsts))
+            self.blocks = [block for block in np.split(numbers, borders) if len(block)]
+        self.shown = self._epoch(0)
+
+    def _epoch(self, epoch: int) -> tuple[int, list, list]:
+        """(epoch, its blocks in their order, the place after each block)"""
+        count = len(self.blocks)
+        blocks = [self.blocks[shuffled(self.seed, epoch * count + j, count)] for j in range(count)]
+        return epoch, blocks, list(itertools.accumulate(map(len, blocks)))
 
     def __call__(self, i: int) -> int:
-        epoch, place = divmod(i, len(self.numbers))
-        if epoch != self.epoch:
-            count = len(self.starts)
-            self.blocks = np.array([shuffled(self.seed, epoch * count + j, count)
-                                    for j in range(count)])
-            self.ends, self.epoch = np.cumsum(self.lengths[self.blocks]), epoch
-        j = int(np.searchsorted(self.ends, place, "right"))
-        block, end = self.blocks[j], self.ends[j]
-        length = int(self.lengths[block])
-        inside = int(place - end + length)
-        return int(self.numbers[self.starts[block]
-                                + shuffled(self.seed, epoch * length + inside, length)])
+        epoch, place = divmod(i, self.count)
+        shown = self.shown              # another thread may be in another epoch
+        if shown[0] != epoch:
+            shown = self.shown = self._epoch(epoch)
+        _, blocks, ends = shown
+        j = bisect_right(ends, place)
+        length = len(blocks[j])
+        inside = place - ends[j] + length
+        return int(blocks[j][shuffled(self.seed, epoch * length + inside, length)])
 
 
 def open_shards(spec: str) -> Shards:
