@@ -267,8 +267,7 @@ class ReleasedTokenizer(Tokenizer):
         if lacking := [name for name in NEEDED if name not in found.special]:
             raise UserError(f"{path} lacks the special token {lacking[0]}: no vocabulary of GLM's")
         self.n_ranks = 0                # no line of ranks.txt
-        self.special, self.words = found.special, found.words
-        self.encoding = found.encoding()
+        self.encoding, self.special, self.words = found.encoding, found.special, found.words
         self.vocab_size = max(self.words) + 1
         self.image = self.special["<|image|>"]
         stops = {self.special[mark] for mark in STOPS if mark in self.special}

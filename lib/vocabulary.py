@@ -52,15 +52,10 @@ PROBE = "Aé红ßs'll 12½ 3.\t\r\n\n  \u0301\0\x85\u2028🎈_-/"
 
 @dataclass
 class Vocabulary:
-    """What tiktoken needs, and the bytes of all ids."""
-    pattern: str                # splits a text into words
-    ranks: dict[bytes, int]     # the id of each token that merges give
-    special: dict[str, int]     # the ids of the added tokens
-    words: dict[int, bytes]     # the bytes of every id, special tokens included
-
-    def encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding("released", pat_str=self.pattern, mergeable_ranks=self.ranks,
-                                 special_tokens=self.special)
+    """What a tokenizer.json says."""
+    encoding: tiktoken.Encoding     # text to ids
+    special: dict[str, int]         # the ids of the added tokens
+    words: dict[int, bytes]         # the bytes of every id, special tokens included
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -180,13 +175,13 @@ def build(raw: dict) -> Vocabulary:
     as_bytes = {word: bytes(alphabet[c] for c in word) for word in vocab}
     words = {i: as_bytes[word] for word, i in vocab.items()}
     words |= {i: name.encode() for name, i in special.items()}
-    found = Vocabulary(read_pattern(raw), {as_bytes[word]: vocab[word] for word in kept}, special,
-                       words)
-    encoding = found.encoding()
+    encoding = tiktoken.Encoding(
+        "released", pat_str=read_pattern(raw), special_tokens=special,
+        mergeable_ranks={as_bytes[word]: vocab[word] for word in kept})
     for text in (PROBE, *PROBE):
         if encoding.decode(encoding.encode_ordinary(text)) != text:
             raise ValueError(f"the pattern of pre_tokenizer leaves out parts of {text!r}")
-    return found
+    return Vocabulary(encoding, special, words)
 
 
 def read_vocabulary(path) -> Vocabulary:

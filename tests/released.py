@@ -43,7 +43,7 @@ def trained_tokenizer(n_tokens: int = 700):
     trainer = trainers.BpeTrainer(
         vocab_size=n_tokens, show_progress=False, special_tokens=[],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    text = CORPUS.read_text(encoding="utf-8")[:300_000]
+    text = CORPUS.read_text(encoding="utf-8")[:100_000]
     made.train_from_iterator([*text.splitlines(), *runs], trainer)
     made.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
     return made
