@@ -251,6 +251,7 @@ BUILT = {
         "model_type": "glm_ocr_text", "hidden_act": "silu", "attention_bias": False,
         "attention_dropout": 0.0, "tie_word_embeddings": False, "rope_scaling": None,
         "partial_rotary_factor": 1.0, "sliding_window": None, "use_sliding_window": False,
+        "num_nextn_predict_layers": (0, 1, None),
         "rope_parameters": {"rope_type": "default", "type": "default",
                             "partial_rotary_factor": 1.0, "mrope_interleaved": False}},
     "vision_config": {
@@ -270,6 +271,8 @@ def check_built(values: dict, built: dict, section: str = ""):
     """Raise ValueError if a field of `values` has another value than in `built`."""
     for name in built.keys() & values.keys():
         value, wanted = values[name], built[name]
+        if isinstance(wanted, dict) and value is None:      # as if it were left out
+            continue
         if isinstance(wanted, dict):
             if not isinstance(value, dict):
                 raise ValueError(f"{section}{name} is no JSON object")
@@ -365,7 +368,7 @@ def load_config(folder) -> Config:
         raw = read_fields(path)
         check_built(raw, BUILT)
         text, ours = raw["text_config"], raw.get("nanoglmv", {})
-        rope = text.get("rope_parameters", {})
+        rope = text.get("rope_parameters") or {}
         config = checked(Config, {"image_token_id": raw["image_token_id"], **{
             name: ours[name] for name in ("n_ranks", "mtp_depths") if name in ours}})
         config.text = checked(TextConfig, {**text, **rope}, "text_config.")

@@ -255,14 +255,18 @@ def test_a_train_pt_of_an_earlier_version(model, tmp_path):
     ("", "model_type", "qwen2_vl", '"glm_ocr"'), ("", "architectures", ["LlavaModel"], "["),
     ("", "quantization_config", {"quant_method": "fp8"}, "null"),
     ("vision_config", "hidden_act", "gelu", '"silu"'), ("vision_config", "in_channels", 1, "3"),
-    ("vision_config", "spatial_merge_size", 4, "2"),
+    ("vision_config", "spatial_merge_size", 4, "2"), ("vision_config", "window_size", 112, "null"),
+    ("vision_config", "temporal_patch_size", 1, "2"), ("vision_config", "rope_theta", 100, "100"),
+    ("vision_config.rope_parameters", "rope_type", "yarn", '["axial", "default"]'),
+    ("vision_config.rope_parameters", "rope_theta", 100.0, "10000.0"),
+    ("text_config", "num_nextn_predict_layers", 2, "[0, 1, null]"),
     ("vision_config", "model_type", "siglip", '"glm_ocr_vision"')])
 def test_what_is_not_built_is_refused_by_name(model, tmp_path, section, name, value, built):
     save_model(model, tmp_path)
     (tmp_path / "digests.json").unlink()
     raw = inner = json.loads((tmp_path / "config.json").read_text())
     for part in filter(None, section.split(".")):
-        inner = inner[part]
+        inner = inner.setdefault(part, {})
     inner[name] = value
     (tmp_path / "config.json").write_text(json.dumps(raw))
     where = f"{section}.{name}".lstrip(".")
