@@ -11,6 +11,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import train_vit
 from lab.drawing import curve, number, page_html, smooth, text_table
 from lab.fields import Chart, CHARTS, usable
 from lib.cli import UserError
@@ -176,6 +177,12 @@ def stage_html(groups: dict[str, list[list[dict]]]) -> str:
     return f"{''.join(shown)}<h3>Final figures</h3>{text_table(head, rows)}"
 
 
+def in_order(stages: set[str]) -> list[str]:
+    """Names of stages in the order in which train_vit.py runs them, then others by the alphabet."""
+    known = list(train_vit.STAGES)
+    return sorted(stages, key=lambda s: (known.index(s) if s in known else len(known), s))
+
+
 def page(runs: list[Run]) -> str:
     """The page's HTML. Raises UserError where no run can be used."""
     usable_runs = [run for run in runs if not run.damaged]
@@ -195,10 +202,11 @@ def page(runs: list[Run]) -> str:
         for run in runs]))
     options = differing([run.config for run in usable_runs])
     if options:
-        parts.append("<h2>Options that differ</h2>" + text_table(("option", *groups), [
+        head = ("option", *(f"group {k}" for k in range(1, len(groups) + 1)))
+        parts.append("<h2>Options that differ</h2>" + text_table(head, [
             (option, *(members[0].config.get(option, "") for members in groups.values()))
             for option in options]))
-    for stage in sorted({stage for run in usable_runs for stage in run.logs}):
+    for stage in in_order({stage for run in usable_runs for stage in run.logs}):
         logs = {name: [run.logs[stage] for run in counted(members) if stage in run.logs]
                 for name, members in groups.items()}
         parts.append(f"<h2>{stage or 'Curves'}</h2>"

@@ -124,7 +124,7 @@ def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 3
     legend = []
     for i, (name, points) in enumerate(series.items()):
         color = COLORS[i % len(COLORS)]
-        dashes = ' stroke-dasharray="8 5"' if i // len(COLORS) % 2 else ""      # more than colors
+        dashed = i // len(COLORS) % 2       # there are more lines than colors
         if band := bands.get(name):
             edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
             area = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in edge)
@@ -132,11 +132,13 @@ def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 3
         if len(points) > 1:
             line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" '
-                         f'stroke-width="2.5" stroke-linejoin="round"{dashes}/>')
+                         'stroke-width="2.5" stroke-linejoin="round"'
+                         + ' stroke-dasharray="8 5"' * dashed + "/>")
         if len(points) <= 20:               # few measurements: show where they are
             parts += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="4" fill="{color}"/>'
                       for x, y in points]
-        legend.append(f'<span><i style="background:{color}"></i>{html.escape(name)} '
+        swatch = f"linear-gradient(90deg,{color} 38%,#fff 38% 62%,{color} 62%)" if dashed else color
+        legend.append(f'<span><i style="background:{swatch}"></i>{html.escape(name)} '
                       f'<b>{number(points[-1][1])}</b></span>')
     if heights[-1] > most:
         legend.append(f"<span>values above {number(most)} are cut off</span>")

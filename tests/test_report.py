@@ -346,6 +346,17 @@ def test_damaged_runs_are_named_and_the_others_compared(tmp_path, capsys):
         report.report(report.Args([str(tmp_path / "e"), str(tmp_path / "f")]))
 
 
+def test_stages_stand_in_the_order_in_which_they_ran(tmp_path):
+    for seed in range(2):
+        for stage in ("align", "semantic"):
+            (tmp_path / f"run{seed}").mkdir(exist_ok=True)
+            a_run(tmp_path / f"run{seed}" / stage, [2.0, 1.0 + seed], seed=seed)
+    runs = [compare.read_run(tmp_path / f"run{seed}") for seed in range(2)]
+    page = compare.page(runs)
+    assert page.index("<h2>semantic</h2>") < page.index("<h2>align</h2>")
+    assert page.count("<polygon") == 2 and [run.state() for run in runs] == ["ended"] * 2
+
+
 def test_the_final_figure_of_a_field():
     """Of a field of every step the mean over the last twentieth; of a rare one its last value."""
     lines = [{"step": k, "loss": float(k)} for k in range(1, 41)]
