@@ -4,7 +4,8 @@
 
 Sample i of a stream is a pure function of (seed, i). So a run sees the same samples whatever the
 number of worker processes or ranks, and a resumed run continues bit for bit: a checkpoint holds the
-next i and the numbers of the few samples that wait for a row with room.
+next i and the numbers of the few samples that wait for a row with room. Samples are drawn by the
+gym, or come from own data: records that lib/shards.py reads and lib/conversations.py understands.
 
 A worked example, with a 32 x 32 picture, 8 x 8 patches and one visual token per 2 x 2 patches:
 
@@ -73,7 +74,7 @@ def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
 
 # ---- own data -----------------------------------------------------------------------------------
 
-TRIES = 100     # so many records in a row that can't be used end a run: there is nothing to learn
+TRIES = 100     # as many records in a row that can't be used end a run: nothing seems to be left
 
 
 @dataclass
@@ -308,26 +309,30 @@ class Stream:
     def _own(self, rng, data: OwnData, i: int, source: int) -> Document:
         """The record for sample i, or the next one in the shuffled order that can be used; the
         document says which were passed over. Raises UserError where TRIES in a row can't be."""
-        passed, record = [], None
+        passed = []
         for k in range(min(TRIES, 2 * data.count)):     # two epochs: all records, at any i
+            record = None
             try:
-                record = None
                 record = data.record(self.seed, i + k)
-                text = plain_text(record)
-                if text is not None:
-                    made = self._plain(self._stretch(rng, text), source)
-                else:
-                    pairs = max(1, self.config.max_tokens // self.config.min_tokens)
-                    made = document(conversation(record, pairs), self.tokens, self.config,
-                                    source=source, lazy=self.lazy)
+                made = self._record(rng, record, source)
             except BadRecord as error:
                 where = f"{record.where}: " if record and record.where not in str(error) else ""
                 passed.append((error.kind, where + str(error)))
-                continue
-            made.passed = tuple(passed)
-            return made
+            else:
+                made.passed = tuple(passed)
+                return made
         raise UserError(f"{data.name}: {len(passed)} records in a row can't be used; the last: "
                         f"{': '.join(passed[-1])}")
+
+    def _record(self, rng, record: Record, source: int) -> Document:
+        """A record of own data as a document. Raises BadRecord."""
+        text = plain_text(record)
+        if text is not None:
+            return self._plain(self._stretch(rng, text), source)
+        # A video has as many visual tokens as a picture: so many pairs of frames can share them.
+        pairs = max(1, self.config.max_tokens // self.config.min_tokens)
+        return document(conversation(record, pairs), self.tokens, self.config, source=source,
+                        lazy=self.lazy)
 
     def _stretch(self, rng, text: str) -> list[int]:
         """The ids of a text, or of a stretch of it that fits into a row with its two marks. It

@@ -97,36 +97,40 @@ def conversation(record: Record, pairs: int = 16) -> list[Message]:
     for the answer to one. [O]
     Raises BadRecord where the record can't be trained on.
     """
-    layout, value = layout_of(record), record.value or {}
     pictures = listed(record)
-    if layout in (CAPTIONS, NANOVLM, QUESTIONS):    # all pictures come first
-        first = [Mark(kind) for kind, names in pictures.items() for _ in names]
-    if layout == CAPTIONS:
-        turns = [{"role": "user", "content": first},
-                 {"role": "assistant", "content": text_of(text_beside(record))}]
-    elif layout == QUESTIONS:
-        turns = [{"role": "user", "content": [*first, asked(value)]},
-                 {"role": "assistant", "content": right_reply(value)}]
-    elif layout == NANOVLM:
-        turns = [{"role": role, "content": text_of(turn.get(role))}
-                 for turn in objects(value["texts"]) for role in ("user", "assistant")]
-        turns[0]["content"] = [*first, turns[0]["content"]]
-    else:
-        turns = objects(value["messages" if layout == OPENAI else "conversations"])
-        # In a record of text alone, OpenAI's layout has no marks: <image> is a word there.
-        marked = layout == LLAVA or any(pictures.values())
-        turns = [turn | {"content": parts_of(first_of(turn, "content", "value"), marked)}
-                 for turn in turns]
-        named = any(isinstance(part, Mark) and part.name is not None
-                    for turn in turns for part in turn["content"])
-        if named and not any(value.get(field) for field in LISTS):
-            pictures = {kind: [] for kind in pictures}      # those beside it are those it names
+    turns = turns_of(record, pictures)
+    named = any(isinstance(part, Mark) and part.name is not None
+                for turn in turns for part in turn["content"])
+    if named and not any((record.value or {}).get(field) for field in LISTS):
+        pictures = {kind: [] for kind in pictures}      # those beside it are those that it names
     messages = [message_of(turn, pictures, record, pairs) for turn in turns]
     if left := sum(map(len, pictures.values())):
         raise BadRecord("image marks", f"{left} more pictures or videos than marks")
     messages = [m for m in messages if m.text or m.role != "system"]    # an empty one says nothing
     check_order(messages)
     return messages
+
+
+def turns_of(record: Record, pictures: dict[str, list]) -> list[dict]:
+    """The messages of a record, each as {"role": ..., "content": [texts and Marks], ...}."""
+    layout, value = layout_of(record), record.value or {}
+    first = [Mark(kind) for kind, names in pictures.items() for _ in names]     # all come first
+    if layout == CAPTIONS:
+        return [{"role": "user", "content": first},
+                {"role": "assistant", "content": [text_of(text_beside(record))]}]
+    if layout == QUESTIONS:
+        return [{"role": "user", "content": [*first, asked(value)]},
+                {"role": "assistant", "content": [right_reply(value)]}]
+    if layout == NANOVLM:
+        turns = [{"role": role, "content": [text_of(turn.get(role))]}
+                 for turn in objects(value["texts"]) for role in ("user", "assistant")]
+        turns[0]["content"] = [*first, *turns[0]["content"]]
+        return turns
+    # In a record of text alone, OpenAI's layout has no marks: <image> is a word there.
+    marked = layout == LLAVA or any(pictures.values())
+    turns = objects(value["messages" if layout == OPENAI else "conversations"])
+    return [turn | {"content": parts_of(first_of(turn, "content", "value"), marked)}
+            for turn in turns]
 
 
 def check_order(messages: list[Message]):
@@ -271,18 +275,16 @@ def number_of(value, what: str) -> float:
 
 
 def message_of(turn: dict, pictures: dict, record: Record, pairs: int) -> Message:
-    """One turn, whose content is a list of texts and Marks, as a Message. A Mark without a name
-    takes the next of `pictures`."""
+    """One of `turns_of` as a Message. A Mark without a name takes the next of `pictures`."""
     role = first_of(turn, "role", "from")
     if not isinstance(role, str) or role not in ROLES:
         raise BadRecord("unknown role", short(role))
     role, weight = ROLES[role], turn.get("weight")
     weight = None if weight is None else number_of(weight, "weight")
-    content = [turn["content"]] if isinstance(turn["content"], str) else turn["content"]
     if role == "assistant":
-        return Message(role, reply_of(turn, content), (), weight)
+        return Message(role, reply_of(turn), (), weight)
     text, said, images = "", "", []     # said: the text since the last picture
-    for part in content:
+    for part in turn["content"]:
         if isinstance(part, str):
             said += part
             continue
@@ -300,11 +302,11 @@ def plainly(text: str) -> str:
     return text.replace(IMAGE, quoted(IMAGE))
 
 
-def reply_of(turn: dict, content: list) -> str:
+def reply_of(turn: dict) -> str:
     """What the assistant writes: its thought, its text, its calls of tools, a line each."""
-    if not all(isinstance(part, str) for part in content):
+    if not all(isinstance(part, str) for part in turn["content"]):
         raise BadRecord("picture in a reply", "only text can be learnt")
-    lines = ["".join(content)] if any(content) else []
+    lines = ["".join(turn["content"])] if any(turn["content"]) else []
     for call in objects(turn["tool_calls"]) if turn.get("tool_calls") else ():
         call = call["function"] if isinstance(call.get("function"), dict) else call
         arguments = call.get("arguments")
