@@ -271,9 +271,8 @@ def check_built(values: dict, built: dict, section: str = ""):
     """Raise ValueError if a field of `values` has another value than in `built`."""
     for name in built.keys() & values.keys():
         value, wanted = values[name], built[name]
-        if isinstance(wanted, dict) and value is None:      # as if it were left out
-            continue
         if isinstance(wanted, dict):
+            value = {} if value is None else value      # null is as if it were left out
             if not isinstance(value, dict):
                 raise ValueError(f"{section}{name} is no JSON object")
             check_built(value, wanted, f"{section}{name}.")

@@ -40,6 +40,7 @@ ENTRIES = {
     "lab.roofline": [("Args", "run", ("Packer",), ())],
     "lab.kernels": [("Args", "run", ("check", "in_a_process"), ())],
     "lab.vit_claims": [("Args", "run", ("one_seed", "subprocess.run"), ())],
+    "lab.verify": [("Args", "run", ("peers",), ("--ckpt=x",))],
     "lab.vit_pays": [("Args", "pays", ("make_tower",), ())],
     "lab.report": [("Args", "report", ("write",), ())]}
 CASES = [(script, *entry) for script, entries in ENTRIES.items() for entry in entries]
