@@ -101,7 +101,8 @@ def our_samples(folder: Path, config, seed: int):
 
 def speed(folder: Path, config, args, count: int) -> dict:
     """Samples a second of both sides in turn, as a case of lab.bench. count: samples there are."""
-    sides = {"ours": our_samples(folder, config, args.seed), "theirs": their_samples(folder, config)}
+    sides = {"ours": our_samples(folder, config, args.seed),
+             "theirs": their_samples(folder, config)}
     seen = {name: dict(islice(side, count)) for name, side in sides.items()}   # also warms up
     for number, pixels in seen["ours"].items():
         if not np.array_equal(pixels, seen["theirs"][number]):
@@ -123,9 +124,9 @@ def speed(folder: Path, config, args, count: int) -> dict:
 
 # ---- resume and memory --------------------------------------------------------------------------
 
-def write_many(folder: Path, rng):
+def write_many(folder: Path, rng) -> float:
     """SHARDS shards of SAMPLES records. They are links to one tar, so that the disk has room for
-    them; each has an index of its own."""
+    them; each has an index of its own. Returns the seconds that making one index took."""
     first = folder / "shard-000.tar"
     write_shard(first, [encoded(rng, "png", 8, 8)], "png", 0, SAMPLES)
     began = time.perf_counter()
@@ -208,7 +209,8 @@ def measure(args, hw) -> dict:
             cases[f"{name}, {width} x {height} {kind}"] = speed(tars, config, args, 4 * CHUNK)
             for overlap in (False, True):
                 how = "while it trains" if overlap else "between its steps"
-                rest[f"wait, {name}, loading {how}"] = f"{wait(tars, config, args, hw, overlap):.1%}"
+                share = wait(tars, config, args, hw, overlap)
+                rest[f"wait, {name}, loading {how}"] = f"{share:.1%}"
         many = Path(folder, "many")
         many.mkdir()
         rest["seconds to index 10,000 records"] = f"{write_many(many, rng) / SAMPLES * 1e4:.1f}"

@@ -24,9 +24,10 @@ TURNS = {   # EXIF's orientation: how to turn the stored picture upright
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 SIDEWAYS = {TURNS[5], TURNS[6], TURNS[7], TURNS[8]}     # these exchange width and height
+HEADER = 2 ** 16        # bytes of a file that are read to learn a picture's size
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- pictures -----------------------------------------------------------------------------------
 
 class BadRecord(UserError):
     """A record of somebody's data, or a picture in it, that can't be used.
@@ -52,35 +53,6 @@ def read_part(path, offset: int, length: int) -> bytes:
         os.close(descriptor)
 
 
-class Stretch(io.RawIOBase):
-    """`length` bytes of a file from `offset` on, as a file of its own that is read as needed."""
-
-    def __init__(self, path, offset: int, length: int):
-        super().__init__()
-        self.file, self.offset, self.length, self.place = open(path, "rb"), offset, length, 0
-
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
-    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
-        self.place = place + (0, self.place, self.length)[whence]
-        return self.place
-
-    def readinto(self, buffer) -> int:
-        self.file.seek(self.offset + self.place)
-        count = max(0, min(len(buffer), self.length - self.place))
-        read = self.file.readinto(memoryview(buffer)[:count])
-        self.place += read
-        return read
-
-    def close(self):
-        self.file.close()
-        super().close()
-
-
 @dataclass(frozen=True)
 class Picture:
     """A picture that is not decoded yet: a file, a stretch of a file (of a tar), or its bytes.
@@ -100,28 +72,31 @@ class Picture:
             return self.name or f"a picture of {len(self.source):,} bytes"
         return str(self.source)
 
-    def file(self, whole: bool = False):
-        """The picture's bytes as an open file. whole: all of them will be read."""
+    def file(self, most: int | None = None):
+        """The picture's bytes as an open file. most: of a stretch, read no more than this."""
         if isinstance(self.source, bytes):
             return io.BytesIO(self.source)
         if self.length is None:
             return open(self.source, "rb")
-        if whole:
-            return io.BytesIO(read_part(self.source, self.offset, self.length))
-        return io.BufferedReader(Stretch(self.source, self.offset, self.length))
+        length = self.length if most is None else min(self.length, most)
+        return io.BytesIO(read_part(self.source, self.offset, length))
 
     @functools.cached_property
     def size(self) -> tuple[int, int]:
         """(width, height) of the upright picture, from the file's header alone."""
         if self.known_size:
             return self.known_size
-        with self._opened() as image:
-            swap = turn_of(image) in SIDEWAYS
-            return image.size[::-1] if swap else image.size
+        with contextlib.suppress(BadRecord):    # few headers are longer, or at the file's end
+            return self._size(HEADER)
+        return self._size()
+
+    def _size(self, most: int | None = None) -> tuple[int, int]:
+        with self._opened(most) as image:
+            return image.size[::-1] if turn_of(image) in SIDEWAYS else image.size
 
     def open(self) -> Image.Image:
         """The picture, upright, as RGB, with transparent parts in white."""
-        with self._opened(whole=True) as image:
+        with self._opened() as image:
             turn = turn_of(image)
             if self.frame:
                 image.seek(self.frame)
@@ -154,11 +129,11 @@ class Picture:
         return times
 
     @contextlib.contextmanager
-    def _opened(self, whole: bool = False):
+    def _opened(self, most: int | None = None):
         """The picture as a Pillow image that has read the header; what goes wrong while the block
         runs is a BadRecord."""
         try:
-            with self.file(whole) as file, warnings.catch_warnings():
+            with self.file(most) as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")     # Pillow warns of any odd metadata
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 yield Image.open(file)
@@ -198,7 +173,7 @@ def open_image(path) -> Image.Image:
     return Picture(path).open()
 
 
-# ---- what the model sees -------------------------------------------------------------------------
+# ---- what the model sees ------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Frames:

@@ -24,7 +24,7 @@ from zlib import crc32
 import numpy as np
 
 from lib.cli import UserError
-from lib.images import BadRecord, Picture, read_part
+from lib.images import BadRecord, HEADER, Picture, read_part
 from lib.index import index_of, progress, stamp_of
 
 HELD_OUT = 50                       # one record in so many [O]
@@ -237,8 +237,9 @@ def index_groups(path: Path, groups: list, picture) -> dict[str, np.ndarray]:
             group.sort(key=lambda member: natural(member.name))
             # The checksum is that of the text, or else of the beginning of the first picture.
             checked = next((member for member in group if not member.is_picture), group[0])
-            with picture(checked).file() as file:
-                checksum = crc32(file.read(2 ** 16 if checked.is_picture else MOST_BYTES))
+            most = HEADER if checked.is_picture else MOST_BYTES
+            with picture(checked).file(most) as file:
+                checksum = crc32(file.read(most))
             held.append(checksum % HELD_OUT == 0)
             for member in group:
                 size = (0, 0)
@@ -292,7 +293,7 @@ class Groups:
                 continue
             if member.length > MOST_BYTES:
                 raise BadRecord("huge text", f"{record.where} has {member.length:,} bytes of text")
-            with self.picture(member).file(whole=True) as file:
+            with self.picture(member).file() as file:
                 data = file.read()
             if member.name.lower().endswith(".json"):
                 record.value = parse(data, record.where)
