@@ -2,6 +2,7 @@
 
     python -m lab.report out/pretrain      any run folder of pretrain.py, train_vit.py, rl.py, lab/
     python -m lab.report out/demo
+    python -m lab.report out/eval_own      an evaluation of sample.py: figures and examples
     python -m lab.report out/A out/B out/C      several runs on one page: see lab/compare.py
     python -m lab.report fields            explain the fields of log.jsonl
 

@@ -21,8 +21,9 @@ NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]{1,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15}
 THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")     # the comma in 1,500
 POINT = re.compile(r"[\[(]\s*([0-9]{1,3})\s*,\s*([0-9]{1,3})\s*[\])]")
 BOX = re.compile(r"[\[(]\s*" + r"\s*,\s*".join(4 * ["([0-9]{1,3})"]) + r"\s*[\])]")
-LETTER_FIRST = re.compile(r"\(?([A-Za-z])(?:[).:,]|$)")         # B, (B), B. a cat
-LETTER_NAMED = re.compile(r"[Aa]nswer(?: is)?:?\s*\(?([A-Z])\b")
+# A letter as the first word, as in B, (B), **B**, Option B, B. a cat; or named: the answer is B.
+LETTER_FIRST = re.compile(r"(?:Option )?[(*]*([A-Za-z])(?:[).:,*]|$)")
+LETTER_NAMED = re.compile(r"(?:[Aa]nswer|[Cc]orrect (?:option|choice))(?: is)?:?\s*[(*]*([A-Z])\b")
 
 
 # ---- reading a reply ----------------------------------------------------------------------------

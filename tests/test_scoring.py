@@ -55,7 +55,9 @@ def test_a_metric_by_hand(metric, reply, answers, expected):
 
 @pytest.mark.parametrize("reply,letter", [
     ("B", "B"), ("(b)", "B"), ("B. a cat", "B"), ("B: a cat, A: a dog", "B"), ("A bird", None),
-    ("The answer is (B).", "B"), ("Answer: A", "A"), ("a CAT", "B"), ("D", None), ("", None),
+    ("The answer is (B).", "B"), ("Answer: A", "A"), ("**B**", "B"), ("Option B", "B"),
+    ("Option A is wrong: the correct option is B.", "B"),
+    ("a CAT", "B"), ("D", None), ("", None),
     ("Both", None), ("I think that it is a dog", None)])
 def test_the_letter_of_a_reply(reply, letter):
     choices = ["a dog", "a cat", "both of them"]
