@@ -45,12 +45,18 @@ ckpt: .venv/ready
 	.venv/bin/pip install -q -r .venv/requirements.txt
 	@touch $@
 
-# The pin keeps a peer from replacing torch by a newer one.
+# The pin keeps a peer from replacing torch by a newer one. transformers' processor needs the
+# torchvision of the same torch (2.13: 0.28). It goes to a folder of its own, which only
+# tests/hub_peer.py looks into: on a CPU build of torch a wheel for CUDA breaks whatever imports it.
+VISION = import torch; print("torchvision==0.%d.*" % (int(torch.__version__.split(".")[1]) + 15))
 .venv/peers: .venv/ready requirements-peers.txt
 	@echo "adding the packages that tests compare with"
 	$(PY) -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > .venv/pin.txt
 	.venv/bin/pip install -q -c .venv/pin.txt -r requirements-peers.txt
 	.venv/bin/pip install -q --no-deps "timm>=1.0.31"
+	$(PY) -c '$(VISION)' > .venv/vision.txt
+	.venv/bin/pip install -q --no-deps --upgrade --target .venv/torchvision -r .venv/vision.txt \
+	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 
 # Where the demo's second world begins: all but forms first, then single clicks on forms for so short

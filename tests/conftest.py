@@ -16,7 +16,7 @@ import torch
 
 from data import Document
 from model import Config, GLMV, TextConfig
-from vit import VitConfig
+from vit import MEAN, STD, VitConfig
 
 torch.set_num_threads(1)
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and every process that
@@ -53,6 +53,26 @@ def random_document(config: Config, sizes=((4, 6),), length: int = 12, seed: int
         ids += [522] + [config.image_token_id] * (h * w // 4) + [523]
         ids += rng.integers(0, 500, length // 2).tolist()
     return Document(np.array(ids, np.int32), np.ones(len(ids), np.float32), images)
+
+
+def shaken(which):
+    """A model whose norms and biases are random too, so that a swapped name shows."""
+    model = GLMV(odd_config(which), seed=which).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                generator = torch.Generator().manual_seed(p.numel())
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def their_pixels(patches):
+    """Our uint8 patches of stills as transformers wants them: normalised, each frame doubled."""
+    area = patches.shape[-1] // 3
+    mean, std = (torch.tensor(x).repeat_interleave(area) for x in (MEAN, STD))
+    pixels = (patches[:, 0] / 255 - mean) / std
+    pixels = pixels.view(len(pixels), 3, 1, area).expand(-1, -1, 2, -1)
+    return pixels.reshape(len(pixels), -1)
 
 
 def on_ranks(world: int, work, *args):

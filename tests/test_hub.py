@@ -4,16 +4,17 @@ import base64
 import io
 import json
 import random
+import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from conftest import odd_config
+import hub_peer
+from conftest import odd_config, shaken, their_pixels
 from data import document
 from engine import Engine, Request
+from hub_peer import picture
 from lib.checkpoint import load_model, save_config, save_model
 from lib.common import ROOT
 from lib.conversations import conversation
@@ -26,7 +27,7 @@ from model import Config, GLMV
 from tasks.base import Message
 from test_engine import plain, same
 from tokenizer import SPECIAL, Tokenizer
-from vit import VitConfig
+from vit import STD, VitConfig
 
 
 # ---- the files ----------------------------------------------------------------------------------
@@ -136,19 +137,12 @@ def test_tokenizers_gives_the_same_ids():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_ranks", [256, 1024, 4096])
+@pytest.mark.parametrize("n_ranks", [1024, 4096])
 def test_tokenizers_gives_the_same_ids_for_10000_texts(n_ranks):
     compare_ids(n_ranks, 10_000)
 
 
 # ---- the chat template --------------------------------------------------------------------------
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth random colours, so that resizing has something to compute."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (1 + height // 7, 1 + width // 5, 3)).astype(np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR)
-
 
 def shown(width: int, height: int, seed: int = 0) -> dict:
     """A part of a message: a picture as a data URI, which both sides read."""
@@ -235,3 +229,136 @@ def test_what_the_template_refuses(turns, options, words):
     template = (ROOT / "lib" / "chat_template.jinja").read_text(encoding="utf-8")
     with pytest.raises(Exception, match=words):
         chat_utils.render_jinja_template([turns], chat_template=template, **options)
+
+
+# ---- transformers' processor and model ----------------------------------------------------------
+
+MOST = 64           # greedy tokens that are compared
+MODELS = ("demo", "odd 0", "odd 1")
+MARKED = "say <|user|>, [gMASK] or <|image|> <think>"
+DRAWN = random.Random(1)
+SIZES = [(int(2 ** DRAWN.uniform(4, 8)), int(2 ** DRAWN.uniform(4, 8))) for _ in range(50)]
+PATCHES = {"released": Config(),        # the sizes of the released preprocessor_config.json
+           "8": Config(vision=VitConfig(patch_size=8), min_tokens=4, max_tokens=400),
+           "6": Config(vision=VitConfig(patch_size=6), min_tokens=1, max_tokens=64),
+           "16": Config(vision=VitConfig(patch_size=16), min_tokens=16, max_tokens=256)}
+
+
+def questions(unit: int) -> dict:
+    """Conversations that end with a question. Sides of pictures are multiples of `unit`, so that
+    nobody resizes them."""
+    def fits(columns, rows):
+        return shown(columns * unit, rows * unit, columns)
+    return {
+        "a picture": [says("user", [fits(4, 4), said("What color is the diamond?")])],
+        "two pictures": [says("user", [fits(3, 2), said("List all."), fits(2, 5)])],
+        "turns": [says("system", "Be brief."), says("user", [fits(2, 3), said("Red?")]),
+                  says("assistant", "<|begin_of_box|>yes<|end_of_box|>", reasoning_content="r"),
+                  says("user", "And now?")],
+        "tools": [says("user", [fits(4, 3), said("Who?")]),
+                  says("assistant", None, tool_calls=[call("crop", [1, 2, 3, 4])]),
+                  says("tool", [fits(2, 2), said("a crop")])],
+        "text": [says("user", "Which numbers follow 1, 2, 3?")]}
+
+
+def our_pixels(images: list, config: Config):
+    """(pixels, grids) in transformers' form."""
+    patches, grids = pack(images, config.vision)
+    return their_pixels(patches), grids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", PATCHES)
+def test_grids_and_pixels_agree_on_50_sizes(which, tmp_path):
+    """With Pillow, by which transformers resizes where torchvision is missing."""
+    module = pytest.importorskip("transformers.models.glm46v.image_processing_pil_glm46v",
+                                 exc_type=ImportError)
+    config = PATCHES[which]
+    save_config(config, tmp_path)
+    processor = module.Glm46VImageProcessorPil.from_pretrained(tmp_path)
+    for size in SIZES:
+        pixels, grids = our_pixels([resize(picture(*size), config)], config)
+        made = processor(images=[picture(*size)], return_tensors="pt")
+        assert torch.equal(made["image_grid_thw"], grids), size
+        assert (made["pixel_values"] - pixels).abs().max() < 1e-5, size
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """The folders of a trained and of two random models, and what transformers makes of them."""
+    pytest.importorskip("transformers", exc_type=ImportError)
+    root, chats, sizes = tmp_path_factory.mktemp("hub"), {}, []
+    for name in MODELS:
+        model = load_model(ROOT / "ckpt" / name) if name == "demo" else shaken(int(name[-1]))
+        save_model(model, root / name)
+        chats[str(root / name)] = questions(2 * model.config.vision.patch_size)
+    for which, config in PATCHES.items():
+        (root / which).mkdir()
+        save_config(config, root / which)
+        sizes.append([str(root / which), SIZES])
+    job = {"most": MOST, "chats": chats, "pixels": sizes, "plain": [str(root / "demo"), MARKED]}
+    (root / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    done = subprocess.run([sys.executable, hub_peer.__file__, root / "job.json", root / "made.pt"],
+                          capture_output=True, text=True)
+    if done.returncode == hub_peer.MISSING:
+        pytest.skip("torchvision is not installed")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, torch.load(root / "made.pt", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_chats_with_a_saved_model(peer, name):
+    """Ids and pixels are the same, and so are 64 greedy tokens, up to a tie of the two best."""
+    root, made = peer
+    model = load_model(root / name)
+    tokens = Tokenizer(model.config.n_ranks)
+    for kind, theirs in made["chats"][str(root / name)].items():
+        turns = questions(2 * model.config.vision.patch_size)[kind] + [says("assistant", "x")]
+        messages = conversation(Record("made up", {"messages": turns}))[:-1]
+        # A picture as pretrain.py reads it, opened.
+        messages = [Message(m.role, m.text, tuple(p.open() for p in m.images)) for m in messages]
+        prompt = document(messages, tokens, model.config, answer=True)
+        assert theirs["inputs"]["input_ids"][0].tolist() == prompt.ids.tolist(), kind
+        if prompt.images:
+            pixels, grids = our_pixels(prompt.images, model.config)
+            assert torch.equal(theirs["inputs"]["image_grid_thw"], grids), kind
+            assert (theirs["inputs"]["pixel_values"] - pixels).abs().max() < 1e-5, kind
+        engine = Engine(model, slots=1, context=len(prompt.ids) + MOST + 1)
+        engine.stops = set()
+        engine.submit(Request(prompt, MOST))
+        results = []
+        while engine.busy:
+            results += engine.step()
+        got, want = results[0].ids, theirs["greedy"]
+        assert len(want) == MOST and (got == want or same(want, *plain(model, prompt, MOST, ())))
+        # The reply ends at the first of our stops, and its text is the same.
+        ends = [n for n, i in enumerate(want, 1) if i in tokens.stops]
+        assert theirs["reply"] == want[:min(ends, default=MOST)], kind
+        assert theirs["text"] == tokens.plain(theirs["reply"]), kind
+
+
+@pytest.mark.slow
+def test_torchvision_resizes_almost_alike(peer):
+    """Grids are the same. Bicubic resizing of torchvision differs from Pillow's by at most two of
+    255 levels, and in one of 20 values by more than a half."""
+    _, made = peer
+    for config, results in zip(PATCHES.values(), made["pixels"]):
+        more = 0.0
+        for size, (pixels, grid) in zip(SIZES, results):
+            ours, grids = our_pixels([resize(picture(*size), config)], config)
+            assert torch.equal(grid, grids), size
+            difference = (pixels - ours).abs()
+            assert difference.max() < 2.01 / 255 / min(STD), size
+            more += float((difference > 1e-2).float().mean()) / len(SIZES)
+        assert more < 0.06
+
+
+@pytest.mark.slow
+def test_names_of_special_tokens_can_stay_text(peer):
+    """In transformers only where it is asked for. They are encoded by themselves there, so the ids
+    around them can differ from ours."""
+    tokens, (_, made) = Tokenizer(512), peer
+    ours = [i for ids, _, _ in tokens.chat([Message("user", MARKED)]) for i in ids]
+    assert tokens.decode(made["plain"]) == tokens.decode(ours)
+    assert [i for i in made["plain"] if i >= 512] == ours[:3]

@@ -8,10 +8,9 @@ import random
 import pytest
 import torch
 
-from conftest import odd_config, random_document
+from conftest import odd_config, random_document, shaken, their_pixels
 from data import collate
 from lib.checkpoint import load_model, save_model
-from model import GLMV
 
 transformers = pytest.importorskip("transformers", exc_type=ImportError)
 SIZES = ((4, 6), (2, 2), (8, 4))
@@ -21,27 +20,6 @@ def theirs(folder):
     from transformers import GlmOcrForConditionalGeneration
     return GlmOcrForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def shaken(which):
-    """A model whose norms and biases are random too, so that a swapped name shows."""
-    model = GLMV(odd_config(which), seed=which).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                generator = torch.Generator().manual_seed(p.numel())
-                p.add_(0.3 * torch.randn(p.shape, generator=generator))
-    return model
-
-
-def their_pixels(batch):
-    """Our uint8 patches as transformers wants them: normalised, each frame doubled."""
-    from vit import MEAN, STD
-    area = batch.patches.shape[-1] // 3
-    mean, std = (torch.tensor(x).repeat_interleave(area) for x in (MEAN, STD))
-    pixels = (batch.patches[:, 0] / 255 - mean) / std
-    pixels = pixels.view(len(pixels), 3, 1, area).expand(-1, -1, 2, -1)
-    return pixels.reshape(len(pixels), -1)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -55,7 +33,7 @@ def test_tower_adapter_and_logits_agree(which, tmp_path):
     merged = ours.model.visual.merge(features)
     logits = ours.lm_head(ours(batch, merged))
 
-    pixels = their_pixels(batch)
+    pixels = their_pixels(batch.patches)
     kept = {}
     peer.model.visual.post_layernorm.register_forward_hook(
         lambda module, inputs, output: kept.update(tower=output))
