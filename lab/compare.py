@@ -5,6 +5,7 @@ are a group. The page has a curve for each group and field of log.jsonl, the mea
 runs with an interval; a table of their final figures; and the options in which the groups differ.
 A run that has not ended is named, and counts only where no run of its group has ended.
 """
+import html
 import json
 import math
 import statistics
@@ -194,7 +195,8 @@ def page(runs: list[Run]) -> str:
              '<p class="quiet">A group is of runs whose options differ in nothing but the seed. '
              "Lines and means are over its runs. The shaded band and the interval are the 95% "
              "interval of the mean by Student's t; of two runs, they reach from the smaller to the "
-             "larger value; one run has none. Final figures are means over the last twentieth of "
+             "larger value; one run has none. A run that has not ended counts only where none of "
+             "its group has. Final figures are means over the last twentieth of "
              "the steps, or the last value of what is measured now and then.</p>"]
     names = {id(run): name for name, members in groups.items() for run in members}
     parts.append(text_table(("run", "group", "seed", "state"), [
@@ -209,7 +211,7 @@ def page(runs: list[Run]) -> str:
     for stage in in_order({stage for run in usable_runs for stage in run.logs}):
         logs = {name: [run.logs[stage] for run in counted(members) if stage in run.logs]
                 for name, members in groups.items()}
-        parts.append(f"<h2>{stage or 'Curves'}</h2>"
+        parts.append(f"<h2>{html.escape(stage) or 'Curves'}</h2>"
                      + stage_html({name: found for name, found in logs.items() if found}))
     return page_html(f"{len(runs)} runs", parts)
 

@@ -137,7 +137,7 @@ def print_fields():
             print(f"  {', '.join(field.keys.split())}{unit}\n      {field.meaning}")
 
 
-# ---- the lines of a log --------------------------------------------------------------------------
+# ---- the lines of a log -------------------------------------------------------------------------
 
 def numbers(row: dict) -> dict:
     """The values of `row` that can be drawn. NaN, of a step that was skipped or of rollouts that

@@ -52,7 +52,7 @@ class Args:
     out: str = "out/compare.html"       # file for the page of several runs
 
 
-# ---- curves and tables of a log ------------------------------------------------------------------
+# ---- curves and tables of a log -----------------------------------------------------------------
 
 def charts(lines: list[dict]) -> str:
     """All charts of CHARTS for which the lines of one log have fields, each field in one chart;
