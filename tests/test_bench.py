@@ -4,9 +4,10 @@ import json
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 
-from lab import bench, bench_busy, bench_rl
+from lab import bench, bench_busy, bench_loader, bench_rl
 from lab.bench import Args, run
 from lib.cli import UserError
 
@@ -77,6 +78,35 @@ def test_a_step_beside_busy_processes(tmp_path, capsys, monkeypatch):
     assert ratios(result, tmp_path)[0] > 0 and result["cases"][ours]["aim"] == bench_busy.MOST
     assert len(started) == 2 and all(process.poll() is not None for process in started)
     assert "seconds a step" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_own_data_beside_webdataset(tmp_path, capsys, monkeypatch):
+    """Both sides read the same pixels; shards are opened, read and waited for in other processes."""
+    pytest.importorskip("webdataset")
+    for name, value in dict(SHARDS=3, SAMPLES=40, READ=50, CHUNK=5, STEPS=1, BURST=64).items():
+        monkeypatch.setattr(bench_loader, name, value)
+    monkeypatch.setattr(bench_loader, "PICTURES", {"small": ("png", 40, 30)})
+    result = run(Args("loader", out=str(tmp_path), rounds=1, device="cpu"))
+    assert ratios(result, tmp_path)[0] > 0 and result["rest"]["resume, records"] == "120"
+    assert "samples/s" in capsys.readouterr().out
+
+
+def test_a_sample_that_differs_from_webdataset_is_seen(tmp_path, monkeypatch):
+    pytest.importorskip("webdataset")
+    rng, config = np.random.default_rng(0), bench.config_of("tiny")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        bench_loader.write_shard(tmp_path / name / "0.tar",
+                                 [bench_loader.encoded(rng, "png", 20, 20)], "png", 0, 5)
+    theirs = bench_loader.their_samples
+    monkeypatch.setattr(bench_loader, "CHUNK", 2)
+    args = Args(rounds=1)
+    assert bench_loader.speed(tmp_path / "a", config, args, 5)["ratio"] > 0
+    monkeypatch.setattr(bench_loader, "their_samples",
+                        lambda folder, config: theirs(tmp_path / "b", config))
+    with pytest.raises(UserError, match="not the same"):
+        bench_loader.speed(tmp_path / "a", config, args, 5)
 
 
 def test_busy_processes_end_with_the_block():
