@@ -1,14 +1,18 @@
 """A released folder in our code and in transformers: do both compute the same?
 
     python -m lab.verify --ckpt=FOLDER                      GLM-OCR's folder, as it is released
-    python -m lab.verify --ckpt=FOLDER --image=page.png --dtype=bfloat16      half the memory
+    python -m lab.verify --ckpt=FOLDER --image=page.png --dtype=bfloat16
     python -m lab.verify --ckpt=FOLDER --device=cuda
 
-Compares, on a picture and a question: ids of many strings, the chat template, the pixels, the
-logits at every position of the prompt, and greedy replies, plain and with drafts of the MTP layer
-(transformers leaves that layer out, so its drafts can only be judged by what they do to the reply:
-nothing). It prints a table, and one line for a bug report or a note of success: please send it, as
-we have no released weights here. Needs requirements-peers.txt; 11 GB of memory for GLM-OCR in fp32.
+It compares the ids of many strings, the prompts that the chat template makes, the pixels of a
+picture, the logits at every position of a prompt with that picture, and greedy replies to it: plain
+ones, and with drafts of the MTP layer. transformers does not run that layer; but drafts must not
+change a reply, and where they are good, a step gives more than one token. Replies may part where
+the two best logits are nearly equal.
+
+The result is a table, and one line with all figures. Please send this line to us, whatever it says:
+our code has not yet been run on the released weights. For GLM-OCR it takes about 11 GB of memory in
+fp32 and 8 GB in bf16 (computed), and the packages of requirements-peers.txt.
 """
 import random
 from dataclasses import dataclass
@@ -48,18 +52,18 @@ class Args:
 # ---- transformers -------------------------------------------------------------------------------
 
 def peers():
-    """transformers, with its warnings off. Raises UserError where it, or what it needs here, is
-    missing."""
+    """The model class, the tokenizer class and the image processor class of transformers. Raises
+    UserError where it is missing, or too old to have them."""
     try:
-        import transformers
-        from transformers.models.glm46v import image_processing_pil_glm46v
+        from transformers import AutoTokenizer, GlmOcrForConditionalGeneration
+        from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
         from transformers.utils import logging
     except ImportError as error:
         raise UserError(f"lab.verify compares with transformers ({error}): "
                         "pip install -r requirements-peers.txt") from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return transformers, image_processing_pil_glm46v.Glm46VImageProcessorPil
+    return GlmOcrForConditionalGeneration, AutoTokenizer, Glm46VImageProcessorPil
 
 
 def their_prompt(theirs, chat: list[dict], image_id: int, slots: list[int]) -> list[int]:
@@ -73,11 +77,10 @@ def their_prompt(theirs, chat: list[dict], image_id: int, slots: list[int]) -> l
 
 
 @torch.no_grad()
-def their_results(transformers, folder: Path, prompt, made, stops, args: Args, hw):
+def their_results(model_class, folder: Path, prompt, made, stops, args: Args, hw):
     """transformers' logits (T, V) at the prompt and its greedy reply. made: the picture as its
     image processor returned it."""
-    model = transformers.GlmOcrForConditionalGeneration.from_pretrained(folder, dtype=hw.dtype)
-    model = model.eval().to(hw.device)
+    model = model_class.from_pretrained(folder, dtype=hw.dtype).eval().to(hw.device)
     ids = torch.tensor([prompt.ids.tolist()], device=hw.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
               "mm_token_type_ids": (ids == model.config.image_token_id).int(),
@@ -185,7 +188,7 @@ def compare_pixels(made, prompt, config: Config) -> tuple:
 def run(args: Args):
     if not args.ckpt:
         raise UserError("--ckpt=FOLDER names the folder to verify")
-    transformers, image_processor = peers()
+    model_class, tokenizer_class, image_processor = peers()
     hw, folder = setup(args.device, args.dtype), find_checkpoint(args.ckpt)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json, so transformers can't read text with it")
@@ -193,13 +196,13 @@ def run(args: Args):
     tokens = tokenizer_of(config)
     image = open_image(args.image or ROOT / "docs" / "example.png")
     talks = conversations(image, args.question)
-    rows = compare_text(transformers.AutoTokenizer.from_pretrained(folder), talks, config)
+    rows = compare_text(tokenizer_class.from_pretrained(folder), talks, config)
     prompt = document(talks[0], tokens, config, answer=True)
     made = image_processor.from_pretrained(folder)([image], return_tensors="pt")
     rows.append(compare_pixels(made, prompt, config))
 
     # The two models one after the other: both in memory would be twice as much.
-    logits, reply = their_results(transformers, folder, prompt, made, tokens.stops, args, hw)
+    logits, reply = their_results(model_class, folder, prompt, made, tokens.stops, args, hw)
     model = load_model(folder, hw.device, hw.dtype)
     largest = logits.abs().max().item()
     near = TOLERANCE[hw.dtype] * largest
@@ -212,22 +215,25 @@ def run(args: Args):
         drafted, pace = our_reply(model, prompt, args, 3)
         agrees, note = compare_replies(model, prompt, drafted, reply, near)
         rows.append(("drafts", agrees, f"{note}, {pace:.2f} tokens a step"))
-    report(rows, tokens.plain(found), model, transformers, hw, "" if has_head else "no ")
+    report(rows, tokens.plain(found), model, has_head, hw)
 
 
-def report(rows: list[tuple], answer: str, model, transformers, hw, head: str):
+def report(rows: list[tuple], answer: str, model, has_head: bool, hw):
     """Print the table, the reply and the line to send."""
+    import tokenizers
+    import transformers
     for name, agrees, figure in rows:
         print(f"{name:<12}{'agrees' if agrees else 'DIFFERS':<9}{figure}")
     print(f"reply       {answer.strip()[:200]!r}\n")
-    import tokenizers
     wrong = [name for name, agrees, _ in rows if not agrees]
     verdict = f"{', '.join(wrong)} DIFFER" if wrong else "all agree"
+    sizes = (f"{model.counts()['total'] / 1e6:.1f}M parameters, {'an' if has_head else 'no'} MTP "
+             f"layer, {len(tokenizer_of(model.config).words)} ids")
     figures = "; ".join(f"{name} {figure}" for name, _, figure in rows)
-    print(f"lab.verify: {verdict} | {model.counts()['total'] / 1e6:.1f}M parameters, {head}MTP "
-          f"layer, {len(tokenizer_of(model.config).words)} ids | {figures} | torch "
-          f"{torch.__version__}, transformers {transformers.__version__}, tokenizers "
-          f"{tokenizers.__version__}, {hw.device.type} {str(hw.dtype).removeprefix('torch.')}")
+    versions = (f"torch {torch.__version__}, transformers {transformers.__version__}, tokenizers "
+                f"{tokenizers.__version__}, {hw.device.type} "
+                f"{str(hw.dtype).removeprefix('torch.')}")
+    print(f"lab.verify: {verdict} | {sizes} | {figures} | {versions}")
 
 
 if __name__ == "__main__":

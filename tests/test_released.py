@@ -378,7 +378,7 @@ def test_verify_says_whether_all_agrees(whole, capsys, monkeypatch):
     args = verify.Args(ckpt=str(whole[0]), max_new=8)
     verify.run(args)
     *_, line = capsys.readouterr().out.splitlines()
-    assert line.startswith("lab.verify: all agree | 0.4M parameters, MTP layer, 721 ids")
+    assert line.startswith("lab.verify: all agree | 0.4M parameters, an MTP layer, 721 ids")
     assert "tokenizer 600/600; template 4/4; pixels 0.0e+00 at 56x56;" in line
     assert "greedy 8/8; drafts 8/8" in line
     logits = verify.our_logits
