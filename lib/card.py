@@ -38,6 +38,8 @@ def trained_on(folder: Path) -> tuple[str, int, str]:
     else:
         found = read_json(options) if options.exists() else {}
         mix, levels, source = found.get("mix"), found.get("levels", 1), options
+        if not mix and found.get("data"):
+            mix = "own data"        # a name that no category has
     if not mix:
         return "gym", 1, "no file"
     if not (isinstance(mix, str) and isinstance(levels, int) and 1 <= levels <= 5):

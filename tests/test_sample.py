@@ -94,6 +94,8 @@ def test_the_slots_are_no_more_than_the_tasks(monkeypatch):
 def test_eval_of_a_run_on_text_only(run):
     with pytest.raises(UserError, match="only text: give --mix"):
         evaluated(run, {"mix": "text", "levels": 1})
+    with pytest.raises(UserError, match="only own data: give --mix"):
+        evaluated(run, {"mix": "", "data": "own.jsonl", "levels": 1})
 
 
 def test_what_the_demos_model_was_trained_on():
