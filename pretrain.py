@@ -50,8 +50,8 @@ from lib.loader import SampleLoader
 from lib.lora import (check_train, count_learning, learns, let_head_learn, set_learning,
                       unmerged)
 from lib.memory import compile_blocks, parse_memory
-from lib.partition import (AHEAD, balance, Costs, exchange, Homes, load_batch, PixelLoader,
-                           plan_steps, Skeletons)
+from lib.partition import (AHEAD, balance, Costs, exchange, Homes, load_batch, most_bytes_in,
+                           PixelLoader, plan_steps, Skeletons)
 from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
@@ -329,8 +329,7 @@ class Rows:
 
 
 def load_rows(packer: Packer, load: PixelLoader, args: Args, config: Config, hw) -> Rows:
-    """Pack the global batch, which does not depend on the number of ranks, share it out, and load
-    the part of this rank."""
+    """Pack the global batch, the same on any number of ranks, and load what is this rank's."""
     rows = packer.batch()
     steps = plan_steps(rows, args.row_tokens, Costs.of(config), hw.world, args.partition)
     batches = [load_batch(step, hw.rank, config, load, args.row_tokens) for step in steps]
@@ -338,10 +337,8 @@ def load_rows(packer: Packer, load: PixelLoader, args: Args, config: Config, hw)
         batches = [batch.pinned() for batch in batches]
     weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)
     visual_token = config.text.hidden_size * hw.dtype.itemsize
-    bytes_in = max(sum(step.bytes_in(rank, visual_token) for step in steps)
-                   for rank in range(hw.world))
-    return Rows(batches, *count(rows, config.vision.patch_size), weight, balance(steps), bytes_in,
-                packer.state())
+    return Rows(batches, *count(rows, config.vision.patch_size), weight, balance(steps),
+                most_bytes_in(steps, visual_token), packer.state())
 
 
 # ---- start and save -----------------------------------------------------------------------------
@@ -481,7 +478,8 @@ def run(args: Args):
                     Costs.of(config), ahead=AHEAD, state=position, say=say)
     position = packer.state()
     # On a GPU a thread loads the rows of the next step while this one runs.
-    load = Prefetch(functools.partial(load_rows, packer, PixelLoader(stream), args, config, hw),
+    pixels = PixelLoader(stream, max(1, workers))
+    load = Prefetch(functools.partial(load_rows, packer, pixels, args, config, hw),
                     args.steps - start, ahead=hw.device.type == "cuda")
     held_out = held_out_rows(stream, args, hw, say) if args.eval_every else {}
 

@@ -13,6 +13,8 @@
                                            memory (lab/bench_loss.py)
     python -m lab.bench loader             own data from tars, beside the webdataset package
                                            (lab/bench_loader.py)
+    python -m lab.bench partition          planned partitioning beside simpler ways, simulated
+                                           (lab/bench_partition.py)
 
 In `train`, `decode` and `vit`, both sides get the same random weights, documents, dtype, device and
 number of threads. First a check that both do the same work: equal losses, equal tokens. Then a few
@@ -56,7 +58,8 @@ from einops import rearrange
 import gym
 from data import collate, Document, document, Stream
 from engine import Engine, Request
-from lab import bench_busy, bench_loader, bench_loss, bench_memory, bench_rl
+from lab import (bench_busy, bench_loader, bench_loss, bench_memory, bench_partition,
+                 bench_rl)
 from lib.checkpoint import save_model
 from lib.cli import check_options, cli, Count, Device, main, Natural, Positive, Seed, UserError
 from lib.common import setup, write_json
@@ -75,7 +78,7 @@ BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws t
 
 @dataclass
 class Args:
-    what: str = ""             # train, decode, vit, rl, busy, memory, loss, loader
+    what: str = ""             # train, decode, vit, rl, busy, memory, loss, loader, partition
     size: Literal["tiny", "mini", "small", "base"] = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"    # auto, cpu, cuda or mps
@@ -493,7 +496,7 @@ def vit(args: Args, hw) -> dict:
 
 VERBS = {"train": train, "decode": decode, "vit": vit, "rl": bench_rl.measure,
          "busy": bench_busy.measure, "memory": bench_memory.measure, "loss": bench_loss.measure,
-         "loader": bench_loader.measure}
+         "loader": bench_loader.measure, "partition": bench_partition.measure}
 UNITS = {"vit": "useful patches/s", "rl": "samples learnt/s", "busy": "seconds a step",
          "loader": "samples/s"}
 
@@ -518,9 +521,13 @@ def run(args: Args) -> dict:
     if args.what not in VERBS:
         raise UserError(f"lab.bench takes {', '.join(VERBS)}, not '{args.what}'")
     check_options(args)
-    hw = setup("cpu" if args.what in ("rl", "busy") else args.device,
+    if args.what == "partition":        # counted, not timed, and of this size only
+        args = dataclasses.replace(args, size="base", rounds=1)
+    hw = setup("cpu" if args.what in ("rl", "busy", "partition") else args.device,
                "auto" if args.what == "busy" else args.dtype)
-    documents = "" if args.what in ("rl", "busy", "loader") else f" {args.documents} documents,"
+    documents = f" {args.documents} documents,"
+    if args.what in ("rl", "busy", "loader", "partition"):
+        documents = ""
     print(f"{hw.description}; {args.size},{documents} {args.rounds} rounds")
     result = {"args": dataclasses.asdict(args), "hardware": hw.description, "aim": AIM,
               **VERBS[args.what](args, hw)}

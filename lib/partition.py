@@ -42,7 +42,6 @@ from model import Config, GLMV
 
 AHEAD = 8       # global batches that samples are chosen from: with more, all wait longer
 SHARE = 16      # of so many samples for each rank, homes are chosen together
-THREADS = 4     # that decode the pictures of a rank
 
 
 # ---- costs --------------------------------------------------------------------------------------
@@ -254,6 +253,12 @@ def balance(steps: list[MicroStep]) -> float:
     return slowest / sum(sum(step.tower + step.decoder) / len(step.rows) for step in steps)
 
 
+def most_bytes_in(steps: list[MicroStep], visual_token: int) -> int:
+    """What the rank reads or receives in a step that reads and receives most: see MicroStep."""
+    ranks = range(len(steps[0].rows))
+    return max(sum(step.bytes_in(rank, visual_token) for step in steps) for rank in ranks)
+
+
 # ---- samples without pixels ---------------------------------------------------------------------
 
 @dataclass(eq=False)        # each is itself, whatever it looks like
@@ -393,15 +398,16 @@ def all_gather_bytes(data: bytes, group) -> list[bytes]:
 class PixelLoader:
     """Loads the pixels of images: a Stub's, an Unread's, or those of an array, which has them."""
 
-    def __init__(self, stream):
+    def __init__(self, stream, threads: int = 1):
         self.stream = stream    # data.Stream, which makes the sample of a Stub again
-        self.damaged = 0        # pictures that turned out to be, on this rank
+        self.threads = threads  # that decode pictures side by side
+        self.damaged = 0        # pictures of this rank that turned out to be
 
     def __call__(self, images: list) -> list[np.ndarray]:
         sources = self._sources(images)
-        with ThreadPoolExecutor(THREADS) as threads:
+        with ThreadPoolExecutor(self.threads) as threads:
             arrays = list(threads.map(np.asarray, sources))
-        # Their documents are planned already, on all ranks, so such pictures stay grey.
+        # Their documents are in the plan of all ranks already, so such pictures stay, and are grey.
         for damage in filter(None, (getattr(source, "damage", "") for source in sources)):
             self.damaged += 1
             if self.damaged in (1, 10, 100, 1000):
@@ -411,13 +417,17 @@ class PixelLoader:
 
     def _sources(self, images: list) -> list:
         """The arrays and Unreads of the images. A sample of another home is made again: it is a
-        function of its number, and without pixels that takes less than to send a large record."""
+        function of its number, and read without pixels it takes less than to send a large record.
+        """
         made, sources = {}, []
         for image in images:
             if isinstance(image, Stub) and image.source is None:
                 if image.sample not in made:
                     made[image.sample] = images_of(make_sample(self.stream, image.sample))
                 image.source = made[image.sample][image.number]
+                if image.source.shape != image.shape:
+                    raise UserError(f"sample {image.sample} differs from that of another rank: "
+                                    "have its files changed?")
             sources.append(image.source if isinstance(image, Stub) else image)
         return sources
 

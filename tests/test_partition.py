@@ -10,6 +10,7 @@ from conftest import on_ranks, random_document
 from PIL import Image
 
 from data import Document, document, Packer, parse_mix, Stream
+from lab import bench, bench_partition
 from lib.batch import images_of
 from lib.cli import UserError
 from lib.images import Frames, Picture
@@ -300,48 +301,48 @@ def learn(model, steps, rank, load) -> list[float]:
     return losses
 
 
-def alone(stream, state=None, batches: int = 2):
-    """(Packer, its batches, summed loss, gradient) on one rank that draws and loads everything."""
+def alone(stream, state) -> tuple:
+    """What one rank that draws and loads everything has after the next batch: its packer, the
+    batch, the summed loss and the gradient."""
     packer = Packer(stream, ROOM, ROWS, COSTS, window=8, state=state)
-    made = [packer.batch() for _ in range(batches)]
-    model, load = GLMV(TINY, seed=1), PixelLoader(stream)
-    losses = [learn(model, plan_steps(rows, ROOM, COSTS, 1, "plain"), 0, load) for rows in made]
-    return packer, made, sum(map(sum, losses)), gradients(model)
+    rows, model = packer.batch(), GLMV(TINY, seed=1)
+    losses = learn(model, plan_steps(rows, ROOM, COSTS, 1), 0, PixelLoader(stream))
+    return packer, rows, sum(losses), gradients(model)
 
 
-def together(rank, world, how, lazy, state, want):
-    """The same on several ranks: equal batches, equal loss and gradients."""
-    packer, made, loss, gradient = want
-    homes, state_before = Homes(lazy, rank, world), json.loads(json.dumps(state))
-    samples = Skeletons(homes, homes) if how == "planned" else lazy
-    ours = Packer(samples, ROOM, ROWS, COSTS, window=8, state=state_before)
-    model, load, total = GLMV(TINY, seed=1), PixelLoader(lazy), 0.0
-    for rows in made:
-        batch = ours.batch()
-        assert all(same(a, b) for x, y in zip(rows, batch, strict=True)
-                   for a, b in zip(x, y, strict=True))
-        steps = plan_steps(batch, ROOM, COSTS, world, how)
-        total += sum(learn(model, steps, rank, load))
-        if how == "planned":    # nobody has the pixels of another's
-            assert all(x.home != rank and x.source is None or x.home in (None, rank)
-                       for row in batch for x in images_of(row))
-    assert ours.state() == packer.state()
-    summed = torch.cat([torch.tensor([total]), gradients(model)])
+def together(rank, world, how, stream, state, want):
+    """The same on several ranks: an equal batch, equal loss and gradients."""
+    packer, rows, loss, gradient = want
+    homes = Homes(stream, rank, world)
+    samples = Skeletons(homes, homes) if how == "planned" else stream
+    ours = Packer(samples, ROOM, ROWS, COSTS, window=8, state=json.loads(json.dumps(state)))
+    model, batch = GLMV(TINY, seed=1), ours.batch()
+    assert all(map(same, sum(batch, []), sum(rows, []))) and ours.state() == packer.state()
+    assert list(map(len, batch)) == list(map(len, rows))
+    if how == "planned":    # what has another home is not here
+        stubs = [x for row in batch for x in images_of(row)]
+        assert all(x.source is None for x in stubs if x.home not in (None, rank))
+        assert {x.home for x in stubs} == {None, *range(world)}
+    losses = learn(model, plan_steps(batch, ROOM, COSTS, world, how), rank, PixelLoader(stream))
+    summed = torch.cat([torch.tensor([sum(losses)]), gradients(model)])
     dist.all_reduce(summed)
-    assert abs(summed[0] - loss) < 1e-5 * loss
+    assert len(losses) == ROWS // world and abs(summed[0] - loss) < 1e-5 * loss
     assert (summed[1:] - gradient).abs().max() < 1e-5 * gradient.abs().max()
 
 
-@pytest.mark.parametrize("world,how", [(2, "planned"), (3, "planned"), (2, "gathered"),
-                                       (3, "plain")])
+@pytest.mark.parametrize("world,how", [
+    (2, "planned"), pytest.param(3, "planned", marks=pytest.mark.slow),
+    pytest.param(2, "gathered", marks=pytest.mark.slow),
+    pytest.param(3, "plain", marks=pytest.mark.slow)])
 def test_ranks_compute_what_one_does(files, world, how):
-    """Loss and gradients, over pictures of the gym and of files and a video, from the start and
-    from the state that another number of ranks has left."""
-    eager, lazy = Mixed(files, lazy=False), Mixed(files, lazy=True)
-    first = alone(eager)
-    on_joined_ranks(world, files, together, how, lazy, None, first)
-    state = first[0].state()
-    on_joined_ranks(world, files, together, how, lazy, state, alone(eager, state, 1))
+    """Loss and gradients, over pictures of the gym and of files and a video, from the state that
+    another number of ranks has left."""
+    before = Packer(Mixed(files, lazy=False), ROOM, ROWS, COSTS, window=8)
+    before.batch()
+    state = before.state()
+    assert state["waiting"] and state["passed"] == {"damaged picture": state["next"] // 4}
+    want = alone(Mixed(files, lazy=False), state)
+    on_joined_ranks(world, files, together, how, Mixed(files, lazy=True), state, want)
 
 
 def idle(rank, world):
@@ -379,3 +380,38 @@ def test_a_damaged_picture_is_grey_and_said_once(files, capsys):
     assert "0.png" in lines[0] and lines[0].endswith("its pixels are grey; damaged pictures so far "
                                                      "on this rank: 1")
     assert len(lines) == 1 + (load.damaged >= 10)
+
+
+# ---- the simulation -----------------------------------------------------------------------------
+
+def test_the_bench_counts_what_each_way_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_partition, "STEPS", 2)
+    monkeypatch.setattr(bench_partition, "RANKS", (2, 4))
+    result = bench.run(bench.Args("partition", device="cpu", out=str(tmp_path)))
+    written = json.loads((tmp_path / "partition-base-float32-cpu.json").read_text("utf-8"))
+    assert written["ranks"]["4"] == result["ranks"][4]
+    for ranks, ways in result["ranks"].items():
+        assert ways["planned"]["padding"] < 0.01 < ways["data parallel"]["padding"]
+        assert 1 <= ways["planned"]["max/mean"] <= ways["planned"]["worst"] < 1.02
+        assert ways["planned"]["MB"] < ways["gathered"]["MB"] / 2
+    assert "0.5 of the bytes: reached" in capsys.readouterr().out
+
+
+def test_a_sample_of_the_bench_has_its_sizes():
+    some = bench_partition.Samples(0, 14)
+    made = [some(i)[0] for i in range(500)]
+    visual = [d.images[0].shape[0] * d.images[0].shape[1] // 28 ** 2 for d in made]
+    texts = [len(d.ids) - n for d, n in zip(made, visual)]
+    assert [int(d.weights.sum()) for d in made] == texts
+    assert 14 <= min(visual) and 900 < max(visual) <= 1024 and 100 < np.median(visual) < 170
+    assert 16 <= min(texts) < 20 and 4000 < max(texts) <= 4096 and 200 < np.median(texts) < 330
+
+
+def test_first_come_and_decreasing_rows_lose_no_sample():
+    """Each fills a row of the bench as its name says."""
+    for decreasing in (False, True):
+        ways = bench_partition.InOrder(bench_partition.Samples(1, 14), 2, decreasing)
+        seen = [d.images[0].sample for _ in range(3) for row in ways.batch() for d in row]
+        waiting = [d.images[0].sample for d in ways.waiting]
+        assert sorted(seen + waiting) == list(range(ways.next))
+        assert decreasing or seen == sorted(seen)
