@@ -228,7 +228,7 @@ def evaluate_file(model, tokens: Tokenizer, path: str, folder: Path, slots: int 
 def show_figures(found: dict):
     """Print the table of `evaluate_file`, and what was skipped."""
     print(f"{'group':<25}{'score':>7}  {'95% interval':<14}{'blank':>6}{'chance':>8}{'n':>7}"
-          f"{'unread':>8}  mean IoU")
+          f"{'unread':>8}" + "  mean IoU" * ("mean_iou" in found["all"]))
     for name, row in [*found["groups"].items(), ("all", found["all"])]:
         guess = "-" if row["chance"] is None else f"{row['chance']:.1%}"
         overlap = f"{row['mean_iou']:>10.3f}" if "mean_iou" in row else ""

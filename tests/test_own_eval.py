@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gym
 import sample
 from lib import own_eval
+from lib.checkpoint import load_model
 from lib.cli import UserError
 from lib.common import ROOT
 from model import sized
 from rl import DEMO
+from tasks.base import Task
+from tasks.verify import boxed
 from tokenizer import Tokenizer
 
 EXAMPLE = ROOT / "docs/example.png"     # four things; the diamond is pink
@@ -59,6 +63,23 @@ def test_an_evaluation_of_own_questions(tmp_path, capsys):
     assert "1 x unknown metric, the first: own.jsonl: line 7" in said and "odd ones" in said
     picture = Image.open(tmp_path / "o/pictures" / found["samples"][0]["pictures"][0])
     assert picture.size == (64, 64) and found["samples"][0]["answer"].count("pink") == 1
+
+
+@pytest.mark.slow
+def test_tasks_of_the_gym_as_a_file_get_the_figures_of_the_gyms_own_evaluation(tmp_path):
+    lines = []
+    for k in range(40):
+        env = gym.make(Task("counting", 1_000_000 + k, 0, "test"))
+        obs = env.reset()
+        obs.images[0].save(tmp_path / f"{k}.png")
+        lines.append(asked(image=f"{k}.png", question=obs.text.replace("<|image|>", ""),
+                           answer=boxed(next(env.oracle()))))
+    model, tokens = load_model(DEMO), Tokenizer(512)
+    found = own_eval.evaluate_file(model, tokens, written(tmp_path, *lines), tmp_path, max_new=48)
+    row = sample.evaluate(model, tokens, "counting", levels=1, count=40)["counting"]
+    own = found["all"]
+    assert 0.5 < own["accuracy"] < 1
+    assert all(own[key] == row[key] for key in ("accuracy", "low", "high", "blank", "n"))
 
 
 def test_choices_are_shown_and_letters_alone_are_not(tmp_path):
