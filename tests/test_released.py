@@ -2,6 +2,7 @@
 They are written by transformers and tokenizers (released.py), never by our own code."""
 import copy
 import json
+import pickle
 import random
 import shutil
 import sys
@@ -12,15 +13,19 @@ import pytest
 import tiktoken
 import torch
 
+import gym
 import pretrain
 import released
 import rl
 import sample
-from data import document
+from data import document, Stream
+from engine import Result
 from lib.checkpoint import load_config, load_model
 from lib.cli import UserError
 from lib.common import ROOT
+from lib.episodes import Episode
 from lib.hub import tokenizer_json
+from lib.rollout import Rollout, rollout, RolloutSettings
 from lib.vocabulary import build, read_vocabulary
 from tasks.base import Message
 from tokenizer import ReleasedTokenizer, Tokenizer, tokenizer_of
@@ -362,14 +367,49 @@ def test_training_from_it_and_resuming_when_it_is_gone(whole, tmp_path):
 @pytest.mark.slow
 def test_a_thought_is_opened_after_the_prompt(whole):
     """With ours it replaces the empty one, here the prompt has none."""
-    from lib.episodes import Episode
-    from lib.rollout import Rollout, RolloutSettings
     config = load_config(whole[0])
     tokens = tokenizer_of(config)
     settings = RolloutSettings(tokens, config, context=600, max_new=4, think=3)
     request = Rollout(Episode(sample.Task("point", 1), 0, 0), settings).advance()
     assert tokens.decode(request.prompt.ids.tolist()).endswith("<|assistant|>\n<think>")
     assert request.prompt.ids.dtype == np.int32
+
+
+class Oracle:
+    """An engine that answers with given ids, one list a request."""
+    version = 0
+
+    def __init__(self, replies):
+        self.replies, self.busy = iter(replies), False
+
+    def submit(self, request) -> int:
+        self.busy = True
+        return 1
+
+    def step(self) -> list[Result]:
+        self.busy, ids = False, next(self.replies)
+        return [Result(1, ids, "stop", [-0.5] * len(ids), [0] * len(ids))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["counting", "gui_form", "text_tools", "ocr_line"])
+def test_the_gym_scores_what_it_reads_in_these_tokens(whole, name):
+    """The oracle's replies earn the full reward, though the box marks are plain text here; and a
+    stream draws the same category for this model."""
+    config = load_config(whole[0])
+    tokens, task = tokenizer_of(config), sample.Task(name, 5)
+    script, append = gym.play_out(task)[1], gym.make(task).layout == "append"
+    ends = [*["<|observation|>" if append else "<|user|>"] * (len(script) - 1), "<|user|>"]
+    replies = [tokens.encode_reply(reply) + [tokens.mark(end)] for reply, end in zip(script, ends)]
+    assert all(reply[-1] in tokens.stops for reply in replies)
+    settings = RolloutSettings(tokens, config, context=4096, max_new=500)
+    [episode] = rollout(Oracle(replies), [Episode(task, 0, 0)], settings, gym.Rewards())
+    assert episode.score.reward == pytest.approx(1) and episode.replies(tokens) == script
+    drawn = Stream(config, ((name, 1.0),))
+    for d in pickle.loads(pickle.dumps(drawn))(3):      # as a worker process gets it
+        assert (d.ids == tokens.image).sum() * 28 * 28 == sum(
+            image.shape[0] * image.shape[1] for image in d.images)
+        assert tokens.decode(d.ids.tolist()).startswith("[gMASK]<sop><|")
 
 
 @pytest.mark.slow
