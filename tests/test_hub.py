@@ -1,5 +1,5 @@
-"""The files beside the weights: tokenizers and transformers open them, and get the same ids, pixels
-and replies as we do. Runs where requirements-peers.txt is installed."""
+"""The files beside the weights: with them tokenizers and transformers get the ids, pixels and replies
+that we get. Tests that need a peer run where requirements-peers.txt is installed."""
 import base64
 import io
 import json
@@ -22,7 +22,6 @@ from lib.hub import tokenizer_json
 from lib.images import pack, resize
 from lib.shards import Record
 from lib.tensors import is_whole
-from lib.vocabulary import build
 from model import Config, GLMV
 from tasks.base import Message
 from test_engine import plain, same
@@ -65,56 +64,40 @@ def test_the_included_checkpoints_have_the_files_of_today(name):
 
 # ---- tokenizer.json -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("n_ranks", [256, 512, 4096])
-def test_our_reader_finds_our_ranks_in_it(n_ranks):
-    tokens = Tokenizer(n_ranks)
-    found = build(tokenizer_json(n_ranks))
-    assert found.special == tokens.special and found.words == tokens.words
-    assert found.ranks == {word: i for i, word in tokens.words.items() if i < n_ranks}
-
-
 SPACES = ("\t", "\n", "\v", "\f", "\r", " ", " ", " ", "\x85", "\xa0", "\u1680", "\u2003", "\u2028",
           "\u2029", "\u202f", "\u205f", "\u3000", "\u200b", "\ufeff", "\x1c", "\x1f", "a", "1", ".")
 LOOKALIKES = ("<|user", "|user|>", "<|", "|>", "<think", "think>", "[gMASK", "<sop", "< |user|>",
               "<|USER|>", " ", "x", "7")
 RUNS = ("a", "aa", "aaa", "b", "ab", "ba", "A", "th", "e", "in", " ", "-", "==")
+EMOJI = [chr(i) for i in range(0x1f300, 0x1fa00)] + 400 * ["\ufe0f", "\u200d"]
+CHINESE = [chr(i) for i in range(0x4e00, 0xa000)]
+CONTROL = [chr(i) for i in range(32)]
 
 
 def any_character(rng) -> str:
-    """Any character but a surrogate; half of them from the first blocks."""
+    """Any character but a surrogate, most of them from the first blocks."""
     i = rng.choice((rng.randrange(0x110000), rng.randrange(0x3000), rng.randrange(256)))
     return chr(i) if not 0xd800 <= i < 0xe000 else "\ufffd"
 
 
-def texts(n: int, tokens: Tokenizer, seed: int = 0) -> list[str]:
-    """n texts of ten kinds, none of which has the name of a special token."""
+def texts(n: int, tokens: Tokenizer, seed: int) -> list[str]:
+    """n texts of eleven kinds, none of which has the name of a special token in it."""
     rng = random.Random(seed)
-    corpus = (ROOT / "corpus.txt").read_text(encoding="utf-8")
-    code = (ROOT / "tokenizer.py").read_text(encoding="utf-8")
-
-    def some(draw, most):
-        return "".join(draw() for _ in range(rng.randrange(most)))
-
-    def stretch(text):
-        start = rng.randrange(len(text))
-        return text[start:start + rng.randrange(200)]
-
-    kinds = (
-        lambda: some(lambda: any_character(rng), 40),
-        lambda: some(lambda: rng.choice(SPACES), 40),
-        lambda: stretch(corpus),
-        lambda: stretch(code),
-        lambda: some(lambda: rng.choice("0123456789 ,.()-"), 30),
-        lambda: some(lambda: chr(rng.randrange(0x1f300, 0x1fa00)) + rng.choice(("", "\ufe0f",
-                                                                               "\u200d")), 12),
-        lambda: some(lambda: chr(rng.randrange(0x4e00, 0x9fff)), 30),
-        lambda: some(lambda: chr(rng.randrange(32)), 30),
-        lambda: tokens.decode(rng.randrange(tokens.n_ranks) for _ in range(30)),
-        lambda: some(lambda: rng.choice(RUNS), 40),
-        lambda: some(lambda: rng.choice(LOOKALIKES), 9))
+    sources = [(ROOT / name).read_text(encoding="utf-8") for name in ("corpus.txt", "tokenizer.py")]
+    alphabets = (SPACES, LOOKALIKES, RUNS, EMOJI, CHINESE, CONTROL, "0123456789 ,.()-")
     found = []
     while len(found) < n:
-        text = kinds[len(found) % len(kinds)]()
+        kind, length = len(found) % 11, rng.randrange(40)
+        if kind < 7:
+            text = "".join(rng.choices(alphabets[kind], k=length))
+        elif kind < 9:
+            source = sources[kind - 7]
+            start = rng.randrange(len(source))
+            text = source[start:start + 5 * length]
+        elif kind == 9:
+            text = "".join(any_character(rng) for _ in range(length))
+        else:
+            text = tokens.decode(rng.randrange(tokens.n_ranks) for _ in range(length))
         if not any(name in text for name in SPECIAL):
             found.append(text)
     return found
@@ -316,8 +299,6 @@ def test_transformers_chats_with_a_saved_model(peer, name):
     for kind, theirs in made["chats"][str(root / name)].items():
         turns = questions(2 * model.config.vision.patch_size)[kind] + [says("assistant", "x")]
         messages = conversation(Record("made up", {"messages": turns}))[:-1]
-        # A picture as pretrain.py reads it, opened.
-        messages = [Message(m.role, m.text, tuple(p.open() for p in m.images)) for m in messages]
         prompt = document(messages, tokens, model.config, answer=True)
         assert theirs["inputs"]["input_ids"][0].tolist() == prompt.ids.tolist(), kind
         if prompt.images:
