@@ -235,12 +235,11 @@ def index_groups(path: Path, groups: list, picture) -> dict[str, np.ndarray]:
     with progress(path, len(groups), " records") as bar:
         for group in groups:
             group.sort(key=lambda member: natural(member.name))
-            # The checksum is that of the text, or else of the beginning of the first picture.
-            checked = next((member for member in group if not member.is_picture), group[0])
-            most = HEADER if checked.is_picture else MOST_BYTES
-            with picture(checked).file(most) as file:
-                checksum = crc32(file.read(most))
-            held.append(checksum % HELD_OUT == 0)
+            # The first picture decides, or its first part: what is asked about one picture is on
+            # one side then. If the text decided, all pictures of a label would be.
+            checked = next((member for member in group if member.is_picture), group[0])
+            with picture(checked).file(HEADER) as file:
+                held.append(crc32(file.read(HEADER)) % HELD_OUT == 0)
             for member in group:
                 size = (0, 0)
                 if member.is_picture:
@@ -295,10 +294,11 @@ class Groups:
                 raise BadRecord("huge text", f"{record.where} has {member.length:,} bytes of text")
             with self.picture(member).file() as file:
                 data = file.read()
-            if member.name.lower().endswith(".json"):
+            # Of 000017.json and 000017.meta.json the first one counts.
+            if not member.name.lower().endswith(".json"):
+                record.text = record.text or decode(data, record.where).strip()
+            elif record.value is None:
                 record.value = parse(data, record.where)
-            else:
-                record.text = decode(data, record.where).strip()
         return record
 
     def sizes(self, k: int):

@@ -14,8 +14,11 @@ one of these a line:
     folder          of such files; of pictures with a .txt or .json of the same name; or, where
                     there is no picture, of text and source files
 
-One record in fifty is held out for evaluation. A checksum of its content decides, so that equal
-records are on one side, and moving or renaming files changes nothing. [O]
+One record in fifty is held out for evaluation. A checksum of its content decides (of the picture
+that lies beside it, otherwise of the text), so that equal records are on one side, and moving or
+renaming files changes nothing. [O]
+
+Records are read in a shuffled order, from anywhere in the files: a disk has to allow that.
 
 A record that can't be used raises BadRecord, which whoever reads counts by its kind; UserError is
 for what leaves nothing to read. What was noticed while an index was made, such as a tar that is cut
@@ -33,7 +36,6 @@ from pathlib import Path
 import numpy as np
 
 from lib.cli import UserError
-from lib.images import BadRecord
 from lib.index import SUFFIX
 from lib.parquet import Parquet
 from lib.records import files_below, Folder, Lines, PICTURES, Record, Tar, TextFolder, TEXTS
@@ -146,6 +148,8 @@ class Order:
         return int(blocks[j][shuffled(self.seed, epoch * length + inside, length)])
 
 
+# ---- what a spec names --------------------------------------------------------------------------
+
 def open_shards(spec: str) -> Shards:
     """Open the data that `spec` names; see the top of this file. An index is made the first time.
     Raises UserError where nothing can be read."""
@@ -188,7 +192,7 @@ def open_folder(folder: Path) -> Shards:
 
 
 def expand(spec: str) -> list[Path]:
-    """The files that a spec names: ranges, then globs, then lists. Raises UserError."""
+    """The files that a spec names, itself or as a list. Raises UserError where one is missing."""
     path = Path(spec)
     if path.suffix.lower() in (".list", ".txt") and path.is_file():
         listed = []
