@@ -324,6 +324,19 @@ class Stream:
         raise UserError(f"{data.name}: {len(passed)} records in a row can't be used; the last: "
                         f"{': '.join(passed[-1])}")
 
+    def once(self, data: OwnData, room: int, tokens: int) -> list[Document]:
+        """The records of `data` as documents, each once, until they have so many tokens; without
+        those that can't be used or are longer than `room`."""
+        documents = []
+        for i in range(data.count):
+            with contextlib.suppress(BadRecord):
+                rng = np.random.default_rng([self.seed, i])
+                made = self._record(rng, data.record(self.seed, i), 0)
+                documents += [made] if len(made.ids) <= room else []
+            if sum(len(d.ids) for d in documents) >= tokens:
+                break
+        return documents
+
     def _record(self, rng, record: Record, source: int) -> Document:
         """A record of own data as a document. Raises BadRecord."""
         text = plain_text(record)

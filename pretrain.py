@@ -294,20 +294,11 @@ def held_out_rows(stream: Stream, args: Args, hw, say) -> dict[str, list[Batch]]
         packer = Packer(replace(stream, mix=drawn, own=()), args.row_tokens, say=lambda _: None)
         rows["gym"] = [packer.row() for _ in range(2)]
     for data in own:
-        alone = replace(stream, mix=((data.name, 1.0),), own=(data,), parts=())
-        documents, tokens = [], 0
-        try:
-            for i in range(data.count):         # each record once
-                documents += [d for d in alone(i) if len(d.ids) <= args.row_tokens]
-                tokens = sum(len(d.ids) for d in documents)
-                if tokens >= 2 * args.row_tokens:
-                    break
-        except UserError as error:              # none of the held-out records can be used
-            say(str(error))
+        documents = stream.once(data, args.row_tokens, 2 * args.row_tokens)
         if documents:
             rows[data.name] = pack_rows(documents, args.row_tokens)[:2]
         else:
-            say(f"{data.name} has no held-out record: --val=FILE would give some")
+            say(f"{data.name} has no held-out record to use: --val=FILE would give some")
     return {name: [collate(row, stream.config).to(hw.device) for row in some]
             for name, some in rows.items()}
 

@@ -193,6 +193,18 @@ def test_counts_are_the_same_with_workers_and_after_a_resume(folder, monkeypatch
     assert said == []       # the first examples were named before
 
 
+def test_held_out_records_are_used_once_and_bad_ones_left_out(folder):
+    """Also where the only held-out record can't be used: that must not end a run."""
+    lines = ["[]", asked("a.png", "one"), ROBOT, asked("a.png", "x" * 500), asked("a.png", "two"),
+             asked("gone.png", "x")]
+    path = write_lines(folder / "own.jsonl", lines)
+    some, [[data], _] = stream(path), parse_data(path, "all")
+    assert sorted(map(reply, some.once(data, 256, 10_000))) == ["one", "two"]
+    assert len(some.once(data, 256, 10)) == 1
+    [[data], _] = parse_data(write_lines(folder / "bad.jsonl", ["[]"]), "all")
+    assert some.once(data, 256, 1000) == []
+
+
 def test_one_good_record_is_enough_and_none_is_the_end(folder):
     path = write_lines(folder / "own.jsonl", [*GOOD[:1], *["[]"] * 9])
     assert [reply(stream(path)(i)[0]) for i in range(12)] == ["yes"] * 12
@@ -313,7 +325,7 @@ def test_held_out_losses_by_source(folder, colors, capsys):
     assert "colors: 42 records, OpenAI messages" in capsys.readouterr().out     # all are trained on
     log = train(folder / "alone", data=val, steps=1, eval_every=1)
     assert not any(key.startswith("held_out") for key in log[0])
-    assert "val has no held-out record: --val=FILE would give some" in capsys.readouterr().out
+    assert "val has no held-out record to use: --val=FILE would give" in capsys.readouterr().out
     kept = json.loads((folder / "alone/config.json").read_text())
     assert (kept["data"], kept["mix"]) == (val, "")
 
