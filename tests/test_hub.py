@@ -1,5 +1,5 @@
-"""The files beside the weights: with them tokenizers and transformers get the ids, pixels and replies
-that we get. Tests that need a peer run where requirements-peers.txt is installed."""
+"""The files beside the weights: with them, tokenizers and transformers get the ids, pixels and
+replies that we get. Tests that need a peer run where requirements-peers.txt is installed."""
 import base64
 import io
 import json
