@@ -1,0 +1,63 @@
+"""Tux Paint's stamps as questions: what a small model learns from a few hundred real pictures.
+
+    apt-get install tuxpaint-stamps-default
+    python -m recipes.stamps                        into out/stamps: train.jsonl, test.jsonl
+    bash runs/sft_own.sh out/stamps/train.jsonl out/stamps/run out/stamps/test.jsonl
+
+Each stamp, a photo or a drawing, is asked about twice in English and twice in Chinese: what it is,
+answered by its caption, and what kind of thing it is, answered by the name of its folder. One in
+five file names is for the test, so no stamp of such a name is trained on. The stamps have licences
+of their own and stay outside the repository.
+"""
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from lib.cli import UserError
+from lib.images import open_image
+from tasks.base import held
+
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+SIDE = 64       # pixels; the smallest model sees no more
+KINDS = {"animals": "动物", "clothes": "衣服", "food": "食物", "hobbies": "爱好", "household": "家居",
+         "medical": "医疗", "military": "军事", "naturalforces": "自然力", "people": "人",
+         "plants": "植物", "seasonal": "节日", "space": "太空", "sports": "运动", "symbols": "符号",
+         "town": "城镇", "vehicles": "交通工具"}
+
+
+def questions(path: Path) -> list[tuple[str, str, str]]:
+    """(group, question, answer) of a stamp; without a Chinese caption there are three."""
+    lines = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    chinese = [line.partition("=")[2] for line in lines if line.startswith("zh_CN.utf8=")]
+    kind = path.relative_to(STAMPS).parts[0]
+    found = [("name_en", "What is it?", lines[0].strip()), ("kind_en", "What kind is it?", kind),
+             ("kind_zh", "这是哪一类？", KINDS[kind])]
+    return found + [("name_zh", "这是什么？", line.strip()) for line in chinese if line.strip()]
+
+
+def main(out: Path):
+    """Write both files and the pictures, on white and at most SIDE pixels wide and high."""
+    pictures = [p for p in sorted(STAMPS.rglob("*.png")) if p.with_suffix(".txt").is_file()]
+    if not pictures:
+        raise UserError(f"no stamps in {STAMPS}: apt-get install tuxpaint-stamps-default")
+    lines = {"train": [], "test": []}
+    for path in pictures:
+        split = "test" if held(path.stem.lower()) else "train"
+        name = "-".join(path.relative_to(STAMPS).parts)
+        image = open_image(path)
+        image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+        (out / split).mkdir(parents=True, exist_ok=True)
+        image.save(out / split / name)
+        for group, question, answer in questions(path):
+            lines[split].append({"images": [f"{split}/{name}"], "question": question,
+                                 "answers": [answer], "metric": "exact", "group": group})
+    for split, objects in lines.items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
+        (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        print(f"{len(objects)} questions in {out / split}.jsonl")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "out/stamps"))
