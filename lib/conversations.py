@@ -21,6 +21,10 @@ pictures in `image` or `images`, or have them beside it in a tar; the messages t
 places, by <image> in a text or by a part {"type": "image"} without a name. There must be as many
 marks as pictures. Videos work alike (`video`, `videos`, <video>): a list of frames, or a GIF.
 
+An assistant's `tool_calls` are written as Python calls (`call_text`), its `reasoning_content` as
+<think>...</think>, and the loss on a message may have a `weight`. Other fields are ignored, also
+OpenAI's `tools`: what the model should know about them belongs into the system message.
+
 Nothing in a record is trusted: what can't be used raises BadRecord, whose kind is counted.
 """
 import ast
