@@ -172,8 +172,9 @@ def in_a_new_process(spec: str, start: int, count: int) -> dict:
 
 # ---- wait ---------------------------------------------------------------------------------------
 
-def wait(folder: Path, config, args, hw, overlap: bool) -> float:
-    """The share of its time that the trainer waits for two loading processes."""
+def wait(folder: Path, config, args, hw, overlap: bool) -> tuple[float, float]:
+    """The share of its time that the trainer waits for two loading processes, and how many samples
+    a second it takes. overlap: they load while it trains, and not between its steps."""
     own = OwnData("own", open_shards(str(folder)), "all")
     stream = Stream(config, (("own", 1.0),), args.seed, own=(own,))
     loader = SampleLoader(stream, workers=2, burst=BURST, overlap=overlap)
@@ -182,13 +183,14 @@ def wait(folder: Path, config, args, hw, overlap: bool) -> float:
     optimizer = Optimizer(model.named_parameters(), OptimConfig())
     try:
         packer.row()                    # the workers have started, and the first burst is there
-        loader.seconds, began = 0.0, time.perf_counter()
+        loader.seconds, first, began = 0.0, packer.next, time.perf_counter()
         for _ in range(STEPS):
             for _ in range(2):
                 batch = collate(packer.row(), config, 2048).to(hw.device)
                 (loss_sum(model, batch)[0] / batch.weights.sum()).backward()
             optimizer.step(1e-3, optimizer.reduce().sqrt().item())
-        return loader.seconds / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return loader.seconds / seconds, (packer.next - first) / seconds
     finally:
         loader.close()
 
@@ -209,8 +211,8 @@ def measure(args, hw) -> dict:
             cases[f"{name}, {width} x {height} {kind}"] = speed(tars, config, args, 4 * CHUNK)
             for overlap in (False, True):
                 how = "while it trains" if overlap else "between its steps"
-                share = wait(tars, config, args, hw, overlap)
-                rest[f"wait, {name}, loading {how}"] = f"{share:.1%}"
+                share, rate = wait(tars, config, args, hw, overlap)
+                rest[f"wait, {name}, loading {how}"] = f"{share:.1%}, {rate:.0f} samples/s"
         many = Path(folder, "many")
         many.mkdir()
         rest["seconds to index 10,000 records"] = f"{write_many(many, rng) / SAMPLES * 1e4:.1f}"
