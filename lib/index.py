@@ -3,7 +3,7 @@
 An index file is a line of JSON and then the raw bytes of some arrays, each from a multiple of 64
 bytes on:
 
-    {"stamp": [1, "tar", 52428800, 1700000000000000000], "notes": [],
+    {"stamp": [2, "tar", 52428800, 1700000000000000000], "notes": [],
      "arrays": {"offset": ["<i8", [10000], 256], "held": ["|u1", [10000], 80256]}}
 
 The stamp holds the format's version, the size of the data and when they were changed last. An index
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lib.cli import UserError
 
-VERSION = 1                     # of what the indices hold; another one makes them anew
+VERSION = 2                     # of what the indices hold; another one makes them anew
 SUFFIX = ".nanoglmv-index"
 ALIGN = 64                      # bytes
 
