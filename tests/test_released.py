@@ -14,6 +14,7 @@ import tiktoken
 import torch
 
 import gym
+import mmtp
 import pretrain
 import released
 import rl
@@ -27,6 +28,7 @@ from lib.episodes import Episode
 from lib.hub import tokenizer_json
 from lib.rollout import Rollout, rollout, RolloutSettings
 from lib.vocabulary import build, read_vocabulary
+from model import Config, GLMV
 from tasks.base import Message
 from tokenizer import ReleasedTokenizer, Tokenizer, tokenizer_of
 
@@ -248,6 +250,18 @@ def whole(tmp_path_factory):
     pytest.importorskip("transformers", exc_type=ImportError)
     folder = tmp_path_factory.mktemp("released")
     return folder, released.write_folder(folder)
+
+
+def test_sizes_of_the_released_file():
+    """GLM-OCR's model.safetensors has 526 tensors of 1,325,258,240 numbers, as public ports of it
+    count them: our model has as many, with the MTP layer and its own two matrices [R]."""
+    with torch.device("meta"):
+        model = GLMV(Config())
+        head = mmtp.attach(model)
+        head.embed_tokens = torch.nn.Embedding(59392, 1536)
+        head.shared_head.head = torch.nn.Linear(1536, 59392, bias=False)
+    sizes = [value.numel() for value in model.state_dict().values()]
+    assert (len(sizes), sum(sizes)) == (526, 1_325_258_240)
 
 
 def copy_of(folder, to, drop=()):
