@@ -39,7 +39,7 @@ from lib.cli import UserError
 # Settings that change how a text is cut into ids, with the only values that are built. What is not
 # named here changes no id (decoder, post_processor: the chat template writes all special tokens).
 BUILT = {
-    "normalizer": None,
+    "normalizer": (None, {"type": "Sequence", "normalizers": []}),
     "model": {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False,
               "continuing_subword_prefix": ("", None), "end_of_word_suffix": ("", None)},
     "pre_tokenizer": {"type": "Sequence"}}
@@ -141,7 +141,7 @@ def read_merges(merges: list, vocab: dict) -> dict[tuple[str, str], int]:
 def tokens_of_merges(vocab: dict, order: dict, whole_words: bool) -> set[str]:
     """The tokens that get a rank (condition 2 above). whole_words: the file's `ignore_merges`,
     by which a word that is a token is taken as a whole, as tiktoken does. Then tokens that the
-    merges do not make need a rank as well; Raises ValueError where one of them could also come from
+    merges do not make need a rank as well. Raises ValueError where one of them could also come from
     a pair that is not in the list."""
     kept = set()
     for word in vocab:
