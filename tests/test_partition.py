@@ -1,6 +1,10 @@
 """The plan of who loads and encodes what: a partition, balanced, and equal to plain data
 parallelism in loss and gradients on real ranks."""
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,11 +12,13 @@ import torch
 import torch.distributed as dist
 from conftest import on_ranks, random_document
 from PIL import Image
+from test_pretrain import log_of, own_signals, train  # noqa: F401 (a fixture)
 
 from data import Document, document, Packer, parse_mix, Stream
 from lab import bench, bench_partition
 from lib.batch import images_of
 from lib.cli import UserError
+from lib.common import ROOT
 from lib.images import Frames, Picture
 from lib.partition import (all_gather_bytes, assign_encoders, assign_rows, balance, Costs,
                            from_bytes, Homes, load_batch, pack, PixelLoader, plan_steps, SHARE,
@@ -415,3 +421,30 @@ def test_first_come_and_decreasing_rows_lose_no_sample():
         waiting = [d.images[0].sample for d in ways.waiting]
         assert sorted(seen + waiting) == list(range(ways.next))
         assert decreasing or seen == sorted(seen)
+
+
+# ---- a run --------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_own_pictures_on_two_ranks_and_on_one(files):
+    """The same losses, with worker processes; and one rank resumes what two have saved."""
+    with open(files / "own.jsonl", "w", encoding="utf-8") as lines:
+        for i in range(60):
+            talk = [{"role": "user", "content": f"<image>Question {i}"},
+                    {"role": "assistant", "content": f"Answer {i}"}]
+            print(json.dumps({"messages": talk, "images": [f"{i % 3}.png"]}), file=lines)
+    options = dict(data=f"{files}/own.jsonl:2", mix="point,text", rows=2, row_tokens=256, steps=4,
+                   save_every=2, warmup=3, eval_every=0, mtp=0, device="cpu", dtype="float32")
+    alone = train(files / "one", **options)
+    words = [f"--{name}={value}" for name, value in options.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "pretrain.py", *words, "--workers=1", f"--out={files / 'two'}"], cwd=ROOT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    two = log_of(files / "two")
+    assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in alone], abs=1e-5)
+    assert all(x["balance"] >= 1 and x["MB in"] > 0.001 for x in two) and "MB in" not in alone[0]
+    shutil.rmtree(files / "two/step_000004")
+    resumed = train(files / "two", **options, resume=True)
+    assert [x["loss"] for x in resumed] == pytest.approx([x["loss"] for x in alone], abs=1e-5)
