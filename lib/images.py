@@ -36,11 +36,17 @@ class BadRecord(UserError):
     """
 
     def __init__(self, kind: str, detail: str):
-        super().__init__(kind, detail)      # both, so that it can be sent to another process
+        # Both, so that it can be sent to another process.
+        super().__init__(kind, printable(detail))
         self.kind = kind
 
     def __str__(self):
         return self.args[1]
+
+
+def printable(text: str) -> str:
+    """A text as one line of valid Unicode: a file's name may be in another encoding."""
+    return " ".join(text.encode("utf-8", "replace").decode().splitlines())
 
 
 def read_part(path, offset: int, length: int) -> bytes:

@@ -55,9 +55,11 @@ class Index:
 def write_index(path: Path, stamp: list, notes: list[str], arrays: dict[str, np.ndarray]):
     """Write an index file under a name of its own, then rename it: two processes may do so at the
     same time."""
+    # Where the arrays begin is counted from the end of the header first, and moved by its length,
+    # which has room for more digits.
     places, start = {}, 0
-    for name, array in arrays.items():      # first from the end of the header, whose length depends
-        places[name] = [array.dtype.str, array.shape, start]       # on these numbers
+    for name, array in arrays.items():
+        places[name] = [array.dtype.str, array.shape, start]
         start += -(-array.nbytes // ALIGN) * ALIGN
     header = {"stamp": stamp, "notes": notes, "arrays": places}
     room = -(-(len(json.dumps(header)) + 20 * len(arrays) + 1) // ALIGN) * ALIGN

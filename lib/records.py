@@ -24,7 +24,7 @@ from zlib import crc32
 import numpy as np
 
 from lib.cli import UserError
-from lib.images import BadRecord, HEADER, Picture, read_part
+from lib.images import BadRecord, HEADER, Picture, printable, read_part
 from lib.index import index_of, progress, stamp_of
 
 HELD_OUT = 50                       # one record in so many [O]
@@ -212,7 +212,11 @@ class Member:
 
     @property
     def is_picture(self) -> bool:
-        return os.path.splitext(self.name)[1].lower() in PICTURES   # pathlib is slow
+        return is_picture(self.name)
+
+
+def is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in PICTURES    # pathlib would be slower
 
 
 def is_text(name: str) -> bool:
@@ -312,6 +316,7 @@ class Folder(Groups):
 
     def __init__(self, path: Path, files: list[Path]):
         self.path = path
+        files = [file for file in files if is_text(file.name) or is_picture(file.name)]
         build = functools.partial(self._build, files)
         self.index = index_of(path, ["pairs", *stamp_of_files(path, files)], build)
 
@@ -320,8 +325,7 @@ class Folder(Groups):
         for file in files:
             name = file.relative_to(self.path).as_posix()
             member = Member(name, 0, file.stat().st_size)
-            if member.is_picture or is_text(name):
-                groups.setdefault(name.removesuffix(file.suffix), []).append(member)
+            groups.setdefault(name.removesuffix(file.suffix), []).append(member)
         pairs, alone = [], 0
         for group in groups.values():
             pictures = sum(member.is_picture for member in group)
@@ -336,7 +340,7 @@ class Folder(Groups):
         return Picture(self.path / member.name, known_size=member.size)
 
     def where(self, member: Member) -> str:
-        return f"{self.path.name}: {Path(member.name).with_suffix('')}"
+        return printable(f"{self.path.name}: {Path(member.name).with_suffix('')}")
 
     def folder(self, member: Member) -> Path:
         return (self.path / member.name).parent
@@ -373,7 +377,7 @@ class Tar(Groups):
                        known_size=member.size)
 
     def where(self, member: Member) -> str:
-        return f"{self.path.name}: {KEY.fullmatch(member.name)[1]}"
+        return printable(f"{self.path.name}: {KEY.fullmatch(member.name)[1]}")
 
     def folder(self, member: Member) -> None:
         return None                         # what is in a tar names no files outside it
@@ -402,7 +406,7 @@ def tar_members(path: Path) -> tuple[list[Member], str]:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 damage = f"it has no end mark at byte {end:,}, so something is missing"
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        damage = str(error)
+        damage = printable(str(error))
     return found, damage
 
 
@@ -418,11 +422,12 @@ def files_below(folder: Path) -> list[Path]:
 
 def stamp_of_files(folder: Path, files: list[Path]) -> list:
     """What changes when any of the files is changed, renamed or removed."""
-    checksum = 0
+    size = checksum = 0
     for file in files:
         stamp = [str(file.relative_to(folder)), *stamp_of(file)]
         checksum = crc32(json.dumps(stamp).encode(), checksum)
-    return [len(files), checksum]
+        size += stamp[1]
+    return [len(files), size, checksum]
 
 
 # ---- text ---------------------------------------------------------------------------------------
@@ -437,7 +442,7 @@ class TextFolder:
     def __init__(self, path: Path, files: list[Path]):
         self.path = path
         self.files = [file for file in files if file.suffix.lower() in TEXTS]
-        self.index = index_of(path, ["texts", *stamp_of_files(path, files)], self._build)
+        self.index = index_of(path, ["texts", *stamp_of_files(path, self.files)], self._build)
 
     def _build(self) -> tuple[dict, list[str]]:
         rows = array("q")
@@ -457,7 +462,8 @@ class TextFolder:
     def __getitem__(self, k: int) -> Record:
         number, offset, length = self.index["places"][k].tolist()
         path = self.files[number]
-        where = str(path.relative_to(self.path)) + (f" from byte {offset:,}" if offset else "")
+        where = printable(str(path.relative_to(self.path)))
+        where += f" from byte {offset:,}" if offset else ""
         return Record(where, text=decode(read_part(path, offset, length), where))
 
     def sizes(self, k: int):

@@ -210,6 +210,19 @@ def test_long_names_and_other_letters(tmp_path, format):
     assert record.pictures[0].open().size == (8, 6)
 
 
+def test_names_in_another_encoding_can_be_logged(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    path = write_tar(tmp_path / "a.tar", [(f"{name}.png", b"x"), (f"{name}.txt", b"a")])
+    (tmp_path / "in").mkdir()
+    for ending in ("png", "txt"):
+        (tmp_path / "in" / f"{name}.{ending}").write_bytes(b"x")
+    for spec in (path, tmp_path / "in"):
+        record = open_shards(str(spec))[0]
+        error = pytest.raises(BadRecord, record.pictures[0].open).value
+        assert record.where.endswith("caf?") and "caf?.png" in str(error).encode().decode()
+    assert str(BadRecord("kind", "two\nlines")) == "two lines"
+
+
 def test_a_tar_is_cut_off_anywhere(tmp_path):
     """All whole records before the damage are read, and it is said."""
     path = write_tar(tmp_path / "a.tar", pairs(4))
@@ -261,6 +274,8 @@ def test_a_folder_of_pictures(tmp_path):
         "pets: cats/A": [(4, 6)], "pets: b.v2": [(5, 6)], "pets: c": [(6, 6)]}
     assert {shards[n].text for n in range(3)} == {"a cat", "b", None}
     assert shards.notes == [f"{folder}: 1 pictures have no .txt or .json of the same name"]
+    (folder / "notes.md").write_text("not of the data")
+    assert open_shards(str(folder)).digest == shards.digest
     record = next(shards[n] for n in range(3) if shards[n].value)
     assert record.find("c.webp").size == (6, 6) and record.find("alone.png").size == (8, 6)
 
