@@ -45,8 +45,8 @@ from lib.captions import (Captions, collate_pairs, LabelledScenes, Pair, PatchCl
 from lib.checkpoint import export_tower, load_tower, restore
 from lib.cli import (check_options, cli, Device, Dtype, main, Natural, NonNegative, Positive, Range,
                      Schedule, Seed, Share, UserError)
-from lib.common import (check_same_start, cores, Log, multiples, Part, print_plan, print_plan_on,
-                        read_json, setup, sum_over_ranks, write_json)
+from lib.common import (check_same_data, check_same_start, cores, Log, multiples, Part, print_plan,
+                        print_plan_on, read_json, setup, sum_over_ranks, write_json)
 from lib.images import pack
 from lib.loader import RankShard, SampleLoader
 from lib.memory import compile_blocks, Memory
@@ -345,8 +345,7 @@ def train(stage: str, args: Args, hw):
     log = Log(out, stage, args.steps, start, hw.rank)
 
     for step in range(start, args.steps):
-        began, loading, before = time.perf_counter(), loader.seconds, skipped.kinds.total()
-        values = {}
+        began, loading, values = time.perf_counter(), loader.seconds, {}
         # Sample numbers count over all steps, so the step alone says which samples come next: a
         # resumed run goes on with exactly those that it would have seen.
         mine = range(step * share, (step + 1) * share)
@@ -368,7 +367,7 @@ def train(stage: str, args: Args, hw):
                         values[name] = values.get(name, 0.0) + value
             squares = optimizer.reduce()
             if args.pairs:
-                values["skipped"] = squares.new_full((), skipped.kinds.total() - before)
+                values["skipped"] = squares.new_full((), skipped.latest())
             sums = sum_over_ranks(torch.stack([*values.values(), squares])).tolist()    # waits once
             values, norm = dict(zip(values, sums)), math.sqrt(sums[-1])
         except (UserError, OSError, RuntimeError):  # no samples, here or on a rank that has ended
@@ -517,6 +516,7 @@ def run(args: Args):
         say("teachers without a folder are stand-ins: small towers that are trained here")
     if args.pairs:
         pairs = open_pairs(args.pairs, args.languages)
+        check_same_data(pairs.shards.digest)
         say(f"{len(pairs.training)} pairs for training in {args.pairs}, "
             f"{len(pairs.numbers('test'))} held out", *pairs.shards.notes, sep="\n")
     if args.keep:

@@ -104,14 +104,13 @@ def picture_of(record: Record) -> Picture:
 
 
 def captions_of(record: Record) -> list[tuple[str, str]]:
-    """(language or "", caption) for each caption of a record."""
-    found = []
+    """(language or "", caption) for each caption of a record: of its text, or of its fields."""
+    found, fields = [], record.value or {}
     for line in (record.text or "").splitlines():
         language, mark, text = line.partition(".utf8=")
         found.append((language, text) if mark else ("", line))
-    fields = record.value or {}
-    named = [fields[name] for name in CAPTIONS if name in fields]
-    for value in named[:1] if not found else []:
+    if not record.text:
+        value = next((fields[name] for name in CAPTIONS if name in fields), None)
         by_language = value if isinstance(value, dict) else {"": value}
         for language, texts in by_language.items():
             texts = texts if isinstance(texts, list) else [texts]
@@ -161,7 +160,7 @@ class Skipped:
     """Counts what was skipped, by kind, and names the first one of each kind."""
 
     def __init__(self, say=print):
-        self.kinds, self.say = Counter(), say
+        self.kinds, self.say, self.told = Counter(), say, 0
 
     def note(self, samples: list):
         """Count what was skipped for these samples: their field `skipped`, if they have one."""
@@ -170,6 +169,11 @@ class Skipped:
                 if error.kind not in self.kinds:
                     self.say(f"skipped: {error.kind}: {error}")
                 self.kinds[error.kind] += 1
+
+    def latest(self) -> int:
+        """How many there were since this was called last."""
+        before, self.told = self.told, self.kinds.total()
+        return self.told - before
 
     def summary(self):
         """Say how many of each kind there were."""
