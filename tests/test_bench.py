@@ -82,7 +82,7 @@ def test_a_step_beside_busy_processes(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_own_data_beside_webdataset(tmp_path, capsys, monkeypatch):
-    """Both sides read the same pixels; shards are opened, read and waited for in other processes."""
+    """Both sides read the same pixels; other processes open, read and wait for shards."""
     pytest.importorskip("webdataset")
     for name, value in dict(SHARDS=3, SAMPLES=40, READ=50, CHUNK=5, STEPS=1, BURST=64).items():
         monkeypatch.setattr(bench_loader, name, value)

@@ -172,7 +172,8 @@ def test_members_are_grouped_by_name_up_to_the_first_dot(tmp_path):
     path = write_tar(tmp_path / "a.tar", [
         ("d/._one.png", b"x"), (".hidden", b"x"), ("README", b"x"),
         ("d/one.10.PNG", picture(10)), ("d/one.2.png", picture(2)), ("d/one.json", b'{"a": 1}'),
-        ("d/one.cls", b"3"), ("d/one.meta.json", b"{}"), ("two.jpg", picture(5)), ("two.txt", "\ufeff猫 \n".encode())])
+        ("d/one.cls", b"3"), ("d/one.meta.json", b"{}"), ("two.jpg", picture(5)),
+        ("two.txt", "\ufeff猫 \n".encode())])
     shards = open_shards(str(path))
     one, two = shards[0], shards[1]
     assert len(shards) == 2 and shards.kind == "tar"
