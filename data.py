@@ -258,12 +258,6 @@ class Stream:
         source = int(np.searchsorted(self.edges, rng.random(), "right"))
         return rng, min(source, len(self.mix) - 1)      # the last edge may be 0.9999999
 
-    def drawn(self, i: int) -> int:
-        """How many pixels the picture of sample i has that is drawn for it: 0 for texts and own
-        data. It takes no drawing to know that; see lib/partition.py."""
-        name = self.mix[self._source(i)[1]][0]
-        return task_pixels(name, self.config, self.pixels) ** 2 if name in gym.names() else 0
-
     def _conversations(self, rng, name: str, i: int) -> list[list[Message]]:
         """Conversations about the same pictures, from one task of the category `name`."""
         level = int(rng.integers(self.levels)) if i >= self.easy_samples else 0

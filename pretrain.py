@@ -46,12 +46,12 @@ from lib.cli import (check_options, cli, Device, Dtype, Levels, main, Natural, N
                      Positive, Range, Schedule, Seed, Share, UserError)
 from lib.common import (check_same_data, check_same_start, cores, Log, multiples, Part, print_plan,
                         print_plan_on, read_json, setup, sum_over_ranks, write_json)
-from lib.loader import SampleLoader
+from lib.loader import RankShard, SampleLoader
 from lib.lora import (check_train, count_learning, learns, let_head_learn, set_learning,
                       unmerged)
 from lib.memory import compile_blocks, parse_memory
-from lib.partition import (AHEAD, balance, Costs, exchange, Homes, load_batch, most_bytes_in,
-                           PixelLoader, plan_steps, Skeletons)
+from lib.partition import (AHEAD, balance, Costs, exchange, load_batch, most_bytes_in, PixelLoader,
+                           plan_steps, Skeletons)
 from lib.prefetch import Prefetch
 from lib.roofline import check_machine, find_machine, Machine, Trace
 from lib.runs import Checkpointer, checkpoints, find_checkpoint, move_earlier_run, save_state
@@ -323,6 +323,7 @@ def load_rows(packer: Packer, load: PixelLoader, args: Args, config: Config, hw)
     """Pack the global batch, the same on any number of ranks, and load what is this rank's."""
     rows = packer.batch()
     steps = plan_steps(rows, args.row_tokens, Costs.of(config), hw.world, args.partition)
+    load.move_drawn(steps, hw.rank)
     batches = [load_batch(step, hw.rank, config, load, args.row_tokens) for step in steps]
     if hw.device.type == "cuda":
         batches = [batch.pinned() for batch in batches]
@@ -462,14 +463,15 @@ def run(args: Args):
     # pictures are not read before it is decided who encodes them.
     stream = replace(stream, lazy=hw.world > 1)
     planned = hw.world > 1 and args.partition == "planned"
-    own = Homes(stream, hw.rank, hw.world) if planned else stream
+    own = RankShard(stream, hw.rank, hw.world, share=1) if planned else stream
     # On a CPU, workers that load during a step would take its cores: no overlap there.
     loader = SampleLoader(own, workers, overlap=hw.device.type != "cpu")
-    packer = Packer(Skeletons(loader, own) if planned else loader, args.row_tokens, args.rows,
-                    Costs.of(config), ahead=AHEAD, state=position, say=say)
+    samples = Skeletons(loader, hw.rank, hw.world) if planned else loader
+    packer = Packer(samples, args.row_tokens, args.rows, Costs.of(config), ahead=AHEAD,
+                    state=position, say=say)
     position = packer.state()
     # On a GPU a thread loads the rows of the next step while this one runs.
-    pixels = PixelLoader(stream, max(1, workers))
+    pixels = PixelLoader(stream, max(1, workers), samples.group if planned else None)
     load = Prefetch(functools.partial(load_rows, packer, pixels, args, config, hw),
                     args.steps - start, ahead=hw.device.type == "cuda")
     held_out = held_out_rows(stream, args, hw, say) if args.eval_every else {}

@@ -5,19 +5,21 @@ and gathers the features of all. Here all is decided before any pixel is loaded,
 pictures are known before (from an index, a header, or the fixed size of a gym's task), and every
 rank computes the same plan from the same integers:
 
-    1. each sample has a home, the rank that makes it: it draws a task of the gym, whose pixels then
-       stay there, or reads a record of own data, without its pictures
+    1. each sample has a home, the rank that makes it: it draws a task of the gym, or reads a record
+       of own data without its pictures
     2. the ranks exchange the samples without pixels, as plain bytes between CPUs
     3. samples are packed into the rows of a global batch, so that these take equally long (`pack`)
-    4. in each micro-step, in which every rank has one row, the frames whose pixels are not at a
-       home are dealt out so that the towers of all ranks take equally long (`assign_encoders`)
+    4. in each micro-step, in which every rank has one row, the frames are dealt out so that the
+       towers of all ranks take equally long. What was drawn is encoded at its home as far as that
+       allows; the pixels of the rest move (`assign_encoders`, `PixelLoader.move_drawn`)
     5. a rank loads and encodes its frames only, and one all-to-all carries the merged visual tokens
        to the rank whose row needs them, while that one embeds its text (`exchange`)
 
 Attention of the tower is bidirectional inside a frame, so a frame is the smallest part; it consists
 of whole downsample groups. A video is a list of frames, so a long one is shared by several ranks.
-Not here: context parallelism of the decoder. One rank computes a row, whose length is therefore
-limited by its memory.
+A picture that turns out to be damaged when it is loaded is grey; one rank alone loads pictures with
+their records, and takes another record. Not here: context parallelism of the decoder. One rank
+computes a row, whose length is therefore limited by its memory.
 
 Letters: P patches, T tokens of a row, W width of the decoder.
 """
@@ -41,7 +43,7 @@ from lib.loader import make_sample
 from model import Config, GLMV
 
 AHEAD = 8       # global batches that samples are chosen from: with more, all wait longer
-SHARE = 16      # of so many samples for each rank, homes are chosen together
+SHARE = 16      # samples of each rank that are exchanged together
 
 
 # ---- costs --------------------------------------------------------------------------------------
@@ -157,26 +159,19 @@ def assign_rows(costs: list[int], ranks: int) -> list[list[int]]:
     return [step[::-1] if number % 2 else step for number, step in enumerate(steps)]
 
 
-def assign_encoders(costs: list[int], owners: list[int], homes: list[int | None],
-                    ranks: int) -> list[int]:
+def assign_encoders(costs: list[int], preferred: list[int], ranks: int) -> list[int]:
     """Which rank encodes each frame of a micro-step, so that the towers of all take equally long.
 
-    costs: what the tower takes for each frame; owners: the rank whose row shows it; homes: the rank
-    that has its pixels and has to encode it, or None: then any rank may load it.
+    costs: what the tower takes for each frame; preferred: the rank that should encode it, unless
+    that one would have more to do than the mean of all.
     """
-    loads, encoders = [0] * ranks, list(homes)
-    for cost, home in zip(costs, homes):
-        if home is not None:
-            loads[home] += cost
-    mean = sum(costs) / ranks
+    loads, encoders, mean = [0] * ranks, [0] * len(costs), sum(costs) / ranks
     for frame in sorted(range(len(costs)), key=lambda k: -costs[k]):
-        if homes[frame] is None:
-            # A frame stays where it is needed if it can: its tokens need not travel then.
-            rank = owners[frame]
-            if loads[rank] + costs[frame] > mean:
-                rank = loads.index(min(loads))
-            loads[rank] += costs[frame]
-            encoders[frame] = rank
+        rank = preferred[frame]
+        if loads[rank] + costs[frame] > mean:
+            rank = loads.index(min(loads))
+        loads[rank] += costs[frame]
+        encoders[frame] = rank
     return encoders
 
 
@@ -224,8 +219,10 @@ def plan_steps(rows: list[list[Document]], room: int, costs: Costs, ranks: int,
         flops = [costs.frame(image) for image in images]
         encoders = owners
         if how == "planned":
+            # At best a picture is encoded where it was drawn; or else where its tokens are needed.
             homes = [getattr(image, "home", None) for image in images]
-            encoders = assign_encoders(flops, owners, homes, ranks)
+            preferred = [owner if home is None else home for home, owner in zip(homes, owners)]
+            encoders = assign_encoders(flops, preferred, ranks)
         elif how == "gathered":
             encoders = assign_stretches(flops, ranks)
 
@@ -267,8 +264,8 @@ class Stub:
     shape: tuple            # (h, w, 3), or (2, h, w, 3) of two frames of a video
     sample: int             # number of the sample
     number: int             # of the image among those of the sample
-    home: int | None        # the rank that has drawn it, and encodes it; None: it can be loaded
-    source: object = None   # what the sample has at its home: an array, or an Unread
+    home: int | None        # the rank that has drawn it; None: any rank can load it
+    source: object = None   # where this rank has it: an array, or an Unread
 
 
 def to_bytes(samples: list[list[Document]]) -> bytes:
@@ -308,78 +305,42 @@ def from_bytes(data: bytes, numbers: list[int], home: int) -> list[list[Document
     return samples
 
 
-@dataclass
-class Homes:
-    """The samples whose home is `rank`, as a stream for SampleLoader. Of each world * SHARE samples
-    in succession every rank makes SHARE, and draws about as many pixels as the others."""
-    stream: object      # data.Stream with lazy=True
-    rank: int
-    world: int
-
-    def __post_init__(self):
-        self.dealt = {}         # {number of a portion: see `portion`}, of the last one
-
-    def portion(self, n: int) -> list[list[int]]:
-        """The numbers of the samples of portion n that each rank makes."""
-        if n not in self.dealt:
-            first = n * SHARE * self.world
-            drawn = {i: self.stream.drawn(i) for i in range(first, first + SHARE * self.world)}
-            order, loads = sorted(drawn, key=lambda i: -drawn[i]), [0] * self.world
-            ranks = [[] for _ in loads]
-            for k in range(0, len(order), self.world):      # the largest to who has least to draw
-                takers = sorted(range(self.world), key=lambda rank: loads[rank])
-                for i, rank in zip(order[k:k + self.world], takers):
-                    ranks[rank].append(i)
-                    loads[rank] += drawn[i]
-            self.dealt = {n: [sorted(numbers) for numbers in ranks]}
-        return self.dealt[n]
-
-    def __call__(self, own: int) -> list[Document]:
-        portion, k = divmod(own, SHARE)
-        return make_sample(self.stream, self.portion(portion)[self.rank][k])
-
-
 class Skeletons:
     """All samples by number, without pixels: a function for Packer, which asks in ascending order.
     Each rank makes those whose home it is and sends the others what they need of them. They are
     large Python objects and stay off the GPU: they travel as bytes between CPUs [C]."""
 
-    def __init__(self, loader, homes: Homes):
-        """loader: SampleLoader of `homes`. All ranks make this object together."""
-        self.loader, self.homes = loader, homes
+    def __init__(self, loader, rank: int, world: int):
+        """loader: SampleLoader of the rank's own samples, RankShard(stream, rank, world, share=1):
+        the home of sample i is rank i mod world. All ranks make this object together."""
+        self.loader, self.rank, self.world = loader, rank, world
         self.ready = {}         # {number: sample}
-        self.bytes = 0          # received from other ranks so far
         # A group of their own: samples are exchanged in a thread that is ahead of the training
         # loop, whose collectives must not come in between.
         self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
 
     def __call__(self, i: int) -> list[Document]:
-        # Those before it were used already by the run that this one continues.
-        self.ready = {number: sample for number, sample in self.ready.items() if number >= i}
-        if i not in self.ready:
-            self._exchange(i // (SHARE * self.homes.world))
+        if i not in self.ready:     # what is there was used by the run that this one continues
+            self._exchange(i // (SHARE * self.world) * SHARE)
         return self.ready.pop(i)
 
-    def _exchange(self, portion: int):
-        """Make and exchange the samples of one portion. Raises the same UserError on all ranks
-        where a sample of any of them can't be made."""
+    def _exchange(self, first: int):
+        """Make samples `first` to `first` + SHARE - 1 of those of each rank, and exchange them.
+        Raises the same UserError on all ranks where one of them can't be made."""
         try:
-            own = [self.loader(portion * SHARE + k) for k in range(SHARE)]
+            own = [self.loader(first + k) for k in range(SHARE)]
             data = to_bytes(own)
         except UserError as error:
             head = json.dumps(str(error)).encode()
             own, data = [], len(head).to_bytes(8, "little") + head
-        numbers, found = self.homes.portion(portion), {}
+        self.ready = {}
         for rank, part in enumerate(all_gather_bytes(data, self.group)):
-            samples = from_bytes(part, numbers[rank], rank)
-            found.update(zip(numbers[rank], samples))
-            if rank == self.homes.rank:
-                for mine, sample in zip(own, samples):
-                    for frame, source in zip(images_of(sample), images_of(mine)):
-                        frame.source = source
-            else:
-                self.bytes += len(part)
-        self.ready.update(sorted(found.items()))
+            numbers = [(first + k) * self.world + rank for k in range(SHARE)]
+            self.ready.update(zip(numbers, from_bytes(part, numbers, rank)))
+        for k, mine in enumerate(own):
+            sample = self.ready[(first + k) * self.world + self.rank]
+            for stub, source in zip(images_of(sample), images_of(mine)):
+                stub.source = source
 
 
 def all_gather_bytes(data: bytes, group) -> list[bytes]:
@@ -398,9 +359,10 @@ def all_gather_bytes(data: bytes, group) -> list[bytes]:
 class PixelLoader:
     """Loads the pixels of images: a Stub's, an Unread's, or those of an array, which has them."""
 
-    def __init__(self, stream, threads: int = 1):
+    def __init__(self, stream, threads: int = 1, group=None):
         self.stream = stream    # data.Stream, which makes the sample of a Stub again
         self.threads = threads  # that decode pictures side by side
+        self.group = group      # that of Skeletons
         self.damaged = 0        # pictures of this rank that turned out to be
 
     def __call__(self, images: list) -> list[np.ndarray]:
@@ -415,9 +377,34 @@ class PixelLoader:
                       f"{self.damaged}", file=sys.stderr)
         return arrays
 
+    def move_drawn(self, steps: list[MicroStep], rank: int):
+        """Send the pixels of pictures that were drawn here to the ranks that encode them, where the
+        plan has found too much for their home, and receive as much; all ranks call this together.
+        """
+        ranks = range(len(steps[0].rows))
+        moving = [(image, encoder) for step in steps for encoder in ranks
+                  for image in step.encoded[encoder]
+                  if isinstance(image, Stub) and image.home not in (None, encoder)]
+        if not moving:
+            return
+        sent = [[x for x, encoder in moving if x.home == rank and encoder == other]
+                for other in ranks]
+        received = [[x for x, encoder in moving if encoder == rank and x.home == other]
+                    for other in ranks]
+        sizes = [[sum(math.prod(x.shape) for x in part) for part in parts]
+                 for parts in (received, sent)]
+        pixels = [x.source.reshape(-1) for part in sent for x in part]
+        data = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels]))
+        arrived = torch.empty(sum(sizes[0]), dtype=torch.uint8)
+        dist.all_to_all_single(arrived, data, *sizes, group=self.group)
+        arrived = arrived.numpy()
+        for image in (x for part in received for x in part):
+            size = math.prod(image.shape)
+            image.source, arrived = arrived[:size].reshape(image.shape), arrived[size:]
+
     def _sources(self, images: list) -> list:
-        """The arrays and Unreads of the images. A sample of another home is made again: it is a
-        function of its number, and read without pixels it takes less than to send a large record.
+        """The arrays and Unreads of the images. A record that another rank has read is read again:
+        a sample is a function of its number.
         """
         made, sources = {}, []
         for image in images:
