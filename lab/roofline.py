@@ -42,7 +42,8 @@ def trace_step(args: Args) -> tuple[Trace, float, dict]:
                             row_tokens=args.row_tokens, memory=args.memory,
                             chunk_patches=args.chunk_patches)
     pretrain.check(options)
-    stream = Stream(config, parse_mix(pretrain.MIX, sight(config)), args.seed, levels=options.levels)
+    mix = parse_mix(pretrain.MIX, sight(config))
+    stream = Stream(config, mix, args.seed, levels=options.levels)
     row = Packer(stream, args.row_tokens).row()
     tokens, learnt, images, patches = pretrain.count([row], config.vision.patch_size)
     depths = options.mtp if args.mtp else 0
