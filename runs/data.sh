@@ -1,26 +1,27 @@
 # What runs/one_gpu.sh and runs/nodes.sh share: real data, teachers, and the sum of a plan.
 #
-# Both recipes need nothing but the gym, which draws its tasks, and they train on real data if these
-# variables name some: files, globs or folders, several with commas between them, and after a colon
-# how often each is chosen. `gym:5` and the weights of DATA are one mixture.
+# Both recipes need nothing but the gym, which draws its tasks, and they train on real data as well
+# if these variables name some:
 #
-#   DATA      conversations, text and code for pretraining              pretrain.py --data
-#   SFT_DATA  conversations for fine-tuning; default: DATA              pretrain.py --data
-#   PAIRS     pictures with captions, for the tower                     train_vit.py --pairs
-#   SEMANTIC  folder of SigLIP2   } teachers of the tower; default:     train_vit.py
-#   TEXTURE   folder of DINOv3/2  } small stand-ins trained here
+#   DATA      conversations, text and code for pretraining: files, globs or folders with commas
+#             between them, and after a colon how often each is chosen      pretrain.py --data
+#   SFT_DATA  the same for fine-tuning; default: DATA                       pretrain.py --data
+#   PAIRS     pictures with captions for the tower: a file, glob or folder  train_vit.py --pairs
+#   SEMANTIC  folder of SigLIP2, the tower's teacher for meaning            --semantic_teacher
+#   TEXTURE   folder of DINOv3 or DINOv2, the one for texture               --texture_teacher
 #
 # RL plays in the gym alone: it needs verifiers, and a data set has none.
 #
-# Public data in the form in which Hugging Face's hub holds them. Sizes and licences are those of the
-# data cards, read in 2025; no run of ours has used these sets. A licence of a collection does not
-# replace those of its parts.
+# Public data in the form in which Hugging Face's hub holds them, with the sizes and licences that
+# their cards stated in 2025. No run of ours has used them. A collection's licence does not replace
+# those of its parts.
 #
 #   HuggingFaceM4/FineVision      185 sets of questions about pictures: 24M samples, 5 TB, a folder
 #                                 each. Every set has its own licence. parquet, columns `images` and
 #                                 `texts`. DATA, SFT_DATA
-#   its folder aguvis-stage-1     screens and where to click: 459,000 samples, 228 GB. Coordinates
-#                                 are shares of 1 there, and numbers up to 999 in the gym
+#   its folder aguvis-stage-1     screens and where to click: 459,000 samples, 228 GB. Look at how
+#                                 it writes places: smolagents' version as shares of 1, the gym as
+#                                 numbers up to 999
 #   lmms-lab/LLaVA-OneVision-Data  instructions in English and Chinese: several million samples.
 #                                 Apache-2.0. parquet, columns `image` and `conversations`.
 #                                 DATA, SFT_DATA

@@ -18,10 +18,17 @@
 # Real data beside the gym: set DATA, PAIRS, SEMANTIC and TEXTURE as runs/data.sh says; sbatch hands
 # the environment on.
 #
-# No cluster has run it yet; the tests run it at `tiny`, two agents of torchrun on one machine. Its
-# known limit: each rank of pretrain.py draws the samples of all ranks. At 10 ms a sample, ten
-# processes a rank need 4 s for the million tokens of a step on 16 GPUs, which compute for 1 s
-# (computed: see --plan). Until drawing is shared, more GPUs than four make a step no faster.
+# No cluster has run it yet; the tests run it at `tiny`, two agents of torchrun on one machine. What
+# it takes on 16 H100 at $2.50 a GPU-hour, computed (--plan) and never measured:
+#
+#   the tower    2 x 5,000 steps    16.6 billion patches    2.8 h   $113    distill and align
+#   pretraining     20,000 steps    21.0 billion tokens     5.9 h   $236
+#   SFT              5,000 steps     5.2 billion tokens     1.6 h    $62
+#   RL                 400 steps     0.2 billion tokens     0.4 h    $16    half of the ranks play
+#
+# Stand-ins for the tower's teachers would be 1.4 h more. Each rank draws or loads its share of the
+# samples (lib/partition.py): in pretraining GPUs wait for none that takes ten processes a GPU less
+# than 45 ms each.
 #
 # The number of steps is fixed (STEPS), since the learning rate falls with it, and a job may end
 # before: each stage gets what is left of the hours as --max_hours, saves its last step in time and
