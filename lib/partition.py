@@ -100,8 +100,8 @@ class Costs:
 # ---- which samples make up a global batch -------------------------------------------------------
 
 def pack(sizes, rows: int, room: int) -> list[list[int]]:
-    """Choose from waiting samples what stands in the `rows` rows of a global batch: the numbers of
-    the samples in each row, none of which exceeds `room` tokens.
+    """Choose from waiting samples what the `rows` rows of a global batch hold, `room` tokens each
+    at most: for each row, the places of its samples in `sizes`.
 
     sizes: (tokens, decoder, tower) of each sample, as Costs.documents gives them, the oldest first;
     none has more than `room` tokens. The packing is joint, by sequence length and by visual tokens
@@ -214,8 +214,11 @@ def plan_steps(rows: list[list[Document]], room: int, costs: Costs, ranks: int,
     """
     sizes, steps, everyone = [costs.documents(row) for row in rows], [], range(ranks)
     for numbers in assign_rows([decoder for _, decoder, _ in sizes], ranks):
-        shown = [(image, owner) for owner, n in enumerate(numbers) for image in images_of(rows[n])]
-        images, owners = [image for image, _ in shown], [owner for _, owner in shown]
+        images, owners = [], []
+        for owner, row in enumerate(numbers):
+            shown = images_of(rows[row])
+            images += shown
+            owners += [owner] * len(shown)
         flops = [costs.frame(image) for image in images]
         encoders = owners
         if how == "planned":
@@ -230,15 +233,16 @@ def plan_steps(rows: list[list[Document]], room: int, costs: Costs, ranks: int,
         encoded, arriving = [[] for _ in everyone], [[] for _ in everyone]
         # From encoder to encoder, and of each from owner to owner: in this order images are sent
         # and received.
-        for n in sorted(range(len(shown)), key=lambda n: encoders[n]):
-            encoded[encoders[n]].append(images[n])
-            tower[encoders[n]] += flops[n]
-            for rank in everyone if how == "gathered" else [owners[n]]:
-                arriving[rank].append(images[n])
-                groups[encoders[n], rank] += costs.patches(images[n]) // costs.merge
-        steps.append(MicroStep(
-            [rows[n] for n in numbers], [images] * ranks if how == "gathered" else encoded,
-            encoded, arriving, groups, tower, [costs.token * room + sizes[n][1] for n in numbers]))
+        for k in sorted(range(len(images)), key=lambda k: encoders[k]):
+            encoded[encoders[k]].append(images[k])
+            tower[encoders[k]] += flops[k]
+            for rank in everyone if how == "gathered" else [owners[k]]:
+                arriving[rank].append(images[k])
+                groups[encoders[k], rank] += costs.patches(images[k]) // costs.merge
+        loaded = [images] * ranks if how == "gathered" else encoded
+        decoder = [costs.token * room + sizes[row][1] for row in numbers]
+        steps.append(MicroStep([rows[row] for row in numbers], loaded, encoded, arriving, groups,
+                               tower, decoder))
     return steps
 
 
@@ -307,8 +311,10 @@ def from_bytes(data: bytes, numbers: list[int], home: int) -> list[list[Document
 
 class Skeletons:
     """All samples by number, without pixels: a function for Packer, which asks in ascending order.
-    Each rank makes those whose home it is and sends the others what they need of them. They are
-    large Python objects and stay off the GPU: they travel as bytes between CPUs [C]."""
+
+    Each rank makes the samples whose home it is, and sends the others all but their pixels. Large
+    Python objects stay off the GPU: these travel as bytes between CPUs [C].
+    """
 
     def __init__(self, loader, rank: int, world: int):
         """loader: SampleLoader of the rank's own samples, RankShard(stream, rank, world, share=1):
@@ -320,7 +326,8 @@ class Skeletons:
         self.group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
 
     def __call__(self, i: int) -> list[Document]:
-        if i not in self.ready:     # what is there was used by the run that this one continues
+        # What is there else, if anything, was used before the run was resumed.
+        if i not in self.ready:
             self._exchange(i // (SHARE * self.world) * SHARE)
         return self.ready.pop(i)
 
@@ -363,7 +370,7 @@ class PixelLoader:
         self.stream = stream    # data.Stream, which makes the sample of a Stub again
         self.threads = threads  # that decode pictures side by side
         self.group = group      # that of Skeletons
-        self.damaged = 0        # pictures of this rank that turned out to be
+        self.damaged = 0        # how many pictures of this rank turned out to be damaged
 
     def __call__(self, images: list) -> list[np.ndarray]:
         sources = self._sources(images)
@@ -436,7 +443,8 @@ class Travel:
     """One all-to-all forward and its reverse in the backward; both run beside other work."""
 
     def __init__(self, sent: list[int], received: list[int]):
-        self.sent, self.received, self.work = sent, received, None
+        self.sent, self.received = sent, received
+        self.work = self.gradient = None
 
     def begin(self, x: Tensor, back: bool = False) -> Tensor:
         """Start to send the rows of x (N, W); returns the tensor that the others' will be in."""
