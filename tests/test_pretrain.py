@@ -557,7 +557,7 @@ def test_a_plan_is_that_of_the_checkpoint_and_printed_by_one_rank(tmp_path, monk
         rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
         totals[init, mtp] = float(rows["compute"].split()[0])
         assert f"{GLMV(config).counts()['decoder'] / 1e6:,.2f}M" in rows["decoder"] or not init
-    assert totals["", 0] < totals["", 3] < 1.2 * totals["", 0]     # in a fifth of the steps
+    assert totals["", 0] < totals["", 3] < 1.3 * totals["", 0]     # in a fifth of the steps
     assert totals[str(tmp_path / "one"), 0] < 0.8 * totals["", 0]
     other = replace(common.setup("cpu"), rank=1)
     monkeypatch.setattr(pretrain, "setup", lambda *_: other)
