@@ -10,7 +10,13 @@
 #
 # No GPU has run it yet. So it does not rely on any figure of a GPU: before each stage a short trial
 # run measures its seconds a step, and the stage takes as many steps as fit into its share of the
-# hours. Only --plan uses figures of a GPU, which are computed (lib/roofline.py).
+# hours. Only --plan uses figures of a GPU, which are computed (lib/roofline.py). For half an hour
+# on an H100 at $2.50 an hour they are, without the time of drawing and of the examinations:
+#
+#   the tower      4 x 720 steps    0.24 billion patches    0.06 h   $0.14
+#   pretraining     12,900 steps    0.42 billion tokens     0.22 h   $0.56
+#   SFT              5,000 steps    0.16 billion tokens     0.10 h   $0.25
+#   RL                 415 steps    0.03 billion tokens     0.07 h   $0.18
 #
 # Interrupted, even by SIGKILL? Start it again with the same HOURS and folder. A stage that is done
 # is skipped, the others continue from their newest checkpoint.

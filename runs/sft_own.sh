@@ -10,18 +10,20 @@
 #   {"images": ["cats/1.png"], "question": "What is it?", "answers": ["a cat"], "metric": "exact"}
 #
 # Without TEST, one picture in five is held out with all of its questions, by its name: FILE is
-# written in two parts, FILE.train.jsonl and FILE.test.jsonl, which lie beside it. Other layouts
-# (conversations, captions, tars: lib/conversations.py, lib/shards.py) train as well; of them only
-# the loss is compared.
+# written in two parts, FILE.train.jsonl and FILE.test.jsonl, which lie beside it. Conversations,
+# captions, tars and folders (lib/conversations.py, lib/shards.py) train as well, if TEST is given;
+# where TEST is no file of questions, only its loss is shown.
 set -euo pipefail
 {   # bash reads all of a block before it runs it: the file may be edited while the run goes on
 [ $# -gt 0 ] || { echo "usage: bash runs/sft_own.sh FILE.jsonl [OUT [TEST.jsonl]]" >&2; exit 2; }
-PYTHON=${PYTHON:-$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/python}
-FILE=$(realpath "$1") OUT=$(realpath -m "${2:-out/sft_own}") TEST=${3:+$(realpath "$3")}
-CKPT=$(realpath "${CKPT:-$(dirname "$0")/../ckpt/demo}")
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+FILE=$(absolute "$1") OUT=$(absolute "${2:-out/sft_own}") TEST=${3:+$(absolute "$3")}
+CKPT=${CKPT:+$(absolute "$CKPT")}
 cd "$(dirname "$0")/.."
+CKPT=${CKPT:-ckpt/demo} PYTHON=${PYTHON:-.venv/bin/python}
 
 if [ -z "$TEST" ]; then
+    case $FILE in *.jsonl) ;; *) echo "$FILE is no .jsonl file: give TEST, too" >&2; exit 2 ;; esac
     $PYTHON - "$FILE" <<'END'
 import json, pathlib, sys
 from tasks.base import held
@@ -43,7 +45,7 @@ fi
 
 # examine NAME CHECKPOINT: the answers to TEST, and those to grey pictures, into OUT/NAME/eval.json.
 examine() {
-    if grep -q '"question"' "$TEST"; then
+    if grep -qs '"question"' "$TEST"; then
         echo "$1:"
         $PYTHON sample.py eval --ckpt="$2" --data="$TEST" --max_new=64 --out="$OUT/$1/eval.json"
     fi
