@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from test_pretrain import log_of, own_signals  # noqa: F401 (a fixture)
 
 import pretrain
@@ -179,18 +180,30 @@ def recipe(name: str, *words, **environment) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_a_miniature_of_one_gpu(tmp_path):
-    """Every stage, with its trial; started again, it has nothing left to do."""
-    out = tmp_path / "out"
-    done = recipe("one_gpu.sh", out, HOURS="0.001", TRIAL="2")
+    """Every stage, with its trial, on the gym and on own data; started again, it has nothing left
+    to do."""
+    out, pairs = tmp_path / "out", tmp_path / "pairs"
+    pairs.mkdir()
+    for i in range(30):
+        Image.new("RGB", (64, 64), (8 * i, 0, 0)).save(pairs / f"{i}.png")
+        (pairs / f"{i}.txt").write_text(f"shade {i}")
+    lines = [{"image": f"pairs/{i}.png", "question": "Which?", "answer": str(i)} for i in range(30)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own_data = dict(DATA=f"{tmp_path}/*.jsonl:15", PAIRS=str(pairs))
+    done = recipe("one_gpu.sh", out, HOURS="0.001", TRIAL="2", **own_data)
     assert done.returncode == 0, done.stdout
     for stage, script in (("vit/align", train_vit), ("pretrain", pretrain), ("sft", pretrain),
                           ("rl", rl)):
         config = json.loads((out / stage / "config.json").read_text())
         assert config.keys() >= {field for field in vars(script.Args())}
         assert len(checkpoints(out / stage)) == 1, done.stdout
+        if script is pretrain:
+            assert (config["data"], config["mix"]) == (own_data["DATA"], "gym:5")
+        assert script is not train_vit or config["pairs"] == str(pairs)
+    assert "pairs for training" in done.stdout and "30 records" in done.stdout
     assert json.loads((out / "rl.json").read_text())["table"].keys() == {"point", "counting"}
     assert not (out / "trial").exists()
-    again = recipe("one_gpu.sh", out, HOURS="0.001", TRIAL="2")
+    again = recipe("one_gpu.sh", out, HOURS="0.001", TRIAL="2", **own_data)
     assert again.returncode == 0 and "steps" not in again.stdout
 
 
