@@ -26,21 +26,21 @@ FEW = {  # what is added to the printed commands, so that they take seconds
 
 
 def draw_things(folder):
-    """60 pictures of cups and plums, which differ in colour, and questions about them but for the
-    first picture; half of them with captions, in a folder of their own."""
-    (folder / "cups").mkdir(parents=True)
+    """60 pictures of red plums and green ones, and questions about them but for the first picture;
+    half of them with captions, in a folder of their own."""
+    (folder / "plums").mkdir(parents=True)
     rng, lines = np.random.default_rng(0), []
     for i in range(1, 61):
-        name, shade = (("a cup", (0, 120, 0)), ("a plum", (150, 0, 0)))[i % 2 == 0]
+        ripe, shade = (("yes", (150, 0, 0)), ("no", (0, 120, 0)))[i % 2 == 0]
         image = Image.new("RGB", (80, 60), tuple(rng.integers(190, 256, 3).tolist()))
         x, y = rng.integers(0, 40, 2).tolist()
         colour = tuple((rng.integers(0, 70, 3) + shade).tolist())
         ImageDraw.Draw(image).ellipse((x, y // 2, x + 30, y // 2 + 30), fill=colour)
         image.save(folder / f"{i}.png")
-        if name == "a cup":
-            image.save(folder / f"cups/{i}.png")
-            (folder / f"cups/{i}.txt").write_text(name)
-        lines.append({"images": [f"{i}.png"], "question": "What is it?", "answers": [name],
+        if ripe == "yes":
+            image.save(folder / f"plums/{i}.png")
+            (folder / f"plums/{i}.txt").write_text("A ripe plum.")
+        lines.append({"images": [f"{i}.png"], "question": "Is it ripe?", "answers": [ripe],
                       "metric": "exact"})
     text = "".join(json.dumps(line) + "\n" for line in lines[1:])
     (folder / "questions.jsonl").write_text(text + "[1, 2]\n")
@@ -48,7 +48,7 @@ def draw_things(folder):
 
 @pytest.mark.slow
 def test_your_own_data_as_printed(tmp_path, monkeypatch, capsys):
-    """A model that does not know the question answers it after 24 steps, and not to grey pictures;
+    """A model that does not know the question answers it after 20 steps, and not to grey pictures;
     the other commands run."""
     section = README.split("## Your own data")[1].split("\n## ")[0]
     lines = [line.split(" # ")[0] for line in re.search(r"```sh\n(.*?)```", section, re.S)[1]
@@ -59,9 +59,9 @@ def test_your_own_data_as_printed(tmp_path, monkeypatch, capsys):
             (tmp_path / path.name).symlink_to(path)
     done = subprocess.run(["bash", "-ec", "\n".join(lines[:2])], cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
-                          env={**os.environ, "STEPS": "24", "PYTHON": sys.executable})
+                          env={**os.environ, "STEPS": "20", "PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout
-    assert '"a cup"' in (tmp_path / "own/questions.jsonl").read_text().splitlines()[-1]
+    assert '"yes"' in (tmp_path / "own/questions.jsonl").read_text().splitlines()[-1]
     assert "not an object" in done.stdout       # the line [1, 2]
     before, after = (json.loads((tmp_path / f"out/sft_own/{name}/eval.json").read_text())["all"]
                      for name in ("before", "after"))
@@ -77,7 +77,7 @@ def test_your_own_data_as_printed(tmp_path, monkeypatch, capsys):
         words += FEW[script].split()
         if script == "sample.py":
             sample.ask(cli(sample.Ask, words[1:], positional="question"))
-            assert capsys.readouterr().out.strip() == "a cup"
+            assert capsys.readouterr().out.strip() == "yes"
         else:
             module = {"pretrain.py": pretrain, "train_vit.py": train_vit}[script]
             module.run(cli(module.Args, words))
