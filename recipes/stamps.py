@@ -2,7 +2,9 @@
 
     apt-get install tuxpaint-stamps-default
     python -m recipes.stamps                        into out/stamps: train.jsonl, test.jsonl
-    bash runs/sft_own.sh out/stamps/train.jsonl out/stamps/run out/stamps/test.jsonl
+    python pretrain.py --init=ckpt/demo --data=out/stamps/train.jsonl --val=out/stamps/test.jsonl \\
+        --steps=450 --rows=1 --lr=2e-3 --mtp=0 --out=out/stamps/run
+    python sample.py eval --ckpt=out/stamps/run --data=out/stamps/test.jsonl --max_new=48
 
 Each stamp, a photo or a drawing, is asked about twice in English and twice in Chinese: what it is,
 answered by its caption, and what kind of thing it is, answered by the name of its folder. One in
