@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune a shipped model on your own questions about pictures; ask it others before and after.
 #
-#   bash runs/sft_own.sh FILE.jsonl                       into out/sft_own: two minutes on a laptop
+#   bash runs/sft_own.sh FILE.jsonl                       into out/sft_own: a minute of one core
 #   bash runs/sft_own.sh FILE.jsonl out/cats TEST.jsonl   the questions of TEST are the others
 #   CKPT=ckpt/gym TRAIN=lora:16 STEPS=300 LR=1e-3 bash runs/sft_own.sh FILE.jsonl
 #
