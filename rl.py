@@ -305,7 +305,8 @@ def prepare(args: Args, hw, trains: bool = True, process_group=None):
     parse_memory(args.memory, args.chunk_patches).use_in(model)
     tokens = tokenizer_of(model.config)
     if args.think:              # a released vocabulary may lack these
-        tokens.mark("<think>"), tokens.mark("</think>")
+        tokens.mark("<think>")
+        tokens.mark("</think>")
     mix = parse_mix(args.mix, sight(model.config))
     unknown = [name for name, _ in mix if name not in gym.names()]
     if unknown:

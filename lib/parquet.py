@@ -59,9 +59,6 @@ class Parquet:
             raise BadRecord("damaged parquet", f"{where}: {first_sentence(error)}") from None
         return Record(where, value, folder=self.path.parent)
 
-    def sizes(self, k: int):
-        return None                         # of the pictures, which are inside the columns
-
 
 def load_pyarrow(path: Path):
     """The module. Raises UserError if it is not installed."""

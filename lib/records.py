@@ -1,7 +1,7 @@
 """The records of one file or folder that somebody has: JSONL, a tar, pictures, text.
 
-Each kind is a class with `len(shard)`, `shard[k]` -> Record, `shard.sizes(k)`, and an index (see
-lib/index.py) whose array `held` says which records are held out. So is Parquet, in lib/parquet.py.
+Each kind is a class with `len(shard)`, `shard[k]` -> Record, and an index (see lib/index.py) whose
+array `held` says which records are held out. So is Parquet, in lib/parquet.py.
 lib/shards.py puts several of them together; that is what the rest of the repository uses.
 
 All that is read here comes from somebody else: a record that can't be used raises BadRecord, which
@@ -131,9 +131,6 @@ class Lines:
             raise BadRecord("huge line", f"{where} has {length:,} bytes")
         value = parse(read_part(self.path, offset, length), where)
         return Record(where, value, folder=self.path.parent)
-
-    def sizes(self, k: int):
-        return None                         # the pictures are elsewhere
 
 
 def begins_list(path: Path) -> bool:
@@ -305,11 +302,6 @@ class Groups:
                 record.value = parse(data, record.where)
         return record
 
-    def sizes(self, k: int):
-        members = map(self.member, self.members(k))
-        sizes = [member.size for member in members if member.is_picture]
-        return sizes if all(sizes) else None
-
 
 class Folder(Groups):
     """A folder of pictures with a .txt or .json of the same name."""
@@ -465,9 +457,6 @@ class TextFolder:
         where = printable(str(path.relative_to(self.path)))
         where += f" from byte {offset:,}" if offset else ""
         return Record(where, text=decode(read_part(path, offset, length), where))
-
-    def sizes(self, k: int):
-        return []
 
 
 def next_piece(file) -> bytes:

@@ -67,23 +67,12 @@ class Shards:
     def __len__(self):
         return self.ends[-1]
 
-    def _shard(self, n: int) -> tuple:
-        """(the shard that holds record n, its number in it)"""
+    def __getitem__(self, n: int) -> Record:
+        """Record n. Raises BadRecord if it can't be used, or OSError if it can't be read."""
         if not 0 <= n < len(self):
             raise IndexError(f"record {n} of {len(self)}")
         s = bisect_right(self.ends, n)
-        return self.shards[s], int(n) - self.ends[s] + len(self.shards[s])
-
-    def __getitem__(self, n: int) -> Record:
-        """Record n. Raises BadRecord if it can't be used, or OSError if it can't be read."""
-        shard, k = self._shard(n)
-        return shard[k]
-
-    def sizes(self, n: int) -> list[tuple[int, int]] | None:
-        """(width, height) of the pictures that lie beside record n, without reading anything; None
-        where the index does not know them."""
-        shard, k = self._shard(n)
-        return shard.sizes(k)
+        return self.shards[s][int(n) - self.ends[s] + len(self.shards[s])]
 
     def numbers(self, split: str) -> np.ndarray:
         """The numbers of the records of a split, `train` or `test`, in order, int64. The test split
@@ -112,7 +101,9 @@ class Shards:
 
 def digest_of(shards: list) -> str:
     """A checksum over names, sizes in bytes and numbers of records, for ranks to compare."""
-    parts = [[shard.path.name, *shard.index.stamp[:-1], len(shard)] for shard in shards]
+    # Of a stamp neither the version of our format nor the time of the last change, which differs
+    # between copies.
+    parts = [[shard.path.name, *shard.index.stamp[1:-1], len(shard)] for shard in shards]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -8,14 +8,14 @@ no licence. Fields: index, question (with its options in it), image, answer (a l
 (the group here), l2_category, meta_info. Needs pyarrow. Not yet run on the published file, only on
 one of its form.
 """
-import json
 import re
 import sys
 from pathlib import Path
 
-from lib.cli import main, UserError
-from lib.common import write_text
-from lib.shards import open_shards
+from lib.cli import main
+from recipes.published import table_rows, write_questions
+
+COLUMNS = {"question", "image", "answer", "category"}
 
 
 def letters(question: str) -> list[str]:
@@ -28,23 +28,14 @@ def letters(question: str) -> list[str]:
 
 def convert(source: str, out: str):
     """Write questions.jsonl and the pictures into the folder `out`."""
-    shards, lines, pictures = open_shards(source), [], Path(out, "pictures")
-    columns = {"index", "question", "image", "answer", "category"}
-    if missing := columns - (shards[0].value or {}).keys():
-        raise UserError(f"{source} is not MMStar's file: it has no column {min(missing)}")
-    pictures.mkdir(parents=True, exist_ok=True)
-    for number in range(len(shards)):
-        record = shards[number]
-        row, name = record.value, f"{record.value['index']}.jpg"
-        with record.find(row["image"]).file() as file:
-            (pictures / name).write_bytes(file.read())
-        lines.append({"images": [f"pictures/{name}"], "answer": row["answer"].strip(),
-                      "question": row["question"] + "\nAnswer with the letter of the right option.",
-                      "choices": letters(row["question"]), "metric": "choice",
-                      "group": row["category"]})
-    write_text(Path(out, "questions.jsonl"),
-               "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{len(lines):,} questions in {out}/questions.jsonl")
+    questions = []
+    for number, row in enumerate(table_rows(source, COLUMNS, Path(out, "pictures"), "MMStar")):
+        questions.append({
+            "images": [f"pictures/{number}.jpg"], "answer": str(row["answer"]).strip(),
+            "question": f"{row['question']}\nAnswer with the letter of the right option.",
+            "choices": letters(str(row["question"])), "metric": "choice",
+            "group": row["category"]})
+    write_questions(Path(out, "questions.jsonl"), questions)
 
 
 if __name__ == "__main__":

@@ -9,34 +9,25 @@ answer (a list), image. Needs pyarrow. A reply is right if it contains an answer
 case; formulas, those of HME100k, are compared without white space. Not yet run on the published
 files, only on one of their form.
 """
-import json
 import sys
 from pathlib import Path
 
-from lib.cli import main, UserError
-from lib.common import write_text
-from lib.shards import open_shards
+from lib.cli import main
+from recipes.published import table_rows, write_questions
+
+COLUMNS = {"dataset", "question", "question_type", "answer", "image"}
 
 
 def convert(source: str, out: str):
     """Write questions.jsonl and the pictures into the folder `out`."""
-    shards, lines, pictures = open_shards(source), [], Path(out, "pictures")
-    columns = {"dataset", "question", "question_type", "answer", "image"}
-    if missing := columns - (shards[0].value or {}).keys():
-        raise UserError(f"{source} is not OCRBench's file: it has no column {min(missing)}")
-    pictures.mkdir(parents=True, exist_ok=True)
-    for number in range(len(shards)):
-        record, name = shards[number], f"{number}.jpg"
-        row = record.value
-        with record.find(row["image"]).file() as file:
-            (pictures / name).write_bytes(file.read())
+    questions = []
+    for number, row in enumerate(table_rows(source, COLUMNS, Path(out, "pictures"), "OCRBench")):
         formula = row["dataset"] == "HME100k"
-        lines.append({"images": [f"pictures/{name}"], "question": row["question"],
-                      "answers": row["answer"], "group": row["question_type"],
-                      "metric": "contains-formula" if formula else "contains"})
-    write_text(Path(out, "questions.jsonl"),
-               "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{len(lines):,} questions in {out}/questions.jsonl")
+        questions.append({
+            "images": [f"pictures/{number}.jpg"], "question": row["question"],
+            "answers": row["answer"], "group": row["question_type"],
+            "metric": "contains-formula" if formula else "contains"})
+    write_questions(Path(out, "questions.jsonl"), questions)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ the fields are those of the files: img_filename, bbox (x, y, width, height in pi
 data_type (text or icon), data_source. The platform is the group here. A click anywhere in the box
 is right. Not yet run on the published files, only on some of their form.
 """
-import json
 import sys
 from pathlib import Path
 
 from lib.cli import main, UserError
-from lib.common import read_json, write_text
+from lib.common import read_json
 from lib.images import Picture
+from recipes.published import write_questions
 
 IMAGES = "screenspotv2_image"
 
@@ -41,9 +41,7 @@ def convert(source: str):
                 "answer": [round(min(max(c, 0), 999), 1) for c in box], "metric": "point-in-box"})
     if not lines:
         raise UserError(f"{source} has no screenspot_mobile_v2.json, ..._desktop_v2, ..._web_v2")
-    write_text(Path(source, "questions.jsonl"),
-               "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f"{len(lines):,} questions in {source}/questions.jsonl")
+    write_questions(Path(source, "questions.jsonl"), lines)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ answered by its caption, and what kind of thing it is, answered by the name of i
 five file names is for the test, so no stamp of such a name is trained on. The stamps have licences
 of their own and stay outside the repository.
 """
-import json
 import sys
 from pathlib import Path
 
 from PIL import Image
 
-from lib.cli import UserError
+from lib.cli import main, UserError
 from lib.images import open_image
+from recipes.published import write_questions
 from tasks.base import held
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
@@ -39,7 +39,7 @@ def questions(path: Path) -> list[tuple[str, str, str]]:
     return found + [("name_zh", "这是什么？", line.strip()) for line in chinese if line.strip()]
 
 
-def main(out: Path):
+def convert(out: Path):
     """Write both files and the pictures, on white and at most SIDE pixels wide and high."""
     pictures = [p for p in sorted(STAMPS.rglob("*.png")) if p.with_suffix(".txt").is_file()]
     if not pictures:
@@ -55,11 +55,11 @@ def main(out: Path):
         for group, question, answer in questions(path):
             lines[split].append({"images": [f"{split}/{name}"], "question": question,
                                  "answers": [answer], "metric": "exact", "group": group})
-    for split, objects in lines.items():
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
-        (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{len(objects)} questions in {out / split}.jsonl")
+    for split, asked in lines.items():
+        write_questions(out / f"{split}.jsonl", asked)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "out/stamps"))
+    if sys.argv[1:2] in (["--help"], ["-h"]) or len(sys.argv) > 2:
+        sys.exit(__doc__)
+    main(convert, Path(*sys.argv[1:]) if sys.argv[1:] else Path("out/stamps"))

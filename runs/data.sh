@@ -13,8 +13,8 @@
 # RL plays in the gym alone: it needs verifiers, and a data set has none.
 #
 # Public data in the form in which Hugging Face's hub holds them, with the sizes and licences that
-# their cards stated in 2025. No run of ours has used them. A collection's licence does not replace
-# those of its parts.
+# stored copies of their cards stated: look again before you fetch. No run of ours has used them. A
+# collection's licence does not replace those of its parts.
 #
 #   HuggingFaceM4/FineVision      185 sets of questions about pictures: 24M samples, 5 TB, a folder
 #                                 each. Every set has its own licence. parquet, columns `images` and

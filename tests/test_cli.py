@@ -2,6 +2,7 @@
 import importlib
 import math
 import os
+import platform
 import runpy
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import typing
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 import pytest
+import torch
 from PIL import Image
 
 import pretrain
@@ -16,7 +18,7 @@ import rl
 import sample
 from lib.checkpoint import save_model
 from lib.cli import check_options, cli, field_comments, main as run_main, Share, UserError
-from lib.common import cores, cpu_quotas, ROOT
+from lib.common import cores, cpu_quotas, fast_bf16, ROOT
 from model import GLMV, sized
 
 
@@ -241,6 +243,15 @@ def control_groups(tmp_path, lines: str, files: dict[str, str]) -> list[float]:
     ("4:cpuset:/\n", {}, []), ("", {}, [])])
 def test_the_quota_of_a_container(tmp_path, lines, files, quotas):
     assert control_groups(tmp_path, lines, files) == quotas
+
+
+@pytest.mark.parametrize("avx512, amx", [(False, False), (True, False), (False, True)])
+def test_bf16_is_fast_only_where_the_cpu_has_instructions_for_it(monkeypatch, avx512, amx):
+    """oneDNN says that it supports bf16 on any CPU with AVX-512, where it converts."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert fast_bf16() == (avx512 or amx)
 
 
 def test_cores_are_at_least_one_and_at_most_the_affinity(tmp_path, monkeypatch):

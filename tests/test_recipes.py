@@ -95,7 +95,7 @@ def test_mmstar(tmp_path):
         assert (first.choices, second.choices) == (list("ABC"), list("ABCD"))
         assert first.text.endswith("C: none\nAnswer with the letter of the right option.")
         assert score("choice", "B: a cat", first.answers, first.choices) == 1
-        assert (out / "pictures/7.jpg").read_bytes() == picture(64, 64)
+        assert (out / "pictures/0.jpg").read_bytes() == picture(64, 64)
     assert mmstar.letters("Choices:\n(A) 5\n(B) 6") == ["A", "B"]
     parquet.write_table(pyarrow.table({"question": ["?"]}), tmp_path / "other.parquet")
     for recipe, name in ((mmstar, "answer"), (ocrbench, "answer")):

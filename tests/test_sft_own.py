@@ -95,7 +95,7 @@ def test_stamps_are_asked_about_in_two_languages(tmp_path, monkeypatch):
             path.with_suffix(".txt").write_text(f"A {name}.\nde.utf8=Ding\nzh_CN.utf8=东西\n",
                                                 encoding="utf-8")
     monkeypatch.setattr(stamps, "STAMPS", tmp_path / "stamps")
-    stamps.main(tmp_path / "out")
+    stamps.convert(tmp_path / "out")
     lines = {split: [json.loads(line) for line in (tmp_path / f"out/{split}.jsonl").open()]
              for split in ("train", "test")}
     names = {split: {line["images"][0].partition("-")[2] for line in found}
@@ -110,4 +110,4 @@ def test_stamps_are_asked_about_in_two_languages(tmp_path, monkeypatch):
     assert image.size == (64, 32) and image.getpixel((5, 5)) == (255, 255, 255)
     monkeypatch.setattr(stamps, "STAMPS", tmp_path / "nowhere")
     with pytest.raises(UserError, match="no stamps in .*nowhere"):
-        stamps.main(tmp_path / "out")
+        stamps.convert(tmp_path / "out")
