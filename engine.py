@@ -36,6 +36,7 @@ from data import collate, Document
 from kernels import attention, Segments
 from lib.cli import UserError
 from lib.draft_tuner import DraftTuner
+from lib.forms import Form
 from lib.prefetch import send
 from mmtp import categorical
 from model import Config, GLMV
@@ -202,6 +203,8 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    form: Form | None = None    # what the reply must look like
+    stop: tuple[str, ...] = ()  # texts that end the reply; it still holds them
 
 
 @dataclass
@@ -250,7 +253,8 @@ class Engine:
         weight = model.lm_head.weight
         self.model, self.slots, self.context = model, slots, context
         self.device, self.version = weight.device, 0
-        self.stops = set(tokenizer_of(model.config).stops)
+        self.tokenizer = tokenizer_of(model.config)
+        self.stops = set(self.tokenizer.stops)
         if drafts and mmtp.head_of(model) is None:
             say("no MTP head in this checkpoint: speculation is off")
             drafts = 0
@@ -513,11 +517,24 @@ class Engine:
     def _finish(self, sequence: _Sequence) -> str:
         """Why a sequence has ended with its newest token; empty where it goes on."""
         request, ids = sequence.request, sequence.ids
-        if ids[-1] in self.stops:
+        if ids[-1] in self.stops or self._has_stop_text(sequence):
             return "stop"
         if len(ids) >= request.max_new:
             return "length"
         return "context" if len(request.prompt.ids) + len(ids) >= self.context else ""
+
+    def _has_stop_text(self, sequence: _Sequence) -> bool:
+        """Whether the newest token has completed one of the request's stop texts."""
+        stop = [text.encode() for text in sequence.request.stop]
+        if not stop:
+            return False
+        # A stop text of n bytes lies within the last n tokens, since most have a byte or more.
+        tail = self.tokenizer.decode_bytes(sequence.ids[-max(map(len, stop)) - 8:])
+        return any(text in tail for text in stop)
+
+    def so_far(self, id: int) -> list[int]:
+        """The tokens that a request has so far: none while it waits, or after it has ended."""
+        return next((s.ids for s in self.running if s.id == id), [])
 
     def _release(self, slot: int):
         """Free a slot: the last running request moves into it."""

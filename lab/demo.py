@@ -40,9 +40,9 @@ from lib.checkpoint import load_model, save_model
 from lib.cli import (check_options, cli, Count, Device, Levels, main, Natural, Positive, Seed,
                      UserError)
 from lib.common import clock, cores, read_json, read_log, ROOT, setup, write_json
+from lib.evaluation import evaluate, show
 from lib.probes import RANDOM
 from lib.runs import checkpoints, find_checkpoint, same_options, step_of
-from sample import evaluate, show
 from tasks.draw import PAIRS
 from tokenizer import tokenizer_of
 

@@ -35,9 +35,10 @@ from lab.fields import CHARTS, field_of, print_fields, usable
 from lib.checkpoint import load_model
 from lib.cli import cli, field_comments, main, UserError
 from lib.common import clock, read_json, read_log, setup, write_json, write_text
+from lib.evaluation import run_tasks
 from lib.runs import checkpoints
 from model import Config
-from sample import readable, run_tasks
+from sample import readable
 from tasks.base import Task
 from tokenizer import Tokenizer, tokenizer_of
 

@@ -22,8 +22,8 @@ from lab.worlds import pace, timed
 from lib.checkpoint import load_model
 from lib.cli import check_options, cli, Count, main, Positive, UserError
 from lib.common import read_log, setup, write_json
+from lib.evaluation import evaluate
 from lib.runs import find_checkpoint, same_options
-from sample import evaluate
 from tokenizer import tokenizer_of
 
 

@@ -26,7 +26,8 @@ FLOORS = {
     "lib.batch": 3.5, "lib.hub": 4, "lib.lora": 4.5, "lib.partition": 3.6, "data": 4, "mmtp": 4,
     "lib.pairs": 4.4, "lib.captions": 4.5,
     "engine": 5, "lib.checkpoint": 5, "lib.episodes": 5,
-    "lib.card": 5.1, "lib.own_eval": 5.1, "lib.curriculum": 5.1, "lib.probes": 5.1,
+    "lib.card": 5.1, "lib.evaluation": 5.2, "lib.turns": 5.1, "lib.forms": 4.5,
+    "lib.own_eval": 5.1, "lib.curriculum": 5.1, "lib.probes": 5.1,
     "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.roofline": 5.1, "lib.async_rl": 5.2,
     "pretrain": 6, "train_vit": 6, "rl": 6, "sample": 6, "serve": 6, "lab": 7, "recipes": 7}
 PACKAGES = {"torch", "numpy", "einops", "tiktoken", "PIL", "tqdm", "triton", "pytest"}

@@ -13,6 +13,7 @@ from lib import own_eval
 from lib.checkpoint import load_model
 from lib.cli import UserError
 from lib.common import ROOT
+from lib.evaluation import evaluate
 from model import sized
 from rl import DEMO
 from tasks.base import Task
@@ -76,7 +77,7 @@ def test_tasks_of_the_gym_as_a_file_get_the_figures_of_the_gyms_own_evaluation(t
                            answer=boxed(next(env.oracle()))))
     model, tokens = load_model(DEMO), Tokenizer(512)
     found = own_eval.evaluate_file(model, tokens, written(tmp_path, *lines), tmp_path, max_new=48)
-    row = sample.evaluate(model, tokens, "counting", levels=1, count=40)["counting"]
+    row = evaluate(model, tokens, "counting", levels=1, count=40)["counting"]
     own = found["all"]
     assert 0.5 < own["accuracy"] < 1
     assert all(own[key] == row[key] for key in ("accuracy", "low", "high", "blank", "n"))

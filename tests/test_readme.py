@@ -12,10 +12,10 @@ import gym
 import train_vit
 from lib.checkpoint import load_model, load_tower
 from lib.common import ROOT
+from lib.evaluation import run_tasks
 from lib.probes import ProbeSet, probe
 from model import sized
 from rl import DEMO
-from sample import run_tasks
 from tasks.base import Task
 from tokenizer import Tokenizer
 

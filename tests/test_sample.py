@@ -10,7 +10,7 @@ from PIL import Image
 
 import gym
 import sample
-from lib import card
+from lib import card, evaluation
 from lib.checkpoint import load_model, save_model
 from lib.cli import UserError
 from lib.common import ROOT
@@ -71,8 +71,8 @@ def test_damaged_files_about_the_training_are_one_line(run, where, text):
 
 
 def test_tasks_that_all_end_in_errors_are_left_out_and_not_zero(run, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "run_tasks", lambda model, tokens, tasks, *args, **options: [
-        sample.Episode(task, i, 0, score=gym.Score(math.nan, {}, "it is too long")
+    monkeypatch.setattr(evaluation, "run_tasks", lambda model, tokens, tasks, *args, **options: [
+        Episode(task, i, 0, score=gym.Score(math.nan, {}, "it is too long")
                        if task.category == "point" else gym.Score(1.0, {}))
         for i, task in enumerate(tasks)])
     assert list(evaluated(run, {"mix": "counting,point"})[0]) == ["counting"]
@@ -84,10 +84,11 @@ def test_tasks_that_all_end_in_errors_are_left_out_and_not_zero(run, monkeypatch
 def test_the_slots_are_no_more_than_the_tasks(monkeypatch):
     """A huge --slots takes no memory."""
     made = []
-    monkeypatch.setattr(sample, "Engine", lambda model, slots, context: made.append(slots) or 1 / 0)
+    monkeypatch.setattr(evaluation, "Engine",
+                        lambda model, slots, context: made.append(slots) or 1 / 0)
     for tasks in ([], [1, 2, 3]):
         with pytest.raises(ZeroDivisionError):
-            sample.run_tasks(None, None, tasks, 10 ** 9, 512, 48)
+            evaluation.run_tasks(None, None, tasks, 10 ** 9, 512, 48)
     assert made == [1, 3]
 
 
@@ -171,16 +172,16 @@ def test_an_evaluation_draws_tasks_at_a_size_that_suits_the_patches(monkeypatch)
         sides.append(tasks[0].pixels)
         return [Episode(task, 0, 0, score=gym.Score(0.0, {}, "gone")) for task in tasks]
 
-    monkeypatch.setattr(sample, "run_tasks", played)
+    monkeypatch.setattr(evaluation, "run_tasks", played)
     for pixels in (0, 140):
         with pytest.raises(UserError, match="no task of point"):
-            sample.evaluate(model, Tokenizer(512), "point", 1, 2, pixels=pixels)
+            evaluation.evaluate(model, Tokenizer(512), "point", 1, 2, pixels=pixels)
     assert sides == [112, 112, 140, 140]
 
 
 def test_a_reply_gets_twice_the_room_of_the_oracles():
     tokens, config = Tokenizer(512), sized("tiny")
-    short, long = (sample.budget([Task(name, i) for i in range(30)], tokens, config)
+    short, long = (evaluation.budget([Task(name, i) for i in range(30)], tokens, config)
                    for name in ("point", "scene_to_json"))
     assert 64 < short[0] < 512 and 16 < short[1] < 100
     assert long[1] > 2 * short[1] and long[0] <= config.text.max_position_embeddings
