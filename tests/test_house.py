@@ -27,6 +27,7 @@ FLOORS = {
     "lib.pairs": 4.4, "lib.captions": 4.5,
     "engine": 5, "lib.checkpoint": 5, "lib.episodes": 5,
     "lib.card": 5.1, "lib.evaluation": 5.2, "lib.turns": 5.1, "lib.forms": 4.5,
+    "lib.tool_use": 3.3, "lib.api": 5.2, "lib.openai_api": 5.3, "lib.anthropic_api": 5.3,
     "lib.own_eval": 5.1, "lib.curriculum": 5.1, "lib.probes": 5.1,
     "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.roofline": 5.1, "lib.async_rl": 5.2,
     "pretrain": 6, "train_vit": 6, "rl": 6, "sample": 6, "serve": 6, "lab": 7, "recipes": 7}
