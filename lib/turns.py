@@ -142,6 +142,16 @@ class Turn:
         return self._answer(prompt_of([*self.prompt.ids, *ids], self.prompt.images))
 
 
+def engine_for(model, turn: Turn, drafts: int = 0, say=print) -> Engine:
+    """An engine with room for one turn alone: its prompt, thought and reply. drafts, say: as Engine
+    takes them; but drafts are not adapted to the times that are measured, so that a seed always
+    gives the same reply."""
+    s, limit = turn.settings, model.config.text.max_position_embeddings
+    prefix = turn.tokens.encode_reply(s.prefix)
+    room = turn.prompt_tokens + len(prefix) + s.think + s.max_new + 8   # 8: </think>, line break
+    return Engine(model, 1, min(limit, room), drafts, adapt=False, say=say)
+
+
 def play(engine: Engine, turn: Turn, on_text=lambda kind, text: None) -> Turn:
     """Generate a turn to its end, with the engine to itself. on_text(kind, text) is called with
     each new piece of text, where kind is "thought" or "text"."""
