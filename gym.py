@@ -4,6 +4,7 @@
     python gym.py sheet                         one instance of each on one picture, docs/gym.png
     python gym.py show point --level=2          many instances of one, out/gym/point.png
     python gym.py play shape_attr               answer as the model would, in the terminal
+    python gym.py actions                       the calls that an agent can write, and its goals
     python gym.py check                         the contract that every category keeps
     python gym.py bench                         how fast each category draws
 
@@ -24,6 +25,7 @@ reply. The parts lie in tasks/; tasks/README.md explains them and how to add a c
 import lib  # first of all, before torch: see lib/__init__.py
 
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ import numpy as np
 
 from lib.cli import Count, main, Natural, Positive, Range, run_verb, Seed, UserError
 from tasks import CATEGORIES, verify
+from tasks.actions import ACTIONS, known_goals
 from tasks.base import box, Env, IMAGE, Message, Obs, OneShot, Step, Task
 from tasks.contact_sheet import contact_sheet
 from tasks.contract import check_category, fingerprints, in_fresh_process
@@ -79,6 +82,50 @@ def list_categories(args: List):
         chance = " ".join(f"{env.chance(level):.2f}" for level in range(5))
         print(f"{name:16} {env.family:11} {env.tier:4} {env.verifier:8} {env.max_turns:5} "
               f"{env.layout:8} {env.min_pixels:6} {chance}")
+
+
+# ---- actions ------------------------------------------------------------------------------------
+
+@dataclass
+class Actions:
+    pass
+
+
+def list_actions(args: Actions):
+    """Print the action language: its calls, how turns follow each other, how goals are worded."""
+    print("An action is a Python call with literal arguments, one a turn. It is parsed and never\n"
+          "evaluated. Coordinates are integers from 0 to 999 of the picture as it is seen: 0 is its\n"
+          "left or upper edge, 999 its right or lower one, whatever its size in pixels.\n")
+    for verb in ACTIONS.values():
+        used = textwrap.wrap(", ".join(verb.categories), 70)
+        print(f"{verb.usage:<30}{verb.does}", *used, sep="\n" + " " * 30)
+    by_layout = {"segment": [], "append": []}
+    for name, category in CATEGORIES.items():
+        if category.env.max_turns > 1:
+            by_layout[category.env.layout].append(name)
+    form, search = demonstrate(Task("gui_form", 2, 2)), demonstrate(Task("text_tools", 0))
+    print(f"\nThe segment layout, of {', '.join(by_layout['segment'])}: every turn is a new\n"
+          "conversation of one message. It has the current screen, the goal, and below it the\n"
+          "earlier actions, one a line; ? and a reason take the place of a reply that was no valid\n"
+          "action. The last turn of an episode:\n")
+    print(textwrap.indent(f"{form[-1][0].text}\n> {form[-1][1].text}", "    "))
+    print(f"\nThe append layout, of {', '.join(by_layout['append'])}: one\n"
+          "conversation, in which every reply is followed by an observation. An episode:\n")
+    for message in search[0]:
+        mark = "> " if message.role == "assistant" else ""
+        for line in message.text.splitlines():
+            print(textwrap.fill(mark + line, 96, initial_indent="    ", subsequent_indent="    "))
+    print("\nGoals as training words them, some of each kind. At level 0 only the first one or two "
+          "of a\nkind occur.\n")
+    for name, category in CATEGORIES.items():
+        if category.env.family == "agent":
+            kinds = known_goals(name)
+            goals = [" | ".join(forms[:2 if len(kinds) > 2 else 5]) for forms in kinds]
+            if not kinds:
+                text = make(Task(name, 0)).reset().text.replace(IMAGE, "")
+                goals = [f"such as: {text.splitlines()[0]}"]
+            lines = [line for goal in goals for line in textwrap.wrap(goal, 80)]
+            print(f"{name:<18}" + ("\n" + " " * 18).join(lines))
 
 
 # ---- sheet --------------------------------------------------------------------------------------
@@ -279,7 +326,7 @@ def bench(args: Bench):
 # ---- the command line ---------------------------------------------------------------------------
 
 VERBS = {                       # verb: (options, function, the option that bare words are for)
-    "list": (List, list_categories, None), "sheet": (Sheet, save_contact_sheet, None),
+    "list": (List, list_categories, None), "actions": (Actions, list_actions, None), "sheet": (Sheet, save_contact_sheet, None),
     "show": (Show, show, "name"), "play": (Play, play, "name"),
     "check": (Check, check, "names"), "bench": (Bench, bench, "names")}
 

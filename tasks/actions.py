@@ -10,6 +10,8 @@ accept; tests/test_agent.py compares them with this table. `gym.py actions` prin
 """
 from dataclasses import dataclass
 
+from . import agent, screens, webdev
+
 PHONE = ("gui_navigate", "gui_multi_app", "gui_next_action")
 SCREENS = ("gui_click", "gui_form", *PHONE)
 X_Y = {"x": "coordinate", "y": "coordinate"}
@@ -68,6 +70,19 @@ ACTIONS = {verb.name: verb for verb in (
          ("image_mining",)))}
 
 
+# How goals are worded, with {} for what they are about: tuples of forms that mean the same.
+# Categories that are missing here word theirs in one way.
+GOALS = {"gui_click": [screens.GOALS], "gui_form": [screens.FORM_GOALS],
+         "gui_navigate": [agent.SET, agent.TURN], "gui_multi_app": [*agent.GOALS.values()],
+         "gui_critic": [agent.REMEMBER], "ui_to_code": [webdev.UiToCode.questions]}
+
+
 def verbs_of(category: str) -> tuple[str, ...]:
     """The verbs that a category of the gym takes; none where its replies are no actions."""
     return tuple(name for name, verb in ACTIONS.items() if category in verb.categories)
+
+
+def known_goals(category: str) -> list[tuple[str, ...]]:
+    """The wordings of GOALS that occur in training: of four or more, `base.worded` holds out the
+    last one."""
+    return [forms[:-1] if len(forms) >= 4 else forms for forms in GOALS.get(category, ())]

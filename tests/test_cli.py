@@ -310,7 +310,7 @@ def test_help(script, words, expect):
     ("pretrain.py --out=OUT --mix=pont", "names 'pont'"),
     ("rl.py --out=OUT --mix=pont", "not 'pont'"), ("rl.py --group=1", "--group takes 2"),
     ("sample.py sing", "'sing' is not one of ask, eval"),
-    ("sample.py", "a verb is missing: ask, eval"), ("gym.py", "a verb is missing: list, sheet"),
+    ("sample.py", "a verb is missing: ask, eval"), ("gym.py", "a verb is missing: list, actions"),
     ("sample.py ask --image=CKPT/red.png", "nothing asked"),
     ("sample.py ask What? --temperature=-1", "--temperature takes 0"),
     ("sample.py ask What? --temperature=nan", "--temperature takes"),

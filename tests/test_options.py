@@ -24,6 +24,7 @@ ENTRIES = {
     "sample": [("Ask", "ask", ("seen", "list_questions"), ("--question=?",)),
                ("Eval", "evaluation", ("run_tasks",), ())],
     "gym": [("List", "list_categories", (), ()),
+            ("Actions", "list_actions", (), ()),
             ("Sheet", "save_contact_sheet", ("contact_sheet",), ()),
             ("Show", "show", ("demonstrate",), ("--name=point",)),
             ("Play", "play", ("drive",), ("--name=point", "--script=x")),
