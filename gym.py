@@ -94,8 +94,8 @@ class Actions:
 def list_actions(args: Actions):
     """Print the action language: its calls, how turns follow each other, how goals are worded."""
     print("An action is a Python call with literal arguments, one a turn. It is parsed and never\n"
-          "evaluated. Coordinates are integers from 0 to 999 of the picture as it is seen: 0 is its\n"
-          "left or upper edge, 999 its right or lower one, whatever its size in pixels.\n")
+          "evaluated. Coordinates are integers from 0 to 999 of the picture as it is seen: 0 is\n"
+          "its left or upper edge, 999 its right or lower one, whatever its size in pixels.\n")
     for verb in ACTIONS.values():
         used = textwrap.wrap(", ".join(verb.categories), 70)
         print(f"{verb.usage:<30}{verb.does}", *used, sep="\n" + " " * 30)
@@ -106,8 +106,8 @@ def list_actions(args: Actions):
     form, search = demonstrate(Task("gui_form", 2, 2)), demonstrate(Task("text_tools", 0))
     print(f"\nThe segment layout, of {', '.join(by_layout['segment'])}: every turn is a new\n"
           "conversation of one message. It has the current screen, the goal, and below it the\n"
-          "earlier actions, one a line; ? and a reason take the place of a reply that was no valid\n"
-          "action. The last turn of an episode:\n")
+          "earlier actions, one a line; ? and a reason take the place of a reply that was no\n"
+          "valid action. The last turn of an episode:\n")
     print(textwrap.indent(f"{form[-1][0].text}\n> {form[-1][1].text}", "    "))
     print(f"\nThe append layout, of {', '.join(by_layout['append'])}: one\n"
           "conversation, in which every reply is followed by an observation. An episode:\n")
@@ -326,7 +326,8 @@ def bench(args: Bench):
 # ---- the command line ---------------------------------------------------------------------------
 
 VERBS = {                       # verb: (options, function, the option that bare words are for)
-    "list": (List, list_categories, None), "actions": (Actions, list_actions, None), "sheet": (Sheet, save_contact_sheet, None),
+    "list": (List, list_categories, None), "actions": (Actions, list_actions, None),
+    "sheet": (Sheet, save_contact_sheet, None),
     "show": (Show, show, "name"), "play": (Play, play, "name"),
     "check": (Check, check, "names"), "bench": (Bench, bench, "names")}
 
