@@ -16,6 +16,7 @@ from data import parse_mix, sight, task_pixels
 from lib.cli import UserError
 from lib.common import read_json, write_json, write_text
 from lib.images import resize
+from lib.summary import ahead, groups, mean_of
 from tasks.base import Task
 from tasks.draw import COLORS, SHAPES
 from tasks.scenes import plural
@@ -142,11 +143,6 @@ def list_questions(folder: Path, config):
 
 # ---- the card -----------------------------------------------------------------------------------
 
-def ahead(row: dict) -> bool:
-    """Whether a category's accuracy is 20 points or more above blank pictures and above chance."""
-    return row["accuracy"] >= 0.2 + max(row["blank"], row["chance"])
-
-
 def cells(row: dict | None) -> str:
     """Three cells of the table: a category's figures at one level; None: all ended in errors."""
     if row is None:
@@ -154,6 +150,18 @@ def cells(row: dict | None) -> str:
     accuracy, low, high, blank, chance = (
         100 * row[key] for key in ("accuracy", "low", "high", "blank", "chance"))
     return f" {accuracy:.0f} [{low:.0f}-{high:.0f}] | {blank:.0f} | {chance:.0f} |"
+
+
+def composite_lines(table: dict) -> list[str]:
+    """The composites of which every category was evaluated, as bars of 40 places; [] if none."""
+    rows = {name: mean_of([table[part] for part in parts])
+            for name, parts in groups(table)["composite"].items()}
+    if not rows:
+        return []
+    bars = [f"{name:<17}|{'#' * round(40 * row['accuracy']):<40}| {100 * row['accuracy']:.0f} "
+            f"[{100 * row['low']:.0f}-{100 * row['high']:.0f}]" for name, row in rows.items()]
+    return ["", "Means of categories over all levels, in percent, named after what they ask for "
+            "(`lib/summary.py` lists them):", "", "```", *bars, "```"]
 
 
 def write_card(folder: Path, model, found: Seen | None, facts: dict):
@@ -188,6 +196,7 @@ def write_card(folder: Path, model, found: Seen | None, facts: dict):
         lines += ["", f"Level {k}: {sum(map(ahead, rows))} of {len(rows)} categories are 20 points "
                   f"or more above both blank and chance; the mean is "
                   f"{100 * sum(r['accuracy'] for r in rows) / max(1, len(rows)):.1f}%."]
+    lines += composite_lines(table)
     outside = folder / "out_of_gym.json"
     if outside.exists():
         lines += ["", "## Out of the gym", "", "Single clicks on the screens of level 0, drawn by "

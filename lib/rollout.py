@@ -99,7 +99,7 @@ class Rollout:
             if self.driver is None:
                 env = gym.begin(self.episode.task)
                 self.append_layout, self.env = env.layout == "append", env
-                self.driver = gym.drive(env)
+                self.driver = self.drive(env)
                 return self._prompt(next(self.driver))
             text = self._take(result)
             if self.thinking:       # the thought has ended: now the answer
@@ -110,6 +110,10 @@ class Rollout:
         except Exception as error:
             self.finish(Score(math.nan, {}, one_line(error)))
         return None
+
+    def drive(self, env):
+        """The generator that plays the episode, as gym.drive: lib/harness.py has others."""
+        return gym.drive(env)
 
     def finish(self, score: Score) -> Episode:
         """Set the score and return the episode."""
@@ -172,13 +176,14 @@ class Rollout:
 
 
 def rollout(engine, episodes: list[Episode], settings: RolloutSettings, rewards,
-            bar=None) -> list[Episode]:
+            bar=None, kind=Rollout) -> list[Episode]:
     """Play and score `episodes`, all side by side, and return them in their order.
 
-    rewards: a gym.Rewards. bar: a progress bar of tqdm, advanced by 1 for each episode.
+    rewards: a gym.Rewards. bar: a progress bar of tqdm, advanced by 1 for each episode. kind: the
+    class of the rollouts.
     """
     generating = {}             # the engine's request id: Rollout
-    ready = [(Rollout(episode, settings), None) for episode in episodes]
+    ready = [(kind(episode, settings), None) for episode in episodes]
     while ready or engine.busy:
         for play, result in ready:
             request = play.advance(result)

@@ -191,3 +191,29 @@ def interval(share: float, n: int) -> tuple[float, float]:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_interval(parts) -> tuple[float, float, float]:
+    """(mean, low, high) of the mean of several figures that were measured independently, each given
+    as (value, low, high). Their distances to the ends are added as squares: MOVER, the method of
+    variance estimates recovery [R: Zou and Donner 2008]. Unlike the normal interval from
+    variances, it does not shrink to nothing where all shares are 0 or 1."""
+    n = len(parts)
+    mean = sum(value for value, _, _ in parts) / n
+    below = math.sqrt(sum((value - low) ** 2 for value, low, _ in parts)) / n
+    above = math.sqrt(sum((high - value) ** 2 for value, _, high in parts)) / n
+    return mean, mean - below, mean + above
+
+
+def paired_difference(first, second) -> tuple[float, float, float]:
+    """(difference, low, high): the share of True in `second` minus that in `first`, which are about
+    the same tasks in the same order, with its 95% interval. Tasks that both solve, or neither, say
+    nothing about the difference, so it is narrower than that of two samples. Half a task is added
+    to each of the four cells of the table [R: Agresti and Min 2005]."""
+    n = len(first)
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    gained = sum(b and not a for a, b in zip(first, second))
+    changed, cells = lost + gained + 1, n + 2
+    middle = (gained - lost) / cells
+    half = 1.96 * math.sqrt(changed - (gained - lost) ** 2 / cells) / cells
+    return (gained - lost) / n, max(-1.0, middle - half), min(1.0, middle + half)

@@ -75,23 +75,28 @@ def combine(how: str, scores: list[float], weights: list[float]) -> float:
     return sum(s * w for s, w in zip(scores, weights)) / sum(weights)
 
 
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """The unbiased estimate of pass@k from n >= k samples of a task: if `right` of them are right,
+    C(n - right, k) of the C(n, k) ways to draw k contain no right one (Chen et al., 2021)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
 def tally(groups: dict[Task, list[Score]], k: int = 1) -> dict[str, dict]:
     """{category: number of tasks, mean reward, pass@k, number of errors}. Errors count neither for
     the reward nor for pass@k.
 
-    pass@k is the unbiased estimate: if c of n samples are right, C(n - c, k) of the C(n, k) ways
-    to draw k of them contain no right one (Chen et al., 2021). Tasks with fewer than k valid
-    samples are left out of it. [C] for watching rewards and pass@k by category.
+    Tasks with fewer than k valid samples are left out of `pass_at_k`. [C] for watching rewards and
+    pass@k by category.
     """
     table = {}
     for task, scores in groups.items():
         row = table.setdefault(task.category, {"tasks": 0, "reward": [], "pass": [], "errors": 0})
         good = [score.reward for score in scores if not score.error]
-        n, wrong = len(good), sum(reward <= 0.999 for reward in good)
+        n, right = len(good), sum(reward > 0.999 for reward in good)
         row["tasks"] += 1
         row["errors"] += len(scores) - n
         row["reward"] += good
-        row["pass"] += [1 - math.comb(wrong, k) / math.comb(n, k)] if n >= k else []
+        row["pass"] += [pass_at_k(right, n, k)] if n >= k else []
     for row in table.values():
         for name in ("reward", "pass"):
             row[name] = float(np.mean(row[name])) if row[name] else math.nan

@@ -85,7 +85,7 @@ def test_the_slots_are_no_more_than_the_tasks(monkeypatch):
     """A huge --slots takes no memory."""
     made = []
     monkeypatch.setattr(evaluation, "Engine",
-                        lambda model, slots, context: made.append(slots) or 1 / 0)
+                        lambda model, slots, *more, **options: made.append(slots) or 1 / 0)
     for tasks in ([], [1, 2, 3]):
         with pytest.raises(ZeroDivisionError):
             evaluation.run_tasks(None, None, tasks, 10 ** 9, 512, 48)
