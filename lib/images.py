@@ -107,15 +107,7 @@ class Picture:
             if self.frame:
                 image.seek(self.frame)
             image.load()
-            upright = image if turn is None else image.transpose(turn)
-            if upright.mode.startswith("I"):    # 16 bits: Pillow's conversion clips them at 255
-                eight = (np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8)
-                upright = Image.fromarray(eight)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            return upright.convert("RGB")
+            return opaque(image if turn is None else image.transpose(turn))
 
     def frames(self) -> list["Picture"]:
         """The frames of an animated GIF, WebP or PNG; a still picture is its own only frame."""
@@ -173,10 +165,43 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+def opaque(image: Image.Image) -> Image.Image:
+    """A Pillow image of any mode as RGB, with transparent parts in white."""
+    if image.mode.startswith("I"):      # 16 bits: Pillow's conversion clips them at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def open_image(path) -> Image.Image:
     """Any picture file as an upright RGB image, transparent parts white. Raises UserError with the
     reason if it can't be read."""
     return Picture(path).open()
+
+
+def any_image(image) -> Image.Image:
+    """A picture as a program has it, as an RGB image: a Pillow image, the path of a file, or an
+    array (h, w), (h, w, 3) or (h, w, 4) of uint8. A file's picture is turned upright, as
+    `open_image` does. Raises UserError for anything else."""
+    if isinstance(image, (str, os.PathLike)):
+        return open_image(image)
+    if isinstance(image, np.ndarray):
+        channels = image.shape[2] if image.ndim == 3 else 1
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
+            raise UserError("a picture as an array is (h, w), (h, w, 3) or (h, w, 4) of uint8, not "
+                            f"{image.shape} of {image.dtype}")
+        image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    if not isinstance(image, Image.Image):
+        raise UserError("a picture is a Pillow image, a path or an array of uint8, not "
+                        f"{type(image).__name__}")
+    if not all(image.size):
+        raise UserError("a picture without pixels")
+    try:
+        return opaque(image)
+    except (OSError, ValueError) as error:      # a file that ends early, an image that is closed
+        raise UserError(f"the picture can't be read: {first_sentence(error)}") from None
 
 
 # ---- what the model sees ------------------------------------------------------------------------

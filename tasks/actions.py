@@ -41,6 +41,20 @@ class Verb:
         call = f"{self.name}({', '.join(shown)})"
         return f"{self.name}() or {call}" if self.optional else call
 
+    def fits(self, values: list) -> bool:
+        """Whether these are arguments of this verb, all of the right kind."""
+        if self.optional and not values:
+            return True
+        kinds = self.arguments.values()
+        return len(values) == len(kinds) and all(map(is_of_kind, values, kinds))
+
+
+def is_of_kind(value, kind) -> bool:
+    """Whether a value is an argument of this kind, see Verb."""
+    if kind == "coordinate":
+        return type(value) is int and 0 <= value <= 999
+    return type(value) is str and (kind == "text" or value in kind)
+
 
 ACTIONS = {verb.name: verb for verb in (
     # on screens: a fresh prompt every turn
