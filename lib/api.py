@@ -3,6 +3,7 @@
 lib/openai_api.py and lib/anthropic_api.py each have a class with these methods; serve.py needs no
 other:
 
+    body = parse_body(raw, limits)                      bytes -> a dict of JSON
     protocol = OpenAI(tokens, config)                   or Anthropic(tokens, config)
     chat = protocol.read(body, limits)                  a dict of JSON -> Chat
     turn = start(chat, tokens, config, limits)          Chat -> lib.turns.Turn, for the engine
@@ -16,14 +17,22 @@ other:
     events.end(turn)                                    kind is "thought" or "text"
     events.fail(error)                                  instead of `end`, where something went wrong
 
-Whatever is wrong with a request raises ApiError.
+Whatever is wrong with a request raises ApiError. A field that a protocol does not know is refused,
+as the services themselves do; those that it knows and ignores are listed in its file.
 """
+import base64
+import json
+import math
+import re
+import time
 from dataclasses import dataclass, field
 
-from lib.images import BadRecord
-from lib.tool_use import Tool
+from lib.cli import UserError
+from lib.conversations import NAME, plainly
+from lib.images import BadRecord, Picture
+from lib.tool_use import Entry, messages_of, Tool
 from lib.turns import ReplySettings, Turn
-from tasks.base import Message
+from tasks.base import IMAGE, Message
 
 MODEL = "nanoglm-v"         # a name to which every served model answers
 
@@ -45,10 +54,10 @@ class Limits:
     max_new: int = 512          # tokens of a reply; a longer one that is asked for is cut there
     max_think: int = 256        # tokens of a thought, likewise
     max_images: int = 16        # pictures in a request
-    max_pixels: int = 2 ** 24   # of one picture, by its header, before it is decoded
-    max_messages: int = 1000
+    max_pixels: int = 2 ** 23   # of one picture, by its header, before it is decoded
+    max_messages: int = 1000    # also the parts of one message
     max_tools: int = 128
-    max_depth: int = 32         # of lists and objects inside one another
+    max_depth: int = 64         # of lists and objects inside one another
 
 
 @dataclass
@@ -59,7 +68,297 @@ class Chat:
     settings: ReplySettings
     tools: tuple[Tool, ...] = ()            # those that the reply may call
     stream: bool = False                    # whether to send events as the reply grows
-    options: dict = field(default_factory=dict)     # what the protocol itself remembers
+    one_call: bool = False                  # whether the reply may call one tool at most
+    usage: bool = True                      # whether the stream ends with the numbers of tokens
+    created: int = field(default_factory=lambda: int(time.time()))     # seconds since 1970
+
+
+# ---- JSON ---------------------------------------------------------------------------------------
+
+def parse_body(raw: bytes, limits: Limits) -> dict:
+    """The object of JSON that a body holds. Raises ApiError for anything else, and for numbers and
+    texts that JSON does not allow: NaN, halves of a surrogate pair."""
+    try:
+        body = json.loads(raw.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
+        why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ApiError(400, "invalid_json", f"the body is not valid JSON: {why}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "invalid_json", "the body must be a JSON object")
+    # By hand and not by recursion: the depth is the sender's.
+    left = [(body, 1)]
+    while left:
+        value, depth = left.pop()
+        if isinstance(value, str):
+            _check_text(value)
+        elif isinstance(value, (dict, list)):
+            if depth > limits.max_depth:
+                raise ApiError(400, "invalid_json",
+                               f"the body is nested deeper than {limits.max_depth} levels")
+            children = [*value, *value.values()] if isinstance(value, dict) else value
+            left += [(child, depth + 1) for child in children]
+        elif isinstance(value, float) and not math.isfinite(value):     # 1e999
+            raise ApiError(400, "invalid_json", "the body has a number that is too large")
+    return body
+
+
+def _no_number(name: str):
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_text(text: str):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "invalid_json",
+                       "the body has a text with half of a surrogate pair") from None
+
+
+# ---- fields -------------------------------------------------------------------------------------
+
+class Fields:
+    """An object of a request, read field by field. null is the same as a field that is missing.
+
+    path: where it is in the request; dotted: how the protocol writes that, messages.0.role or
+    messages[0].role. `end` raises ApiError if there is a field that nobody has read.
+    """
+
+    def __init__(self, value: dict, path: str = "", dotted: bool = False):
+        if not isinstance(value, dict):
+            raise bad(path, f"must be an object, not {shown(value)}", "invalid_type")
+        self.value, self.path, self.dotted, self.known = value, path, dotted, set()
+
+    def at(self, name: str) -> str:
+        """The path of a field."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def take(self, name: str, kind=None, what: str = "", default=None, need: bool = False):
+        """The value of a field, which must be of this type; `what` names the type. default: what a
+        missing one is. need: it must be there."""
+        self.known.add(name)
+        value = self.value.get(name)
+        if value is None:
+            if need:
+                raise bad(self.at(name), "this field is required", "missing_required_parameter")
+            return default
+        if kind and (not isinstance(value, kind) or isinstance(value, bool) and kind is not bool):
+            raise bad(self.at(name), f"must be {what}, not {shown(value)}", "invalid_type")
+        return value
+
+    def text(self, name: str, default: str = "", need: bool = False) -> str:
+        return self.take(name, str, "a text", default, need)
+
+    def truth(self, name: str, default: bool = False) -> bool:
+        return self.take(name, bool, "true or false", default)
+
+    def number(self, name: str, low: float, high: float, default: float) -> float:
+        value = self.take(name, (int, float), "a number", default)
+        if not low <= value <= high:
+            raise bad(self.at(name), f"must be from {low:g} to {high:g}, not {shown(value)}",
+                      "out_of_range")
+        return float(value)
+
+    def integer(self, name: str, low: int, high: int | None = None, default=None, need=False):
+        value = self.take(name, int, "an integer", default, need)
+        if value is not None and not low <= value <= (value if high is None else high):
+            wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise bad(self.at(name), f"must be {wanted}, not {shown(value)}", "out_of_range")
+        return value
+
+    def word(self, name: str, words, default: str = "", need: bool = False) -> str:
+        """A text that is one of these."""
+        value = self.text(name, default, need)
+        if value != default and value not in words:
+            raise bad(self.at(name), f"must be one of {', '.join(words)}, not {shown(value)}")
+        return value
+
+    def object(self, name: str, need: bool = False) -> "Fields | None":
+        value = self.take(name, dict, "an object", None, need)
+        return None if value is None else Fields(value, self.at(name), self.dotted)
+
+    def objects(self, name: str, most: int, need: bool = False) -> list["Fields"]:
+        """A list of objects."""
+        values = self.take(name, list, "a list", [], need)
+        if len(values) > most:
+            raise bad(self.at(name), f"at most {most} are served, not {len(values)}", "too_many")
+        form = "{}.{}" if self.dotted else "{}[{}]"
+        return [Fields(value, form.format(self.at(name), n), self.dotted)
+                for n, value in enumerate(values)]
+
+    def texts(self, name: str, most: int) -> tuple[str, ...]:
+        """A list of texts, none of them empty."""
+        values = self.take(name, list, "a list", [])
+        if len(values) > most or not all(isinstance(v, str) and v.strip() for v in values):
+            raise bad(self.at(name), f"must be a list of at most {most} texts that are not empty")
+        return tuple(values)
+
+    def ignore(self, *names: str):
+        """These fields may hold anything."""
+        self.known |= set(names)
+
+    def refuse(self, why: str, *names: str, unless=()):
+        """These fields are known, but must hold nothing, or one of the values in `unless`."""
+        for name in names:
+            value = self.take(name)
+            if value is not None and not any(value is v or value == v for v in unless):
+                raise bad(self.at(name), why, "unsupported_parameter")
+
+    def end(self):
+        for name in self.value:
+            if name not in self.known:
+                raise bad(self.at(name), "this field is unknown here", "unknown_parameter")
+
+
+def bad(path: str, what: str, kind: str = "invalid_value") -> ApiError:
+    """The error of a field that is wrong."""
+    return ApiError(400, kind, f"{path}: {what}" if path else what, path)
+
+
+def shown(value) -> str:
+    """A value of the request in a message, not longer than 60 characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---- the model, its tools, its pictures ---------------------------------------------------------
+
+def read_model(fields: Fields, limits: Limits) -> str:
+    """The name of the model, which must be one that is served."""
+    name = fields.text("model", need=True)
+    check_model(name, limits)
+    return name
+
+
+def check_model(name: str, limits: Limits):
+    if name not in limits.names:
+        raise ApiError(404, "model_not_found", f"the model {shown(name)} is not served here; "
+                       f"there is {' and '.join(limits.names)}", "model")
+
+
+def read_tool(fields: Fields, schema: str) -> Tool:
+    """A tool. schema: the field that has the JSON schema of its arguments."""
+    name = fields.text("name", need=True)
+    if not re.fullmatch(NAME, name) or len(name) > 128:
+        raise bad(fields.at("name"), f"{shown(name)} can't be written as a call: at most 128 "
+                  "letters, digits, _, . and -, of which the first is a letter or _")
+    parameters = fields.take(schema, dict, "a JSON schema", {})
+    properties = parameters.get("properties")
+    if parameters.get("type", "object") != "object" or not isinstance(properties or {}, dict):
+        raise bad(fields.at(schema), "must be the schema of an object, with `properties`")
+    return Tool(name, fields.text("description"), parameters)
+
+
+def check_tools(tools: list[Tool], path: str = "tools"):
+    names = [tool.name for tool in tools]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise bad(path, f"two tools have the name {min(twice)}")
+
+
+def named_tool(name: str, tools, path: str) -> Tool:
+    """The tool that a reply must call."""
+    found = next((tool for tool in tools if tool.name == name), None)
+    if not found:
+        raise bad(path, f"there is no tool {shown(name)}")
+    return found
+
+
+# The formats that both services take. Pillow reads many more, some by starting other programs.
+FORMATS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg",
+           b"GIF8": "image/gif", b"RIFF": "image/webp"}
+
+
+def picture(data: str, path: str, limits: Limits) -> Picture:
+    """The picture in a text of base64. Its header is checked; it is decoded later."""
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except ValueError:
+        raise bad(path, "this is not valid base64", "invalid_image") from None
+    kind = next((kind for start, kind in FORMATS.items() if raw.startswith(start)), None)
+    if kind is None:
+        raise bad(path, f"this is no picture: {', '.join(FORMATS.values())} are read",
+                  "invalid_image")
+    found = Picture(raw, path)
+    try:
+        width, height = found.size
+    except BadRecord as error:
+        raise bad(path, str(error), "invalid_image") from None
+    if width * height > limits.max_pixels:
+        raise bad(path, f"a picture of {width}x{height} pixels: at most {limits.max_pixels:,} "
+                  "pixels are read", "image_too_large")
+    return found
+
+
+def data_uri_picture(uri: str, path: str, limits: Limits) -> Picture:
+    """The picture in a data URI. An address of any other kind is refused: nothing is fetched."""
+    head, _, data = uri.partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64"):
+        raise bad(path, f"{shown(uri)} is no data URI (data:image/png;base64,...), and this server "
+                  "fetches no pictures", "invalid_image_url")
+    return picture(data, path, limits)
+
+
+# ---- the conversation ---------------------------------------------------------------------------
+
+def joined(parts: list) -> tuple[str, tuple]:
+    """The text and the pictures of a message, given its parts: texts and Pictures. Two texts next
+    to each other are separated by a line break."""
+    text, images, after_text = "", [], False
+    for part in parts:
+        if isinstance(part, str):
+            text += "\n" * after_text + plainly(part)
+        else:
+            text += IMAGE
+            images.append(part)
+        after_text = isinstance(part, str)
+    return text, tuple(images)
+
+
+def check_entries(entries: list[Entry], limits: Limits):
+    """Raise ApiError unless the conversation is in an order that the model can answer: the user
+    begins, a reply follows on something, each call has a result and each result a call."""
+    if sum(len(entry.images) for entry in entries) > limits.max_images:
+        raise bad("messages", f"more than {limits.max_images} pictures", "too_many")
+    before, waiting, begun = None, {}, False
+    for entry in entries:
+        if entry.role != "observation" and waiting:
+            raise bad(entry.place, f"the calls {', '.join(waiting)} have no results before this")
+        if entry.role == "observation":
+            if not waiting.pop(entry.answers, None):
+                raise bad(entry.place, f"this is the result of {shown(entry.answers)}, but the "
+                          "reply before it has no such call, or it has its result already")
+        elif entry.role == "assistant":
+            if not begun or before == "assistant":
+                raise bad(entry.place, "a reply must follow on a message of the user or a result")
+            waiting = {call.id: call for call in entry.calls}
+            if len(waiting) < len(entry.calls):
+                raise bad(entry.place, "two calls have the same id")
+        elif entry.role == "user" and not entry.words and not entry.images:
+            raise bad(entry.place, "a message of the user must not be empty", "empty_content")
+        begun = begun or entry.role == "user"
+        before = entry.role
+    if waiting:
+        raise bad(entries[-1].place, f"the calls {', '.join(waiting)} have no results")
+    if not begun:
+        raise bad("messages", "there is no message of the user")
+    if entries[-1].role == "assistant":
+        raise bad(entries[-1].place, "the last message must be of the user, or a result")
+
+
+def conversation(entries: list[Entry], tools, limits: Limits) -> list[Message]:
+    """The conversation as the model reads it, checked."""
+    check_entries(entries, limits)
+    try:
+        return messages_of(entries, tools)
+    except (ValueError, RecursionError) as error:
+        raise bad("messages", f"a call can't be written: {error}") from None
+
+
+def made(form, path: str):
+    """What the function `form` makes, a form of lib/forms.py."""
+    try:
+        return form()
+    except UserError as error:
+        raise bad(path, str(error), "unsupported_schema") from None
 
 
 def start(chat: Chat, tokens, config, limits: Limits) -> Turn:
@@ -69,8 +368,18 @@ def start(chat: Chat, tokens, config, limits: Limits) -> Turn:
         turn = Turn(chat.messages, chat.settings, tokens, config)
     except BadRecord as error:
         raise ApiError(400, "invalid_image", str(error), "messages") from None
+    except UserError as error:
+        raise ApiError(400, "invalid_value", str(error)) from None
     length = len(turn.request.prompt.ids)
     if length >= limits.context:
-        raise ApiError(400, "context_length_exceeded", "prompt is too long: "
-                       f"{length} tokens >= {limits.context} maximum", "messages")
+        raise ApiError(400, "context_length_exceeded", f"the prompt is too long: {length} tokens, "
+                       f"and prompt and reply have {limits.context} together", "messages")
     return turn
+
+
+# ---- server-sent events -------------------------------------------------------------------------
+
+def event(data: dict | str, name: str = "") -> bytes:
+    """One event, as bytes to send."""
+    data = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    return (f"event: {name}\n" * bool(name) + f"data: {data}\n\n").encode()
