@@ -6,6 +6,10 @@
     python sample.py ask --image=docs/example.png "List all." --drafts=3    speculative decoding
     python sample.py ask --ckpt=FOLDER --image=page.png "Text Recognition:" --max_new=2048
                                                          GLM-OCR's folder, as it is released
+    echo "List all." | python sample.py ask --image=docs/example.png -      a question from a pipe
+    python sample.py ask --image=- "List all." --json < docs/example.png    a picture; JSON out
+    python sample.py ask --image=docs/example.png "List all." --form=box --think=64
+    python sample.py chat                                a conversation; /help lists its commands
     python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
     python sample.py eval --data=FILE.jsonl              your own questions: see lib/own_eval.py
@@ -17,6 +21,7 @@ nothing else: to a photo or a question in other words it gives some answer, whic
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
+import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,17 +29,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import gym
-from data import document, parse_mix, sight
-from engine import Engine, Request
+from data import parse_mix, sight
+from engine import Engine
 from lib.card import list_questions, seen, trained_on, write_card
 from lib.checkpoint import load_model
 from lib.cli import (Count, Device, Drafts, Dtype, main, Natural, NonNegative, Positive, Range,
                      run_verb, Seed, Share, UserError)
 from lib.common import ROOT, setup, write_json
-from lib.evaluation import evaluate, show
-from lib.images import open_image
+from lib.evaluation import comparison, evaluate, known_tasks, show, show_summary
+from lib.harness import evaluate_harnesses, read_harnesses
+from lib.images import open_image, Picture
 from lib.own_eval import evaluate_file, show_figures
+from lib.records import decode
 from lib.runs import find_checkpoint
+from lib.summary import not_played, summary
+from lib.terminal import (Conversation, introduction, note, note_end, note_unlike, read_all, Screen,
+                          talk)
+from lib.turns import engine_for, play, ReplySettings, Turn
 from tasks.base import Message
 from tokenizer import tokenizer_of
 
@@ -54,49 +65,89 @@ def load(ckpt: str, device: str, dtype: str):
 
 @dataclass
 class Ask:
-    question: str = ""            # also as a bare word; without it, the known ones are listed
-    image: list[str] = field(default_factory=list)  # a picture file; may be given several times
+    question: str = ""            # also as a bare word; without it, the known ones are listed;
+                                  # "-" reads it from standard input
+    image: list[str] = field(default_factory=list)  # a picture file; may be given several times;
+                                  # "-" is standard input
     ckpt: str = ""                # checkpoint or run folder; default: ckpt/gym
     max_new: Positive = 128       # tokens at most in the answer
     temperature: NonNegative = 0.0  # of sampling; 0 always takes the most likely token
     top_p: Share = 1.0            # sample from the most likely tokens, up to this probability
     seed: Seed = 0                # of sampling
     drafts: Drafts = 0            # tokens that the MTP head drafts in a step; same answer in fp32
+    think: Natural = 0            # tokens that it may think for before the answer; 0: not at all
+    prefix: str = ""              # what the answer begins with, such as "click("
+    form: str = ""                # what it must look like: action, click, box, point, integer,
+                                  # text or json
+    json: bool = False            # print one JSON object: the reply, and what there is to know of it
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16
 
 
 def ask(args: Ask):
-    """Print the answer to a question about pictures, and to stderr what the model was given. What
-    is unlike its training is named there, too: to what it has not seen a model gives some answer,
-    which means nothing."""
-    images = tuple(open_image(path) for path in args.image)
+    """Print the answer to a question about pictures, and to stderr what the model was given and its
+    thought. What is unlike its training is named there, too: to what it has not seen a model gives
+    some answer, which means nothing."""
+    question, images = asked(args)
     model, tokens, hw = load(args.ckpt, args.device, args.dtype)
     folder = find_checkpoint(args.ckpt or SHIPPED)
-    if not args.question.strip():
-        if images:
+    if not question.strip():
+        if images or args.json or args.question == "-":
             raise UserError('nothing asked: python sample.py ask --image=FILE "question"')
         return list_questions(folder, model.config)
-    message = Message("user", "<|image|>" * len(images) + args.question, images)
-    prompt = document([message], tokens, model.config, answer=True)
-    for path, shown in zip(args.image, prompt.images):
-        print(f"{path} is seen at {shown.shape[1]}x{shown.shape[0]} pixels", file=sys.stderr)
-    trained = seen(folder, model.config)
-    if trained and (unlike := trained.differences(args.question, prompt.images)):
-        print(f"unlike its training, so the answer may mean nothing: {'; '.join(unlike)}",
-              file=sys.stderr)
-    limit = model.config.text.max_position_embeddings
-    context = min(limit, len(prompt.ids) + args.max_new + 1)
-    # adapt=False: times must not decide on the draws, so that a seed always gives the same answer
-    engine = Engine(model, 1, context, args.drafts, adapt=False,
-                    say=lambda line: print(line, file=sys.stderr))
-    engine.submit(Request(prompt, args.max_new, args.temperature, args.top_p, args.seed))
-    results = []
-    while engine.busy:
-        results += engine.step()
-    print(readable(tokens.decode(results[0].ids)))
+    message = Message("user", "<|image|>" * len(images) + question, images)
+    turn = Turn([message], settings_of(args, tokens), tokens, model.config)
+    for path, shown in zip(args.image, turn.prompt.images):
+        note(f"{'the picture' if path == '-' else path} is seen at {shown.shape[1]}x{shown.shape[0]} pixels")
+    unlike = note_unlike(seen(folder, model.config), question, turn.prompt.images)
+    engine = engine_for(model, turn, args.drafts, say=note)
+    if args.json:
+        print(json.dumps(as_json(play(engine, turn), engine, unlike)))
+    else:
+        screen = Screen(readable(args.prefix))
+        play(engine, turn, screen.show)
+        screen.end()
+    if not turn.text.strip():
+        note("there was no reply")
+    note_end(turn, model.config.text.max_position_embeddings)
     if engine.drafts:
-        print(f"{engine.tokens / max(1, engine.steps):.2f} tokens a step", file=sys.stderr)
+        note(f"{engine.tokens / max(1, engine.steps):.2f} tokens a step")
+
+
+def asked(args: Ask) -> tuple[str, tuple]:
+    """The question and the pictures of the options, one of which may come from standard input."""
+    if args.image.count("-") + (args.question == "-") > 1:
+        raise UserError("standard input holds either the question or one picture, not both")
+    question, images = args.question, []
+    for path in args.image:
+        if path == "-":
+            name = "standard input"
+            images.append(Picture(read_all(sys.stdin.buffer, name), name).open())
+        else:
+            images.append(open_image(path))
+    if question == "-":
+        name = "standard input"
+        question = decode(read_all(sys.stdin.buffer, name), name).strip()
+    return question, tuple(images)
+
+
+def settings_of(args, tokens) -> ReplySettings:
+    """How to reply, by the options of `ask` and `chat`. Raises UserError on an unknown form."""
+    form = None
+    if args.form:
+        from lib.forms import named_form
+        form = named_form(args.form, tokens)
+    return ReplySettings(args.max_new, args.temperature, args.top_p, args.seed, args.think,
+                         getattr(args, "prefix", ""), form)
+
+
+def as_json(turn: Turn, engine: Engine, unlike: list[str] | None) -> dict:
+    """What `ask --json` prints. unlike: differences to the training, None where it is unknown."""
+    rate = engine.tokens / engine.steps if engine.steps else None   # the first token takes no step
+    return {"reply": (readable(turn.settings.prefix) + turn.text).strip(), "raw": turn.raw,
+            "thought": turn.thought, "finish": turn.finish, "prompt_tokens": turn.prompt_tokens,
+            "reply_tokens": len(turn.ids), "tokens_a_step": rate and round(rate, 3),
+            "unlike_training": unlike}
 
 
 def readable(reply: str) -> str:
@@ -107,15 +158,47 @@ def readable(reply: str) -> str:
     return reply.strip()
 
 
+# ---- chat ---------------------------------------------------------------------------------------
+
+@dataclass
+class Chat:
+    ckpt: str = ""                # checkpoint or run folder; default: ckpt/gym
+    max_new: Positive = 256       # tokens at most in a reply
+    temperature: NonNegative = 0.0  # of sampling; 0 always takes the most likely token
+    top_p: Share = 1.0            # sample from the most likely tokens, up to this probability
+    seed: Seed = 0                # of sampling; each further reply has the next seed
+    drafts: Drafts = 0            # tokens that the MTP head drafts in a step; same reply in fp32
+    think: Natural = 0            # tokens that it may think for before a reply; see also /think
+    form: str = ""                # what replies must look like: action, click, box, point, integer,
+                                  # text or json
+    device: Device = "auto"       # auto, cpu, cuda or mps
+    dtype: Dtype = "auto"         # auto, float32 or bfloat16
+
+
+def chat(args: Chat, lines=None, terminal: bool | None = None):
+    """Talk with the model about pictures: each line is a message, or a command such as /image FILE.
+    /help lists the commands. Without a terminal the lines of standard input are taken, and only the
+    replies are printed on stdout."""
+    model, tokens, hw = load(args.ckpt, args.device, args.dtype)
+    settings = settings_of(args, tokens)
+    trained = seen(find_checkpoint(args.ckpt or SHIPPED), model.config)
+    note(introduction(args.ckpt or "ckpt/gym", model, trained))
+    talk(Conversation(model, settings, args.drafts, trained), lines, terminal)
+
+
 # ---- eval ---------------------------------------------------------------------------------------
 
 @dataclass
 class Eval:
-    ckpt: str = ""                # checkpoint or run folder; default: ckpt/gym
+    ckpt: list[str] = field(default_factory=list)  # checkpoint or run folder, default ckpt/gym; more
+                                  # of them, also with commas, are compared with the first one
     data: str = ""                # file of own questions, see lib/own_eval.py; default: the gym's
     mix: str = ""                 # categories; default: those that it was trained on
     levels: Annotated[int, Range(0, 5)] = 0  # tasks of levels 0..levels-1; 0: as it was trained
     count: Count = 200            # tasks a category
+    passes: Annotated[int, Range(0, 1000)] = 0  # samples a task for pass@k, at temperature 1; 0: no
+    drafts: Drafts = 0            # tokens that the MTP head drafts; shows how many a step gives
+    harness: str = ""             # plain, history, tools, verify: compare them, lib/harness.py
     pixels: Natural = 0           # side of the pictures; 0: the least that suits the patches
     split: Literal["test", "train"] = "test"  # test: held-out seeds and factors; or train
     seed: Seed = 1_000_000        # of the first task; the next one has the next seed
@@ -130,52 +213,66 @@ class Eval:
 
 
 def evaluation(args: Eval):
-    """Evaluate a checkpoint, print the table and write it to --out; --card: a card too. With --data
-    the questions are those of a file, and `python -m lab.report FOLDER` makes a page of them."""
+    """Evaluate a checkpoint, print the table and write it to --out; --card: a card too. Several
+    checkpoints are compared on the same tasks, and with --harness several ways to ask one. With
+    --data the questions are those of a file. `python -m lab.report FOLDER` makes a page of the
+    folder with the figures."""
+    names = [name for text in args.ckpt for name in text.split(",") if name.strip()] or [""]
+    if len(names) > 1 and (args.data or args.card or args.harness or len({*names}) < len(names)):
+        raise UserError("several of --ckpt must differ, and take no --data, --card or --harness")
     if args.data:
-        return own_evaluation(args)
-    model, tokens, hw = load(args.ckpt, args.device, args.dtype)
-    print(hw.description)
-    folder = find_checkpoint(args.ckpt or SHIPPED)
-    trained_mix, trained_levels, source = trained_on(folder)
-    mix, levels = args.mix, args.levels or trained_levels
-    if not mix:
-        known = dict(parse_mix(trained_mix, sight(model.config)))
-        mix = ",".join(name for name in known if name in gym.names())   # without text and code
-        if not mix:
-            raise UserError(f"{source} names no category, only {trained_mix}: give --mix")
-        print(f"what it was trained on, by {source}: {mix}")
+        return own_evaluation(args, names[0])
     if args.card and not (Path(args.card) / "model.safetensors").exists():
         raise UserError(f"--card={args.card} holds no weights that a card could describe")
-    began = time.time()
-    table = evaluate(model, tokens, mix, levels, args.count, args.split, args.seed, args.slots,
-                     args.pixels, args.context, args.max_new)
-    show(table)
-    found = {"ckpt": args.ckpt or "ckpt/gym", "split": args.split, "levels": levels,
-             "seed": args.seed, "hardware": hw.description, "trained_levels": trained_levels,
-             "table": table}
+    harnesses = read_harnesses(args.harness)
+    folders = [find_checkpoint(name or SHIPPED) for name in names]
+    mix, levels, source = known_tasks(folders, args.mix, args.levels)
+    print(f"categories, by {source}: {mix}")
+    played = {name: getattr(args, name) for name in (
+        "count", "split", "seed", "slots", "pixels", "context", "max_new")} | {"levels": levels}
+    began, tables = time.time(), {}
+    for name in names:
+        model, tokens, hw = load(name, args.device, args.dtype)
+        label = name or "ckpt/gym"
+        print(f"{label}, {hw.description}")
+        if harnesses:
+            tables = evaluate_harnesses(model, tokens, mix, harnesses, **played)
+            break
+        tables[label] = evaluate(model, tokens, mix, **played, passes=args.passes,
+                                 drafts=args.drafts)
+        show(tables[label])
+    facts = {"ckpt": ",".join(name or "ckpt/gym" for name in names), "split": args.split,
+             "levels": levels, "seed": args.seed, "hardware": hw.description}
+    if harnesses or len(names) > 1:
+        facts |= comparison(tables, "history" if "history" in tables else next(iter(tables)),
+                            f"{facts['ckpt']}: harnesses" if harnesses else "Checkpoints")
+    else:
+        show_summary(tables[label])
+        facts |= {"trained_levels": trained_on(folders[0])[1], "table": tables[label],
+                  "summary": summary(tables[label]), "not_played": not_played(tables[label])}
     out = args.out or "out/eval.json"
-    write_json(out, found)
+    write_json(out, facts)
     if args.card:
-        write_card(Path(args.card), model, seen(folder, model.config), found)
+        write_card(Path(args.card), model, seen(folders[0], model.config), facts)
     print(f"{levels} level{'s' * (levels > 1)} in {time.time() - began:.0f} s; the figures are in "
           f"{out}" + f", the card is {args.card}/README.md" * bool(args.card))
 
 
-def own_evaluation(args: Eval):
+def own_evaluation(args: Eval, ckpt: str):
     """Evaluate a checkpoint on the questions of --data."""
-    for name in ("mix", "levels", "count", "pixels", "split", "seed", "card"):
+    for name in ("mix", "levels", "count", "passes", "drafts", "harness", "pixels", "split",
+                 "seed", "card"):
         if getattr(args, name) != getattr(Eval, name):
             raise UserError(f"--{name} is about the gym's tasks, and --data takes their place")
-    model, tokens, hw = load(args.ckpt, args.device, args.dtype)
+    model, tokens, hw = load(ckpt, args.device, args.dtype)
     print(hw.description)
     began, name = time.time(), Path(args.data).stem
     out = Path(args.out or f"out/eval_{name}/eval.json")
     found = evaluate_file(model, tokens, args.data, out.parent / "pictures", args.slots,
                           args.context, args.max_new or 256)
     show_figures(found)
-    write_json(out, {"title": f"{Path(args.data).name}, answered by {args.ckpt or 'ckpt/gym'}",
-                     "data": args.data, "ckpt": args.ckpt or "ckpt/gym",
+    write_json(out, {"title": f"{Path(args.data).name}, answered by {ckpt or 'ckpt/gym'}",
+                     "data": args.data, "ckpt": ckpt or "ckpt/gym",
                      "hardware": hw.description, **found})
     print(f"{found['all']['n']:,} questions in {time.time() - began:.0f} s; the figures are in "
           f"{out}, and `python -m lab.report {out.parent}` makes a page of them")
@@ -183,7 +280,7 @@ def own_evaluation(args: Eval):
 
 # ---- the command line ---------------------------------------------------------------------------
 
-VERBS = {"ask": (Ask, ask, "question"), "eval": (Eval, evaluation, None)}
+VERBS = {"ask": (Ask, ask, "question"), "chat": (Chat, chat, None), "eval": (Eval, evaluation, None)}
 
 
 if __name__ == "__main__":

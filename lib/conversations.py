@@ -28,6 +28,8 @@ OpenAI's `tools`: what the model should know about them belongs into the system 
 Nothing in a record is trusted: what can't be used raises BadRecord, whose kind is counted.
 """
 import ast
+import base64
+import io
 import json
 import math
 import re
@@ -36,6 +38,9 @@ from itertools import pairwise
 from keyword import iskeyword
 from string import ascii_uppercase
 
+from PIL import Image
+
+from lib.cli import UserError
 from lib.images import BadRecord, Frames, Picture
 from lib.scoring import BOXES, checked, letter_of
 from lib.shards import Record
@@ -355,6 +360,47 @@ def shown(mark: Mark, pictures: dict, record: Record, pairs: int) -> list[tuple]
 def found(name, record: Record):
     """The Picture of this name, or the Picture that `name` is already."""
     return name if isinstance(name, Picture) else record.find(name)
+
+
+# ---- writing a record ---------------------------------------------------------------------------
+
+def openai_record(messages) -> dict:
+    """A conversation in OpenAI's layout, which `conversation` reads back. Pictures become data URIs
+    of the files that they are from. Raises UserError where it holds a video."""
+    roles = {"observation": "tool"}
+    turns = []
+    for message in messages:
+        turn = {"role": roles.get(message.role, message.role), "content": message.text}
+        thought = re.fullmatch(r"<think>(.*?\S.*?)</think>\n(.*\S.*)", message.text, re.DOTALL)
+        if message.role == "assistant" and thought:
+            turn |= {"reasoning_content": thought[1], "content": thought[2]}
+        elif message.images:
+            turn["content"] = content_parts(message)
+        if message.weight is not None:
+            turn["weight"] = message.weight
+        turns.append(turn)
+    return {"messages": turns}
+
+
+def content_parts(message: Message) -> list[dict]:
+    """A message with pictures as a list of parts."""
+    parts = []
+    for n, text in enumerate(message.text.split(IMAGE, len(message.images))):
+        if n:
+            parts.append({"type": "image_url", "image_url": {"url": data_uri(message.images[n - 1])}})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def data_uri(picture: Picture) -> str:
+    """The file of a picture as data:image/png;base64,iVBOR..."""
+    if isinstance(picture, Frames):
+        raise UserError("a conversation with a video can't be written")
+    with picture.file() as file:
+        data = file.read()
+    kind = Image.open(io.BytesIO(data)).get_format_mimetype()
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 # ---- calls of tools -----------------------------------------------------------------------------
