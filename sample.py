@@ -79,7 +79,7 @@ class Ask:
     prefix: str = ""              # what the answer begins with, such as "click("
     form: str = ""                # what it must look like: action, click, box, point, integer,
                                   # text or json
-    json: bool = False            # print one JSON object: the reply, and what there is to know of it
+    json: bool = False            # print one JSON object: the reply and facts about it
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16
 
@@ -98,7 +98,8 @@ def ask(args: Ask):
     message = Message("user", "<|image|>" * len(images) + question, images)
     turn = Turn([message], settings_of(args, tokens), tokens, model.config)
     for path, shown in zip(args.image, turn.prompt.images):
-        note(f"{'the picture' if path == '-' else path} is seen at {shown.shape[1]}x{shown.shape[0]} pixels")
+        name = "the picture" if path == "-" else path
+        note(f"{name} is seen at {shown.shape[1]}x{shown.shape[0]} pixels")
     unlike = note_unlike(seen(folder, model.config), question, turn.prompt.images)
     engine = engine_for(model, turn, args.drafts, say=note)
     if args.json:
@@ -280,7 +281,8 @@ def own_evaluation(args: Eval, ckpt: str):
 
 # ---- the command line ---------------------------------------------------------------------------
 
-VERBS = {"ask": (Ask, ask, "question"), "chat": (Chat, chat, None), "eval": (Eval, evaluation, None)}
+VERBS = {"ask": (Ask, ask, "question"), "chat": (Chat, chat, None),
+         "eval": (Eval, evaluation, None)}
 
 
 if __name__ == "__main__":
