@@ -23,6 +23,7 @@ ENTRIES = {
     "train_vit": [("Args", "run", ("train",), ())],
     "sample": [("Ask", "ask", ("seen", "list_questions"), ("--question=?",)),
                ("Eval", "evaluation", ("run_tasks",), ())],
+    "serve": [("Args", "run", ("EngineThread",), ("--port=0",))],
     "gym": [("List", "list_categories", (), ()),
             ("Actions", "list_actions", (), ()),
             ("Sheet", "save_contact_sheet", ("contact_sheet",), ()),
