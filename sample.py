@@ -191,8 +191,7 @@ def chat(args: Chat, lines=None, terminal: bool | None = None):
 
 @dataclass
 class Eval:
-    ckpt: list[str] = field(default_factory=list)  # checkpoint or run folder, default ckpt/gym; more
-                                  # of them, also with commas, are compared with the first one
+    ckpt: list[str] = field(default_factory=list)  # default ckpt/gym; more than one: compare
     data: str = ""                # file of own questions, see lib/own_eval.py; default: the gym's
     mix: str = ""                 # categories; default: those that it was trained on
     levels: Annotated[int, Range(0, 5)] = 0  # tasks of levels 0..levels-1; 0: as it was trained
@@ -228,7 +227,8 @@ def evaluation(args: Eval):
     harnesses = read_harnesses(args.harness)
     folders = [find_checkpoint(name or SHIPPED) for name in names]
     mix, levels, source = known_tasks(folders, args.mix, args.levels)
-    print(f"categories, by {source}: {mix}")
+    if not args.mix:
+        print(f"what it was trained on, by {source}: {mix}")
     played = {name: getattr(args, name) for name in (
         "count", "split", "seed", "slots", "pixels", "context", "max_new")} | {"levels": levels}
     began, tables = time.time(), {}

@@ -11,10 +11,13 @@ from tqdm import tqdm
 import gym
 from data import document, parse_mix, sight, task_pixels
 from engine import Engine
+from lib.card import trained_on
+from lib.checkpoint import load_config
 from lib.cli import UserError
 from lib.rollout import Episode, Rollout, rollout, RolloutSettings
 from lib.scoring import interval
-from lib.summary import mean_of, not_played, outcome, summary
+from lib.summary import (compare, mean_of, not_played, outcome, percentages,
+                         summary)
 from tasks.base import Task
 from tasks.rewards import pass_at_k
 
@@ -114,6 +117,26 @@ def category_names(mix: str, config) -> list[str]:
     return names
 
 
+def known_tasks(folders, mix: str, levels: int) -> tuple[str, int, str]:
+    """(mix, levels, where the mix is from) to evaluate the checkpoints in `folders` on: those that
+    are given, or else the categories and levels that all of them were trained on. Raises UserError
+    where there are none, or where one of the models can't see what is asked for."""
+    configs = [load_config(folder) for folder in folders]
+    trained = [trained_on(folder) for folder in folders]
+    levels = levels or min(known for _, known, _ in trained)
+    if mix:     # "gym" is what the model with the least room for pictures sees
+        return ",".join(category_names(mix, min(configs, key=sight))), levels, "--mix"
+    known = [dict(parse_mix(names, sight(config)))
+             for (names, *_), config in zip(trained, configs)]
+    shared = [name for name in known[0]                 # without text and code
+              if name in gym.names() and all(name in names for names in known)]
+    sources = " and ".join(dict.fromkeys(source for *_, source in trained))
+    if not shared:
+        only = trained[0][0] if len(trained) == 1 else "nothing that all have in common"
+        raise UserError(f"{sources} names no category, only {only}: give --mix")
+    return ",".join(shared), levels, sources
+
+
 def tasks_of(name: str, config, levels: int, count: int, split: str, seed: int,
              pixels: int = 0) -> list[Task]:
     """`count` tasks of a category, from levels 0..levels-1 in turn."""
@@ -210,24 +233,37 @@ def show_summary(table: dict):
             print(f"{line_of(name, row)}{row['categories']:>12}{row['ahead']:>7}")
     for name, parts in not_played(table).items():
         print(f"{name:<17}left out, since not played: {', '.join(parts)}")
-    print("ahead: categories that are 20 points or more above blank pictures and above chance")
+    print("ahead: categories that are 20 points or more above blank pictures and above chance; "
+          "tokens: of a reply;\na step: tokens that a step of the engine gives with drafts")
 
 
 def show_comparison(found: dict[str, dict[str, dict]], first: str):
     """Print what `compare` returns: a column for each table, and the differences from `first`."""
     columns = list(next(iter(found.values())))
-    wide = max(25, *(len(column) + 2 for column in columns))
-    print(f"{'':<17}" + "".join(f"{column:>{wide}}" for column in columns))
+    wide = max(33, *(len(column) + 2 for column in columns))
+    print(f"\n{'':<17}" + "".join(f"{column:<{wide}}" for column in columns).rstrip())
     for name, row in found.items():
         cells = []
         for column in columns:
-            cell = f"{row[column]['accuracy']:.1%}"
-            if moved := row[column].get("difference"):
-                mark = "*" if moved[1] > 0 or moved[2] < 0 else " "
-                cell += " {:+.1f} [{:+.1f}, {:+.1f}]{}".format(*(100 * x for x in moved), mark)
-            elif column == first:
-                cell += f" [{row[column]['low']:.1%}-{row[column]['high']:.1%}]"
-            cells.append(f"{cell:>{wide}}")
-        print(f"{name:<17}" + "".join(cells))
-    print(f"differences from {first} in points, on the same tasks, with 95% intervals; "
-          "*: 0 is outside")
+            figures = row[column]
+            cell = f"{figures['accuracy']:>6.1%}"
+            if column == first:
+                cell += f"  {figures['low']:>5.1%}-{figures['high']:.1%}"
+            elif "difference" in figures:
+                moved, low, high = (100 * value for value in figures["difference"])
+                cell += f" {moved:>+7.1f} [{low:+.1f}, {high:+.1f}]" + "*" * (low > 0 or high < 0)
+            cells.append(f"{cell:<{wide}}")
+        print(f"{name:<17}" + "".join(cells).rstrip())
+    print(f"differences from {first} are in points, on the same tasks, with 95% intervals; *: 0 is "
+          "outside")
+
+
+def comparison(tables: dict[str, dict], first: str, title: str) -> dict:
+    """Compare tables about the same tasks with the one named `first`, print it, and return what is
+    kept of it: `figures` and `title` are for lab.report."""
+    found = compare(tables, first)
+    if not found:
+        raise UserError("no category could be played in all of them: there is nothing to compare")
+    show_comparison(found, first)
+    return {"title": title, "tables": tables, "first": first, "compared": found,
+            "figures": percentages(found, first)}

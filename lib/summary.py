@@ -91,27 +91,42 @@ def difference(first: dict, second: dict) -> tuple[float, float, float] | None:
 def compare(tables: dict[str, dict], first: str) -> dict[str, dict[str, dict]]:
     """{row: {column: figures}}: several tables about the same tasks, each one a column.
 
-    The rows are the categories that all tables have and the `groups` of them; figures: accuracy,
-    low and high, and in every column but `first` also `difference`, (difference, low, high)
-    against `first`. That of a group is the mean of its categories' differences.
+    The rows are the categories that all tables have and the `groups` of them, unless another group
+    has the same categories; figures: accuracy, low and high, and in every column but `first` also
+    `difference`, (difference, low, high) against `first`. That of a group is the mean of its
+    categories' differences.
     """
-    shared = [name for name in tables[first] if all(name in table for table in tables.values())]
-    rows = {name: {column: table[name] for column, table in tables.items()} for name in shared}
-    found = {name: {column: {key: row[key] for key in ("accuracy", "low", "high")}
-                    for column, row in columns.items()} for name, columns in rows.items()}
-    for name, columns in rows.items():
-        for column, row in columns.items():
-            if column != first and (moved := difference(columns[first], row)):
-                found[name][column]["difference"] = moved
-    if not shared:
-        return found
-    for kind in groups(shared).values():
-        for name, parts in kind.items():
+    found = {}
+    for name in tables[first]:
+        if all(name in table for table in tables.values()):
             found[name] = {}
-            for column in tables:
-                figures = mean_of([rows[part][column] for part in parts])
-                found[name][column] = {key: figures[key] for key in ("accuracy", "low", "high")}
-                moves = [found[part][column].get("difference") for part in parts]
-                if all(moves):
-                    found[name][column]["difference"] = mean_interval(moves)
+            for column, table in tables.items():
+                row = found[name][column] = {key: table[name][key]
+                                             for key in ("accuracy", "low", "high")}
+                moved = column != first and difference(tables[first][name], table[name])
+                if moved:
+                    row["difference"] = moved
+    done = []
+    for name, parts in [row for rows in groups(found).values() for row in rows.items()]:
+        if parts in done:
+            continue
+        done.append(parts)
+        found[name] = {}
+        for column in tables:
+            rows = [found[part][column] for part in parts]
+            means = mean_interval([(row["accuracy"], row["low"], row["high"]) for row in rows])
+            row = found[name][column] = dict(zip(("accuracy", "low", "high"), means))
+            if all("difference" in part for part in rows):
+                row["difference"] = mean_interval([part["difference"] for part in rows])
     return found
+
+
+def percentages(found: dict[str, dict[str, dict]], first: str) -> dict[str, dict[str, float]]:
+    """The result of `compare` as `figures` of a report.json, which `lab.report` shows: the
+    accuracies in percent, and the differences in points."""
+    figures = {}
+    for name, columns in found.items():
+        figures[name] = {f"{column}, %": 100 * row["accuracy"] for column, row in columns.items()}
+        figures[name] |= {f"{column} - {first}": 100 * row["difference"][0]
+                          for column, row in columns.items() if "difference" in row}
+    return figures
