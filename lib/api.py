@@ -167,8 +167,10 @@ class Fields:
 
     def word(self, name: str, words, default: str = "", need: bool = False) -> str:
         """A text that is one of these."""
-        value = self.text(name, default, need)
-        if value != default and value not in words:
+        value = self.take(name, str, "a text", None, need)
+        if value is None:
+            return default
+        if value not in words:
             raise bad(self.at(name), f"must be one of {', '.join(words)}, not {shown(value)}")
         return value
 

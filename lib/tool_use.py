@@ -1,5 +1,5 @@
-"""Tools and calls of them: JSON in the protocols on one side, what the model reads and writes on the
-other. This is the only place where the two meet.
+"""Tools and calls of tools: JSON in the protocols on one side, what the model reads and writes on
+the other. This is the only place where the two meet.
 
 **A call** is written as the gym writes its actions, in Python's syntax, the arguments in the order
 in which the tool's schema lists its properties. Where one is missing in the middle, all are named:
@@ -27,8 +27,8 @@ screens and there is a picture, the conversation is folded into the form of the 
 - the lines are the calls since then. In place of a call that failed stands "? " and what its result
   says; a result's text counts for nothing otherwise. A reply without a call gives "?".
 
-**A picture as a result.** A message of the user that has pictures and no text, right after a result,
-is part of this result: OpenAI's own results are only text.
+**A picture as a result.** A message of the user that has pictures and no text, right after a
+result, is part of this result: OpenAI's own results are only text.
 
 **Thoughts** of replies before the user's newest message are left out, as GLM's template does [R].
 """
@@ -220,8 +220,9 @@ def is_screen_action(tool: Tool) -> bool:
 
 def usage_line(tools, picture: bool) -> str:
     """The line about tools below a question. picture: whether the question has one."""
-    points = picture and any(is_known(tool) and "coordinate" in ACTIONS[tool.name].arguments.values()
-                             for tool in tools)
+    kinds = [kind for tool in tools if is_known(tool)
+             for kind in ACTIONS[tool.name].arguments.values()]
+    points = picture and "coordinate" in kinds
     where = ", points in 0-999 of the last whole picture" if points else ""
     return plainly(f"{USAGE}{where}: {', '.join(map(usage, tools))}.")
 
