@@ -37,6 +37,7 @@ from lib.cli import (Count, Device, Drafts, Dtype, main, Natural, NonNegative, P
                      run_verb, Seed, Share, UserError)
 from lib.common import ROOT, setup, write_json
 from lib.evaluation import comparison, evaluate, known_tasks, show, show_summary
+from lib.forms import named_form
 from lib.harness import evaluate_harnesses, read_harnesses
 from lib.images import open_image, Picture
 from lib.own_eval import evaluate_file, show_figures
@@ -134,10 +135,7 @@ def asked(args: Ask) -> tuple[str, tuple]:
 
 def settings_of(args, tokens) -> ReplySettings:
     """How to reply, by the options of `ask` and `chat`. Raises UserError on an unknown form."""
-    form = None
-    if args.form:
-        from lib.forms import named_form
-        form = named_form(args.form, tokens)
+    form = named_form(args.form, tokens) if args.form else None
     return ReplySettings(args.max_new, args.temperature, args.top_p, args.seed, args.think,
                          getattr(args, "prefix", ""), form)
 

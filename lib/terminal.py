@@ -178,7 +178,7 @@ class Conversation:
             play(engine, turn, screen.show)
         finally:            # Ctrl-C stops a reply: what has been written of it is kept
             screen.end()
-            self.keep(message, turn, turn.raw if turn.done else screen.said["text"])
+            self.keep(message, turn, turn.raw if turn.done else screen.said["text"].strip())
         note_end(turn, self.limit)
 
     @property
@@ -244,9 +244,10 @@ class Conversation:
             lines = read_all(file, str(path)).strip().splitlines()
         if not lines:
             raise UserError(f"{path} is empty")
-        record = Record(str(path), parse(lines[-1], str(path)), folder=path.parent)
+        where = f"the last line of {path}"
+        record = Record(where, parse(lines[-1], where), folder=path.parent)
         if layout_of(record) == PLAIN:
-            raise UserError(f"{path} holds no conversation but plain text")
+            raise UserError(f"{where} is no conversation but plain text")
         messages = conversation(record)
         turn = Turn(messages, ReplySettings(), self.tokens, self.config)    # reads the pictures
         self.check_room(turn.prompt_tokens)

@@ -1,8 +1,11 @@
 """The command line: every form of an option, --help, and bad input as one line and exit code 2."""
 import importlib
+import io
+import json
 import math
 import os
 import platform
+import re
 import runpy
 import subprocess
 import sys
@@ -114,7 +117,7 @@ def test_help_lists_every_field_with_its_comment(capsys):
     assert lines[1].split()[0] == "--steps=10"
 
 
-@pytest.mark.parametrize("config", [pretrain.Args, rl.Args, sample.Ask, sample.Eval])
+@pytest.mark.parametrize("config", [pretrain.Args, rl.Args, sample.Ask, sample.Chat, sample.Eval])
 def test_every_field_has_a_comment(config):
     assert field_comments(config).keys() == {f.name for f in fields(config)}
 
@@ -282,6 +285,12 @@ def script(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def piped(monkeypatch):
+    """piped(b"...") makes these bytes the standard input."""
+    return lambda data: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint with random weights, and pictures."""
@@ -294,7 +303,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("words,expect", [
     ("pretrain.py", "--row_tokens"), ("rl.py", "--max_staleness"), ("sample.py", "ask"),
-    ("sample.py ask", "--top_p"), ("sample.py eval", "--count"), ("gym.py", "play"),
+    ("sample.py ask", "--top_p"), ("sample.py chat", "--think"), ("sample.py eval", "--count"),
+    ("gym.py", "play"),
     ("gym.py show", "--level"),
     ("tokenizer.py", "train"), ("lab/demo.py", "--keep"), ("lab/bench.py", "--rounds"),
     ("lab/report.py", "--run")])
@@ -309,9 +319,21 @@ def test_help(script, words, expect):
     ("pretrain.py --out=OUT --init=nowhere", "no such folder"),
     ("pretrain.py --out=OUT --mix=pont", "names 'pont'"),
     ("rl.py --out=OUT --mix=pont", "not 'pont'"), ("rl.py --group=1", "--group takes 2"),
-    ("sample.py sing", "'sing' is not one of ask, eval"),
-    ("sample.py", "a verb is missing: ask, eval"), ("gym.py", "a verb is missing: list, actions"),
+    ("sample.py sing", "'sing' is not one of ask, chat, "),
+    ("sample.py", "a verb is missing: ask, chat, "), ("gym.py", "a verb is missing: list, actions"),
     ("sample.py ask --image=CKPT/red.png", "nothing asked"),
+    ("sample.py ask --json --ckpt=CKPT", "nothing asked"),
+    ("sample.py ask - --ckpt=CKPT", "nothing asked"),
+    ("sample.py ask - --image=-", "either the question or one picture, not both"),
+    ("sample.py ask What? --image=- --image=-", "either the question or one picture"),
+    ("sample.py ask What? --image=-", "standard input can't be read as a picture: it is empty"),
+    ("sample.py ask What? --form=poem --ckpt=CKPT", "there is no form 'poem': action, "),
+    ("sample.py ask What? --think=-1", "--think takes 0"),
+    ("sample.py ask What? --json --ckpt=nowhere", "no such folder"),
+    ("sample.py chat What?", "unexpected 'What?'"),
+    ("sample.py chat --form=poem", "there is no form 'poem'"),
+    ("sample.py chat --max_new=0", "--max_new takes 1"),
+    ("sample.py chat --ckpt=nowhere", "no such folder"),
     ("sample.py ask What? --temperature=-1", "--temperature takes 0"),
     ("sample.py ask What? --temperature=nan", "--temperature takes"),
     ("sample.py ask What? --top_p=-0.1", "--top_p takes 0 to 1"),
@@ -335,7 +357,8 @@ def test_help(script, words, expect):
     ("sample.py eval --ckpt=CKPT --seed=-1", "--seed"),
     ("gym.py show pont", "did you mean point"), ("gym.py fly", "fly"),
     ("gym.py show point --wat", "--wat"), ("tokenizer.py fly", "fly")])
-def test_bad_input_is_one_line_and_exit_code_2(script, folder, tmp_path, words, message):
+def test_bad_input_is_one_line_and_exit_code_2(script, folder, tmp_path, words, message, piped):
+    piped(b"")
     words = words.replace("CKPT", str(folder)).replace("OUT", str(tmp_path)).split()
     code, _, err = script(*words)
     assert code == 2 and err.startswith("error: ") and message in err
@@ -351,10 +374,47 @@ def test_asking(script, folder):
     words = ["sample.py", "ask", f"--image={folder}/red.png", "What?", f"--ckpt={folder}",
              "--max_new=5", "--dtype=float32"]
     code, out, err = script(*words)
-    assert code == 0 and out.strip() and err.strip().endswith("is seen at 64x48 pixels")
+    assert code == 0 and out.strip() and err.startswith(f"{folder}/red.png is seen at 64x48 pixels")
     assert script(*words)[1] == out
     warm = [*words, "--temperature=1"]
     assert script(*warm, "--seed=1")[1] == script(*warm, "--seed=1")[1] != script(*warm)[1]
+
+
+def test_asking_from_a_pipe(script, folder, piped):
+    """The question, or a picture."""
+    words = ["sample.py", "ask", f"--ckpt={folder}", "--max_new=5", "--dtype=float32"]
+    _, out, err = script(*words, f"--image={folder}/red.png", "What is it?")
+    piped("What is it?\n".encode())
+    assert script(*words, f"--image={folder}/red.png", "-") == (0, out, err)
+    piped((folder / "red.png").read_bytes())
+    assert script(*words, "--image=-", "What is it?")[:2] == (0, out)
+    for data, message in ((b"What\xff", "byte 4 is not UTF-8"), (b" \n", "nothing asked")):
+        piped(data)
+        code, _, err = script(*words, "-")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_asking_for_json(script, folder):
+    words = ["sample.py", "ask", f"--ckpt={folder}", "--dtype=float32", "What?", "--max_new=6"]
+    text = script(*words, "--prefix=click(")[1]
+    code, out, _ = script(*words, "--prefix=click(", "--json")
+    found = json.loads(out)
+    assert code == 0 and out.count("\n") == 1 and found["reply"] == text.strip()
+    assert found["reply"].startswith("click(") and found["raw"].startswith("click(")
+    assert (found["thought"], found["finish"], found["unlike_training"]) == ("", "length", None)
+    assert found["reply_tokens"] == 6 and found["tokens_a_step"] == 1.0
+    more = json.loads(script(*words, "--json", "--think=4", "--drafts=2")[1])
+    assert more["thought"] and 7 <= more["reply_tokens"] <= 10
+    assert more["prompt_tokens"] == found["prompt_tokens"] == 11
+    known = json.loads(script("sample.py", "ask", f"--ckpt={ROOT}/ckpt/demo", "Is there a dog?",
+                              "--json", f"--image={ROOT}/docs/example.png")[1])
+    assert len(known["unlike_training"]) == 1 and "worded" in known["unlike_training"][0]
+
+
+def test_asking_for_a_form(script):
+    words = ["sample.py", "ask", f"--ckpt={ROOT}/ckpt/demo", f"--image={ROOT}/docs/example.png"]
+    assert re.fullmatch(r"click\(\d+, \d+\)\n", script(*words, "What is it?", "--form=click")[1])
+    assert script(*words, "How many?", "--form=integer")[1].strip().isdigit()
 
 
 def test_eval(script, folder, tmp_path):

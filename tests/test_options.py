@@ -22,6 +22,7 @@ ENTRIES = {
     "rl": [("Args", "run", ("make_engine", "async_rl.run"), ())],
     "train_vit": [("Args", "run", ("train",), ())],
     "sample": [("Ask", "ask", ("seen", "list_questions"), ("--question=?",)),
+               ("Chat", "chat", ("seen",), ()),
                ("Eval", "evaluation", ("run_tasks",), ())],
     "serve": [("Args", "run", ("EngineThread",), ("--port=0",))],
     "gym": [("List", "list_categories", (), ()),
