@@ -57,7 +57,8 @@ input{border-radius:4px} img{width:40px; height:40px; background:#c3cad5}"""
 
 
 class Broken(ValueError):
-    """Raised for a page that is too long, has too many elements or is nested too deep."""
+    """Raised for a page that is too long, has too many elements, is nested too deep, or lacks what
+    is to be clicked."""
 
 
 @dataclass(eq=False)
@@ -559,6 +560,10 @@ class Site(HTMLParser):
 
 
 @cached_by_size(lambda view: 100_000 + 600 * len(view.words))
-def first_view(html: str) -> View:
-    """The first view of a page; raises Broken."""
-    return Site(html).view()
+def page_view(html: str, *clicks: str) -> View:
+    """The view of a page after clicks on these texts; raises Broken, also where a click fails."""
+    site = Site(html)
+    for text in clicks:
+        if not site.click(text):
+            raise Broken("a click has no effect")
+    return site.view()

@@ -17,7 +17,7 @@ import numpy as np
 
 from .base import box, Env, held, IMAGE, Obs, OneShot, pick, quoted, Step
 from .draw import blend, ink_on, shades
-from .html_render import Broken, first_view, SIDE, Site, View
+from .html_render import Broken, page_view, SIDE, Site, View
 from .verify import boxed, distance, parse_action, set_f1
 from .words import invent, some, some_of, THINGS
 
@@ -134,15 +134,17 @@ def open_site(html: str) -> Site | None:
 
 def visit(html: str, path: list) -> View | None:
     """The view of a page after clicks on these texts; None if it is broken or a click fails."""
-    site = open_site(html)
-    return site.view() if site and all([site.click(text) for text in path]) else None
+    try:
+        return page_view(html, *path)
+    except Broken:
+        return None
 
 
 @lru_cache(maxsize=1024)
 def page_score(html: str, gold: str) -> float:
     """The likeness of the first views of two pages; 0 for a broken one."""
     view = visit(html, [])
-    wanted = first_view(gold)           # raises if gold is broken: an error, not a zero
+    wanted = page_view(gold)           # raises if gold is broken: an error, not a zero
     return likeness(view, wanted) if view else 0.0
 
 
@@ -405,7 +407,7 @@ def edited(html: str, reply: str) -> tuple[str, str]:
         if page.count(old) == 1:
             page, made = page.replace(old, new), made + 1
     try:
-        first_view(page)
+        page_view(page)
     except Broken as error:
         return html, f"Not a page: {error}."
     return page, f"{made} of {1 if whole else len(edits)} edits made."
@@ -454,8 +456,8 @@ def kept(evidence: dict) -> float:
     """The share of the draft's right blocks that are still right. A block is right if text and
     colour are equal and its position is off by at most 3 pixels."""
     def right(html):
-        blocks = first_view(html).blocks
-        return {i for i, b in enumerate(first_view(evidence["gold"]).blocks)
+        blocks = page_view(html).blocks
+        return {i for i, b in enumerate(page_view(evidence["gold"]).blocks)
                 if any(a.text == b.text and a.color == b.color
                        and all(abs(x - y) <= 3 for x, y in zip(a.box, b.box)) for a in blocks)}
 
@@ -481,7 +483,7 @@ class UiPolish(Env):
             if LEAST_SHARED < page_score(worse, page.html) < page_score(last, page.html) - 0.01:
                 self.chain.append(worse)
         self.page, self.turns, self.over = self.chain[-1], 0, False
-        images = [first_view(html).image(self.pixels) for html in (page.html, self.page)]
+        images = [page_view(html).image(self.pixels) for html in (page.html, self.page)]
         return Obs(f"{IMAGE}{IMAGE}{self.goal}\n{self.page}", images)
 
     def step(self, text):
@@ -493,7 +495,7 @@ class UiPolish(Env):
         self.page, note = edited(self.page, str(text))
         if self.over:
             return Step(None, True, truncated=not finished)
-        return Step(Obs(IMAGE + quoted(note), [first_view(self.page).image(self.pixels)]), False)
+        return Step(Obs(IMAGE + quoted(note), [page_view(self.page).image(self.pixels)]), False)
 
     def evidence(self):
         return {"draft": self.chain[-1], "page": self.page, "gold": self.chain[0]}

@@ -12,7 +12,7 @@ from PIL import Image
 from gym import make, play_out, Rewards
 from tasks import draw, html_render, Task
 from tasks.base import box, IMAGE
-from tasks.html_render import Broken, first_view, SIDE, Site, View, word_mask
+from tasks.html_render import Broken, page_view, SIDE, Site, View, word_mask
 from tasks.webdev import (assign, ciede2000, edit_between, Page, page_score, relative_rewards,
                           run_workflow)
 from tasks.words import invent
@@ -26,7 +26,7 @@ SITE = ('<body><a href="#a">A</a> <a href="#b">B</a><div id="a"><p>first</p></di
 
 
 def texts(html):
-    return [block.text for block in first_view(html).blocks]
+    return [block.text for block in page_view(html).blocks]
 
 
 def spearman(a, b):
@@ -39,7 +39,7 @@ def spearman(a, b):
 # ---- renderer -----------------------------------------------------------------------------------
 
 def test_boxes_are_placed_by_their_style():
-    view = first_view(CARD)
+    view = page_view(CARD)
     big, small = view.blocks
     assert big.box[0] == small.box[0] == 15 and big.box[3] < small.box[1]
     assert big.color == (255, 255, 255) and big.ground == (0x22, 0x44, 0x88)
@@ -51,17 +51,17 @@ def test_boxes_are_placed_by_their_style():
 
 def test_rows_share_the_width_and_words_wrap():
     row = '<div style="display:flex;gap:6px">{}</div>'
-    left, right = first_view(row.format('<p style="flex:1">l</p><p style="flex:1">r</p>')).blocks
+    left, right = page_view(row.format('<p style="flex:1">l</p><p style="flex:1">r</p>')).blocks
     assert right.box[0] - left.box[0] == (SIDE - 6) / 2 + 6
     apart = row.replace("gap:6px", "justify-content:space-between")
-    left, right = first_view(apart.format("<p>l</p><p>r</p>")).blocks
+    left, right = page_view(apart.format("<p>l</p><p>r</p>")).blocks
     assert left.box[0] == 0 and right.box[2] == SIDE
-    one, two = (first_view(f'<p style="width:{w}px">one two three</p>').blocks[0].box
+    one, two = (page_view(f'<p style="width:{w}px">one two three</p>').blocks[0].box
                 for w in (200, 40))
     assert two[3] - two[1] > 2 * (one[3] - one[1])
     assert texts("<table><tr><th>a<td>b<tr><td>c<td>d</table>") == ["a", "b", "c", "d"]
     table = "<table><tr><td>aaaa<td>b<tr><td>c<td>d</table>"
-    cell = [block.box for block in first_view(table).blocks]
+    cell = [block.box for block in page_view(table).blocks]
     assert cell[0][0] == cell[2][0] and cell[1][0] == cell[3][0]
 
 
@@ -85,7 +85,7 @@ def test_unknown_markup_is_counted_and_too_much_is_broken():
     for _ in range(600):
         html = "<p>" + "".join(rng.choice(alphabet, int(rng.integers(1, 40))))
         try:
-            first_view(html).image(64)
+            page_view(html).image(64)
         except Broken:
             pass
 
@@ -94,11 +94,11 @@ def test_no_size_raises():
     for value in ("0", "0.01", "0.1px", "0.49", "0.99px", "1", "999.99px", "-5px", "nan", "1e9"):
         for name in sorted(html_render.LENGTHS) + ["margin", "padding", "line-height"]:
             for above in ("", "display:flex;height:1px;align-items:center", "text-align:center"):
-                first_view(f'<div style="{above};border-radius:999px;background:#f00">'
+                page_view(f'<div style="{above};border-radius:999px;background:#f00">'
                            f'<p style="border:9px solid #000;{name}:{value}">x</p></div>').image(64)
     for pixels in (64, 1024):       # nothing is drawn of what is too small
-        blank = first_view("<p></p>").image(pixels).tobytes()
-        assert first_view("<p style='font-size:0.9px'>words</p>").image(pixels).tobytes() == blank
+        blank = page_view("<p></p>").image(pixels).tobytes()
+        assert page_view("<p style='font-size:0.9px'>words</p>").image(pixels).tobytes() == blank
 
 
 def test_pages_are_read_in_linear_time(monkeypatch):
@@ -117,14 +117,14 @@ def test_pages_are_read_in_linear_time(monkeypatch):
 
 def test_caches_are_bounded_by_bytes(monkeypatch):
     monkeypatch.setattr(draw, "CACHE_BYTES", 0)     # these empty what other tests have left
-    word_mask("odd", 97.3, False), draw.shape_mask("circle", 977), first_view("<p>odd</p>")
+    word_mask("odd", 97.3, False), draw.shape_mask("circle", 977), page_view("<p>odd</p>")
     monkeypatch.setattr(draw, "CACHE_BYTES", 1 << 20)
-    kinds = word_mask, draw.shape_mask, first_view
+    kinds = word_mask, draw.shape_mask, page_view
     most = dict.fromkeys(kinds, 0)
     for i in range(40):
         words = "".join(f"<b style='font-size:{20 + i % 30}'>{i}W{k}</b>" for k in range(30))
         page = f"<div style='border-radius:{40 + i}px;height:200px;background:#f00'>{words}</div>"
-        assert first_view(page) is first_view(page) and first_view(page).image(256)
+        assert page_view(page) is page_view(page) and page_view(page).image(256)
         for kind in kinds:
             most[kind] = max(most[kind], kind.bytes)
     assert all(0 < kind.bytes <= most[kind] <= 1 << 20 for kind in kinds)
@@ -144,11 +144,11 @@ def test_rendering_takes_little_memory():
     """Pages with other words, sizes and corners each time, drawn at the largest size."""
     look = """
 import re
-from tasks.html_render import first_view
+from tasks.html_render import page_view
 from tasks.webdev import page_score
 def megabytes():
     return int(re.search("VmHWM:.*?([0-9]+)", open("/proc/self/status").read())[1]) / 1024
-first_view("<p>x</p>").image(1024)
+page_view("<p>x</p>").image(1024)
 before = megabytes()
 for i in range(50):
     words = "".join(f"<b style='font-size:{9 + i % 50}.{k};border-radius:{i + k}px;background:"
@@ -156,7 +156,7 @@ for i in range(50):
     tall = "width:999px;height:999px;border-radius:999px;background:#f00"
     for page in (f"<p style='display:flex;align-items:center;height:1px'><b style='{tall}'>{words}",
                  "<p>" + " ".join(str((7919 * i + 613 * k) % 999_983) for k in range(560))):
-        first_view(page).image(1024)
+        page_view(page).image(1024)
         page_score(page, "<p>hello there</p>")
 print(megabytes() - before)
 """
