@@ -36,10 +36,11 @@ from lib.checkpoint import load_model
 from lib.cli import (Count, Device, Drafts, Dtype, main, Natural, NonNegative, Positive, Range,
                      run_verb, Seed, Share, UserError)
 from lib.common import ROOT, setup, write_json
+from lib.conversations import call_text
 from lib.evaluation import comparison, evaluate, known_tasks, show, show_summary
 from lib.forms import named_form
 from lib.harness import evaluate_harnesses, read_harnesses
-from lib.images import open_image, Picture
+from lib.images import any_image, open_image, Picture
 from lib.own_eval import evaluate_file, show_figures
 from lib.records import decode
 from lib.runs import find_checkpoint
@@ -47,7 +48,9 @@ from lib.summary import not_played, summary
 from lib.terminal import (Conversation, introduction, note, note_end, note_unlike, read_all, Screen,
                           talk)
 from lib.turns import engine_for, play, ReplySettings, Turn
-from tasks.base import Message
+from tasks.actions import ACTIONS
+from tasks.base import IMAGE, Message, recap
+from tasks.verify import parse_action
 from tokenizer import tokenizer_of
 
 SHIPPED = ROOT / "ckpt" / "gym"     # the checkpoint that is used without --ckpt
@@ -60,6 +63,89 @@ def load(ckpt: str, device: str, dtype: str):
     folder = find_checkpoint(ckpt or SHIPPED)
     model = load_model(folder, hw.device, hw.dtype)
     return model, tokenizer_of(model.config), hw
+
+
+# ---- act and answer: what a program calls --------------------------------------------------------
+
+@dataclass(frozen=True)
+class Action:
+    """One action of the model. kind: a verb of tasks/actions.py, or "none" where the reply is no
+    call of one. point: the place that click, zoom and draw_point name, (x, y) in pixels of the
+    caller's picture. raw: the reply as it was written."""
+    kind: str
+    arguments: tuple = ()
+    point: tuple[int, int] | None = None
+    thought: str = ""
+    raw: str = ""
+
+    def __str__(self):
+        """The call as it was written, click(412, 377); ? for none, as in the gym's history."""
+        return "?" if self.kind == "none" else call_text(self.kind, list(self.arguments))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The reply to a question. raw: with its special tokens; finish: as lib.turns.Turn has it."""
+    text: str
+    thought: str
+    raw: str
+    finish: str
+
+
+def act(model, image, goal: str, history=(), *, form="action", **options) -> Action:
+    """The model's next action on a screen.
+
+        model = load_model("ckpt/demo")
+        first = act(model, "screen.png", "Tick A. Press OK.")
+        print(first, first.point)               # click(375, 375) (24, 24)
+        second = act(model, next_screen, "Tick A. Press OK.", history=[first])
+
+    image: a Pillow image, a path, or an array of uint8. history: the earlier actions, as Actions or
+    as texts. The prompt is that of the gym's screens: picture, goal, a line for each earlier action
+    (tasks.base.recap); `python gym.py actions` prints the calls and the wordings of goals.
+
+    A coordinate c in 0-999 names the pixel in which c / 999 of the side lies, c * side / 999
+    rounded down; 999 is the last pixel. form: what the reply must look like (lib/forms.py), by
+    default a call; None: anything. options: max_new, temperature, top_p, seed, think, prefix, as
+    in ReplySettings. Raises UserError on bad input.
+    """
+    image = any_image(image)
+    lines = [str(action) for action in history]
+    turn = reply_to(model, recap(goal, lines), [image], form=form, **{"max_new": 64} | options)
+    name, values = parse_action(turn.raw) or ("none", [])
+    if name not in ACTIONS or not ACTIONS[name].fits(values):
+        return Action("none", (), None, turn.thought, turn.raw)
+    point = None
+    if [*ACTIONS[name].arguments.values()] == ["coordinate"] * 2:
+        point = tuple(min(side - 1, c * side // 999) for c, side in zip(values, image.size))
+    return Action(name, tuple(values), point, turn.thought, turn.raw)
+
+
+def answer(model, images, question: str, *, form=None, **options) -> Answer:
+    """The model's reply to a question about one picture or several.
+
+        answer(model, "docs/example.png", "What color is the diamond?").text        # pink
+
+    images: one picture or a list, each as `act` takes it; [] for a question about none. form and
+    options: as in `act`. Raises UserError on bad input.
+    """
+    images = images if isinstance(images, (list, tuple)) else [images]
+    images = [any_image(image) for image in images]
+    turn = reply_to(model, IMAGE * len(images) + question, images, form=form, **options)
+    return Answer(turn.text.strip(), turn.thought, turn.raw, turn.finish)
+
+
+def reply_to(model, text: str, images: list, form, **options) -> Turn:
+    """The reply to one message. form: a Form, the name of one, or None."""
+    tokens = tokenizer_of(model.config)
+    form = named_form(form, tokens) if isinstance(form, str) else form
+    settings = ReplySettings(form=form, **options)
+    for name, least in (("max_new", 1), ("think", 0), ("seed", 0)):
+        value = getattr(settings, name)
+        if not isinstance(value, int) or not least <= value < 2 ** 63:
+            raise UserError(f"{name} is an integer from {least} on, not {value!r}")
+    turn = Turn([Message("user", text, tuple(images))], settings, tokens, model.config)
+    return play(engine_for(model, turn), turn)
 
 
 # ---- ask ----------------------------------------------------------------------------------------
