@@ -35,6 +35,7 @@ import hmac
 import ipaddress
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -150,13 +151,12 @@ class EngineThread(threading.Thread):
     # ---- the loop ---------------------------------------------------------------------------
 
     def run(self):
-        while True:
-            self._drop()
-            self._take()
-            if self.stopping and not self.jobs:
-                return
+        while self.jobs or not (self.stopping and self.inbox.empty()):
             try:
-                self._step()
+                self._drop()
+                self._take()
+                if self.jobs:
+                    self._step()
             except Exception as error:
                 self._give_up(error)
 
@@ -263,14 +263,15 @@ class Handler(web.Handler):
 
     def has_key(self) -> bool:
         """Whether the client has sent the key, compared in a time that does not depend on it."""
-        key, headers = self.server.app.key, self.headers
-        sent = headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ")
+        key, sent = self.server.app.key, self.headers.get("x-api-key", "")
+        if not sent:
+            sent = re.sub("^bearer ", "", self.headers.get("Authorization", ""), flags=re.I)
         return not key or hmac.compare_digest(sent.strip().encode("latin-1"), key.encode())
 
     def answer(self, body: bytes):
         try:
             if self.command == "OPTIONS":
-                self.send(204, b"")     # without Access-Control headers: only to our own pages
+                self.send(200, b"")     # no Access-Control headers: nothing for other websites
             elif self.route.startswith("/v1/models/"):
                 name = self.route.removeprefix("/v1/models/")
                 self.send_json(self.protocol().model(name, self.server.app.limits))
@@ -294,8 +295,10 @@ class Handler(web.Handler):
         protocol, headers = self.protocol(), {}
         if error.kind in ("overloaded", "stopping"):
             headers["Retry_After"] = 1
-        body = json.dumps(protocol.error(error)).encode()
-        self.send(error.status, body, **headers)
+        if error.kind == "overloaded" and protocol is self.server.app.anthropic:
+            # 429 says there that one client asks too often.
+            error = ApiError(529, error.kind, error.message)
+        self.send(error.status, json.dumps(protocol.error(error)).encode(), **headers)
 
     def send_json(self, value: dict):
         self.send(200, json.dumps(value, ensure_ascii=False).encode())
@@ -316,32 +319,33 @@ class Handler(web.Handler):
         self.send_json(self.protocol().models(self.server.app.limits))
 
     def count_tokens(self, body):
-        self.send_json({"input_tokens": self.read_chat(body)[1].prompt_tokens})
+        self.send_json(self.protocol().count(self.read_json(body), self.server.app.limits))
 
     def reply(self, body):
-        """A chat's next reply, whole or as a stream of events."""
-        chat, turn = self.read_chat(body)
-        job = self.job = self.server.app.worker.submit(turn)
+        """The next reply of a conversation, whole or as a stream of events."""
+        app, protocol = self.server.app, self.protocol()
+        chat = protocol.read(self.read_json(body), app.limits)
+        turn = start(chat, app.tokens, app.config, app.limits)
+        job = self.job = app.worker.submit(turn)
         try:
             if chat.stream:
                 self.stream(chat, job)
             else:
                 for _ in self.pieces(job):
                     pass
-                self.send_json(self.protocol().whole(chat, turn))
+                self.send_json(protocol.whole(chat, turn))
         finally:
             job.left = True
 
-    def read_chat(self, body: bytes) -> tuple:
-        """(Chat, Turn) of the JSON that a client has sent. Raises ApiError."""
-        app, kind = self.server.app, self.headers.get_content_type()
+    def read_json(self, body: bytes) -> dict:
+        """The object of JSON in a body. Raises ApiError."""
+        kind = self.headers.get_content_type()
         if "Content-Type" in self.headers and kind != "application/json":
             raise ApiError(415, "invalid_request", "the body must be JSON, with Content-Type: "
                            f"application/json, not {kind[:60]}")
         if body.count(b",") > MOST_VALUES:
             raise ApiError(413, "request_too_large", f"the JSON has over {MOST_VALUES:,} values")
-        chat = self.protocol().read(parse_body(body, app.limits), app.limits)
-        return chat, start(chat, app.tokens, app.config, app.limits)
+        return parse_body(body, self.server.app.limits)
 
     def stream(self, chat, job: Job):
         """Send the events of a reply as it grows."""
@@ -375,7 +379,7 @@ class Handler(web.Handler):
     def note(self, seconds: float):
         """One line a request, without anything that it holds."""
         line = f"{self.command} {ascii(self.path.partition('?')[0])[1:-1][:100]}"
-        line += f" {self.status or 'left'}"
+        line += f" {self.status}{' left' if self.left else ''}"
         if self.job:
             turn = self.job.turn
             line += f", {turn.prompt_tokens} tokens in, {len(turn.ids) or self.job.seen} out"

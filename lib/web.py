@@ -129,8 +129,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(error.status, f"{error.message}\n".encode(), "text/plain")
 
     def note(self, seconds: float):
-        """Called when a request has been answered, with self.status, or 0 if nobody waits for an
-        answer any more."""
+        """Called at the end of a request. self.status: of the answer, 0 if it had none; self.left:
+        the client has not waited for all of it."""
 
     def send(self, status: int, body: bytes, kind: str = "application/json", **headers):
         """A whole answer. headers: more of them, with _ for -."""
@@ -187,6 +187,8 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         self.connection, limits = self.request, self.server.limits
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        # The system would hold megabytes for a client that doesn't read, who seems to read then.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 ** 16)
         self.input = TimedReader(self.connection)
         self.rfile = io.BufferedReader(self.input)
         self.wfile = TimedWriter(self.connection, limits.seconds)
@@ -196,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
         self.command, self.path, self.headers, self.requestline = "", "", None, ""
         self.request_version = self.default_request_version
         self.status, self.began = 0, time.monotonic()   # status: once the head has been written
-        self.close_connection, self.unread = True, True
+        self.close_connection, self.unread, self.left = True, True, False
         try:
             if self.server.begin_reading(self.connection) and self._receive_head():
                 self.check_origin()
@@ -210,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(ClientLeft):
                 self.refuse(error)
         except (ClientLeft, ConnectionError):
-            self.close_connection = True
+            self.close_connection = self.left = True
         except Exception as error:
             self._report(error)
         if self.path:
@@ -234,7 +236,7 @@ class Handler(BaseHTTPRequestHandler):
                 return False
         except TimeoutError:            # it never spoke, or keeps a connection that it no longer
             return False                # needs
-        self.input.allow(limits.seconds, limits.head)
+        self.input.allow(limits.seconds, self.input.left)
         self.began = time.monotonic()
         with self._in_time():
             line = self.rfile.readline()
