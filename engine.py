@@ -36,7 +36,7 @@ from data import collate, Document
 from kernels import attention, Segments
 from lib.cli import UserError
 from lib.draft_tuner import DraftTuner
-from lib.forms import Form
+from lib.forms import allowed_of, Form, within_forms
 from lib.prefetch import send
 from mmtp import categorical
 from model import Config, GLMV
@@ -203,14 +203,15 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    form: Form | None = None    # what the reply must look like
+    form: Form | None = None    # what the reply must look like: see lib/forms.py
     stop: tuple[str, ...] = ()  # texts that end the reply; it still holds them
 
 
 @dataclass
 class Result:
     """A request that has ended. finish: stop | length (max_new reached) | context (cache full).
-    Of each token: logps, its log-probability at temperature 1; versions, the weights it is from."""
+    Of each token: logps, its log-probability at temperature 1 among all tokens, also where a form
+    allows only some; versions, the weights it is from."""
     id: int
     ids: list
     finish: str
@@ -224,6 +225,7 @@ class _Sequence:
     id: int
     request: Request
     generator: torch.Generator
+    form: Form | None           # of what is still to be written
     ids: list = field(default_factory=list)
     logps: list = field(default_factory=list)
     versions: list = field(default_factory=list)
@@ -289,10 +291,18 @@ class Engine:
         if length >= self.context:
             raise UserError(f"a prompt of {length} tokens leaves no room in a context of "
                             f"{self.context}")
+        form, room = request.form, self._room(request)
+        if form and not form.fits(room):
+            raise UserError(f"a reply of this form takes at least {form.needs()} tokens, the end "
+                            f"included, and there is room for {room}")
         self.submitted += 1
         generator = torch.Generator().manual_seed(request.seed)
-        self.waiting.append(_Sequence(self.submitted, request, generator))
+        self.waiting.append(_Sequence(self.submitted, request, generator, form))
         return self.submitted
+
+    def _room(self, request: Request) -> int:
+        """How many tokens a reply may have."""
+        return min(request.max_new, self.context - len(request.prompt.ids))
 
     # ---- admitting requests -----------------------------------------------------------------
 
@@ -429,6 +439,7 @@ class Engine:
         """How many drafts each slot accepts, (n,), and its new tokens (n, K+1): the accepted drafts
         and one of the trunk's own; whatever follows has no meaning."""
         n, k = drafts.shape
+        logits, free = self._within_forms(logits, self.running, drafts), logits
         if draft_probs is None:         # all greedy: accepted are those that the trunk would choose
             best = logits.argmax(-1)
             return (drafts == best[:, :k]).long().cumprod(1).sum(1), best
@@ -436,7 +447,8 @@ class Engine:
         accepted, token = mmtp.accept(probabilities(logits, temperature, top_p), draft_probs,
                                       drafts, self._uniforms(self.running, k + 1))
         chosen = torch.cat([drafts, token[:, None]], 1)
-        return accepted, chosen.scatter(1, accepted[:, None], token[:, None])
+        chosen = chosen.scatter(1, accepted[:, None], token[:, None])
+        return accepted, allowed_of(chosen, logits, free)
 
     def _advance_head(self, hidden, chosen, accepted):
         """Let the head read what the trunk has just read, each state with the token that follows
@@ -465,10 +477,21 @@ class Engine:
     def _sample(self, logits: Tensor, first: int) -> Tensor:
         """One token for each slot from `first` on. (n, V) -> (n,)"""
         sequences = self.running[first:first + len(logits)]
+        logits, free = self._within_forms(logits, sequences), logits
         shaping = self._shaping(sequences)
         if shaping is None:
             return logits.argmax(-1)
-        return categorical(probabilities(logits, *shaping), self._uniforms(sequences, 1)[:, 0])
+        chosen = categorical(probabilities(logits, *shaping), self._uniforms(sequences, 1)[:, 0])
+        return allowed_of(chosen, logits, free)
+
+    def _within_forms(self, logits: Tensor, sequences, drafts: Tensor | None = None) -> Tensor:
+        """The logits (n, V), or (n, K+1, V) with K drafts, -inf for tokens that the forms of the
+        sequences refuse; a draft that is refused is then never accepted."""
+        forms = [sequence.form for sequence in sequences]
+        if not any(forms):
+            return logits
+        rooms = [self._room(s.request) - len(s.ids) for s in sequences]
+        return within_forms(logits, forms, rooms, drafts)
 
     # ---- appending tokens, ending requests ----------------------------------------------------
 
@@ -508,6 +531,8 @@ class Engine:
                 finish = self._finish(sequence)
                 if finish:              # drafts behind a stop token are dropped
                     break
+                if sequence.form:
+                    sequence.form = sequence.form.after([token])
             if finish:
                 ended.append(Result(sequence.id, sequence.ids, finish, sequence.logps,
                                     sequence.versions))
@@ -519,9 +544,9 @@ class Engine:
         request, ids = sequence.request, sequence.ids
         if ids[-1] in self.stops or self._has_stop_text(sequence):
             return "stop"
-        if len(ids) >= request.max_new:
-            return "length"
-        return "context" if len(request.prompt.ids) + len(ids) >= self.context else ""
+        if len(ids) < self._room(request):
+            return ""
+        return "length" if len(ids) >= request.max_new else "context"
 
     def _has_stop_text(self, sequence: _Sequence) -> bool:
         """Whether the newest token has completed one of the request's stop texts."""

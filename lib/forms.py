@@ -20,12 +20,16 @@ itself is not changed, as its tokens are allowed and no others get better by tha
 """
 import functools
 import json
+import math
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lib.cli import UserError
 from lib.grammar import (actions, boxed, call, document, JSON, mapping, properties_of, PYTHON,
                          schema_item, shortest)
+from lib.prefetch import send
 from tasks.actions import ACTIONS
 from tasks.verify import BEGIN, END
 from tokenizer import Tokenizer
@@ -232,6 +236,10 @@ class Form:
                             f"{vocabulary.decode(ids)[:60]!r}")
         return Form(self.machine, state)
 
+    def fits(self, room: int) -> bool:
+        """Whether the reply can be completed with `room` tokens, the stop token included."""
+        return self.machine.closes(self.machine.number(self.state), room)
+
     def needs(self) -> int:
         """The fewest tokens, the stop token included, that complete the reply."""
         return self.machine.tokens_to_close(self.machine.number(self.state))
@@ -262,6 +270,26 @@ def allowed_tokens(forms: list, rooms: list, drafts: list, width: int) -> np.nda
                 break       # what follows a draft that is refused has no meaning
             form = form.after([draft])
     return allowed
+
+
+def within_forms(logits: Tensor, forms: list, rooms: list, drafts: Tensor | None) -> Tensor:
+    """The logits (n, V) at the next place of each reply, or (n, K+1, V) there and after each of its
+    drafts (n, K), with -inf for tokens that its form refuses. The host alone knows the forms, so it
+    waits for the drafts."""
+    ids = [[]] * len(forms) if drafts is None else drafts.tolist()
+    refused = torch.from_numpy(~allowed_tokens(forms, rooms, ids, logits.shape[-1]))
+    return logits.masked_fill(send(refused, logits.device).view(logits.shape), -math.inf)
+
+
+def allowed_of(chosen: Tensor, logits: Tensor, free: Tensor) -> Tensor:
+    """The chosen tokens (...). Where a form refuses them, the best allowed ones: sampling adds up
+    probabilities, and a rounded sum can lead to the neighbour of an allowed token.
+
+    logits (..., V): those `within_forms`; free: the same object where there are no forms."""
+    if logits is free:
+        return chosen
+    refused = logits.gather(-1, chosen[..., None])[..., 0] == -math.inf
+    return torch.where(refused, logits.argmax(-1), chosen)
 
 
 def form_of(tokens: Tokenizer, *items) -> Form:
