@@ -13,6 +13,7 @@
 A reply may have a thought in front. The model first gets up to `think` tokens for it; where it has
 not closed the thought by then, </think> is put in, and it must answer [R: GLM-4.5V].
 """
+import codecs
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,9 @@ class TextStream:
     def add(self, ids, ended: bool = False) -> str:
         """The new text, given all ids so far. ended: nothing follows, so nothing is held back."""
         raw = self.tokens.decode_bytes(i for i in ids if i not in self.special)
-        text = raw.decode("utf-8", errors="replace" if ended else "ignore")
+        # This decoder holds back a character whose last bytes are missing; wrong bytes become
+        # replacement characters at once, as in the whole text.
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(raw, final=ended)
         text, found = cut_at_stop(text, self.stop)
         if not (ended or found):
             text = text[:len(text) - self._open_end(text)]

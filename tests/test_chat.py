@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from lib.common import ROOT
 from lib.conversations import conversation
 from lib.shards import open_shards
 from lib.terminal import Conversation, Screen, talk
-from lib.turns import ReplySettings
+from lib.turns import cut_at_stop, ReplySettings, TextStream
 from rl import DEMO
 from tasks.base import IMAGE, Message
 from tokenizer import tokenizer_of
@@ -117,6 +118,18 @@ def test_replies_come_piece_by_piece(chat, monkeypatch):
     assert len(pieces) > 3 and "".join(pieces).strip() == out.strip()
 
 
+def test_pieces_join_to_the_whole_text(model):
+    """Of any tokens: special ones, halves of characters, and what might become a stop text."""
+    tokens = tokenizer_of(model.config)
+    for seed in range(40):
+        ids = np.random.default_rng(seed).integers(0, tokens.vocab_size, 60).tolist()
+        stop = (("ab", tokens.plain(ids)[20:22]) if seed % 2 else ())
+        stream = TextStream(tokens, stop)
+        pieces = [stream.add(ids[:n], n == 60) for n in range(1, 61)]
+        assert "".join(pieces) == cut_at_stop(tokens.plain(ids), stop)[0]
+        assert sum(map(bool, pieces)) > 3
+
+
 def test_drafts_are_spoken_of_once(model, capsys):
     talked = Conversation(model, ReplySettings(8), drafts=model.config.mtp_depths + 1)
     talk(talked, ["List all.", "List all."])
@@ -195,7 +208,8 @@ def test_a_line_that_cant_be_followed(chat, tmp_path, line, message):
         {"role": "assistant", "content": "a"}]}))
     if "empty" in line and "image" in line:
         (tmp_path / "empty").write_bytes(b"")
-    talked, _, _ = chat(f"/image {EXAMPLE}", COLOR, f"/image {EXAMPLE}")
+    talked, _, _ = chat(f"/image {EXAMPLE}")
+    talked.messages = [Message("user", COLOR), Message("assistant", PINK)]
     before, waiting = list(talked.messages), list(talked.pictures)
     _, out, err = chat(line.replace("DIR", str(tmp_path)), conversation=talked)
     assert out == "" and err.count("\n") == 1 and re.search(message, err)

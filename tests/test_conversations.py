@@ -1,4 +1,5 @@
 """Own data as conversations: every layout, marks, videos, calls of tools, and what is refused."""
+import io
 import json
 import random
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 from PIL import Image
 
 from data import document
+from lib.cli import UserError
 from lib.conversations import (call_text, CAPTIONS, conversation, layout_of, LLAVA, NANOVLM, OPENAI,
-                               parse_call, PLAIN, plain_text, QUESTIONS)
+                               openai_record, parse_call, PLAIN, plain_text, QUESTIONS)
 from lib.images import BadRecord, Frames, Picture
 from lib.shards import Record
 from model import sized
@@ -328,6 +330,44 @@ def test_a_gif_is_a_video(tmp_path):
     [question, _] = conversation(talk(says("user", [still]), A))
     made = document([question, Message("assistant", "A")], TOKENS, TINY)
     assert made.images[0].shape == (32, 32, 3)
+
+
+# ---- what is written ----------------------------------------------------------------------------
+
+def test_a_conversation_is_written_and_read_back(tmp_path):
+    """Texts that look like marks, thoughts, pictures of two formats, a tool's reply, weights."""
+    pictures = []
+    for kind, color in (("PNG", "red"), ("JPEG", "blue")):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 6), color).save(file, kind)
+        pictures.append(Picture(file.getvalue()))
+    Image.new("RGB", (4, 4), "green").save(tmp_path / "green.webp")
+    pictures.append(Picture(tmp_path / "green.webp"))
+    messages = [
+        Message("system", "Be <image> brief."),
+        Message("user", f"{IMAGE}{IMAGE}\nWhich one? 红 <video>", tuple(pictures[:2])),
+        Message("assistant", "<think>red\nor blue</think>\n<|begin_of_box|>1<|end_of_box|>"),
+        Message("user", f"And {IMAGE} this?", (pictures[2],)),
+        Message("assistant", "<think></think>\nlook()", weight=0.5),
+        Message("observation", "< |image|> {}"),
+        Message("assistant", "<think>  </think>\n", weight=0.0)]
+    record = json.loads(json.dumps(openai_record(messages)))
+    kinds = [part["image_url"]["url"][:15] for turn in record["messages"]
+             if isinstance(turn["content"], list) for part in turn["content"]
+             if part["type"] == "image_url"]
+    assert kinds == ["data:image/png;", "data:image/jpeg", "data:image/webp"]
+    assert record["messages"][2]["reasoning_content"] == "red\nor blue"
+    again = conversation(raw(record))
+    assert [(m.role, m.text, m.weight) for m in again] == [
+        (m.role, m.text, m.weight) for m in messages]
+    assert [[p.open().tobytes() for p in m.images] for m in again] == [
+        [p.open().tobytes() for p in m.images] for m in messages]
+
+
+def test_a_video_is_not_written():
+    video = Message("user", IMAGE, (Frames((Picture(b"x"),) * 2),))
+    with pytest.raises(UserError, match="a conversation with a video can't be written"):
+        openai_record([video])
 
 
 # ---- calls of tools -----------------------------------------------------------------------------

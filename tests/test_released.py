@@ -291,7 +291,7 @@ def test_ask_with_drafts_answers_as_transformers_does(whole, capsys):
     reply = peer.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), **made, max_new_tokens=40,
         mm_token_type_ids=(ids == peer.config.image_token_id).int(), do_sample=False)
-    want = tokenizer.decode(reply[0, ids.shape[1]:], skip_special_tokens=False)
+    want = tokenizer.decode(reply[0, ids.shape[1]:], skip_special_tokens=True)
 
     config = load_config(folder)
     message = Message("user", "<|image|>Text:", (picture,))
@@ -299,7 +299,7 @@ def test_ask_with_drafts_answers_as_transformers_does(whole, capsys):
     sample.ask(sample.Ask("Text:", [str(ROOT / "docs/example.png")], str(folder), 40, drafts=3,
                           dtype="float32"))
     said = capsys.readouterr()
-    assert said.out.strip() == sample.readable(want)
+    assert said.out.strip() == want.strip()
     assert "tokens a step" in said.err
 
 
