@@ -25,9 +25,9 @@ import json
 import secrets
 
 from data import document
-from lib import forms
 from lib.api import (ApiError, bad, Chat, check_model, check_tools, conversation, event, Fields,
-                     joined, Limits, made, named_tool, picture, read_model, read_tool)
+                     form_of_call, form_of_json, joined, Limits, named_tool, picture, read_model,
+                     read_tool)
 from lib.tool_use import Call, CallStream, Entry, read_reply
 from lib.turns import ReplySettings, Turn
 
@@ -130,7 +130,7 @@ class Anthropic:
         if kind == "auto":
             return tuple(declared), None, one_call
         may = [named_tool(name, declared, choice.at("name"))] if name else declared
-        form = made(lambda: forms.call_form(self.tokens, may), "tools")
+        form = form_of_call(self.tokens, may)
         return tuple(declared), form, one_call
 
     def _json_form(self, f: Fields):
@@ -145,7 +145,7 @@ class Anthropic:
         details.word("type", ["json_schema"], need=True)
         schema = details.take("schema", dict, "a JSON schema", need=True)
         details.end()
-        return made(lambda: forms.json_form(self.tokens, schema), details.at("schema"))
+        return form_of_json(self.tokens, schema, details.at("schema"))
 
     # ---- messages ---------------------------------------------------------------------------
 

@@ -27,11 +27,13 @@ import re
 import time
 from dataclasses import dataclass, field
 
+from lib import forms
 from lib.cli import UserError
 from lib.conversations import NAME, plainly
 from lib.images import BadRecord, Picture
-from lib.tool_use import Entry, messages_of, Tool
+from lib.tool_use import Entry, is_known, loosened, messages_of, Tool
 from lib.turns import ReplySettings, Turn
+from tasks.actions import ACTIONS
 from tasks.base import IMAGE, Message
 
 MODEL = "nanoglm-v"         # a name to which every served model answers
@@ -355,10 +357,23 @@ def conversation(entries: list[Entry], tools, limits: Limits) -> list[Message]:
         raise bad("messages", f"a call can't be written: {error}") from None
 
 
-def made(form, path: str):
-    """What the function `form` makes, a form of lib/forms.py."""
+def form_of_call(tokens, tools):
+    """The form of a reply that must call one of these tools. Points of the gym's own actions are in
+    0-999 then, whatever the schemas say."""
+    same = [is_known(tool) and len(tool.arguments) == len(ACTIONS[tool.name].arguments)
+            for tool in tools]
     try:
-        return form()
+        if all(same):
+            return forms.action_form(tokens, tuple(tool.name for tool in tools))
+        return forms.call_form(tokens, loosened(tools))
+    except UserError as error:
+        raise bad("tools", str(error), "unsupported_schema") from None
+
+
+def form_of_json(tokens, schema: dict | None, path: str):
+    """The form of a reply that must be JSON, of this schema if there is one."""
+    try:
+        return forms.json_form(tokens, schema)
     except UserError as error:
         raise bad(path, str(error), "unsupported_schema") from None
 

@@ -14,16 +14,16 @@ Ours differs from the service in this:
 - The model must be able to go on from a conversation: see `check_entries` in lib/api.py.
 - `tools` that may be called and a `response_format` of JSON exclude each other.
 
-Ignored, whatever they hold: IGNORED below and, in a message, `name`, `annotations`, `index` and the
-`detail` of a picture. Fields that would change the reply but are not built must ask for nothing;
-all others are refused.
+Ignored, whatever they hold: IGNORED below and, in a message, `name`, `annotations`, the `detail` of
+a picture, and what the official client adds to replies (`index`, `parsed`, `parsed_arguments`).
+Fields that would change the reply but are not built must ask for nothing; all others are refused.
 """
 import json
 import secrets
 
-from lib import forms
 from lib.api import (ApiError, bad, Chat, check_model, check_tools, conversation, data_uri_picture,
-                     event, Fields, joined, Limits, made, named_tool, read_model, read_tool)
+                     event, Fields, form_of_call, form_of_json, joined, Limits, named_tool,
+                     read_model, read_tool)
 from lib.tool_use import Call, CallStream, Entry, read_reply
 from lib.turns import ReplySettings, Turn
 
@@ -133,7 +133,7 @@ class OpenAI:
             may = declared
         else:
             raise bad("tool_choice", "must be none, auto, required, or an object that names a tool")
-        return tuple(declared), made(lambda: forms.call_form(self.tokens, may), "tools")
+        return tuple(declared), form_of_call(self.tokens, may)
 
     def _json_form(self, f: Fields):
         wanted = f.object("response_format")
@@ -150,7 +150,7 @@ class OpenAI:
         wanted.end()
         if kind == "text":
             return None
-        return made(lambda: forms.json_form(self.tokens, schema), path)
+        return form_of_json(self.tokens, schema, path)
 
     # ---- messages ---------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class OpenAI:
         if role == "assistant":
             thought = f.text("reasoning_content")
             calls = tuple(self._call(call) for call in f.objects("tool_calls", limits.max_tools))
-            f.ignore("annotations")
+            f.ignore("annotations", "parsed")
             f.refuse("only text is read", "audio", "function_call")
             text = text or f.text("refusal")
             f.ignore("refusal")
@@ -204,6 +204,7 @@ class OpenAI:
         f.ignore("index")
         function = f.object("function", need=True)
         name, written = function.text("name", need=True), function.text("arguments")
+        function.ignore("parsed_arguments")
         function.end()
         f.end()
         try:

@@ -17,6 +17,10 @@ the line that the gym writes below its own, with names and arguments and nothing
 
     One call a turn: find(word, limit), open("name").
 
+**A call that must be made** (tool_choice) is held to the tool's name and to the types of its
+arguments, their enums and which of them are required; ranges, patterns and formats in the schema
+are the tool's own business (`loosened`).
+
 **Folding.** On screens the model was trained on one picture at a time: the newest screen, the goal,
 and the calls before it as lines (tasks.base.recap). The protocols have a growing conversation
 instead: goal with a picture, call, result with a picture, call, ... If all tools are actions on
@@ -153,6 +157,29 @@ class CallStream:
     def _may_become_call(self, line: str) -> bool:
         names = [f"{tool.name}(" for tool in self.tools]
         return any(line.startswith(name) or name.startswith(line) for name in names)
+
+
+TYPES = ("type", "properties", "required", "items", "enum", "const", "anyOf")
+
+
+def loosened(tools) -> list[Tool]:
+    """The tools, of whose schemas only the words in TYPES are left."""
+    return [replace(tool, parameters=loose(tool.parameters)) for tool in tools]
+
+
+def loose(schema):
+    if not isinstance(schema, dict):
+        return schema
+    kept = {word: schema[word] for word in TYPES if word in schema}
+    if "enum" in kept or "const" in kept:
+        return {word: kept[word] for word in ("enum", "const") if word in kept}
+    if isinstance(kept.get("properties"), dict):
+        kept["properties"] = {name: loose(one) for name, one in kept["properties"].items()}
+    if "items" in kept:
+        kept["items"] = loose(kept["items"])
+    if isinstance(kept.get("anyOf"), list):
+        return {"anyOf": [loose(one) for one in kept["anyOf"]]}
+    return kept
 
 
 # ---- messages -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from data import document
 from lib.anthropic_api import Anthropic
 from lib.api import ApiError, Limits, parse_body, start
 from lib.checkpoint import load_config
+from lib.cli import UserError
 from lib.common import ROOT
 from lib.openai_api import OpenAI
 from lib.tool_use import Call, CallStream, read_call, read_reply, Tool, usage_line, write_call
@@ -337,6 +338,55 @@ def test_settings_of_anthropic():
     begun["messages"].append({"role": "assistant", "content": [said("click(")]})
     chat = read("anthropic", begun)
     assert chat.settings.prefix == "click(" and chat.tools == () and len(chat.messages) == 1
+
+
+def allowed(settings, text: str) -> bool:
+    """Whether the form of a reply lets this text be written, up to its last token."""
+    try:
+        settings.form.after(TOKENS.encode_reply(text))
+        return True
+    except UserError:
+        return False
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_call_that_must_be_made(protocol):
+    """The gym's own actions have points in 0-999, other tools what their schemas say of types."""
+    limited = tool("find", word={"type": "string", "minLength": 3, "pattern": "a+"}, limit={
+        "type": "integer", "minimum": 1}, kind={"enum": ["a", "b"]})
+    tools = [CLICK, limited]
+    declared, must, named = {
+        "openai": (openai_tools(tools), "required",
+                   {"type": "function", "function": {"name": "find"}}),
+        "anthropic": (anthropic_tools(tools), {"type": "any"},
+                      {"type": "tool", "name": "find"})}[protocol]
+    only_click = declared[:1]
+    must_be = read(protocol, ask(protocol, tools=only_click, tool_choice=must)).settings
+    assert allowed(must_be, "click(1, 2)")
+    assert not any(allowed(must_be, text) for text in ("click(1000, 2)", "done()", "A", 'find("a'))
+    must_be = read(protocol, ask(protocol, tools=declared, tool_choice=must)).settings
+    assert allowed(must_be, "click(1, 2)") and allowed(must_be, 'find("a", 3, "b")')
+    assert not any(allowed(must_be, text) for text in ("done()", "find(3", 'find("a", 3, "c"', "No"))
+    must_be = read(protocol, ask(protocol, tools=declared, tool_choice=named)).settings
+    assert allowed(must_be, 'find(limit=3)') and not allowed(must_be, "click(")
+    assert read(protocol, ask(protocol, tools=declared)).settings.form is None
+
+
+def test_json_replies():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+              "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    bodies = [("openai", {"response_format": wanted}),
+              ("anthropic", {"output_config": {"format": {"type": "json_schema",
+                                                          "schema": schema}}})]
+    for protocol, fields in bodies:
+        must_be = read(protocol, ask(protocol, **fields)).settings
+        assert allowed(must_be, '{"a": 3}') and not allowed(must_be, '{"b"')
+        fields |= {"tools": openai_tools([FIND]) if protocol == "openai" else
+                   anthropic_tools([FIND])}
+        assert "exclude each other" in refused(protocol, ask(protocol, **fields)).message
+    must_be = read("openai", ask("openai", response_format={"type": "json_object"})).settings
+    assert allowed(must_be, '{"b": [1, null]}') and not allowed(must_be, "[")
 
 
 def test_what_claude_code_sends():
