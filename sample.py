@@ -26,10 +26,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Literal
 
 import gym
-from data import parse_mix, sight
 from engine import Engine
 from lib.card import list_questions, seen, trained_on, write_card
 from lib.checkpoint import load_model
@@ -38,16 +38,18 @@ from lib.cli import (Count, Device, Drafts, Dtype, main, Natural, NonNegative, P
 from lib.common import ROOT, setup, write_json
 from lib.conversations import call_text
 from lib.evaluation import comparison, evaluate, known_tasks, show, show_summary
+from lib.film import film, save_film, storyboard, Verdict, with_point
 from lib.forms import named_form
 from lib.harness import evaluate_harnesses, read_harnesses
-from lib.images import any_image, open_image, Picture
+from lib.images import any_image, open_image, Picture, resize
 from lib.own_eval import evaluate_file, show_figures
 from lib.records import decode
 from lib.runs import find_checkpoint
 from lib.summary import not_played, summary
-from lib.terminal import (Conversation, introduction, note, note_end, note_unlike, read_all, Screen,
-                          talk)
+from lib.terminal import (CONTROL, Conversation, introduction, note, note_end, note_unlike,
+                          read_all, Screen, talk)
 from lib.turns import engine_for, play, ReplySettings, Turn
+from lib.watch import Watched
 from tasks.actions import ACTIONS
 from tasks.base import IMAGE, Message, recap
 from tasks.verify import parse_action
@@ -271,6 +273,100 @@ def chat(args: Chat, lines=None, terminal: bool | None = None):
     talk(Conversation(model, settings, args.drafts, trained), lines, terminal)
 
 
+# ---- agent --------------------------------------------------------------------------------------
+
+@dataclass
+class Agent:
+    task: str = "gui_form"        # the category, also as a bare word; agents' have several turns
+    level: Annotated[int, Range(0, 4)] = 0  # 0 (easy) to 4
+    seed: Seed = 1_000_000        # which instance
+    split: Literal["test", "train"] = "test"  # test: held-out factors; or train
+    ckpt: str = ""                # checkpoint or run folder; default: ckpt/demo
+    screenshot: str = ""          # a picture of yours, for one action in place of a task
+    goal: str = ""                # what to do on it, in the wordings of `gym.py actions`
+    form: Literal["auto", "action", "click", "none"] = "auto"  # what a reply must look like; auto:
+                                  # none for tasks, as in eval, and action for a screenshot
+    turns: Natural = 0            # at most; 0: as many as the task allows
+    think: Natural = 0            # tokens that it may think for in each turn; 0: not at all
+    temperature: NonNegative = 0.0  # of sampling; 0 always takes the most likely token
+    sample: Seed = 0              # seed of sampling
+    out: str = ""                 # GIF and PNG without their suffix; default: out/agent/NAME
+    device: Device = "auto"       # auto, cpu, cuda or mps
+    dtype: Dtype = "auto"         # auto, float32 or bfloat16
+
+
+def agent(args: Agent):
+    """Watch the model do a task of the gym: each turn on the terminal, all of them as a film (GIF)
+    and side by side (PNG). Or let it act once on a picture of yours, and see where it points:
+
+    python sample.py agent
+    python sample.py agent --screenshot=screen.png --goal="Click OK."
+    """
+    if bool(args.screenshot) != bool(args.goal):
+        raise UserError("a screenshot needs a goal, and a goal a screenshot; a task has its own")
+    if args.screenshot:
+        return act_once(args)
+    ckpt = args.ckpt or "ckpt/demo"
+    model, tokens, hw = load(args.ckpt or ROOT / ckpt, args.device, args.dtype)
+    task = gym.Task(args.task, args.seed, args.level, args.split)
+    form = "" if args.form in ("auto", "none") else args.form
+    watched = Watched(model, tokens, task, form, args.turns, args.think, args.temperature,
+                      args.sample)
+    label = f"{args.task}, level {args.level}, {args.split} seed {args.seed}, {ckpt}"
+    print(label)
+    for number, shot in enumerate(watched.play(), 1):
+        if number == 1:
+            print(on_terminal(watched.goal))
+        if shot.thought:
+            print(indent(on_terminal(shot.thought), "     thought: "))
+        print(f"{number:>3}  {on_terminal(shot.action):<28}  {on_terminal(shot.result)}",
+              flush=True)
+    score = watched.episode.score
+    end = Verdict(score.reward > 0.999, score.error or f"reward {score.reward:.2f}")
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in score.parts.items())
+    print(f"{end} ({parts})" if parts else end)
+    if watched.shots:
+        out = output_path(args.out or f"out/agent/{args.task}")
+        episode = watched.goal, label, watched.shots, end
+        save_film(film(*episode), f"{out}.gif")
+        storyboard(*episode).save(f"{out}.png")
+        print(f"{out}.gif and {out}.png")
+
+
+def act_once(args: Agent):
+    """Print the model's action on a picture of the user's, and draw the point that it names."""
+    image, ckpt = open_image(args.screenshot), args.ckpt or ROOT / "ckpt" / "demo"
+    model, tokens, hw = load(ckpt, args.device, args.dtype)
+    seen_image = resize(image, model.config)
+    note(f"{args.screenshot} is seen at {seen_image.shape[1]}x{seen_image.shape[0]} pixels")
+    note_unlike(seen(find_checkpoint(ckpt), model.config), args.goal, [seen_image])
+    form = {"auto": "action", "none": None}.get(args.form, args.form)
+    action = act(model, image, args.goal, form=form, think=args.think, seed=args.sample,
+                 temperature=args.temperature)
+    if action.thought:
+        print(f"thought: {on_terminal(action.thought)}")
+    if action.kind == "none":
+        print(f"no action: {on_terminal(action.raw)}")
+    else:
+        print(action)
+    if action.point:
+        out = output_path(args.out or f"out/agent/{Path(args.screenshot).stem}")
+        with_point(image, action.point).save(f"{out}.png")
+        print(f"pixel {action.point[0]}, {action.point[1]} of {image.width}x{image.height}: "
+              f"{out}.png")
+
+
+def output_path(out: str) -> str:
+    """A path without suffix, whose folder exists."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def on_terminal(text: str) -> str:
+    """A model's text without what a terminal might obey."""
+    return CONTROL.sub("\ufffd", text)
+
+
 # ---- eval ---------------------------------------------------------------------------------------
 
 @dataclass
@@ -366,6 +462,7 @@ def own_evaluation(args: Eval, ckpt: str):
 # ---- the command line ---------------------------------------------------------------------------
 
 VERBS = {"ask": (Ask, ask, "question"), "chat": (Chat, chat, None),
+         "agent": (Agent, agent, "task"),
          "eval": (Eval, evaluation, None)}
 
 

@@ -5,8 +5,9 @@
     save_film(film(*about), "out/agent/x.gif")
     storyboard(*about).save("out/agent/x.png")
 
-Pillow alone draws them, with its built-in font. Small screens are enlarged by whole numbers, so that
-their pixels stay sharp. A point or box that an action names is drawn on the picture it refers to.
+Pillow alone draws them, with its built-in font. Small screens are enlarged by whole numbers, so
+that their pixels stay sharp. A point or box that an action names is drawn on the picture it refers
+to.
 """
 import textwrap
 from dataclasses import dataclass, field
@@ -17,20 +18,20 @@ from PIL import Image, ImageDraw, ImageOps
 
 from tasks.draw import font, sheet
 
-SIDE, GAP, COLUMN = 320, 14, 250        # pixels: about the side of a screen, margins, the text beside
+SIDE, GAP, COLUMN = 320, 14, 250        # pixels: a screen's side, margins, the text beside it
 MOST_WIDE = 1600                        # pixels of a storyboard
 LINES = 14                              # the most lines of a text card
 PAPER, INK, PALE, EDGE = (255, 255, 255), (28, 32, 40), (104, 112, 124), (208, 213, 220)
 MARK, GOOD, BAD = (255, 0, 140), (24, 140, 90), (206, 52, 42)
 ARROW = ((0, 0), (0, 17), (4, 13.4), (6.6, 19.4), (9.4, 18.2), (6.8, 12.4), (12, 12.2))  # pixels
 STEPS = 4                               # pictures of the cursor on its way
-WAY, LOOK, PRESS, END = 70, 600, 900, 3000      # milliseconds: a step, a new screen, a click, the end
+WAY, LOOK, PRESS, END = 70, 600, 900, 3000      # milliseconds: a step, a screen, a click, the end
 
 
 @dataclass
 class Shot:
     """One turn. pictures and text: what the model was shown; action: its reply; result: what came
-    of it. mark: (x, y) or (x0, y0, x1, y1) in 0-999 of `marked`, which is one of the pictures, or an
+    of it. mark: (x, y) or (x0, y0, x1, y1) in 0-999 of `marked`, which is one of the pictures or an
     earlier one; () where the action names no place."""
     pictures: list = field(default_factory=list)
     text: str = ""
@@ -121,8 +122,8 @@ def to_pixels(mark: tuple, size: tuple) -> list[float]:
 # ---- drawing marks ------------------------------------------------------------------------------
 
 def smooth(picture: Image.Image, center: tuple, reach: int, draw):
-    """Call draw(pen, k, x, y) on a layer of k = 4 times the size, where (x, y) is the place of
-    `center` on it; then lay the layer over the picture, at most `reach` pixels around the center."""
+    """Draw without jagged edges: draw(pen, k, x, y) draws around (x, y) on a layer of k = 4 times
+    the size, which is laid over the picture within `reach` pixels around `center`."""
     left, top = (int(place) - reach for place in center)
     layer = Image.new("RGBA", (8 * reach, 8 * reach))
     draw(ImageDraw.Draw(layer), 4, 4 * (center[0] - left), 4 * (center[1] - top))
@@ -281,7 +282,8 @@ def storyboard(goal: str, label: str, shots: list[Shot], verdict: Verdict) -> Im
     for number, shot in enumerate(shots, 1):
         tiles.append(captioned(panel(shot, True, number), number, shot))
     columns = min(4, max(1, MOST_WIDE // tiles[0].width)) if tiles else 1
-    body = sheet([tiles[i:i + columns] for i in range(0, len(tiles), columns)] or [[card("", SIDE)]])
+    rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
+    body = sheet(rows or [[card("", SIDE)]])
     width = max(body.width, 520)
     lines = wrap(goal, width - 2 * GAP, 20, 4)
     top = GAP + 25 * len(lines) + 24

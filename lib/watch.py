@@ -1,7 +1,7 @@
 """Play one task of the gym turn by turn, to be watched: `sample.py agent`.
 
-    watched = Watched(task, settings)
-    for shot in watched.play(engine): ...       # lib.film.Shot, one a turn
+    watched = Watched(model, tokens, Task("gui_form", 1_000_000, split="test"))
+    for shot in watched.play(): ...         # lib.film.Shot, one a turn
     watched.episode.score
 
 The tokens are those of lib/rollout.py, so the model plays as it does in `sample.py eval`.
@@ -9,12 +9,15 @@ The tokens are those of lib/rollout.py, so the model plays as it does in `sample
 from dataclasses import replace
 
 import gym
+from data import sight, task_pixels
 from engine import Engine
+from lib.cli import UserError
 from lib.episodes import Episode
+from lib.evaluation import budget
 from lib.film import Shot
-from lib.forms import Form
+from lib.forms import action_form, Form
 from lib.rollout import Rollout, RolloutSettings
-from tasks.actions import ACTIONS
+from tasks.actions import ACTIONS, verbs_of
 from tasks.base import IMAGE, Message, Task
 from tasks.verify import boxed, parse_action, without_thought
 
@@ -22,23 +25,52 @@ PARTS = ("zoom", "crop", "search_image")    # calls after which no whole picture
 
 
 class Watched(Rollout):
-    """A Rollout that keeps what happens in each turn. form: of the replies; turns: the most that
-    are played, 0: as many as the task allows."""
+    """A Rollout that keeps what happens in each turn.
 
-    def __init__(self, task: Task, settings: RolloutSettings, form: Form | None = None, turns=0):
-        super().__init__(Episode(task, 0, 0), settings)
-        self.form, self.turns = form, turns
+    form: "" or, for tasks whose replies are calls, "action" or "click": replies have this form.
+    turns: the most that are played, 0: as many as the task allows. think: tokens of a thought in
+    each turn; seed: of sampling, where the temperature is above 0. Raises UserError where the model
+    can't play the task like this.
+    """
+
+    def __init__(self, model, tokens, task: Task, form="", turns=0, think=0, temperature=0.0,
+                 seed=0):
+        gym.check_task(task)
+        config, env = model.config, gym.CATEGORIES[task.category].env
+        if env.min_pixels > sight(config):
+            raise UserError(f"{task.category} needs pictures of {env.min_pixels} pixels, and this "
+                            f"model sees {sight(config)}; --ckpt=ckpt/gym sees more")
+        task = replace(task, pixels=task_pixels(task.category, config, task.pixels))
+        # As much room as in an evaluation on tasks of this kind.
+        kind = [replace(task, seed=task.seed + i) for i in range(24)]
+        context, max_new = budget(kind, tokens, config)
+        if think:
+            context += (think + 8) * env.max_turns      # 8: </think> and line breaks
+        context = min(context, config.text.max_position_embeddings)
+        super().__init__(Episode(task, 0, 0), RolloutSettings(
+            tokens, config, context, max_new, think, seed, temperature))
+        self.engine = Engine(model, 1, context)
+        self.engine.stops.add(tokens.image)     # a visual slot in a reply would have no pixels
+        self.form = self.form_of(form, task.category) if form else None
+        self.turns = turns
         self.shots: list[Shot] = []     # of the turns that have ended
         self.goal = ""                  # the first line of the first message
 
-    def play(self, engine: Engine):
+    def form_of(self, name: str, category: str) -> Form:
+        """The form of this name for the replies of a category."""
+        verbs = ("click",) if name == "click" else verbs_of(category)
+        if self.settings.think or not set(verbs) & set(verbs_of(category)):
+            raise UserError(f"--form={name} is for tasks whose replies are calls, without --think")
+        return action_form(self.settings.tokens, verbs)
+
+    def play(self):
         """Yield each turn's Shot when it has ended; then the episode has its score."""
         request = self.advance()
         while request:
-            engine.submit(request)
+            self.engine.submit(request)
             results, before = [], len(self.shots)
             while not results:
-                results = engine.step()
+                results = self.engine.step()
             request = self.advance(results[0])
             yield from self.shots[before:]
         if self.evidence is not None:

@@ -28,7 +28,7 @@ FLOORS = {
     "engine": 5, "lib.checkpoint": 5, "lib.episodes": 5,
     "lib.card": 5.1, "lib.evaluation": 5.2, "lib.harness": 5.25, "lib.turns": 5.1,
     "lib.forms": 4.5, "lib.grammar": 4.4,
-    "lib.terminal": 5.2, "lib.film": 2.5, "lib.watch": 5.2,
+    "lib.terminal": 5.2, "lib.film": 2.5, "lib.watch": 5.25,
     "lib.tool_use": 3.3, "lib.api": 5.2, "lib.openai_api": 5.3, "lib.anthropic_api": 5.3,
     "lib.own_eval": 5.1, "lib.curriculum": 5.1, "lib.probes": 5.1,
     "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.roofline": 5.1, "lib.async_rl": 5.2,
