@@ -1,7 +1,7 @@
 """`sample.act` uses web pages: it sees a screenshot of headless Chromium, and its clicks are made.
 
-    python -m recipes.browser                           a form; each turn is printed
-    python -m recipes.browser --page=dialog --seed=3 --ckpt=ckpt/demo --film=out/dialog.png
+    python -m recipes.browser                           a form; each action is printed
+    python -m recipes.browser --page=dialog --seed=3 --ckpt=ckpt/demo --film=out/dialog.gif
     python -m recipes.browser --page=list --count=100   how often the goal is reached
     python -m recipes.browser --oracle                  the page's own actions, without a model
 
@@ -17,11 +17,11 @@ from typing import Literal
 import sample
 from data import task_pixels
 from lib.cli import cli, Count, main, Seed
+from lib.film import film, save_film, Shot, Verdict
 from recipes.webdriver import browser
-from tasks.draw import strip
 from tasks.verify import parse_action
 
-SIDE, TURNS = 512, 8            # side of the window in CSS pixels; actions on a page, at most
+SIDE, TURNS = 512, 8            # of the window in CSS pixels; actions on a page, at most
 
 
 @dataclass
@@ -30,51 +30,52 @@ class Args:
     seed: Seed = 0                # of the first page; the next one has the next seed
     count: Count = 1              # pages
     ckpt: str = ""                # checkpoint or run folder; default: ckpt/gym
-    film: str = ""                # picture file for the screens of the last page
+    film: str = ""                # GIF of the last page
     oracle: bool = False          # ask the page for the right action instead of a model
 
 
-def carry_out(page, action: str) -> bool:
-    """Make an action on the page -> whether it is the last one. What is no action is ignored."""
-    name, args = parse_action(action) or ("", [])
+def carry_out(window, name: str, args: list):
+    """Make an action on the page. Other actions, such as done(), change nothing there."""
     if name == "click":
-        page.click(args[0] / 999 * page.width, args[1] / 999 * page.height)
+        window.click(*(min(SIDE - 1, place * SIDE // 999) for place in args))
     elif name == "scroll":
-        page.scroll(page.height / 2 if args == ["down"] else -page.height / 2)
+        window.scroll(SIDE / 2 if args == ["down"] else -SIDE / 2)
     elif name == "type":
-        page.type(args[0])
-    elif name == "back":
-        page.back()
-    return name in ("done", "answer")
+        window.type(args[0])
 
 
-def play(page, address: str, choose) -> tuple[bool, list]:
-    """Play one page to its end -> (whether the goal is reached, all screens).
+def play(window, choose) -> tuple[str, list[Shot], bool]:
+    """Play the page to its end -> (goal, turns, whether it is reached).
     choose(screen, goal, earlier actions) -> the next action as text."""
-    page.open(address)
-    goal, screens, history, ended = page.title, [page.screenshot()], [], False
+    goal, shots = window.title, []
     print(goal)
-    while page.title == goal and len(history) < TURNS and not ended:
-        history.append(choose(screens[-1], goal, history))
-        ended = carry_out(page, history[-1])
-        screens.append(page.screenshot())
-        print(f"  {history[-1]}")
-    print(f"  {'not reached' if page.title == goal else page.title}")
-    return page.title == "reached", screens
+    while window.title == goal and len(shots) < TURNS:
+        screen = window.screenshot()
+        action = choose(screen, goal, [shot.action for shot in shots])
+        print(f"  {action}")
+        name, args = parse_action(action) or ("", [])
+        shots.append(Shot([screen], action=action, mark=tuple(args) if name == "click" else (),
+                          marked=screen))
+        carry_out(window, name, args)
+    print("  not reached" if window.title == goal else f"  {window.title}")
+    return goal, shots, window.title == "reached"
 
 
 def drive(args: Args):
     """Play pages and print how often the goal was reached."""
     model, *_ = sample.load(args.ckpt, "cpu", "auto")
-    folder, seeds = Path(__file__).parent / "browser", range(args.seed, args.seed + args.count)
-    with browser(SIDE, SIDE, task_pixels("gui_form", model.config)) as page:
+    page, reached = Path(__file__).parent / "browser" / f"{args.page}.html", 0
+    with browser(SIDE, SIDE, task_pixels("gui_form", model.config)) as window:
         by_model = lambda *seen: str(sample.act(model, *seen))
-        by_page = lambda *seen: page.run("return oracle()")
-        played = [play(page, f"{(folder / args.page).as_uri()}.html?{seed}",
-                       by_page if args.oracle else by_model) for seed in seeds]
-    print(f"{sum(reached for reached, _ in played)} of {args.count} reached the goal")
+        by_page = lambda *seen: window.run("return oracle()")
+        for seed in range(args.seed, args.seed + args.count):
+            window.open(f"{page.as_uri()}?{seed}")
+            goal, shots, good = play(window, by_page if args.oracle else by_model)
+            reached += good
+    print(f"{reached} of {args.count} reached the goal")
     if args.film:
-        strip(played[-1][1]).save(args.film)
+        label, end = f"{page.name}, seed {seed}", Verdict(good, "reached" if good else "not reached")
+        save_film(film(goal, label, shots, end), args.film)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ chromedriver, https://www.w3.org/TR/webdriver2. On Debian: apt-get install chrom
         page.click(256, 448)                        # in CSS pixels, of which there are 512 x 512
 """
 import base64
+import contextlib
 import http.client
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
-from contextlib import contextmanager
+import tempfile
 
 from PIL import Image
 
@@ -22,26 +24,31 @@ from lib.cli import UserError
 OPTIONS = ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--disable-smooth-scrolling")
 
 
-@contextmanager
+@contextlib.contextmanager
 def browser(width: int, height: int, pixels: int = 0):
     """A window of this size in CSS pixels. pixels: the width of its screenshots; 0: the same. The
     browser and its driver end with the block, also by Ctrl-C. Raises UserError."""
     if not shutil.which("chromedriver"):
         raise UserError("no chromedriver on the PATH: apt-get install chromium chromium-driver")
-    # In a session of its own, so that Ctrl-C does not end the driver before it ends the browser.
-    driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True,
-                              stderr=subprocess.DEVNULL, start_new_session=True)
-    page = None
-    try:
-        ready = (re.search(r"successfully on port (\d+)", line) for line in driver.stdout)
-        page = Page(int(next(filter(None, ready))[1]), width, height, (pixels or width) / width)
-        yield page
-    finally:
-        if page:
-            page.command("DELETE", "")
-        driver.terminate()
-        driver.wait()
-        driver.stdout.close()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        # In a session of its own, so that Ctrl-C does not end the driver before the browser.
+        driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True,
+                                  stderr=subprocess.DEVNULL, start_new_session=True,
+                                  env=os.environ | {"TMPDIR": folder})
+        port = None
+        try:
+            ready = (re.search(r"successfully on port (\d+)", line) for line in driver.stdout)
+            port = int(next(filter(None, ready))[1])
+            yield Page(port, width, height, (pixels or width) / width)
+        finally:
+            if port:                # a new connection: Ctrl-C may come in the middle of a command
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    connection = http.client.HTTPConnection("127.0.0.1", port)
+                    connection.request("GET", "/shutdown")
+                    connection.getresponse().read()
+            driver.terminate()
+            driver.wait()
+            driver.stdout.close()
 
 
 class Page:
@@ -94,9 +101,6 @@ class Page:
         """Turn the mouse wheel in the middle of the window, by this many pixels."""
         self._act("wheel", {"type": "scroll", "x": self.width // 2, "y": self.height // 2,
                             "deltaX": 0, "deltaY": round(down), "duration": 0})
-
-    def back(self):
-        self.command("POST", "/back")
 
     def _act(self, device: str, *steps: dict):
         self.command("POST", "/actions",
