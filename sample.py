@@ -1,4 +1,4 @@
-"""Using a model: ask it about pictures, or evaluate it on the gym or on questions of your own.
+"""Using a model: ask it about pictures, chat with it, or evaluate it on the gym or on questions of your own.
 
     python sample.py ask                                 lists the questions that it was trained on
     python sample.py ask --image=docs/example.png "What color is the diamond?"
@@ -8,10 +8,15 @@
                                                          GLM-OCR's folder, as it is released
     echo "List all." | python sample.py ask --image=docs/example.png -      a question from a pipe
     python sample.py ask --image=- "List all." --json < docs/example.png    a picture; JSON out
-    python sample.py ask --image=docs/example.png "List all." --form=box --think=64
+    python sample.py ask --image=docs/example.png "Point at the diamond." --form=point
     python sample.py chat                                a conversation; /help lists its commands
     python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
+    python sample.py eval --mix=gym --levels=5 --passes=8 --drafts=3    all categories and levels;
+                                                         pass@8; tokens a step with drafts
+    python sample.py eval --ckpt=ckpt/demo --ckpt=out/pretrain --mix=point    compared, paired
+    python sample.py eval --ckpt=ckpt/demo --harness=plain,history,tools,verify
+                                                         ways to ask an agent: lib/harness.py
     python sample.py eval --data=FILE.jsonl              your own questions: see lib/own_eval.py
 
 Without --ckpt the model in ckpt/gym is used: 3.3M parameters, trained on all 36 categories of the
