@@ -1,4 +1,4 @@
-"""Using a model: ask it about pictures, chat with it, or evaluate it on the gym or on questions of your own.
+"""Using a model: ask it, chat with it, or evaluate it on the gym or on questions of your own.
 
     python sample.py ask                                 lists the questions that it was trained on
     python sample.py ask --image=docs/example.png "What color is the diamond?"

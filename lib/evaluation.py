@@ -238,24 +238,29 @@ def show_summary(table: dict):
 
 
 def show_comparison(found: dict[str, dict[str, dict]], first: str):
-    """Print what `compare` returns: a column for each table, and the differences from `first`."""
+    """Print what `compare` returns: the accuracies, a column for each table, and below them the
+    differences from `first`."""
     columns = list(next(iter(found.values())))
-    wide = max(33, *(len(column) + 2 for column in columns))
-    print(f"\n{'':<17}" + "".join(f"{column:<{wide}}" for column in columns).rstrip())
-    for name, row in found.items():
-        cells = []
-        for column in columns:
-            figures = row[column]
-            cell = f"{figures['accuracy']:>6.1%}"
-            if column == first:
-                cell += f"  {figures['low']:>5.1%}-{figures['high']:.1%}"
-            elif "difference" in figures:
-                moved, low, high = (100 * value for value in figures["difference"])
-                cell += f" {moved:>+7.1f} [{low:+.1f}, {high:+.1f}]" + "*" * (low > 0 or high < 0)
-            cells.append(f"{cell:<{wide}}")
-        print(f"{name:<17}" + "".join(cells).rstrip())
-    print(f"differences from {first} are in points, on the same tasks, with 95% intervals; *: 0 is "
-          "outside")
+    others = [column for column in columns if column != first]
+    wide = max(16, *(len(column) + 2 for column in columns))
+
+    def block(title, columns, wide, cell):
+        print(f"\n{title:<17}" + "".join(f"{column:>{wide}}" for column in columns))
+        for name, row in found.items():
+            print(f"{name:<17}" + "".join(f"{cell(row[column]):>{wide}}" for column in columns))
+
+    block("accuracy, 95%", columns, wide, lambda row:
+          f"{row['accuracy']:.1%} {100 * row['low']:>4.0f}-{100 * row['high']:<3.0f}")
+    block(f"minus {first}", others, max(24, wide), difference_cell)
+    print("in points, on the same tasks, with 95% intervals; *: 0 is outside")
+
+
+def difference_cell(row: dict) -> str:
+    """A difference in points with its interval, and a star where 0 is outside."""
+    if "difference" not in row:
+        return "- "
+    moved, low, high = (100 * value for value in row["difference"])
+    return f"{moved:+.1f} [{low:+.1f}, {high:+.1f}]" + " *"[low > 0 or high < 0]
 
 
 def comparison(tables: dict[str, dict], first: str, title: str) -> dict:

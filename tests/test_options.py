@@ -23,7 +23,7 @@ ENTRIES = {
     "train_vit": [("Args", "run", ("train",), ())],
     "sample": [("Ask", "ask", ("seen", "list_questions"), ("--question=?",)),
                ("Chat", "chat", ("seen",), ()),
-               ("Eval", "evaluation", ("run_tasks",), ())],
+               ("Eval", "evaluation", ("evaluate", "evaluate_harnesses"), ())],
     "serve": [("Args", "run", ("EngineThread",), ("--port=0",))],
     "gym": [("List", "list_categories", (), ()),
             ("Actions", "list_actions", (), ()),

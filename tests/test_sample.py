@@ -33,7 +33,7 @@ def evaluated(run: Path, options: dict, **args) -> tuple[dict, int]:
     """The table and the levels after `eval` of a run with these options."""
     (run / "config.json").write_text(json.dumps(options))
     out = run / "eval.json"
-    sample.evaluation(sample.Eval(ckpt=str(run), count=2, out=str(out), device="cpu",
+    sample.evaluation(sample.Eval(ckpt=[str(run)], count=2, out=str(out), device="cpu",
                                   dtype="float32", context=256, max_new=4, **args))
     found = json.loads(out.read_text())
     return found["table"], found["levels"]
@@ -195,7 +195,7 @@ def test_a_card_says_what_was_measured_and_seen(run, capsys):
     (folder / "out_of_gym.json").write_text(json.dumps({"figures": {
         "white page": {"right, %": 12.5, "from": 4.0, "to": 20.0}}}))
     drawn = card.seen(folder, sized("tiny"))
-    sample.evaluation(sample.Eval(ckpt=str(run), count=4, levels=2, device="cpu", dtype="float32",
+    sample.evaluation(sample.Eval(ckpt=[str(run)], count=4, levels=2, device="cpu", dtype="float32",
                                   context=256, max_new=4, card=str(folder),
                                   out=str(run / "eval.json")))
     text = (folder / "README.md").read_text()
