@@ -1,5 +1,6 @@
 """The recipes: our categories as others' environments, others' questions in our form. Skipped where
 their packages are missing."""
+import importlib
 import inspect
 import io
 import json
@@ -10,11 +11,15 @@ from recipes import mmstar, ocrbench, screenspot
 from recipes.trl_environment import GymTask
 
 import gym
+import serve
 from gym import make, Task
+from lib.checkpoint import load_model
 from lib.cli import UserError
+from lib.common import ROOT
 from lib.own_eval import read_questions
 from lib.scoring import score
 from model import sized
+from sample import act
 from tasks.base import box
 from tokenizer import Tokenizer
 
@@ -57,6 +62,28 @@ def test_trl_finds_one_tool_and_can_describe_it():
     assert public == ["act", "get_reward", "reset"]
     schema = utils.get_json_schema(GymTask().act)["function"]
     assert schema["name"] == "act" and list(schema["parameters"]["properties"]) == ["reply"]
+
+
+@pytest.mark.parametrize("package", ["openai", "anthropic"])
+def test_a_client_plays_a_form_with_tools(package, monkeypatch, capsys):
+    """Through the server, with the shipped demo: as in the gym, click by click."""
+    pytest.importorskip(package)
+    recipe = importlib.import_module(f"recipes.{package}_tools")
+    model = load_model(ROOT / "ckpt" / "demo")
+    with serve.running(model, api_key="k") as url:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1")
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", url)
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "k")
+        rewards = [recipe.play(seed) for seed in (3, 5)]
+    said = capsys.readouterr().out.splitlines()
+    env, history = make(Task("gui_form", 3, 0, "test")), []
+    obs = env.reset()
+    assert rewards == [1, 1] and said[0] == env.goal and said[3] == "  reward 1"
+    for line in said[1:3]:
+        history.append(act(model, obs.images[0], env.goal, history))
+        assert line.strip() == str(history[-1])
+        obs = env.step(str(history[-1])).obs
 
 
 # ---- public questions ---------------------------------------------------------------------------
