@@ -384,13 +384,12 @@ def openai_record(messages) -> dict:
 
 def content_parts(message: Message) -> list[dict]:
     """A message with pictures as a list of parts."""
-    parts = []
-    for n, text in enumerate(message.text.split(IMAGE, len(message.images))):
-        if n:
-            parts.append({"type": "image_url", "image_url": {"url": data_uri(message.images[n - 1])}})
-        if text:
-            parts.append({"type": "text", "text": text})
-    return parts
+    first, *texts = message.text.split(IMAGE, len(message.images))
+    parts = [{"type": "text", "text": first}]
+    for image, text in zip(message.images, texts):
+        parts.append({"type": "image_url", "image_url": {"url": data_uri(image)}})
+        parts.append({"type": "text", "text": text})
+    return [part for part in parts if part.get("text") != ""]
 
 
 def data_uri(picture: Picture) -> str:

@@ -1,4 +1,4 @@
-"""One reply of the model, from the messages before it to text: for `ask`, `chat`, `act`, the server.
+"""One reply of the model, from the messages before it to text: for ask, chat, act, the server.
 
     turn = Turn(messages, ReplySettings(max_new=64), tokens, config)
     play(engine, turn)                  # on its own; or, where many turns share an engine:
@@ -71,7 +71,7 @@ class TextStream:
 
 
 def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str]:
-    """The text before the first of the stop texts, and which of them it was; "" if there is none."""
+    """The text before the first of the stop texts, and which of them it was; "" for none."""
     places = [(text.find(word), word) for word in stop if word in text]
     place, word = min(places, default=(len(text), ""))
     return text[:place], word
