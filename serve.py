@@ -12,8 +12,12 @@
     GET  /health                      requests that run and wait, tokens a second
 
     curl localhost:8000/health
-    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d \\
-      '{"model": "nanoglm-v", "messages": [{"role": "user", "content": "What is 3 + 4?"}]}'
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d @- <<END
+    {"model": "nanoglm-v", "messages": [{"role": "user", "content": [
+      {"type": "image_url", "image_url": {"url":
+        "data:image/png;base64,$(base64 < docs/example.png | tr -d '\\n')"}},
+      {"type": "text", "text": "What color is the diamond?"}]}]}
+    END
 
 Agent frameworks find the server by environment variables; without --api_key any key will do:
 
@@ -51,8 +55,7 @@ from lib import web
 from lib.anthropic_api import Anthropic
 from lib.api import ApiError, Limits, MODEL, parse_body, start
 from lib.checkpoint import load_model
-from lib.cli import (cli, Device, Drafts, Dtype, main, Natural, NonNegative, Positive, Range,
-                     UserError)
+from lib.cli import (cli, Device, Drafts, Dtype, main, Natural, Positive, Range, UserError)
 from lib.common import first_sentence, ROOT, setup
 from lib.openai_api import OpenAI
 from lib.runs import find_checkpoint
@@ -81,8 +84,8 @@ class Args:
     max_body: Positive = 2 ** 24  # bytes of a request
     max_pixels: Positive = 2 ** 24  # pixels of a picture
     connections: Annotated[int, Range(1, 4096)] = 128   # clients that are connected at most
-    timeout: Annotated[float, Range(0.05, 86_400)] = 30.0   # seconds in which a client has to send
-    grace: NonNegative = 5.0      # seconds that running replies get when the server is stopped
+    timeout: Annotated[float, Range(0.05, 86_400)] = 30.0   # seconds to send a request, or to read
+    grace: Annotated[float, Range(0, 86_400)] = 5.0     # seconds that replies get after SIGTERM
     device: Device = "auto"       # auto, cpu, cuda or mps
     dtype: Dtype = "auto"         # auto, float32 or bfloat16
 
@@ -124,7 +127,7 @@ class EngineThread(threading.Thread):
         """Queue a turn. Raises ApiError where too many wait, or the server is being stopped."""
         with self.lock:
             if self.stopping:
-                raise ApiError(503, "stopping", "the server is being stopped")
+                raise stopped()
             if not self.places.acquire(blocking=False):
                 raise ApiError(429, "overloaded", "too many requests are waiting: try again later")
             job = Job(turn)
@@ -165,7 +168,7 @@ class EngineThread(threading.Thread):
         for number, job in list(self.jobs.items()):
             if job.left or self.aborting:
                 self.engine.abort(number)
-                self._end(number, STOPPED)
+                self._end(number, stopped())
 
     def _take(self):
         """Give new jobs to the engine. Waits for one where there is none."""
@@ -177,7 +180,7 @@ class EngineThread(threading.Thread):
 
     def _enter(self, job: Job):
         """Give a job to the engine; one that it refuses ends at once."""
-        error = STOPPED
+        error = stopped()
         try:
             if not (job.left or self.aborting):
                 self.engine = self.engine or self.make()
@@ -214,13 +217,12 @@ class EngineThread(threading.Thread):
         request = job.turn.advance(result)
         if request is None:
             return self._end(number)
-        # The thought is written, now comes the reply.
         try:
-            self.jobs[self.engine.submit(request)] = self.jobs.pop(number)
-            job.seen = 0
-        except UserError:                   # the thought has left no room for it
+            reply = self.engine.submit(request)     # the thought is written, now comes the reply
+        except UserError:                           # for which the thought has left no room
             job.turn.finish, job.turn.done = "context", True
-            self._end(number)
+            return self._end(number)
+        self.jobs[reply], job.seen = self.jobs.pop(number), 0
 
     def _give_up(self, error: Exception):
         """The engine has failed: all its jobs end, and the next one gets a new engine."""
@@ -236,7 +238,8 @@ class EngineThread(threading.Thread):
         return ApiError(500, "server_error", "the model's engine has failed; the server goes on")
 
 
-STOPPED = ApiError(503, "stopping", "the server is being stopped")
+def stopped() -> ApiError:
+    return ApiError(503, "stopping", "the server is being stopped")
 
 
 # ---- a connection -------------------------------------------------------------------------------
@@ -422,10 +425,11 @@ class Server:
                                hosts=own_names(args.host))
         try:
             self.web = web.Server((args.host, args.port), Handler, limits, say)
-        except OSError as error:
-            raise UserError(f"can't listen at {args.host}, port {args.port}: {error.strerror}; "
+        except (OSError, TypeError) as error:       # a TypeError for names that can't be encoded
+            why = getattr(error, "strerror", "no such name")
+            raise UserError(f"can't listen at {args.host}, port {args.port}: {why}; "
                             "--port takes another one, 0 a free one") from None
-        self.web.app = self
+        self.web.app = self             # where a Handler finds it
         self.worker = EngineThread(
             lambda: Engine(model, args.slots, context, args.drafts, say=say),
             args.slots, args.waiting, say)
@@ -447,14 +451,13 @@ class Server:
 
 
 def own_names(host: str) -> tuple[str, ...]:
-    """The names in the Host header of requests to this machine itself. Empty, so any, where other
-    machines may ask as well, under names that nobody here knows."""
-    names = ("localhost", "127.0.0.1", "::1")
-    with contextlib.suppress(ValueError):
-        if host not in names and not ipaddress.ip_address(host).is_loopback:
-            return ()
-        return (*names, host)
-    return (*names, host) if host == "localhost" else ()
+    """The names of this machine for programs that run on it. Empty, so that any name will do, where
+    other machines may ask as well: nobody here knows how they call it."""
+    try:
+        only_here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        only_here = host == "localhost"
+    return ("localhost", "127.0.0.1", "::1", host) if only_here else ()
 
 
 @contextlib.contextmanager
@@ -490,8 +493,8 @@ def introduction(server: Server, args: Args, hw, model) -> str:
              f"{server.limits.context:,} tokens",
              f"OPENAI_BASE_URL={server.url}/v1  OPENAI_API_KEY={key}",
              f"ANTHROPIC_BASE_URL={server.url}  ANTHROPIC_API_KEY={key}  ANTHROPIC_MODEL={MODEL}",
-             "It does what it was trained to do and nothing else: it can't follow the instructions "
-             "of an agent framework.",
+             "It can do what it was trained on and nothing else: it will not follow the "
+             "instructions of an agent framework.",
              f"{server.url} is ready; Ctrl-C ends it"]
     if not (server.key or server.web.limits.hosts):
         lines.insert(-1, "Whoever reaches this machine may ask: NANOGLMV_API_KEY sets a key")
@@ -517,10 +520,18 @@ def serve(server: Server, grace: float):
 
 
 def say(line: str):
-    """Print a line at once, in one piece, since many threads print."""
+    """Print a line at once and in one piece, since many threads print."""
     with contextlib.suppress(OSError):      # `| head`: nobody reads it
         print(line + "\n", end="", flush=True)
 
+
+# Exercises. Delete the body, write it again, run the test.
+# 1. EngineThread._take: when may it wait, and when must it not?
+#    pytest tests/test_serve.py -k "within_a_step or stopping"; 20 minutes.
+# 2. Handler.pieces, so that a client that leaves frees its slot, in the middle of its reply or
+#    before it. pytest tests/test_serve.py -k leaves; 20 minutes.
+# 3. process_request in lib/web.py: who has to leave when all connections are taken?
+#    pytest tests/test_serve.py -k "silent or more_requests"; 30 minutes.
 
 if __name__ == "__main__":
     main(lambda: run(cli(Args, about=__doc__)))

@@ -162,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def client_left(self) -> bool:
-        """Whether the client has closed its side of the connection."""
+        """Whether the client has closed the connection, or at least its own side of it."""
         try:
             self.connection.settimeout(0)
             return self.connection.recv(1, socket.MSG_PEEK) == b""
@@ -222,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
         """A mistake of ours: one line for whoever runs the server, a 500 for the client. The text
         of an error may hold what the client has sent, which is never printed."""
         self.close_connection = True
-        self.server.say(f"{self.command} failed: {place_of(error)}")
+        self.server.say(f"{self.command or 'a request'} failed: {place_of(error)}")
         with contextlib.suppress(ClientLeft):
             if not self.status:
                 self.refuse(Refused(500, "the server has failed"))
@@ -243,7 +243,11 @@ class Handler(BaseHTTPRequestHandler):
             if line in (b"\r\n", b"\n"):        # some clients end a body with an empty line
                 line = self.rfile.readline()
             self.raw_requestline = line
-            return bool(line) and self.parse_request()
+            if not (line and self.parse_request()):
+                return False
+        length = self.headers.get("Content-Length", "0")
+        self.unread = length != "0" or "Transfer-Encoding" in self.headers
+        return True
 
     def check_origin(self):
         """Refuse what a browser sends for a page that is not ours."""

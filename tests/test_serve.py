@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import pytest
@@ -282,6 +283,18 @@ def test_too_many_waiting_requests_are_refused(model):
         assert json.loads(theirs[2])["error"]["type"] == "overloaded_error"
         gate.open()
         assert [client.read()[0] for client in clients] == [200, 200]
+        assert once(server, request(ASK))[0] == 200
+
+
+def test_a_thought_that_leaves_no_room_ends_the_reply(model):
+    with serving(model, context=40) as server:
+        server.worker.engine.stops = set()
+        asked, reasons = ASK | {"reasoning_effort": "high", "max_tokens": 2}, []
+        for room in range(28, 31):
+            server.limits = replace(server.limits, max_think=room)
+            answer = json.loads(once(server, request(asked))[2])
+            reasons.append(answer["choices"][0]["finish_reason"])
+        assert reasons == ["length"] * 3 and not server.worker.jobs
         assert once(server, request(ASK))[0] == 200
 
 
@@ -629,7 +642,8 @@ def test_what_can_not_be_served_is_one_line(model, server):
     port = urlsplit(server.url).port
     for options, said in (({"port": port}, f"port {port}: Address already in use"),
                           ({"host": "192.0.2.1"}, "can't listen at 192.0.2.1"),
-                          ({"host": "no such host"}, "can't listen at no such host")):
+                          ({"host": "no such host"}, "can't listen at no such host"),
+                          ({"host": "ü" * 70}, "no such name")):
         with pytest.raises(UserError, match=said) as error:
             serve.Server(model, serve.Args(**{"port": 0} | options))
         assert "\n" not in str(error.value)
