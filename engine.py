@@ -292,7 +292,7 @@ class Engine:
             raise UserError(f"a prompt of {length} tokens leaves no room in a context of "
                             f"{self.context}")
         form, room = request.form, self._room(request)
-        if form and not form.fits(room):
+        if form and form.needs() > room:
             raise UserError(f"a reply of this form takes at least {form.needs()} tokens, the end "
                             f"included, and there is room for {room}")
         self.submitted += 1

@@ -31,7 +31,7 @@ from lib.grammar import (actions, boxed, call, document, JSON, mapping, properti
                          schema_item, shortest)
 from lib.prefetch import send
 from tasks.actions import ACTIONS
-from tasks.verify import BEGIN, END
+from tasks.verify import BEGIN, END, LONGEST_ACTION, LONGEST_REPLY
 from tokenizer import Tokenizer
 
 MOST_STATES = 20_000            # whose next states are kept, a kilobyte each
@@ -58,6 +58,7 @@ class Vocabulary:
             self.levels.append((np.array([self.number[begin[:-1]] for begin in level]),
                                 np.array([begin[-1] for begin in level])))
             self.number |= zip(level, range(len(self.number), len(self.number) + len(level)))
+        self.lengths = np.array([length_of(self.symbols(id)) for id in range(self.width)])
         self.nodes = np.zeros(self.width, np.int64)
         self.nodes[list(words)] = [self.number[word] for word in words.values()]
 
@@ -65,7 +66,7 @@ class Vocabulary:
         """The bytes of an id, or the name of a special token."""
         return [self.names[id]] if id in self.names else self.bytes_of.get(id, b"")
 
-    def fewest(self, symbols: list) -> int:
+    def fewest(self, symbols: tuple) -> int:
         """The fewest tokens that write these bytes and special tokens."""
         best = [0] * (len(symbols) + 1)     # best[i]: of the symbols from i on
         for i in reversed(range(len(symbols))):
@@ -112,6 +113,11 @@ def symbol_after(state: frozenset, symbol: int | str) -> frozenset:
     return frozenset().union(*map(opened, rests))
 
 
+def distinct(numbers: np.ndarray) -> list[int]:
+    """Each of the numbers once, in order; np.unique would sort them."""
+    return np.flatnonzero(np.bincount(numbers)).tolist()
+
+
 class Machine:
     """One grammar over one vocabulary, and what has been found out about its states.
 
@@ -129,7 +135,7 @@ class Machine:
         self.table = np.zeros((64, 256), np.int32)
         self.known = np.zeros(64, bool)     # of which states the table is filled in
         self.known[0] = True
-        self.after, self.closing = {}, {}   # what `tokens_after` and `tokens_to_close` have found
+        self.after, self.enough, self.closing = {}, {}, {}  # found by the methods below
 
     def tidy(self):
         """Forget everything where it has become too much; no number is in use at this time."""
@@ -148,20 +154,18 @@ class Machine:
 
     def fill(self, number: int):
         """Find the states that follow a state, byte by byte."""
-        following = [[] for _ in range(256)]    # the stacks after each byte, not opened yet
-        for stack in self.states[number]:
-            front, rest = stack[:1], stack[1:]
-            if front and isinstance(front[0], bytes):
-                following[front[0][0]].append((front[0][1:], *rest))
-            elif front and isinstance(front[0], frozenset):
-                for byte in front[0]:
-                    following[byte].append(rest)
-        alike = {}                              # many bytes lead to the same stacks
-        for byte, stacks in enumerate(following):
-            alike.setdefault(tuple(stacks), []).append(byte)
-        for stacks, letters in alike.items():
-            state = frozenset().union(*map(opened, stacks))
-            after = self.number(state)          # this may make the table longer
+        rests, following = [], [[] for _ in range(256)]     # of each byte: places in rests
+        for front, *rest in filter(None, self.states[number]):
+            letters = front[:1] if isinstance(front, bytes) else front
+            for letter in letters if not isinstance(front, str) else ():
+                following[letter].append(len(rests))
+            rests.append((front[1:], *rest) if isinstance(front, bytes) else tuple(rest))
+        alike = {}                                          # many bytes lead to the same state
+        for letter, places in enumerate(following):
+            alike.setdefault(tuple(places), []).append(letter)
+        for places, letters in alike.items():
+            state = frozenset().union(*(opened(rests[place]) for place in places))
+            after = self.number(state)                      # which may make the table longer
             self.table[number, letters] = after
         self.known[number] = True
 
@@ -177,7 +181,7 @@ class Machine:
             before = at[parents]
             if not before.any():
                 break
-            for number in np.unique(before[~self.known[before]]):
+            for number in distinct(before[~self.known[before]]):
                 self.fill(number)
             at[end:end + len(parents)] = self.table[before, letters]
             end += len(parents)
@@ -185,39 +189,64 @@ class Machine:
         after = at[v.nodes]
         for name in {stack[0] for stack in state if stack and isinstance(stack[0], str)}:
             after[v.special[name]] = self.number(symbol_after(state, name))
-        self.after[state] = after, np.unique(after[after > 0])
+        self.after[state] = after, distinct(after[after > 0])
         return self.after[state]
 
-    def tokens_to_close(self, number: int) -> int:
-        """How many tokens, the stop token included, complete a reply by the shortest text: without
-        white space, or with a space after commas and colons where this takes fewer."""
+    def quick(self, number: int) -> int:
+        """A number of tokens, the stop token included, that is enough to complete a reply: one text
+        in single bytes."""
+        if number not in self.enough:
+            stack = min(self.states[number], key=len)
+            self.enough[number] = 1 + len(shortest(stack))
+        return self.enough[number]
+
+    def endings(self, number: int) -> list[tuple[int, int]]:
+        """The shortest texts that complete a reply, without white space and with a space after
+        commas and colons: (the fewest tokens that write it and the stop token, its characters)."""
         if number not in self.closing:
-            ways = [shortest(stack, usual) for stack in self.states[number]
-                    for usual in (False, True)]
-            self.closing[number] = 1 + min(map(self.vocabulary.fewest, ways))
+            texts = {tuple(shortest(stack, usual)) for stack in self.states[number]
+                     for usual in (False, True)}
+            self.closing[number] = [(1 + self.vocabulary.fewest(text), length_of(text))
+                                    for text in texts]
         return self.closing[number]
 
-    def closes(self, number: int, room: int) -> bool:
-        """Whether a reply can be completed with `room` tokens, the stop token included.
+    def to_close(self, number: int, room: int) -> float:
+        """The fewest characters that complete a reply with `room` tokens, the stop token included;
+        inf where this is not possible.
 
-        Where the shortest text takes a little more, another text may take fewer: in a text that is
-        about to end, .") can be one token where ") are two. So one token is tried.
+        Where the shortest text takes a little more, another one may take fewer tokens: at the end
+        of a text, .") can be one token where ") are two. So one token is tried.
         """
-        needed = self.tokens_to_close(number)
-        if needed <= room or room < 2 or needed > room + 2:
-            return needed <= room
-        _, following = self.tokens_after(self.states[number])
-        return any(self.tokens_to_close(after) < room for after in following)
+        found = fewest_characters(self.endings(number), room)
+        nearly = min(self.endings(number))[0] - room in (1, 2)
+        if found < math.inf or not nearly or room < 2:
+            return found
+        after, following = self.tokens_after(self.states[number])
+        needed = np.full(len(self.states), math.inf)
+        for number in following:
+            needed[number] = fewest_characters(self.endings(number), room - 1)
+        return float((self.vocabulary.lengths + needed[after]).min())
+
+
+def fewest_characters(endings: list[tuple[int, int]], room: int) -> float:
+    """Of the endings that take at most `room` tokens, the fewest characters; inf without any."""
+    return min((length for tokens, length in endings if tokens <= room), default=math.inf)
+
+
+def length_of(symbols) -> int:
+    """The characters of bytes in UTF-8 and names of special tokens."""
+    return sum(len(symbol) if isinstance(symbol, str) else symbol & 0xC0 != 0x80
+               for symbol in symbols)
 
 
 # ---- forms --------------------------------------------------------------------------------------
 
 class Form:
     """What a reply must look like, and what of it is still to be written. It never changes: `after`
-    makes a new one, which shares the machine."""
+    makes a new one, which shares the machine. spare: how many characters may still be written."""
 
-    def __init__(self, machine: Machine, state: frozenset):
-        self.machine, self.state = machine, state
+    def __init__(self, machine: Machine, state: frozenset, spare: float = math.inf):
+        self.machine, self.state, self.spare = machine, state, spare
 
     @property
     def complete(self) -> bool:
@@ -227,33 +256,37 @@ class Form:
     def after(self, ids) -> "Form":
         """The form when these tokens have been written. Raises UserError where it does not allow
         them."""
-        state, vocabulary = self.state, self.machine.vocabulary
+        vocabulary, state, spare = self.machine.vocabulary, self.state, self.spare
         for id in ids:
+            spare -= vocabulary.lengths[id]
             for symbol in vocabulary.symbols(id):
                 state = symbol_after(state, symbol)
-        if not state:
+        if not state or spare < 0:
             raise UserError(f"a reply of this form can't begin with "
                             f"{vocabulary.decode(ids)[:60]!r}")
-        return Form(self.machine, state)
-
-    def fits(self, room: int) -> bool:
-        """Whether the reply can be completed with `room` tokens, the stop token included."""
-        return self.machine.closes(self.machine.number(self.state), room)
+        return Form(self.machine, state, spare)
 
     def needs(self) -> int:
         """The fewest tokens, the stop token included, that complete the reply."""
-        return self.machine.tokens_to_close(self.machine.number(self.state))
+        machine, number = self.machine, self.machine.number(self.state)
+        least = min(machine.endings(number))[0]
+        return next((room for room in (least - 2, least - 1)
+                     if machine.to_close(number, room) < math.inf), least)
 
     def allowed(self, room: int) -> np.ndarray:
         """Which ids may come next, (ids,) of bool, where `room` tokens are left: those after which
         the reply can still be completed, the stop token included."""
-        machine = self.machine
+        machine, vocabulary = self.machine, self.machine.vocabulary
         machine.tidy()
         after, following = machine.tokens_after(self.state)
-        fits = np.zeros(len(machine.states), bool)
-        fits[[number for number in following if machine.closes(number, room - 1)]] = True
-        allowed = fits[after]
-        allowed[machine.vocabulary.stops] = self.complete
+        quick = [self.spare == math.inf and machine.quick(number) < room for number in following]
+        to_close = [0.0 if enough else machine.to_close(number, room - 1)
+                    for number, enough in zip(following, quick)]
+        table = np.full(len(machine.states), math.inf)
+        table[following] = to_close
+        needed = table[after] + vocabulary.lengths      # characters: of the token, and to the end
+        allowed = (needed < math.inf) & (needed <= self.spare)
+        allowed[vocabulary.stops] = self.complete
         return allowed
 
 
@@ -292,9 +325,9 @@ def allowed_of(chosen: Tensor, logits: Tensor, free: Tensor) -> Tensor:
     return torch.where(refused, logits.argmax(-1), chosen)
 
 
-def form_of(tokens: Tokenizer, *items) -> Form:
-    """A new form, whose grammar is these items one after another."""
-    return Form(Machine(vocabulary_of(tokens)), frozenset(opened(items)))
+def form_of(tokens: Tokenizer, *items, most: float = math.inf) -> Form:
+    """A new form, whose grammar is these items one after another, of at most so many characters."""
+    return Form(Machine(vocabulary_of(tokens)), frozenset(opened(items)), most)
 
 
 @functools.lru_cache(16)
@@ -304,7 +337,7 @@ def action_form(tokens: Tokenizer, verbs: tuple[str, ...] | None = None) -> Form
     if not verbs or not set(verbs) <= ACTIONS.keys():
         raise UserError(f"{' '.join(verbs) or 'nothing'} is no action; there are: "
                         f"{', '.join(ACTIONS)}")
-    return form_of(tokens, (actions, verbs))
+    return form_of(tokens, (actions, verbs), most=LONGEST_ACTION)
 
 
 @functools.lru_cache(16)
@@ -312,7 +345,8 @@ def boxed_form(tokens: Tokenizer, kind: str = "text") -> Form:
     """An answer between the box marks, and nothing else. kind: text; integer; point, [x, y]; box,
     [x0, y0, x1, y1] with x0 < x1 and y0 < y1, all from 0 to 999."""
     begin, end = (mark if mark in tokens.special else mark.encode() for mark in (BEGIN, END))
-    return form_of(tokens, (boxed, begin, end, kind))
+    most = LONGEST_REPLY if kind == "text" else math.inf    # the others can't be so long
+    return form_of(tokens, (boxed, begin, end, kind), most=most)
 
 
 def json_form(tokens: Tokenizer, schema=None) -> Form:

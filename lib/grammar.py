@@ -11,8 +11,8 @@ A rule is a function. It returns its alternatives; each is a tuple of items that
         ways = [] if least > 0 else [()]
         return ways + [(DIGIT, (digits, least - 1, most - 1))] if most > 0 else ways
 
-Rules are called when a reply gets there, so there may be endlessly many: one for each number of
-letters that are left, or for each point at which a box may begin. Two things are required of them:
+Rules are called when a reply gets there, so there may be very many: one for each point at which a
+box may begin. Two things are required of them:
 
 - the first alternative is a way to the shortest text, so that every reply can be brought to an end;
 - no alternative begins with the rule itself, or opening it would never end.
@@ -29,7 +29,7 @@ from keyword import iskeyword
 from lib.cli import UserError
 from lib.conversations import literal
 from tasks.actions import ACTIONS
-from tasks.verify import BEGIN, END, LONGEST_ACTION, LONGEST_REPLY
+from tasks.verify import BEGIN, END
 
 DIGIT, FIRST_DIGIT = frozenset(b"0123456789"), frozenset(b"123456789")
 HEX = frozenset(b"0123456789abcdefABCDEF")
@@ -140,7 +140,7 @@ def point():
 class Style:
     """How texts and values are written.
 
-    letters: bytes that are characters by themselves; escapes: ((items, characters), ...);
+    letters: bytes that are characters by themselves; escapes: items of other characters;
     forbidden: words that must not occur; white: what white space is made of; words: true, false
     and null.
     """
@@ -162,6 +162,10 @@ def wide():
             (b"\xF4", of(0x80, 0x8F), more, more)]
 
 
+def short_escape():
+    return [(b"\\", frozenset(b'"\\bfnrt'))]
+
+
 def unicode_escape():
     r"""\u and four digits, but none of the two halves of a character beyond 16 bits."""
     return [(b"\\u", HEX - frozenset(b"dD"), HEX, HEX, HEX),
@@ -175,18 +179,14 @@ def both_halves():
 
 
 PRINTABLE = frozenset(range(0x20, 0x7F))
-PYTHON = Style(PRINTABLE - frozenset(b'"\\'),
-               (((b"\\", frozenset(b'"\\bfnrt')), 2), (((unicode_escape,),), 6)))
+PYTHON = Style(PRINTABLE - frozenset(b'"\\'), ((short_escape,), (unicode_escape,)))
 ACTION = replace(PYTHON, forbidden=(b"<think>", b"</think>"))
-JSON = Style(PRINTABLE - frozenset(b'"\\'),
-             (((b"\\", frozenset(b'"\\/bfnrt')), 2), (((unicode_escape,),), 6),
-              (((both_halves,),), 12)),
+JSON = Style(PYTHON.letters, (*PYTHON.escapes, (joined, b"\\/"), (both_halves,)),
              white=frozenset(b" \t\n\r"), words=(b"true", b"false", b"null"))
 BOXED = Style(PRINTABLE | frozenset(b"\n\t"),
               forbidden=(b"<think>", b"</think>", BEGIN.encode(), END.encode()))
 
 
-@functools.lru_cache(4096)
 def begun(tail: bytes, forbidden: tuple) -> bytes | None:
     """The longest beginning of a forbidden word with which `tail` ends; None if it ends with a
     whole one."""
@@ -199,32 +199,31 @@ def begun(tail: bytes, forbidden: tuple) -> bytes | None:
     return b""
 
 
-def text(style, room=math.inf, before=b""):
-    """At most `room` characters as they are written, escapes too. before: the beginning of a
-    forbidden word at the end of what is written."""
-    ways = [()]
-    following = defaultdict(set)
-    for letter in style.letters if room >= 1 else ():
-        following[begun(before + bytes([letter]), style.forbidden)].add(letter)
-    following.pop(None, None)
-    ways += [(frozenset(letters), (text, style, room - 1, begin))
-             for begin, letters in following.items()]
-    if room >= 1:
-        ways.append(((wide,), (text, style, room - 1)))
-    return ways + [(*items, (text, style, room - length))
-                   for items, length in style.escapes if room >= length]
+@functools.lru_cache(256)
+def letters_after(style: Style, before: bytes) -> list[tuple[frozenset, bytes]]:
+    """[(letters, the beginning of a forbidden word with which the text ends after one of them)]"""
+    found = defaultdict(set)
+    for letter in style.letters:
+        found[begun(before + bytes([letter]), style.forbidden)].add(letter)
+    return [(frozenset(found[begin]), begin) for begin in found if begin is not None]
 
 
-def string(style, room=math.inf):
-    return [(b'"', (text, style, room), b'"')]
+def text(style, before=b""):
+    """Any text. before: the beginning of a forbidden word with which it ends so far."""
+    ways = [(letters, (text, style, begin)) for letters, begin in letters_after(style, before)]
+    others = [(wide,), *style.escapes]
+    return [(), *ways, *((other, (text, style)) for other in others)]
+
+
+def string(style):
+    return [(b'"', (text, style), b'"')]
 
 
 # ---- the gym's replies --------------------------------------------------------------------------
 
 def boxed(begin, end, kind):
     """An answer between the box marks."""
-    longest = LONGEST_REPLY - len(BEGIN) - len(END)
-    inside = {"text": (text, BOXED, longest), "box": (box,), "point": (point,),
+    inside = {"text": (text, BOXED), "box": (box,), "point": (point,),
               "integer": (joined, (maybe, b"-"), (digits, 1, 12))}[kind]
     return [(begin, inside, end)]
 
@@ -237,20 +236,18 @@ def actions(verbs):
         if verb.optional or not kinds:
             found.append((name, b")"))
         if kinds:
-            spare = LONGEST_ACTION - len(name) - 1 - 4 * len(kinds)     # quotes, comma and space
-            room = spare // max(1, kinds.count("text"))
-            items = [argument(kind, room) for kind in kinds]
+            items = list(map(argument, kinds))
             rest = [item for one in items[1:] for item in ((comma,), one)]
             found.append((name, items[0], *rest, b")"))
     return sorted(found, key=lambda way: len(shortest(way)))
 
 
-def argument(kind, room):
+def argument(kind):
     """The item of an argument, by its kind in tasks/actions.py."""
     if kind == "coordinate":
         return (coordinate,)
     if kind == "text":
-        return (string, ACTION, room)
+        return (string, ACTION)
     return (either, *sorted((f'"{word}"'.encode() for word in kind), key=len))
 
 
