@@ -10,6 +10,8 @@
     python sample.py ask --image=- "List all." --json < docs/example.png    a picture; JSON out
     python sample.py ask --image=docs/example.png "Point at the diamond." --form=point
     python sample.py chat                                a conversation; /help lists its commands
+    python sample.py agent                               an episode: terminal, GIF and PNG
+    python sample.py agent --screenshot=FILE --goal="Click OK."     one action on your picture
     python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
     python sample.py eval --mix=gym --levels=5 --passes=8 --drafts=3    all categories and levels;
@@ -116,6 +118,8 @@ def act(model, image, goal: str, history=(), *, form="action", **options) -> Act
     default a call; None: anything. options: max_new, temperature, top_p, seed, think, prefix, as
     in ReplySettings. Raises UserError on bad input.
     """
+    if not isinstance(goal, str) or isinstance(history, str):
+        raise UserError("act takes a goal as a text, and the earlier actions as a list")
     image = any_image(image)
     lines = [str(action) for action in history]
     turn = reply_to(model, recap(goal, lines), [image], form=form, **{"max_new": 64} | options)
@@ -324,8 +328,9 @@ def agent(args: Agent):
             print(on_terminal(watched.goal))
         if shot.thought:
             print(indent(on_terminal(shot.thought), "     thought: "))
-        print(f"{number:>3}  {on_terminal(shot.action):<28}  {on_terminal(shot.result)}",
-              flush=True)
+        said = on_terminal(shot.action).replace("\n", "\n     ")
+        result = "\n     " * ("\n" in said) + on_terminal(shot.result)
+        print(f"{number:>3}  {said:<28}  {result}", flush=True)
     score = watched.episode.score
     end = Verdict(score.reward > 0.999, score.error or f"reward {score.reward:.2f}")
     parts = ", ".join(f"{name} {value:.2f}" for name, value in score.parts.items())

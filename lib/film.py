@@ -63,7 +63,7 @@ def printable(text: str) -> str:
 def wrap(text: str, width: int, size: int, most: int = LINES) -> list[str]:
     """A text in lines of at most `width` pixels; of more than `most` lines, the last is "..."."""
     face, lines = font(size), []
-    longest = int(width / face.getlength("m"))      # letters of a word that surely fit
+    longest = int(width / face.getlength("e"))      # letters, after which a word is broken
     for part in printable(text).splitlines():
         lines.append("")
         for word in (piece for word in part.split() for piece in textwrap.wrap(word, longest)):
