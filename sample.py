@@ -415,32 +415,32 @@ def evaluation(args: Eval):
     if args.card and not (Path(args.card) / "model.safetensors").exists():
         raise UserError(f"--card={args.card} holds no weights that a card could describe")
     harnesses = read_harnesses(args.harness)
+    if harnesses and (args.card or args.passes or args.drafts):
+        raise UserError("--harness takes no --card, --passes or --drafts")
     folders = [find_checkpoint(name or SHIPPED) for name in names]
     mix, levels, source = known_tasks(folders, args.mix, args.levels)
     if not args.mix:
         print(f"what it was trained on, by {source}: {mix}")
-    played = {name: getattr(args, name) for name in (
-        "count", "split", "seed", "slots", "pixels", "context", "max_new")} | {"levels": levels}
+    played = {"levels": levels} | {name: getattr(args, name) for name in (
+        "count", "split", "seed", "slots", "pixels", "context", "max_new")}
     began, tables = time.time(), {}
-    for name in names:
-        model, tokens, hw = load(name, args.device, args.dtype)
-        label = name or "ckpt/gym"
-        print(f"{label}, {hw.description}")
+    for name in (name or "ckpt/gym" for name in names):
+        model, tokens, hw = load("" if names == [""] else name, args.device, args.dtype)
+        print(f"{name}, {hw.description}")
         if harnesses:
             tables = evaluate_harnesses(model, tokens, mix, harnesses, **played)
-            break
-        tables[label] = evaluate(model, tokens, mix, **played, passes=args.passes,
-                                 drafts=args.drafts)
-        show(tables[label])
-    facts = {"ckpt": ",".join(name or "ckpt/gym" for name in names), "split": args.split,
-             "levels": levels, "seed": args.seed, "hardware": hw.description}
+        else:
+            tables[name] = evaluate(model, tokens, mix, **played, passes=args.passes,
+                                    drafts=args.drafts)
+            show(tables[name])
+    facts = {"ckpt": name if len(names) == 1 else names, "split": args.split, "levels": levels,
+             "seed": args.seed, "hardware": hw.description}
     if harnesses or len(names) > 1:
-        facts |= comparison(tables, "history" if "history" in tables else next(iter(tables)),
-                            f"{facts['ckpt']}: harnesses" if harnesses else "Checkpoints")
+        facts |= comparison(tables, "history" if "history" in harnesses else next(iter(tables)))
     else:
-        show_summary(tables[label])
-        facts |= {"trained_levels": trained_on(folders[0])[1], "table": tables[label],
-                  "summary": summary(tables[label]), "not_played": not_played(tables[label])}
+        show_summary(tables[name])
+        facts |= {"trained_levels": trained_on(folders[0])[1], "table": tables[name],
+                  "summary": summary(tables[name]), "not_played": not_played(tables[name])}
     out = args.out or "out/eval.json"
     write_json(out, facts)
     if args.card:

@@ -251,8 +251,9 @@ def show_comparison(found: dict[str, dict[str, dict]], first: str):
 
     block("accuracy, 95%", columns, wide, lambda row:
           f"{row['accuracy']:.1%} {100 * row['low']:>4.0f}-{100 * row['high']:<3.0f}")
-    block(f"minus {first}", others, max(24, wide), difference_cell)
-    print("in points, on the same tasks, with 95% intervals; *: 0 is outside")
+    if others:
+        block(f"minus {first}", others, max(24, wide), difference_cell)
+        print("in points, on the same tasks, with 95% intervals; *: 0 is outside")
 
 
 def difference_cell(row: dict) -> str:
@@ -263,12 +264,12 @@ def difference_cell(row: dict) -> str:
     return f"{moved:+.1f} [{low:+.1f}, {high:+.1f}]" + " *"[low > 0 or high < 0]
 
 
-def comparison(tables: dict[str, dict], first: str, title: str) -> dict:
+def comparison(tables: dict[str, dict], first: str) -> dict:
     """Compare tables about the same tasks with the one named `first`, print it, and return what is
     kept of it: `figures` and `title` are for lab.report."""
     found = compare(tables, first)
     if not found:
         raise UserError("no category could be played in all of them: there is nothing to compare")
     show_comparison(found, first)
-    return {"title": title, "tables": tables, "first": first, "compared": found,
+    return {"title": ", ".join(tables), "tables": tables, "first": first, "compared": found,
             "figures": percentages(found, first)}

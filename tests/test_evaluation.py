@@ -214,6 +214,7 @@ def test_two_checkpoints_are_compared_on_what_both_were_trained_on(runs, tmp_pat
     (dict(harness="plain"), "take no --data"), (dict(ckpt=["a", "a"]), "must differ"),
     (dict(ckpt=["a"], harness="plain,fast"), "--harness takes plain, history, tools, verify"),
     (dict(ckpt=["a"], harness=","), "--harness takes plain"),
+    (dict(ckpt=["a"], harness="plain", passes=2), "--harness takes no --card, --passes"),
     (dict(ckpt=["a"], data="own.jsonl", passes=2), "--passes is about the gym's tasks")])
 def test_options_that_do_not_go_together_are_one_line(options, words):
     with pytest.raises(UserError, match=words):
