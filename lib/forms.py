@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from lib.cli import UserError
-from lib.grammar import (actions, boxed, call, document, JSON, mapping, properties_of, PYTHON,
-                         schema_item, shortest)
+from lib.grammar import actions, boxed, JSON, PYTHON, shortest
+from lib.json_grammar import call, document, mapping, properties_of, schema_item
 from lib.prefetch import send
 from tasks.actions import ACTIONS
 from tasks.verify import BEGIN, END, LONGEST_ACTION, LONGEST_REPLY
@@ -372,7 +372,9 @@ def call_form(tokens: Tokenizer, tools) -> Form:
 def _call_form(tokens: Tokenizer, tools: str) -> Form:
     found = []
     for name, schema in json.loads(tools):
-        arguments = properties_of(schema, PYTHON, f"the schema of {name}")
+        where = f"the schema of {name}"
+        schema_item({"type": "object"} | schema, PYTHON, where)     # raises where it says more
+        arguments = properties_of(schema, PYTHON, where)
         found.append((name, tuple(arguments or ())))
     return form_of(tokens, (call, tuple(found), PYTHON))
 

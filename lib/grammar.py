@@ -17,23 +17,18 @@ box may begin. Two things are required of them:
 - the first alternative is a way to the shortest text, so that every reply can be brought to an end;
 - no alternative begins with the rule itself, or opening it would never end.
 
-lib/forms.py runs such a grammar; this file knows nothing of tokens. [O]
+lib/forms.py runs such a grammar; this file knows nothing of tokens. lib/json_grammar.py has the
+rules of JSON. [O]
 """
 import functools
-import json
-import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from keyword import iskeyword
 
-from lib.cli import UserError
-from lib.conversations import literal
 from tasks.actions import ACTIONS
 from tasks.verify import BEGIN, END
 
 DIGIT, FIRST_DIGIT = frozenset(b"0123456789"), frozenset(b"123456789")
 HEX = frozenset(b"0123456789abcdefABCDEF")
-DEPTH = 32          # of lists and objects inside one another
 
 
 # ---- the smallest rules -------------------------------------------------------------------------
@@ -178,7 +173,7 @@ def both_halves():
     return [(b"\\u", d, frozenset(b"89abAB"), HEX, HEX, b"\\u", d, frozenset(b"cdefCDEF"), HEX, HEX)]
 
 
-PRINTABLE = frozenset(range(0x20, 0x7F))
+PRINTABLE = frozenset(range(0x20, 0x80))
 PYTHON = Style(PRINTABLE - frozenset(b'"\\'), ((short_escape,), (unicode_escape,)))
 ACTION = replace(PYTHON, forbidden=(b"<think>", b"</think>"))
 JSON = Style(PYTHON.letters, (*PYTHON.escapes, (joined, b"\\/"), (both_halves,)),
@@ -249,199 +244,6 @@ def argument(kind):
     if kind == "text":
         return (string, ACTION)
     return (either, *sorted((f'"{word}"'.encode() for word in kind), key=len))
-
-
-# ---- JSON, and calls ----------------------------------------------------------------------------
-
-def listed(entry, close, white, least=0, most=math.inf, first=True):
-    """Entries with commas between them, from `least` to `most` of them, and the closing bracket."""
-    ways = [] if least > 0 else [(close,)]
-    if most > 0:
-        before = () if first else (b",", (pause, white))
-        more = (listed, entry, close, white, max(0, least - 1), most - 1, False)
-        ways.append((*before, entry, (gap, white), more))
-    return ways
-
-
-def members(entries, close, white, first=True):
-    """Each of the entries at most once, in any order, with commas between them, and the closing
-    bracket. entries: ((item, whether it must occur), ...)."""
-    ways = [] if any(needed for _, needed in entries) else [(close,)]
-    before = () if first else (b",", (pause, white))
-    for entry in sorted(entries, key=lambda entry: not entry[1]):
-        others = tuple(other for other in entries if other is not entry)
-        ways.append((*before, entry[0], (gap, white), (members, others, close, white, False)))
-    return ways
-
-
-def value(style, depth=DEPTH):
-    """Any value of JSON."""
-    ways = [((number,),), ((string, style),), *either(*style.words)]
-    return ways + [((array, style, depth),), ((mapping, style, depth),)] if depth else ways
-
-
-def array(style, depth=DEPTH):
-    entry = (value, style, depth - 1)
-    return [(b"[", (gap, style.white), (listed, entry, b"]", style.white))]
-
-
-def mapping(style, depth=DEPTH):
-    """Any object of JSON."""
-    entry = (joined, (string, style), (gap, style.white), b":", (pause, style.white),
-             (value, style, depth - 1))
-    return [(b"{", (gap, style.white), (listed, entry, b"}", style.white))]
-
-
-def document(item, style):
-    """A value with white space around it."""
-    return [((gap, style.white), item, (gap, style.white))]
-
-
-# What a schema may say without meaning: these words do not change what is allowed.
-REMARKS = {"title", "description", "default", "examples", "deprecated", "$schema", "$id",
-           "$comment", "readOnly", "writeOnly"}
-BUILT = {"object": {"properties", "required", "additionalProperties"},
-         "array": {"items", "minItems", "maxItems"},
-         "string": set(), "integer": set(), "number": set(), "boolean": set(), "null": set()}
-
-
-def schema_item(schema, style: Style, where: str = "the schema"):
-    """The item of what a JSON schema allows. Raises UserError where it says what is not built.
-
-    Built are the types, properties, required, items, minItems and maxItems up to 64, enum, const
-    and anyOf. Objects get only the properties that are named: this is always allowed by the schema,
-    unless it is itself contradictory.
-    """
-    if schema is True or schema == {}:
-        return (value, style)
-    if not isinstance(schema, dict):
-        raise UserError(f"{where} is no JSON schema")
-    said = schema.keys() - REMARKS
-    kind = schema.get("type")
-    for word in ("enum", "const", "anyOf"):
-        if word not in said:
-            continue
-        if lacking := said - {word, "type"}:
-            raise not_built(where, lacking)
-        if word == "anyOf":
-            if kind is not None:
-                raise not_built(where, ["type"], " beside anyOf")
-            return one_of([schema_item(one, style, f"{where}, anyOf")
-                           for one in entries_of(schema, word, where)])
-        values = [schema[word]] if word == "const" else entries_of(schema, word, where)
-        return one_of([written(one, style, where) for one in values])
-    if isinstance(kind, list) and kind:
-        return one_of([schema_item(schema | {"type": one}, style, where) for one in kind])
-    if kind not in (None, *BUILT):
-        raise UserError(f"{where} has an unknown type: {json.dumps(kind)[:60]}")
-    if lacking := said - {"type"} - BUILT.get(kind, set()):
-        raise not_built(where, lacking, "" if kind else " without a type")
-    return typed(kind, schema, style, where)
-
-
-def typed(kind, schema: dict, style: Style, where: str):
-    """The item of a schema of one type."""
-    if kind is None:
-        return (value, style)
-    if kind == "object":
-        entries = properties_of(schema, style, where)
-        if entries is None:
-            return (mapping, style)
-        quoted = tuple(((joined, written(name, style, where), (gap, style.white), b":",
-                         (pause, style.white), item), needed) for name, item, needed in entries)
-        return (joined, b"{", (gap, style.white), (members, quoted, b"}", style.white))
-    if kind == "array":
-        least, most = (limit_of(schema, name, where) for name in ("minItems", "maxItems"))
-        entry = schema_item(schema.get("items", {}), style, f"{where}, items")
-        most = math.inf if most is None else most
-        if (least or 0) > most:
-            raise UserError(f"{where} wants at least {least} and at most {most} items")
-        return (joined, b"[", (gap, style.white),
-                (listed, entry, b"]", style.white, least or 0, most))
-    simple = {"string": (string, style), "integer": (integer,), "number": (number,),
-              "boolean": (either, *style.words[:2]), "null": style.words[2]}
-    return simple[kind]
-
-
-def properties_of(schema: dict, style: Style, where: str) -> list[tuple] | None:
-    """[(name, item, whether it is required), ...] of an object; None where it may be any."""
-    properties, required = schema.get("properties"), schema.get("required", [])
-    more = schema.get("additionalProperties", None)
-    if properties is None and more is not False and not required:
-        if more not in (None, True, {}):
-            raise not_built(where, ["additionalProperties"], " with a schema")
-        return None
-    if not isinstance(properties or {}, dict) or not isinstance(required, list):
-        raise UserError(f"{where}: properties is no object, or required no list")
-    if more not in (None, False):
-        raise not_built(where, ["additionalProperties"], " beside properties, unless it is false")
-    if unknown := [name for name in required if name not in (properties or {})]:
-        raise UserError(f"{where} requires {json.dumps(unknown[0])[:60]}, which is not among its "
-                        "properties")
-    return [(name, schema_item(one, style, f"{where}, {name[:40]}"), name in required)
-            for name, one in (properties or {}).items()]
-
-
-def not_built(where: str, words, condition: str = "") -> UserError:
-    return UserError(f"{where} uses {', '.join(sorted(words))}{condition}, which is not built")
-
-
-def one_of(items: list):
-    """An item that is one of these."""
-    return (either, *sorted(dict.fromkeys(items), key=lambda item: len(shortest((item,)))))
-
-
-def entries_of(schema: dict, word: str, where: str) -> list:
-    if not isinstance(schema[word], list) or not schema[word]:
-        raise UserError(f"{where}: {word} is no list, or an empty one")
-    return schema[word]
-
-
-def limit_of(schema: dict, name: str, where: str) -> int | None:
-    limit = schema.get(name)
-    if limit is not None and not (type(limit) is int and 0 <= limit <= 64):
-        raise UserError(f"{where}: {name} is no integer from 0 to 64")
-    return limit
-
-
-def written(one, style: Style, where: str) -> bytes:
-    """A value of JSON as it is written, with a space after commas and colons."""
-    try:
-        made = literal(one) if style.words[0] == b"True" else json.dumps(
-            one, ensure_ascii=False, allow_nan=False)
-        return made.encode()
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: {repr(one)[:60]} can't be written in JSON") from None
-
-
-def call(tools, style: Style):
-    """A call of one of the tools, as lib/tool_use.py writes it: arguments in the order of the
-    schema, or by name. tools: ((name, ((name, item, needed), ...)), ...)"""
-    ways = []
-    for name, arguments in tools:
-        begin, white = f"{name}(".encode(), style.white
-        needed = [n for n, argument in enumerate(arguments, 1) if argument[2]]
-        items = tuple(item for _, item, _ in arguments)
-        ways.append((begin, (gap, white), (ordered, items, max(needed, default=0), white)))
-        if all(key.isascii() and key.isidentifier() and not iskeyword(key)
-               for key, _, _ in arguments):
-            named = tuple(((joined, f"{key}=".encode(), item), needed)
-                          for key, item, needed in arguments)
-            ways.append((begin, (gap, white), (members, named, b")", white)))
-        else:
-            quoted = tuple(((joined, written(key, style, name), b":", (pause, white), item), needed)
-                           for key, item, needed in arguments)
-            ways.append((begin, b"**{", (members, quoted, b"}", white), b")"))
-    return sorted(ways, key=lambda way: len(shortest(way)))
-
-
-def ordered(items, least, white, first=True):
-    """The first of the items, at least `least` of them, with commas between them, and ")"."""
-    ways = [] if least > 0 else [(b")",)]
-    if items:
-        before = () if first else (b",", (pause, white))
-        ways.append((*before, items[0], (gap, white), (ordered, items[1:], least - 1, white, False)))
-    return ways
 
 
 # ---- the shortest text --------------------------------------------------------------------------

@@ -27,7 +27,7 @@ FLOORS = {
     "lib.pairs": 4.4, "lib.captions": 4.5,
     "engine": 5, "lib.checkpoint": 5, "lib.episodes": 5,
     "lib.card": 5.1, "lib.evaluation": 5.2, "lib.harness": 5.25, "lib.turns": 5.1,
-    "lib.forms": 4.5, "lib.grammar": 4.4,
+    "lib.forms": 4.5, "lib.grammar": 4.3, "lib.json_grammar": 4.4,
     "lib.terminal": 5.2, "lib.film": 2.5, "lib.watch": 5.25,
     "lib.tool_use": 3.3, "lib.api": 5.2, "lib.openai_api": 5.3, "lib.anthropic_api": 5.3,
     "lib.own_eval": 5.1, "lib.curriculum": 5.1, "lib.probes": 5.1,
