@@ -25,6 +25,8 @@ An assistant's `tool_calls` are written as Python calls (`call_text`), its `reas
 <think>...</think>, and the loss on a message may have a `weight`. Other fields are ignored, also
 OpenAI's `tools`: what the model should know about them belongs into the system message.
 
+`openai_record` writes a conversation in the first layout, as `sample.py chat` saves it.
+
 Nothing in a record is trusted: what can't be used raises BadRecord, whose kind is counted.
 """
 import ast
