@@ -15,6 +15,8 @@
                                            (lab/bench_loader.py)
     python -m lab.bench partition          planned partitioning beside simpler ways, simulated
                                            (lab/bench_partition.py)
+    python -m lab.bench serve              serve.py beside transformers' generate behind the same
+                                           protocol (lab/bench_serve.py)
 
 In `train`, `decode` and `vit`, both sides get the same random weights, documents, dtype, device and
 number of threads. First a check that both do the same work: equal losses, equal tokens. Then a few
@@ -59,7 +61,7 @@ import gym
 from data import collate, Document, document, Stream
 from engine import Engine, Request
 from lab import (bench_busy, bench_loader, bench_loss, bench_memory, bench_partition,
-                 bench_rl)
+                 bench_rl, bench_serve)
 from lib.checkpoint import save_model
 from lib.cli import check_options, cli, Count, Device, main, Natural, Positive, Seed, UserError
 from lib.common import setup, write_json
@@ -78,7 +80,7 @@ BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws t
 
 @dataclass
 class Args:
-    what: str = ""             # train, decode, vit, rl, busy, memory, loss, loader, partition
+    what: str = ""             # train, decode, vit, rl, busy, memory, loss, loader, partition, serve
     size: Literal["tiny", "mini", "small", "base"] = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"    # auto, cpu, cuda or mps
@@ -86,6 +88,7 @@ class Args:
     documents: Count = 64      # documents to learn, prompts to answer, pictures to encode
     slots: Natural = 0         # decode: our conversations side by side; 0: the best of a few
     seed: Seed = 0             # of weights and documents
+    ckpt: str = ""             # serve: checkpoint folder; default: ckpt/gym
     out: str = "out/bench"     # folder of the JSON
 
 
@@ -496,9 +499,10 @@ def vit(args: Args, hw) -> dict:
 
 VERBS = {"train": train, "decode": decode, "vit": vit, "rl": bench_rl.measure,
          "busy": bench_busy.measure, "memory": bench_memory.measure, "loss": bench_loss.measure,
-         "loader": bench_loader.measure, "partition": bench_partition.measure}
+         "loader": bench_loader.measure, "partition": bench_partition.measure,
+         "serve": bench_serve.measure}
 UNITS = {"vit": "useful patches/s", "rl": "samples learnt/s", "busy": "seconds a step",
-         "loader": "samples/s"}
+         "loader": "samples/s", "serve": "tokens/s, or as said"}
 
 
 def print_case(name: str, case: dict, aim: float):
@@ -526,7 +530,7 @@ def run(args: Args) -> dict:
     hw = setup("cpu" if args.what in ("rl", "busy", "partition") else args.device,
                "auto" if args.what == "busy" else args.dtype)
     documents = f" {args.documents} documents,"
-    if args.what in ("rl", "busy", "loader", "partition"):
+    if args.what in ("rl", "busy", "loader", "partition", "serve"):
         documents = ""
     print(f"{hw.description}; {args.size},{documents} {args.rounds} rounds")
     result = {"args": dataclasses.asdict(args), "hardware": hw.description, "aim": AIM,

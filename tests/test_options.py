@@ -47,7 +47,8 @@ ENTRIES = {
     "lab.vit_pays": [("Args", "pays", ("make_tower",), ())],
     "lab.report": [("Args", "report", ("write",), ())]}
 CASES = [(script, *entry) for script, entries in ENTRIES.items() for entry in entries]
-ELSEWHERE = {"lab.bench_rl": "takes the options of rl.py", "lab.campaign": "kills processes"}
+ELSEWHERE = {"lab.bench_rl": "takes the options of rl.py", "lab.campaign": "kills processes",
+             "lab.bench_serve": "takes the options of serve.py"}
 
 
 class Begun(Exception):
