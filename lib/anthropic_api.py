@@ -27,7 +27,7 @@ import secrets
 from data import document
 from lib.api import (ApiError, bad, Chat, check_model, check_tools, conversation, event, Fields,
                      form_of_call, form_of_json, joined, Limits, named_tool, picture, read_model,
-                     read_tool)
+                     read_tool, refusing)
 from lib.tool_use import Call, CallStream, Entry, read_reply
 from lib.turns import ReplySettings, Turn
 
@@ -60,8 +60,8 @@ class Anthropic:
         entries, prefix = self._entries(f, limits)
         declared = [self._tool(tool) for tool in f.objects("tools", limits.max_tools)]
         check_tools(declared)
-        tools, call_form, one_call = self._tool_choice(f, declared)
-        json_form = self._json_form(f)
+        tools, call_form, one_call = self._tool_choice(f, declared, limits)
+        json_form = self._json_form(f, limits)
         if json_form and tools:
             raise bad("output_config.format", "JSON and tools that may be called exclude each "
                       "other here", "unsupported_parameter")
@@ -86,7 +86,8 @@ class Anthropic:
     def count(self, body: dict, limits: Limits) -> dict:
         """The answer to POST /v1/messages/count_tokens."""
         chat = self.read({"max_tokens": 1, **body}, limits)
-        prompt = document(chat.messages, self.tokens, self.config, answer=True, lazy=True)
+        with refusing():
+            prompt = document(chat.messages, self.tokens, self.config, answer=True, lazy=True)
         return {"input_tokens": len(prompt.ids)}
 
     def _think(self, f: Fields, max_new: int) -> int:
@@ -113,7 +114,7 @@ class Anthropic:
         f.end()
         return tool
 
-    def _tool_choice(self, f: Fields, declared):
+    def _tool_choice(self, f: Fields, declared, limits: Limits):
         """(the tools that the reply may call, the form that it must have if it must call one,
         whether it may call one at most)."""
         choice = f.object("tool_choice")
@@ -130,10 +131,10 @@ class Anthropic:
         if kind == "auto":
             return tuple(declared), None, one_call
         may = [named_tool(name, declared, choice.at("name"))] if name else declared
-        form = form_of_call(self.tokens, may)
+        form = form_of_call(self.tokens, may, limits)
         return tuple(declared), form, one_call
 
-    def _json_form(self, f: Fields):
+    def _json_form(self, f: Fields, limits: Limits):
         wanted = f.object("output_config")
         if not wanted:
             return None
@@ -145,7 +146,7 @@ class Anthropic:
         details.word("type", ["json_schema"], need=True)
         schema = details.take("schema", dict, "a JSON schema", need=True)
         details.end()
-        return form_of_json(self.tokens, schema, details.at("schema"))
+        return form_of_json(self.tokens, schema, details.at("schema"), limits)
 
     # ---- messages ---------------------------------------------------------------------------
 

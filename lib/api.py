@@ -21,6 +21,7 @@ Whatever is wrong with a request raises ApiError. A field that a protocol does n
 as the services themselves do; those that it knows and ignores are listed in its file.
 """
 import base64
+import contextlib
 import json
 import math
 import re
@@ -60,6 +61,7 @@ class Limits:
     max_messages: int = 1000    # also the parts of one message
     max_tools: int = 128
     max_depth: int = 64         # of lists and objects inside one another
+    max_schema: int = 600       # values in a schema that a reply is held to: more take too long
 
 
 @dataclass
@@ -87,21 +89,28 @@ def parse_body(raw: bytes, limits: Limits) -> dict:
         raise ApiError(400, "invalid_json", f"the body is not valid JSON: {why}") from None
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_json", "the body must be a JSON object")
-    # By hand and not by recursion: the depth is the sender's.
-    left = [(body, 1)]
-    while left:
-        value, depth = left.pop()
+    for value, depth in values_in(body):
+        if depth > limits.max_depth:
+            raise ApiError(400, "invalid_json",
+                           f"the body is nested deeper than {limits.max_depth} levels")
         if isinstance(value, str):
             _check_text(value)
-        elif isinstance(value, (dict, list)):
-            if depth > limits.max_depth:
-                raise ApiError(400, "invalid_json",
-                               f"the body is nested deeper than {limits.max_depth} levels")
-            children = [*value, *value.values()] if isinstance(value, dict) else value
-            left += [(child, depth + 1) for child in children]
         elif isinstance(value, float) and not math.isfinite(value):     # 1e999
             raise ApiError(400, "invalid_json", "the body has a number that is too large")
     return body
+
+
+def values_in(value):
+    """Yield (value, depth) of a value of JSON and all values in it, keys included. Without
+    recursion, since the depth is the sender's."""
+    left = [(value, 0)]
+    while left:
+        value, depth = left.pop()
+        yield value, depth
+        if isinstance(value, dict):
+            left += [(child, depth + 1) for pair in value.items() for child in pair]
+        elif isinstance(value, list):
+            left += [(child, depth + 1) for child in value]
 
 
 def _no_number(name: str):
@@ -131,8 +140,8 @@ class Fields:
         self.value, self.path, self.dotted, self.known = value, path, dotted, set()
 
     def at(self, name: str) -> str:
-        """The path of a field."""
-        return f"{self.path}.{name}" if self.path else name
+        """The path of a field, whose name may be anything."""
+        return f"{self.path}.{name[:60]}" if self.path else name[:60]
 
     def take(self, name: str, kind=None, what: str = "", default=None, need: bool = False):
         """The value of a field, which must be of this type; `what` names the type. default: what a
@@ -325,7 +334,7 @@ def check_entries(entries: list[Entry], limits: Limits):
     before, waiting, begun = None, {}, False
     for entry in entries:
         if entry.role != "observation" and waiting:
-            raise bad(entry.place, f"the calls {', '.join(waiting)} have no results before this")
+            raise bad(entry.place, f"the call {shown(min(waiting))} has no result before this")
         if entry.role == "observation":
             if not waiting.pop(entry.answers, None):
                 raise bad(entry.place, f"this is the result of {shown(entry.answers)}, but the "
@@ -341,7 +350,7 @@ def check_entries(entries: list[Entry], limits: Limits):
         begun = begun or entry.role == "user"
         before = entry.role
     if waiting:
-        raise bad(entries[-1].place, f"the calls {', '.join(waiting)} have no results")
+        raise bad(entries[-1].place, f"the call {shown(min(waiting))} has no result")
     if not begun:
         raise bad("messages", "there is no message of the user")
     if entries[-1].role == "assistant":
@@ -357,9 +366,17 @@ def conversation(entries: list[Entry], tools, limits: Limits) -> list[Message]:
         raise bad("messages", f"a call can't be written: {error}") from None
 
 
-def form_of_call(tokens, tools):
+def check_schema(schema, name: str, path: str, limits: Limits):
+    if sum(1 for _ in values_in(schema)) > limits.max_schema:
+        raise bad(path, f"{name} is too large: at most {limits.max_schema} values",
+                  "unsupported_schema")
+
+
+def form_of_call(tokens, tools, limits: Limits):
     """The form of a reply that must call one of these tools. Points of the gym's own actions are in
     0-999 then, whatever the schemas say."""
+    for tool in tools:
+        check_schema(tool.parameters, f"the schema of {tool.name}", "tools", limits)
     same = [is_known(tool) and len(tool.arguments) == len(ACTIONS[tool.name].arguments)
             for tool in tools]
     try:
@@ -370,23 +387,31 @@ def form_of_call(tokens, tools):
         raise bad("tools", str(error), "unsupported_schema") from None
 
 
-def form_of_json(tokens, schema: dict | None, path: str):
+def form_of_json(tokens, schema: dict | None, path: str, limits: Limits):
     """The form of a reply that must be JSON, of this schema if there is one."""
+    check_schema(schema, "the schema", path, limits)
     try:
         return forms.json_form(tokens, schema)
     except UserError as error:
         raise bad(path, str(error), "unsupported_schema") from None
 
 
-def start(chat: Chat, tokens, config, limits: Limits) -> Turn:
-    """The reply to a request, ready to be generated. Raises ApiError if a picture is damaged or
-    the prompt leaves no room for a reply."""
+@contextlib.contextmanager
+def refusing():
+    """What a prompt can't be made of is an ApiError."""
     try:
-        turn = Turn(chat.messages, chat.settings, tokens, config)
+        yield
     except BadRecord as error:
         raise ApiError(400, "invalid_image", str(error), "messages") from None
     except UserError as error:
         raise ApiError(400, "invalid_value", str(error)) from None
+
+
+def start(chat: Chat, tokens, config, limits: Limits) -> Turn:
+    """The reply to a request, ready to be generated. Raises ApiError if a picture is damaged or
+    the prompt leaves no room for a reply."""
+    with refusing():
+        turn = Turn(chat.messages, chat.settings, tokens, config)
     length = len(turn.request.prompt.ids)
     if length >= limits.context:
         raise ApiError(400, "context_length_exceeded", f"the prompt is too long: {length} tokens, "

@@ -51,8 +51,8 @@ class OpenAI:
                    for message in f.objects("messages", limits.max_messages, need=True)]
         declared = [self._tool(tool) for tool in f.objects("tools", limits.max_tools)]
         check_tools(declared)
-        tools, call_form = self._tool_choice(f, declared)
-        json_form = self._json_form(f)
+        tools, call_form = self._tool_choice(f, declared, limits)
+        json_form = self._json_form(f, limits)
         if json_form and tools:
             raise bad("response_format", "JSON and tools that may be called exclude each other "
                       "here", "unsupported_parameter")
@@ -112,7 +112,7 @@ class OpenAI:
         f.end()
         return tool
 
-    def _tool_choice(self, f: Fields, declared):
+    def _tool_choice(self, f: Fields, declared, limits: Limits):
         """(the tools that the reply may call, the form that it must have if it must call one)."""
         choice = f.take("tool_choice", (str, dict), "a word or an object", "auto")
         if choice == "none":
@@ -133,9 +133,9 @@ class OpenAI:
             may = declared
         else:
             raise bad("tool_choice", "must be none, auto, required, or an object that names a tool")
-        return tuple(declared), form_of_call(self.tokens, may)
+        return tuple(declared), form_of_call(self.tokens, may, limits)
 
-    def _json_form(self, f: Fields):
+    def _json_form(self, f: Fields, limits: Limits):
         wanted = f.object("response_format")
         if not wanted:
             return None
@@ -150,7 +150,7 @@ class OpenAI:
         wanted.end()
         if kind == "text":
             return None
-        return form_of_json(self.tokens, schema, path)
+        return form_of_json(self.tokens, schema, path, limits)
 
     # ---- messages ---------------------------------------------------------------------------
 

@@ -366,7 +366,8 @@ def test_a_call_that_must_be_made(protocol):
     assert not any(allowed(must_be, text) for text in ("click(1000, 2)", "done()", "A", 'find("a'))
     must_be = read(protocol, ask(protocol, tools=declared, tool_choice=must)).settings
     assert allowed(must_be, "click(1, 2)") and allowed(must_be, 'find("a", 3, "b")')
-    assert not any(allowed(must_be, text) for text in ("done()", "find(3", 'find("a", 3, "c"', "No"))
+    wrong = ("done()", "find(3", 'find("a", 3, "c"', "No")
+    assert not any(allowed(must_be, text) for text in wrong)
     must_be = read(protocol, ask(protocol, tools=declared, tool_choice=named)).settings
     assert allowed(must_be, 'find(limit=3)') and not allowed(must_be, "click(")
     assert read(protocol, ask(protocol, tools=declared)).settings.form is None
@@ -579,6 +580,10 @@ OPENAI = [
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
+        "enum": [*range(1000)]}}}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
+        "type": "cat"}}}}, "response_format.json_schema.schema"),
     ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools[0].type"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]},
