@@ -74,8 +74,8 @@ def drive(args: Args):
             reached += good
     print(f"{reached} of {args.count} reached the goal")
     if args.film:
-        label, end = f"{page.name}, seed {seed}", Verdict(good, "reached" if good else "not reached")
-        save_film(film(goal, label, shots, end), args.film)
+        end = Verdict(good, "the goal is reached" if good else "the goal is not reached")
+        save_film(film(goal, f"{page.name}, seed {seed}", shots, end), args.film)
 
 
 if __name__ == "__main__":

@@ -99,16 +99,16 @@ def test_boxes_and_points_are_drawn_and_other_numbers_are_not(page):
         ("left", "10.01"), ("top", "20.02"), ("width", "20.02"), ("height", "20.02")]
 
 
-def test_the_conversation_goes_on_and_reset_forgets_it(page):
-    for question in ("List all.", "What color is the diamond?"):
-        page.run(f"return ask({question!r})")
-    assert len(lines(page)) == 4 and lines(page)[3] == "pink"
-    assert page.run("return messages.map(m => m.content.length)") == [2, len(lines(page)[1]), 1, 4]
+def test_each_question_is_on_its_own_or_goes_on_and_reset_forgets_them(page):
+    read = "return ask('List all.').then(() => Number(get('size').textContent.split(' ')[4]))"
+    alone = [page.run(read), page.run(read)]
+    press(page, "#remember")
+    third, prompt = page.run(read), page.run("return messagesOf(turns).map(m => m.content.length)")
+    assert alone[0] == alone[1] < third and len(lines(page)) == 6
+    assert prompt == [2, len(lines(page)[1]), 1, len(lines(page)[3]), 1, len(lines(page)[5])]
     press(page, "#reset")
-    assert page.run("return [messages.length, get('marks').children.length]") == [0, 0]
-    assert lines(page) == []
-    page.run("return ask('What color is the diamond?')")
-    assert page.run("return messages[0].content.length") == 2           # with its picture again
+    assert page.run("return [turns.length, get('marks').children.length]") == [0, 0]
+    assert lines(page) == [] and page.run(read) == alone[0]
 
 
 def test_an_error_is_one_line_and_the_question_is_not_lost(page):
