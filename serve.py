@@ -12,25 +12,24 @@
     GET  /health                      requests that run and wait, tokens a second
 
     curl localhost:8000/health
-    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d @- <<END
-    {"model": "nanoglm-v", "messages": [{"role": "user", "content": [
-      {"type": "image_url", "image_url": {"url":
-        "data:image/png;base64,$(base64 < docs/example.png | tr -d '\\n')"}},
-      {"type": "text", "text": "What color is the diamond?"}]}]}
-    END
+    PICTURE=$(base64 < docs/example.png | tr -d '\\n')
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{
+      "model": "nanoglm-v", "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,'$PICTURE'"}},
+        {"type": "text", "text": "What color is the diamond?"}]}]}'
 
 Agent frameworks find the server by environment variables; without --api_key any key will do:
 
     OPENAI_BASE_URL=http://127.0.0.1:8000/v1  OPENAI_API_KEY=any
     ANTHROPIC_BASE_URL=http://127.0.0.1:8000  ANTHROPIC_API_KEY=any  ANTHROPIC_MODEL=nanoglm-v
 
-A model of a few million parameters does in them what it was trained to do, a click on a screen like
-the gym's or an answer in words that it knows; it does not follow the instructions of a framework.
+A model of a few million parameters does there what it was trained on: it clicks on screens like the
+gym's and answers the questions that it knows. It does not follow the instructions of a framework.
 
-How it works. A thread a connection reads a request and makes a Turn of it (lib/web.py, lib/api.py).
-One thread owns the engine: it takes new turns between two steps, so that the first token of a new
-request comes within one step of the running batch, and hands out what each step has brought. The
-server opens no address and no file that a request names.
+How it works. Each connection has a thread, which reads requests (lib/web.py) and makes a Turn of
+each (lib/api.py). One more thread owns the engine: between two steps it takes new turns, so that
+the first token of a new request comes within one step of the running batch, and after each step it
+hands out the new tokens. The server opens no file and no address that a request names.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 

@@ -7,7 +7,9 @@ import http.client
 import json
 import os
 import random
+import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -222,6 +224,16 @@ def test_a_client_of_http_1_0_gets_the_stream_until_the_connection_ends(server):
         status, headers = client.read_head()
         assert status == 200 and "Transfer-Encoding" not in headers
         assert client.file.read().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is missing")
+def test_the_curl_line_of_the_docstring(server):
+    command = re.search(r"    PICTURE=.*?\n\n", serve.__doc__, re.DOTALL)[0]
+    command = command.replace("localhost:8000", urlsplit(server.url).netloc)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True)
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["content"] == "purple"
+    assert answer["usage"]["prompt_tokens"] > 20        # it has a picture
 
 
 # ---- many at once -------------------------------------------------------------------------------
