@@ -311,8 +311,8 @@ def agent(args: Agent):
     python sample.py agent
     python sample.py agent --screenshot=screen.png --goal="Click OK."
     """
-    if bool(args.screenshot) != bool(args.goal):
-        raise UserError("a screenshot needs a goal, and a goal a screenshot; a task has its own")
+    if args.goal and not args.screenshot:
+        raise UserError("--goal is for a --screenshot: a task has its own")
     if args.screenshot:
         return act_once(args)
     ckpt = args.ckpt or "ckpt/demo"
@@ -325,7 +325,7 @@ def agent(args: Agent):
     print(label)
     for number, shot in enumerate(watched.play(), 1):
         if number == 1:
-            print(on_terminal(watched.goal))
+            print(on_terminal(watched.recorder.goal))
         if shot.thought:
             print(indent(on_terminal(shot.thought), "     thought: "))
         said = on_terminal(shot.action).replace("\n", "\n     ")
@@ -335,9 +335,9 @@ def agent(args: Agent):
     end = Verdict(score.reward > 0.999, score.error or f"reward {score.reward:.2f}")
     parts = ", ".join(f"{name} {value:.2f}" for name, value in score.parts.items())
     print(f"{end} ({parts})" if parts else end)
-    if watched.shots:
+    if watched.recorder.shots:
         out = output_path(args.out or f"out/agent/{args.task}")
-        episode = watched.goal, label, watched.shots, end
+        episode = watched.recorder.goal, label, watched.recorder.shots, end
         save_film(film(*episode), f"{out}.gif")
         storyboard(*episode).save(f"{out}.png")
         print(f"{out}.gif and {out}.png")
@@ -345,6 +345,8 @@ def agent(args: Agent):
 
 def act_once(args: Agent):
     """Print the model's action on a picture of the user's, and draw the point that it names."""
+    if not args.goal.strip():
+        raise UserError('--screenshot needs a --goal="...": what should be done there?')
     image, ckpt = open_image(args.screenshot), args.ckpt or ROOT / "ckpt" / "demo"
     model, tokens, hw = load(ckpt, args.device, args.dtype)
     seen_image = resize(image, model.config)
@@ -358,7 +360,7 @@ def act_once(args: Agent):
     if action.kind == "none":
         print(f"no action: {on_terminal(action.raw)}")
     else:
-        print(action)
+        print(on_terminal(str(action)))
     if action.point:
         out = output_path(args.out or f"out/agent/{Path(args.screenshot).stem}")
         with_point(image, action.point).save(f"{out}.png")

@@ -197,7 +197,7 @@ def any_image(image) -> Image.Image:
         raise UserError("a picture is a Pillow image, a path or an array of uint8, not "
                         f"{type(image).__name__}")
     if not all(image.size):
-        raise UserError("a picture without pixels")
+        raise UserError("the picture has no pixels")
     try:
         return opaque(image)
     except (OSError, ValueError) as error:      # a file that ends early, an image that is closed

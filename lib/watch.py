@@ -24,8 +24,55 @@ from tasks.verify import boxed, parse_action, without_thought
 PARTS = ("zoom", "crop", "search_image")    # calls after which no whole picture is shown
 
 
+class Recorder:
+    """Runs an episode as gym.drive does, and keeps what happens.
+
+    shots: of the turns that have ended; goal: the first line of the first message. turns: the most
+    that are played, 0: as many as the task allows.
+    """
+
+    def __init__(self, turns: int = 0):
+        self.turns, self.shots, self.goal = turns, [], ""
+
+    def drive(self, env):
+        """The generator that plays the episode; it takes replies and returns the evidence."""
+        episode = gym.drive(env)
+        messages, whole = next(episode), None   # whole: the picture that coordinates refer to
+        self.goal = shown_text(messages[0]).partition("\n")[0]
+        while True:
+            shown = messages[-1]
+            reply = yield messages
+            whole = whole_picture(shown, self.shots, whole)
+            shot = self.shot(shown, reply, whole, env)
+            try:
+                messages = episode.send(reply)
+                shot.result = outcome(env, shown, messages[-1])
+            except StopIteration as end:
+                shot.result = "the episode ends"
+                self.shots.append(shot)
+                return end.value
+            self.shots.append(shot)
+            if len(self.shots) == self.turns:
+                shot.result += "; no more turns"
+                return env.evidence()
+
+    def shot(self, shown: Message, reply: str, whole, env) -> Shot:
+        """A turn as a Shot, without its result. whole: the picture that coordinates refer to."""
+        text = shown_text(shown)
+        if not self.shots or env.layout == "segment":   # the goal, and in a segment the history,
+            text = text.partition("\n")[2] if env.layout == "append" else ""    # stand elsewhere
+        said = without_thought(reply) or reply.strip()
+        thought = reply.rpartition("</think>")[0].replace("<think>", "").strip()
+        name, values = parse_action(reply) or ("", [])
+        verb = ACTIONS.get(name)
+        mark = ()
+        if whole is not None and verb and "coordinate" in verb.arguments.values():
+            mark = tuple(values) if verb.fits(values) else ()
+        return Shot(list(shown.images), text, boxed(said) or said, "", thought, mark, whole)
+
+
 class Watched(Rollout):
-    """A Rollout that keeps what happens in each turn.
+    """A Rollout whose turns are recorded.
 
     form: "" or, for tasks whose replies are calls, "action" or "click": replies have this form.
     turns: the most that are played, 0: as many as the task allows. think: tokens of a thought in
@@ -52,9 +99,7 @@ class Watched(Rollout):
         self.engine = Engine(model, 1, context)
         self.engine.stops.add(tokens.image)     # a visual slot in a reply would have no pixels
         self.form = self.form_of(form, task.category) if form else None
-        self.turns = turns
-        self.shots: list[Shot] = []     # of the turns that have ended
-        self.goal = ""                  # the first line of the first message
+        self.recorder = Recorder(turns)
 
     def form_of(self, name: str, category: str) -> Form:
         """The form of this name for the replies of a category."""
@@ -68,11 +113,11 @@ class Watched(Rollout):
         request = self.advance()
         while request:
             self.engine.submit(request)
-            results, before = [], len(self.shots)
+            results, before = [], len(self.recorder.shots)
             while not results:
                 results = self.engine.step()
             request = self.advance(results[0])
-            yield from self.shots[before:]
+            yield from self.recorder.shots[before:]
         if self.evidence is not None:
             self.finish(gym.Rewards().score(self.episode.task, self.evidence))
 
@@ -81,40 +126,7 @@ class Watched(Rollout):
         return request and replace(request, form=self.form)
 
     def drive(self, env):
-        """As gym.drive, and keep a Shot of each turn."""
-        episode = gym.drive(env)
-        messages, whole = next(episode), None   # whole: the picture that coordinates refer to
-        self.goal = shown_text(messages[0]).partition("\n")[0]
-        while True:
-            shown = messages[-1]
-            reply = yield messages
-            whole = whole_picture(shown, self.shots, whole)
-            shot = self.shot(shown, reply, whole, env)
-            try:
-                messages = episode.send(reply)
-                shot.result = outcome(env, shown, messages[-1])
-            except StopIteration as end:
-                shot.result = "the episode ends"
-                self.shots.append(shot)
-                return end.value
-            self.shots.append(shot)
-            if len(self.shots) == self.turns:
-                shot.result += "; no more turns"
-                return env.evidence()
-
-    def shot(self, shown: Message, reply: str, whole, env) -> Shot:
-        """A turn as a Shot, without its result."""
-        text = shown_text(shown)
-        if not self.shots or env.layout == "segment":   # the goal, and in a segment the history,
-            text = text.partition("\n")[2] if env.layout == "append" else ""    # stand elsewhere
-        said = without_thought(reply) or reply.strip()
-        thought = reply.rpartition("</think>")[0].replace("<think>", "").strip()
-        name, values = parse_action(reply) or ("", [])
-        verb = ACTIONS.get(name)
-        mark = ()
-        if whole is not None and verb and "coordinate" in verb.arguments.values():
-            mark = tuple(values) if verb.fits(values) else ()
-        return Shot(list(shown.images), text, boxed(said) or said, "", thought, mark, whole)
+        return self.recorder.drive(env)
 
 
 def shown_text(message: Message) -> str:

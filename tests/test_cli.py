@@ -303,7 +303,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("words,expect", [
     ("pretrain.py", "--row_tokens"), ("rl.py", "--max_staleness"), ("sample.py", "ask"),
-    ("sample.py ask", "--top_p"), ("sample.py chat", "--think"), ("sample.py eval", "--count"),
+    ("sample.py ask", "--top_p"), ("sample.py chat", "--think"), ("sample.py agent", "--screenshot"), ("sample.py eval", "--count"),
     ("gym.py", "play"),
     ("gym.py show", "--level"),
     ("tokenizer.py", "train"), ("lab/demo.py", "--keep"), ("lab/bench.py", "--rounds"),

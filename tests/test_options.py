@@ -23,6 +23,7 @@ ENTRIES = {
     "train_vit": [("Args", "run", ("train",), ())],
     "sample": [("Ask", "ask", ("seen", "list_questions"), ("--question=?",)),
                ("Chat", "chat", ("seen",), ()),
+               ("Agent", "agent", ("Watched", "act_once"), ()),
                ("Eval", "evaluation", ("evaluate", "evaluate_harnesses"), ())],
     "serve": [("Args", "run", ("EngineThread",), ("--port=0",))],
     "gym": [("List", "list_categories", (), ()),
