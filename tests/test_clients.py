@@ -3,6 +3,7 @@ import base64
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -18,6 +19,7 @@ from tokenizer import tokenizer_of
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
+pydantic = pytest.importorskip("pydantic")
 pytestmark = pytest.mark.slow       # importing both takes some seconds
 
 MODEL = serve.MODEL
@@ -125,6 +127,36 @@ def test_anthropic_plain_and_streamed(theirs, model):
     assert counted.input_tokens == wanted.prompt_tokens == answer.usage.input_tokens
 
 
+def post(url: str, path: str, body: dict) -> str:
+    """The answer to a request, as it was sent."""
+    request = Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60) as answer:
+        return answer.read().decode()
+
+
+def test_answers_have_the_fields_that_the_clients_declare(url):
+    """The clients take whatever comes, so their types check what was sent."""
+    text, image = question("gui_click", 3)
+    body = {"model": MODEL, "max_tokens": 20, "messages": [user(part(image), text)],
+            "tools": OPENAI_TOOLS}
+    openai.types.chat.ChatCompletion.model_validate_json(post(url, "/v1/chat/completions", body))
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, end, _ = post(url, "/v1/chat/completions", body).split("\n\n")
+    for chunk in chunks:
+        openai.types.chat.ChatCompletionChunk.model_validate_json(chunk.removeprefix("data: "))
+    assert len(chunks) >= 4 and end == "data: [DONE]"
+    body = {"model": MODEL, "max_tokens": 20, "messages": [user(block(image), text)],
+            "tools": ANTHROPIC_TOOLS, "thinking": {"type": "enabled", "budget_tokens": 1}}
+    anthropic.types.Message.model_validate_json(post(url, "/v1/messages", body))
+    *events, _ = post(url, "/v1/messages", body | {"stream": True}).split("\n\n")
+    kinds = pydantic.TypeAdapter(anthropic.types.RawMessageStreamEvent)
+    for event in events:
+        name, data = (line.partition(": ")[2] for line in event.split("\n"))
+        if name != "ping":
+            assert kinds.validate_json(data).type == name
+    assert len(events) >= 8
+
+
 def test_the_models_are_listed(ours, theirs):
     assert [m.id for m in ours.models.list()] == [m.id for m in theirs.models.list()] == [MODEL]
     assert ours.models.retrieve(MODEL).owned_by and theirs.models.retrieve(MODEL).type == "model"
@@ -205,12 +237,12 @@ def test_a_reply_is_cut_at_max_tokens(ours, theirs):
 
 # ---- tools --------------------------------------------------------------------------------------
 
-def played(model, task, most=8) -> tuple[list[str], dict]:
+def played(model, task) -> tuple[list[str], dict]:
     """(replies, evidence) of the model in the gym, without a server."""
     return gym.play_out(task, lambda env, messages: expected(model, messages, max_new=24).text)[1:]
 
 
-def openai_loop(client, task, most=8, stream=False, shown="result"):
+def openai_loop(client, task, stream=False, shown="result"):
     """The same through OpenAI's tool loop. shown: whether a picture comes in the result or in a
     message of the user after it."""
     env = gym.make(task)
