@@ -306,6 +306,7 @@ def folder(tmp_path_factory):
     ("sample.py ask", "--top_p"), ("sample.py chat", "--think"), ("sample.py agent", "--screenshot"), ("sample.py eval", "--count"),
     ("gym.py", "play"),
     ("gym.py show", "--level"),
+    ("serve.py", "--api_key"),
     ("tokenizer.py", "train"), ("lab/demo.py", "--keep"), ("lab/bench.py", "--rounds"),
     ("lab/report.py", "--run")])
 def test_help(script, words, expect):
@@ -355,6 +356,8 @@ def test_help(script, words, expect):
     ("sample.py eval --ckpt=CKPT --levels=9", "--levels"),
     ("sample.py eval --ckpt=CKPT --slots=0", "--slots"),
     ("sample.py eval --ckpt=CKPT --seed=-1", "--seed"),
+    ("serve.py --ckpt=nowhere", "no such folder"), ("serve.py --port=70000", "--port takes 0"),
+    ("serve.py --ckpt=CKPT --host=192.0.2.1", "can't listen at 192.0.2.1"),
     ("gym.py show pont", "did you mean point"), ("gym.py fly", "fly"),
     ("gym.py show point --wat", "--wat"), ("tokenizer.py fly", "fly")])
 def test_bad_input_is_one_line_and_exit_code_2(script, folder, tmp_path, words, message, piped):
