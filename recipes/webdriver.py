@@ -37,8 +37,11 @@ def browser(width: int, height: int, pixels: int = 0):
                                   env=os.environ | {"TMPDIR": folder})
         port = None
         try:
-            ready = (re.search(r"successfully on port (\d+)", line) for line in driver.stdout)
-            port = int(next(filter(None, ready))[1])
+            said = (re.search(r"successfully on port (\d+)", line) for line in driver.stdout)
+            ready = next(filter(None, said), None)
+            if not ready:
+                raise UserError("chromedriver ended before it was ready; run alone, it says why")
+            port = int(ready[1])
             yield Page(port, width, height, (pixels or width) / width)
         finally:
             if port:                # a new connection: Ctrl-C may come in the middle of a command

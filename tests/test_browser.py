@@ -15,6 +15,7 @@ from PIL import Image
 
 import serve
 from lib.checkpoint import load_model
+from lib.cli import UserError
 from lib.common import ROOT
 from recipes import browser as recipe
 from recipes.webdriver import browser
@@ -127,6 +128,28 @@ def test_a_reply_is_never_html(page):
     assert lines(page) == ["<img src=x onerror=fail(1)><b>x</b>"]
 
 
+def test_a_picture_is_dropped_pasted_or_chosen(page):
+    make = """
+        const canvas = document.createElement("canvas"), files = new DataTransfer();
+        canvas.width = WIDTH;
+        return new Promise(done => canvas.toBlob(done)).then(blob => {
+            files.items.add(new File([blob], "a.png", {type: "image/png"}));
+            EVENT
+        })"""
+    events = (
+        "document.dispatchEvent(new DragEvent('drop', {dataTransfer: files, cancelable: true}));",
+        "document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: files}));",
+        "get('file').files = files.files; get('file').dispatchEvent(new Event('change'));")
+    for width, event in enumerate(events, 40):
+        page.run(make.replace("WIDTH", str(width)).replace("EVENT", event))
+        wait(page, f"get('picture').naturalWidth === {width}")
+        wait(page, f"get('size').textContent === '{width} × 150 pixels'")
+    page.run("""const files = new DataTransfer();
+        files.items.add(new File(["x"], "a.txt", {type: "text/plain"}));
+        document.dispatchEvent(new DragEvent('drop', {dataTransfer: files}))""")
+    assert "not a picture" in page.run("return get('error').textContent")
+
+
 def test_the_key_is_asked_for_only_where_the_server_wants_one(model, window):
     with serve.running(model, api_key="secret") as url:
         window.open(url)
@@ -207,6 +230,15 @@ def offspring(pid: int) -> list[int]:
     for parent in found:                # it grows
         found += [one for one, its in everyone.items() if its == parent]
     return found[1:]
+
+
+def test_without_a_driver_one_line_says_so(tmp_path, monkeypatch):
+    (tmp_path / "chromedriver").write_text("#!/bin/sh\nexit 1\n")
+    for mode, message in ((0o600, "apt-get install"), (0o700, "ended before it was ready")):
+        (tmp_path / "chromedriver").chmod(mode)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(UserError, match=message), browser(64, 64):
+            pass
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
