@@ -176,7 +176,8 @@ def test_answer(model):
 
 @pytest.mark.parametrize("image,options,message", [
     ("nowhere.png", {}, "no picture at nowhere.png"), (7, {}, "a picture is a Pillow image"),
-    (np.zeros((4, 4), np.float32), {}, "of uint8, not"), (np.zeros((4, 0, 3), np.uint8), {}, "no pixels"),
+    (np.zeros((4, 4), np.float32), {}, "of uint8, not"),
+    (np.zeros((4, 0, 3), np.uint8), {}, "no pixels"),
     (None, {"max_new": 0}, "max_new is an integer from 1"), (None, {"think": -1}, "think is an"),
     (None, {"seed": 2 ** 64}, "seed is an"), (None, {"temperature": -1.0}, "a temperature from 0"),
     (None, {"form": "song"}, "there is no form 'song'"), (None, {"goal": 3}, "a goal as a text"),

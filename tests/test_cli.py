@@ -303,7 +303,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("words,expect", [
     ("pretrain.py", "--row_tokens"), ("rl.py", "--max_staleness"), ("sample.py", "ask"),
-    ("sample.py ask", "--top_p"), ("sample.py chat", "--think"), ("sample.py agent", "--screenshot"), ("sample.py eval", "--count"),
+    ("sample.py ask", "--top_p"), ("sample.py chat", "--think"), ("sample.py eval", "--count"),
+    ("sample.py agent", "--screenshot"),
     ("gym.py", "play"),
     ("gym.py show", "--level"),
     ("serve.py", "--api_key"),
