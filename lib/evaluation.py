@@ -244,16 +244,20 @@ def show_comparison(found: dict[str, dict[str, dict]], first: str):
     others = [column for column in columns if column != first]
     wide = max(16, *(len(column) + 2 for column in columns))
 
-    def block(title, columns, wide, cell):
+    def block(title, columns, wide, cell, names=found):
         print(f"\n{title:<17}" + "".join(f"{column:>{wide}}" for column in columns))
-        for name, row in found.items():
-            print(f"{name:<17}" + "".join(f"{cell(row[column]):>{wide}}" for column in columns))
+        for name in names:
+            cells = "".join(f"{cell(found[name][column]):>{wide}}" for column in columns)
+            print(f"{name:<17}{cells}".rstrip())
 
     block("accuracy, 95%", columns, wide, lambda row:
           f"{row['accuracy']:.1%} {100 * row['low']:>4.0f}-{100 * row['high']:<3.0f}")
     if others:
         block(f"minus {first}", others, max(24, wide), difference_cell)
         print("in points, on the same tasks, with 95% intervals; *: 0 is outside")
+    longer = [name for name, row in found.items() if row[first].get("replies", 1) > 1]
+    if longer:
+        block("replies a task", columns, wide, lambda row: f"{row['replies']:.2f}    ", longer)
 
 
 def difference_cell(row: dict) -> str:

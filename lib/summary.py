@@ -92,17 +92,17 @@ def compare(tables: dict[str, dict], first: str) -> dict[str, dict[str, dict]]:
     """{row: {column: figures}}: several tables about the same tasks, each one a column.
 
     The rows are the categories that all tables have and the `groups` of them, unless another group
-    has the same categories; figures: accuracy, low and high, and in every column but `first` also
-    `difference`, (difference, low, high) against `first`. That of a group is the mean of its
-    categories' differences.
+    has the same categories; figures: accuracy, low, high, of a category also replies (a task), and
+    in every column but `first` the `difference`, (difference, low, high) against `first`. That of a
+    group is the mean of its categories' differences.
     """
     found = {}
     for name in tables[first]:
         if all(name in table for table in tables.values()):
             found[name] = {}
             for column, table in tables.items():
-                row = found[name][column] = {key: table[name][key]
-                                             for key in ("accuracy", "low", "high")}
+                kept = ("accuracy", "low", "high", "replies")
+                row = found[name][column] = {key: table[name][key] for key in kept}
                 moved = column != first and difference(tables[first][name], table[name])
                 if moved:
                     row["difference"] = moved

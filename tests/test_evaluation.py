@@ -106,7 +106,8 @@ def test_composites_are_of_categories_that_exist_and_each_belongs_to_one():
 
 def row_of(accuracy, n=100, blank=0.0, chance=0.1, solved=""):
     low, high = interval(accuracy, n)
-    return dict(accuracy=accuracy, low=low, high=high, blank=blank, chance=chance, solved=solved)
+    return dict(accuracy=accuracy, low=low, high=high, blank=blank, chance=chance, solved=solved,
+                replies=1.0)
 
 
 def test_means_by_family_tier_and_composite():
