@@ -137,11 +137,13 @@ class Turn:
             return None
         self.thinking = False
         self.thought = self.tokens.plain(result.ids).strip()
-        if result.ids[-1] in self.tokens.stops or result.finish == "context":
+        stopped = result.ids[-1] in self.tokens.stops
+        if result.finish == "context" or stopped and not self.settings.form:
             self.finish, self.done = result.finish, True        # it ended without a reply
             return None
-        mark = self.tokens.mark(CLOSE)
-        ids = [i for i in result.ids if i != mark] + [mark, *self.tokens.encode("\n")]
+        mark = self.tokens.mark(CLOSE)      # where a form is asked for, a reply follows in any case
+        ids = [i for i in result.ids if i != mark and i not in self.tokens.stops]
+        ids += [mark, *self.tokens.encode("\n")]
         return self._answer(prompt_of([*self.prompt.ids, *ids], self.prompt.images))
 
 

@@ -174,6 +174,13 @@ def test_answer(model):
     assert boxed.text.isdigit()
 
 
+def test_a_thought_leaves_room_for_an_action(model):
+    """This model has not learnt to think: it ends in the middle of it."""
+    picture = gym.make(Task("gui_click", 3)).reset().images[0]
+    action = sample.act(model, picture, "Click OK.", think=20)
+    assert action.thought and action.kind in ACTIONS and parse_action(action.raw)
+
+
 @pytest.mark.parametrize("image,options,message", [
     ("nowhere.png", {}, "no picture at nowhere.png"), (7, {}, "a picture is a Pillow image"),
     (np.zeros((4, 4), np.float32), {}, "of uint8, not"),
