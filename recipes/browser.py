@@ -35,7 +35,7 @@ class Args:
 
 
 def carry_out(window, name: str, args: list):
-    """Make an action on the page. Other actions, such as done(), change nothing there."""
+    """Make an action on the page. Other ones, such as remember("7"), change nothing there."""
     if name == "click":
         window.click(*(min(SIDE - 1, place * SIDE // 999) for place in args))
     elif name == "scroll":
@@ -57,13 +57,15 @@ def play(window, choose) -> tuple[str, list[Shot], bool]:
         shots.append(Shot([screen], action=action, mark=tuple(args) if name == "click" else (),
                           marked=screen))
         carry_out(window, name, args)
+        if name in ("done", "answer"):
+            break
     print("  not reached" if window.title == goal else f"  {window.title}")
     return goal, shots, window.title == "reached"
 
 
 def drive(args: Args):
     """Play pages and print how often the goal was reached."""
-    model, *_ = sample.load(args.ckpt, "cpu", "auto")
+    model, *_ = sample.load(args.ckpt, "auto", "auto")
     page, reached = Path(__file__).parent / "browser" / f"{args.page}.html", 0
     with browser(SIDE, SIDE, task_pixels("gui_form", model.config)) as window:
         by_model = lambda *seen: str(sample.act(model, *seen))
@@ -74,6 +76,7 @@ def drive(args: Args):
             reached += good
     print(f"{reached} of {args.count} reached the goal")
     if args.film:
+        Path(args.film).parent.mkdir(parents=True, exist_ok=True)
         end = Verdict(good, "the goal is reached" if good else "the goal is not reached")
         save_film(film(goal, f"{page.name}, seed {seed}", shots, end), args.film)
 

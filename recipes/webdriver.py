@@ -58,6 +58,7 @@ class Page:
     """What one window of the browser shows."""
 
     def __init__(self, port: int, width: int, height: int, ratio: float):
+        # An emulated screen has any size; a window has a least one, and bars that a page can't use.
         screen = {"width": width, "height": height, "pixelRatio": ratio, "mobile": False,
                   "touch": False}
         options = {"args": OPTIONS, "mobileEmulation": {"deviceMetrics": screen}}

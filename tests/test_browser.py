@@ -182,7 +182,7 @@ def test_a_narrow_window_has_no_bar_to_scroll_sideways(model):
 
 @pytest.mark.parametrize("name", ["form", "list", "dialog"])
 def test_the_right_actions_reach_the_goal_of_every_page(name, tmp_path, capsys):
-    film = tmp_path / "film.gif"
+    film = tmp_path / "new" / "film.gif"
     recipe.drive(recipe.Args(page=name, count=8, oracle=True, ckpt="ckpt/demo", film=str(film)))
     said = capsys.readouterr().out
     assert said.endswith("8 of 8 reached the goal\n")
