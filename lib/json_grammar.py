@@ -177,20 +177,21 @@ def typed(kind, schema: dict, style: Style, where: str):
 def properties_of(schema: dict, style: Style, where: str) -> list[tuple] | None:
     """[(name, item, whether it is required), ...] of an object; None where it may be any."""
     properties, required = schema.get("properties"), schema.get("required", [])
-    more = schema.get("additionalProperties", None)
-    if properties is None and more is not False and not required:
+    more = schema.get("additionalProperties")
+    if properties is None and not required and more is not False:
         if more not in (None, True, {}):
             raise not_built(where, ["additionalProperties"], " with a schema")
         return None
-    if not isinstance(properties or {}, dict) or not isinstance(required, list):
+    properties = {} if properties is None else properties
+    if not isinstance(properties, dict) or not isinstance(required, list):
         raise UserError(f"{where}: properties is no object, or required no list")
     if more not in (None, False):
         raise not_built(where, ["additionalProperties"], " beside properties, unless it is false")
-    if unknown := [name for name in required if name not in list(properties or {})]:
+    if unknown := [name for name in required if name not in list(properties)]:
         raise UserError(f"{where} requires {json.dumps(unknown[0])[:60]}, which is not among its "
                         "properties")
     return [(name, schema_item(one, style, f"{where}, {name[:40]}"), name in required)
-            for name, one in (properties or {}).items()]
+            for name, one in properties.items()]
 
 
 def not_built(where: str, words, condition: str = "") -> UserError:
