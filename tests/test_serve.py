@@ -427,7 +427,7 @@ def test_a_request_that_comes_byte_by_byte_has_a_deadline(model, begin):
     """Each byte comes in time, but not all of them."""
     with serving(model, timeout=0.25) as server, Client(server) as client:
         client.send(begin)
-        until = time.monotonic() + 2
+        until = time.monotonic() + PATIENCE
         while not client.has_been_answered(0.02):
             client.send(b"x")
             assert time.monotonic() < until
