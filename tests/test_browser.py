@@ -71,9 +71,15 @@ def lines(window) -> list[str]:
 # ---- the page -----------------------------------------------------------------------------------
 
 def test_a_question_by_keyboard_is_answered_as_by_the_model_itself(page, model):
+    page.run("""window.seen = new Set();
+        new MutationObserver(() => seen.add(get("talk").lastChild.textContent))
+            .observe(get("talk"), {childList: true, subtree: true})""")
     page.type("List all." + ENTER)
     wait(page, "!running && get('talk').children.length")
-    assert lines(page) == ["List all.", answer(model, EXAMPLE, "List all.").text]
+    reply = answer(model, EXAMPLE, "List all.").text
+    assert lines(page) == ["List all.", reply]
+    first, *pieces = page.run("return [...seen]")
+    assert first == "…" and len(pieces) > 3 and all(map(reply.startswith, pieces))
     size = page.run("return get('size').textContent")
     assert re.fullmatch(r"64 × 64 pixels; \d\d tokens read, \d+ written", size)
 
@@ -117,7 +123,7 @@ def test_an_error_is_one_line_and_the_question_is_not_lost(page):
     error, kept = page.run("return [get('error').textContent, get('question').value.length]")
     assert "prompt" in error and "\n" not in error and kept > 15_000 and lines(page) == []
     page.run("setPicture('data:image/png;base64,AAAA')")
-    wait(page, "get('error').textContent.includes('not a picture')")
+    wait(page, "get('error').textContent.includes('show this picture')")
     page.run("get('question').value = ''; setPicture(EXAMPLE); return ask('List all.')")
     assert page.run("return get('error').textContent") == "" and len(lines(page)) == 2
 
