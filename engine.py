@@ -36,7 +36,7 @@ from data import collate, Document
 from kernels import attention, Segments
 from lib.cli import UserError
 from lib.draft_tuner import DraftTuner
-from lib.forms import allowed_of, Form, within_forms
+from lib.forms import allowed_of, check_room, Form, within_forms
 from lib.prefetch import send
 from mmtp import categorical
 from model import Config, GLMV
@@ -204,7 +204,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     form: Form | None = None    # what the reply must look like: see lib/forms.py
-    stop: tuple[str, ...] = ()  # texts that end the reply; it still holds them
+    stop: tuple[str, ...] = ()  # texts that end the reply; its ids still hold them
 
 
 @dataclass
@@ -256,7 +256,8 @@ class Engine:
         self.model, self.slots, self.context = model, slots, context
         self.device, self.version = weight.device, 0
         self.tokenizer = tokenizer_of(model.config)
-        self.stops = set(self.tokenizer.stops)
+        self.stops, special = set(self.tokenizer.stops), set(self.tokenizer.special.values())
+        self.spelled = {i: w for i, w in self.tokenizer.words.items() if i not in special}
         if drafts and mmtp.head_of(model) is None:
             say("no MTP head in this checkpoint: speculation is off")
             drafts = 0
@@ -291,13 +292,12 @@ class Engine:
         if length >= self.context:
             raise UserError(f"a prompt of {length} tokens leaves no room in a context of "
                             f"{self.context}")
-        form, room = request.form, self._room(request)
-        if form and form.needs() > room:
-            raise UserError(f"a reply of this form takes at least {form.needs()} tokens, the end "
-                            f"included, and there is room for {room}")
+        if not all(request.stop):
+            raise UserError("a stop text must not be empty")
+        check_room(request.form, self._room(request))
         self.submitted += 1
         generator = torch.Generator().manual_seed(request.seed)
-        self.waiting.append(_Sequence(self.submitted, request, generator, form))
+        self.waiting.append(_Sequence(self.submitted, request, generator, request.form))
         return self.submitted
 
     def _room(self, request: Request) -> int:
@@ -485,8 +485,7 @@ class Engine:
         return allowed_of(chosen, logits, free)
 
     def _within_forms(self, logits: Tensor, sequences, drafts: Tensor | None = None) -> Tensor:
-        """The logits (n, V), or (n, K+1, V) with K drafts, -inf for tokens that the forms of the
-        sequences refuse; a draft that is refused is then never accepted."""
+        """The logits (n, V), or (n, K+1, V) with K drafts; -inf for tokens that forms refuse."""
         forms = [sequence.form for sequence in sequences]
         if not any(forms):
             return logits
@@ -549,13 +548,14 @@ class Engine:
         return "length" if len(ids) >= request.max_new else "context"
 
     def _has_stop_text(self, sequence: _Sequence) -> bool:
-        """Whether the newest token has completed one of the request's stop texts."""
-        stop = [text.encode() for text in sequence.request.stop]
-        if not stop:
-            return False
-        # A stop text of n bytes lies within the last n tokens, since most have a byte or more.
-        tail = self.tokenizer.decode_bytes(sequence.ids[-max(map(len, stop)) - 8:])
-        return any(text in tail for text in stop)
+        """Whether the newest token is the special token, or completes the text, of a stop text.
+        Other special tokens count for nothing: a stop text may have one in its middle."""
+        stop, ids = sequence.request.stop, sequence.ids
+        if not stop or self.tokenizer.decode(ids[-1:]) in stop:
+            return bool(stop)
+        longest = max(len(text.encode()) for text in stop)      # as many tokens hold it
+        tail = b"".join([self.spelled[i] for i in ids if i in self.spelled][-longest:])
+        return any(text.encode() in tail for text in stop)
 
     def so_far(self, id: int) -> list[int]:
         """The tokens that a request has so far: none while it waits, or after it has ended."""

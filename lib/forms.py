@@ -290,6 +290,13 @@ class Form:
         return allowed
 
 
+def check_room(form: Form | None, room: int):
+    """Raise UserError where no reply of a form fits into `room` tokens."""
+    if form and form.needs() > room:
+        raise UserError(f"a reply of this form takes at least {form.needs()} tokens, the end "
+                        f"included, and there is room for {room}")
+
+
 def allowed_tokens(forms: list, rooms: list, drafts: list, width: int) -> np.ndarray:
     """Which tokens may come at the next place of each reply and after each of its K drafts:
     (n, K+1, width) of bool, all True for a reply without a form. rooms: how many tokens each reply

@@ -170,7 +170,8 @@ def unicode_escape():
 def both_halves():
     r"""A character beyond 16 bits, in JSON: \ud83d\ude00."""
     d = frozenset(b"dD")
-    return [(b"\\u", d, frozenset(b"89abAB"), HEX, HEX, b"\\u", d, frozenset(b"cdefCDEF"), HEX, HEX)]
+    first, second = frozenset(b"89abAB"), frozenset(b"cdefCDEF")
+    return [(b"\\u", d, first, HEX, HEX, b"\\u", d, second, HEX, HEX)]
 
 
 PRINTABLE = frozenset(range(0x20, 0x80))

@@ -91,7 +91,8 @@ def ordered(items, least, white, first=True):
     ways = [] if least > 0 else [(b")",)]
     if items:
         before = () if first else (b",", (pause, white))
-        ways.append((*before, items[0], (gap, white), (ordered, items[1:], least - 1, white, False)))
+        more = (ordered, items[1:], least - 1, white, False)
+        ways.append((*before, items[0], (gap, white), more))
     return ways
 
 

@@ -77,6 +77,13 @@ def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str]:
     return text[:place], word
 
 
+def with_special_tokens(text: str, ids, tokens: Tokenizer) -> str:
+    """A text with which the plain text of the ids begins, with the special tokens in it by name."""
+    n = next(n for n in range(len(ids) + 1) if len(tokens.plain(ids[:n])) >= len(text))
+    whole, more = tokens.decode(ids[:n]), len(tokens.plain(ids[:n])) - len(text)
+    return whole[:len(whole) - more]
+
+
 def prompt_of(ids, images) -> Document:
     """A prompt, of which nothing is learnt."""
     return Document(np.array(ids, np.int32), np.zeros(len(ids), np.float32), images)
@@ -101,7 +108,7 @@ class Turn:
             ids = self.prompt.ids
             ids = ids[:len(ids) - len(tokens.begin_reply)]      # without the empty thought
             self.prompt = prompt_of([*ids, tokens.mark("<think>")], self.prompt.images)
-            self.stream = TextStream(tokens)
+            self.stream = TextStream(tokens, (CLOSE,))
             self.request = self._request(self.prompt, settings.think, stop=(CLOSE,))
         else:
             self.request = self._answer(self.prompt)
@@ -129,14 +136,16 @@ class Turn:
         self.ids += result.ids
         if not self.thinking:
             ids = [i for i in result.ids if i not in self.tokens.stops]
-            text, self.stopped = cut_at_stop(self.tokens.decode(ids), self.settings.stop)
-            self.raw = self.settings.prefix + text
-            self.text, _ = cut_at_stop(self.tokens.plain(ids), self.settings.stop)
+            self.text, self.stopped = cut_at_stop(self.tokens.plain(ids), self.settings.stop)
+            raw = self.tokens.decode(ids)
+            if self.stopped:
+                raw = with_special_tokens(self.text, ids, self.tokens)
+            self.raw = self.settings.prefix + raw
             self.finish = "stop text" if self.stopped else result.finish
             self.done = True
             return None
         self.thinking = False
-        self.thought = self.tokens.plain(result.ids).strip()
+        self.thought = cut_at_stop(self.tokens.plain(result.ids), (CLOSE,))[0].strip()
         stopped = result.ids[-1] in self.tokens.stops
         if result.finish == "context" or stopped and not self.settings.form:
             self.finish, self.done = result.finish, True        # it ended without a reply
