@@ -46,6 +46,7 @@ ENTRIES = {
     "lab.vit_claims": [("Args", "run", ("one_seed", "subprocess.run"), ())],
     "lab.verify": [("Args", "run", ("peers",), ("--ckpt=x",))],
     "lab.vit_pays": [("Args", "pays", ("make_tower",), ())],
+    "lab.load": [("Args", "run", ("server_process",), ())],
     "lab.report": [("Args", "report", ("write",), ())]}
 CASES = [(script, *entry) for script, entries in ENTRIES.items() for entry in entries]
 ELSEWHERE = {"lab.bench_rl": "takes the options of rl.py", "lab.campaign": "kills processes",
