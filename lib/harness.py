@@ -12,8 +12,8 @@ prompt shows. It undoes nothing: an action that was carried out counts as a turn
 
 Where `verify` asks again, the prompt is the same as before, without a word about the failure, since
 the model has never read one. So the reply is sampled at temperature 1, until it is another action
-than those that failed on this screen, RETRIES times at most. [O] A task of a single action ends
-with it, so there `verify` is the same as `tools`.
+than those that failed on this screen, RETRIES times at most; then the last one counts like any
+other. [O] A task of a single action ends with it, so there `verify` is the same as `tools`.
 """
 import sys
 from dataclasses import replace
@@ -120,6 +120,9 @@ def evaluate_harnesses(model, tokens, mix, harnesses, levels=1, count=200, split
                 del row["blank"]
                 row["solved"] = "".join(outcome(e.score) for e in played)
                 tables[harness][name] = row | reply_figures(played, tokens)
+            else:
+                print(f"{name}, {harness}: left out, as all tasks ended in errors, the first one "
+                      f"in: {played[0].score.error}", file=sys.stderr)
     bar.close()
     return tables
 

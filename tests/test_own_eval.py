@@ -49,8 +49,8 @@ def test_an_evaluation_of_own_questions(tmp_path, capsys):
         asked(answers=["green", "grey"], answer=None, group="odd ones"),
         asked(image="missing.png"), "5", asked(metric="good"))
     out = tmp_path / "o/eval.json"
-    sample.evaluation(sample.Eval(ckpt=str(DEMO), data=data, out=str(out), max_new=24, device="cpu",
-                                  dtype="float32"))
+    sample.evaluation(sample.Eval(ckpt=[str(DEMO)], data=data, out=str(out), max_new=24,
+                                  device="cpu", dtype="float32"))
     found, said = json.loads(out.read_text()), capsys.readouterr().out
     colors = found["groups"]["colors"]
     assert list(found["groups"]) == ["colors", "odd ones", "point-in-box"]
@@ -124,7 +124,7 @@ def test_a_picture_that_is_cut_off_is_noticed_while_it_is_loaded(tmp_path):
     data = written(tmp_path, asked(image="cut.png"))
     assert len(questions(data)[0]) == 1
     with pytest.raises(UserError, match="1 x damaged picture"):
-        sample.evaluation(sample.Eval(ckpt=str(DEMO), data=data, out=str(tmp_path / "eval.json"),
+        sample.evaluation(sample.Eval(ckpt=[str(DEMO)], data=data, out=str(tmp_path / "eval.json"),
                                       device="cpu", dtype="float32"))
 
 

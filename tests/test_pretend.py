@@ -228,7 +228,7 @@ def test_sample(tmp_path):
     """The engine waits once a step. Only loading the model copies from pageable memory."""
     question = sample.Ask("What color is the diamond?", [str(ROOT / "docs/example.png")],
                           str(rl.DEMO), max_new=4, temperature=1.0, top_p=0.9, device="cuda")
-    tasks = sample.Eval(str(rl.DEMO), mix="counting", levels=1, count=3, device="cuda",
+    tasks = sample.Eval([str(rl.DEMO)], mix="counting", levels=1, count=3, device="cuda",
                         out=str(tmp_path / "eval.json"))
     for work, args in ((sample.ask, question), (sample.evaluation, tasks)):
         with pretend() as book:
