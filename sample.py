@@ -284,6 +284,9 @@ def chat(args: Chat, lines=None, terminal: bool | None = None):
 
 # ---- agent --------------------------------------------------------------------------------------
 
+AgentForm = Literal["auto", "action", "click", "none"]
+
+
 @dataclass
 class Agent:
     task: str = "gui_form"        # the category, also as a bare word; agents' have several turns
@@ -293,8 +296,7 @@ class Agent:
     ckpt: str = ""                # checkpoint or run folder; default: ckpt/demo
     screenshot: str = ""          # a picture of yours, for one action in place of a task
     goal: str = ""                # what to do on it, in the wordings of `gym.py actions`
-    form: Literal["auto", "action", "click", "none"] = "auto"  # what a reply must look like; auto:
-                                  # none for tasks, as in eval, and action for a screenshot
+    form: AgentForm = "auto"      # action, click: only calls; auto: only on a screenshot; none
     turns: Natural = 0            # at most; 0: as many as the task allows
     think: Natural = 0            # tokens that it may think for in each turn; 0: not at all
     temperature: NonNegative = 0.0  # of sampling; 0 always takes the most likely token
