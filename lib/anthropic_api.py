@@ -17,8 +17,8 @@ Ours differs from the service in this:
 - Tools are those with an input_schema. Tools that the service runs or describes itself are refused.
 - `tools` that may be called and an output_config.format exclude each other.
 
-Ignored, whatever they hold: IGNORED below, output_config.effort, and what blocks say about caches
-and citations (IGNORED_IN_BLOCKS). `betas` in headers and in the address are serve.py's business: no
+Ignored, whatever they hold: IGNORED below, output_config.effort and task_budget, and what blocks
+say about caches and citations (IGNORED_IN_BLOCKS). `betas` in headers and in the address are serve.py's business: no
 beta changes how a request is read. All other fields are refused.
 """
 import json
@@ -66,11 +66,11 @@ class Anthropic:
             raise bad("output_config.format", "JSON and tools that may be called exclude each "
                       "other here", "unsupported_parameter")
         max_new = f.integer("max_tokens", 1, need=True)
-        think = self._think(f, max_new)
+        think = min(self._think(f, max_new), limits.max_think)
         if think and prefix:
             raise bad("thinking", "not together with a beginning of the reply")
         settings = ReplySettings(
-            max_new=min(max_new, limits.max_new), think=min(think, limits.max_think),
+            max_new=min(max_new - think, limits.max_new), think=think,
             temperature=f.number("temperature", 0, 1, 0), top_p=f.number("top_p", 0, 1, 1),
             seed=secrets.randbits(63), prefix=prefix, form=call_form or json_form,
             stop=f.texts("stop_sequences", MOST_STOPS))
@@ -85,7 +85,7 @@ class Anthropic:
 
     def count(self, body: dict, limits: Limits) -> dict:
         """The answer to POST /v1/messages/count_tokens."""
-        chat = self.read({"max_tokens": 1, **body}, limits)
+        chat = self.read({"max_tokens": 10 ** 9, **body}, limits)     # it is no field of theirs
         with refusing():
             prompt = document(chat.messages, self.tokens, self.config, answer=True, lazy=True)
         return {"input_tokens": len(prompt.ids)}

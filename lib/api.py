@@ -261,10 +261,10 @@ def read_tool(fields: Fields, schema: str) -> Tool:
     return Tool(name, fields.text("description"), parameters)
 
 
-def check_tools(tools: list[Tool], path: str = "tools"):
+def check_tools(tools: list[Tool]):
     names = [tool.name for tool in tools]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise bad(path, f"two tools have the name {min(twice)}")
+        raise bad("tools", f"two tools have the name {min(twice)}")
 
 
 def named_tool(name: str, tools, path: str) -> Tool:
@@ -276,8 +276,7 @@ def named_tool(name: str, tools, path: str) -> Tool:
 
 
 # The formats that both services take. Pillow reads many more, some by starting other programs.
-FORMATS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg",
-           b"GIF8": "image/gif", b"RIFF": "image/webp"}
+FORMATS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP"}
 
 
 def picture(data: str, path: str, limits: Limits) -> Picture:
@@ -286,8 +285,7 @@ def picture(data: str, path: str, limits: Limits) -> Picture:
         raw = base64.b64decode(data, validate=True)
     except ValueError:
         raise bad(path, "this is not valid base64", "invalid_image") from None
-    kind = next((kind for start, kind in FORMATS.items() if raw.startswith(start)), None)
-    if kind is None:
+    if not raw.startswith(tuple(FORMATS)):
         raise bad(path, f"this is no picture: {', '.join(FORMATS.values())} are read",
                   "invalid_image")
     found = Picture(raw, path)
@@ -314,9 +312,9 @@ def data_uri_picture(uri: str, path: str, limits: Limits) -> Picture:
 
 def joined(parts: list) -> tuple[str, tuple]:
     """The text and the pictures of a message, given its parts: texts and Pictures. Two texts next
-    to each other are separated by a line break."""
+    to each other are separated by a line break; empty ones don't count."""
     text, images, after_text = "", [], False
-    for part in parts:
+    for part in filter(None, parts):
         if isinstance(part, str):
             text += "\n" * after_text + plainly(part)
         else:

@@ -8,8 +8,9 @@ Ours differs from the service in this:
 - Without `temperature` a reply is greedy, as everywhere in this repository; the service samples at
   1. Without `seed` a sampled reply differs each time. top_p 0 always takes the most likely token.
 - max_tokens may be more than there is room for; the reply then ends with "length".
-- `reasoning_effort` gives the model tokens for a thought before the reply (EFFORTS); without it, it
-  does not think. The thought is `reasoning_content`, as other servers of open models have it.
+- `reasoning_effort` gives the model tokens for a thought before the reply (EFFORTS), at most half
+  of max_tokens; without it, it does not think. The thought comes as `reasoning_content`, as other
+  servers of open models have it.
 - A tool's result may have pictures among its parts, and so may the user's message right after it.
 - The model must be able to go on from a conversation: see `check_entries` in lib/api.py.
 - `tools` that may be called and a `response_format` of JSON exclude each other.
@@ -30,6 +31,7 @@ from lib.turns import ReplySettings, Turn
 # What they say changes no reply of this server.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
            "prompt_cache_options", "prompt_cache_retention", "verbosity", "prediction")
+# How much of Limits.max_think a thought may have.
 EFFORTS = {"none": 0, "minimal": 0, "low": 0.25, "medium": 0.5, "high": 1, "xhigh": 1, "max": 1}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
          "tool": "observation"}
@@ -65,13 +67,14 @@ class OpenAI:
             options.ignore("include_obfuscation")
             options.end()
         one_call = not f.truth("parallel_tool_calls", True)
-        effort = f.word("reasoning_effort", EFFORTS, "none")
+        effort = EFFORTS[f.word("reasoning_effort", EFFORTS, "none")]
+        max_new = min(self._max_new(f, limits), limits.max_new)
+        think = min(int(effort * limits.max_think), max_new // 2)
         settings = ReplySettings(
-            max_new=min(self._max_new(f, limits), limits.max_new),
+            max_new=max_new - think, think=think,
             temperature=f.number("temperature", 0, 2, 0),
             top_p=f.number("top_p", 0, 1, 1),
             seed=f.integer("seed", -2 ** 63, 2 ** 63 - 1, secrets.randbits(63)),
-            think=int(EFFORTS[effort] * limits.max_think),
             form=call_form or json_form, stop=self._stop(f))
         f.ignore(*IGNORED)
         self._refuse_unbuilt(f)

@@ -168,14 +168,14 @@ def test_a_thought(ours, theirs, model):
     text, image = question("counting", 1)
     request = dict(model=MODEL, max_tokens=20, messages=[user(block(image), text)],
                    thinking={"type": "enabled", "budget_tokens": 1})
-    wanted = expected(model, asked(text, image), max_new=20, think=1)
+    wanted = expected(model, asked(text, image), max_new=19, think=1)
     assert wanted.thought and wanted.text
     thinking, said = theirs.messages.create(**request).content
     assert (thinking.thinking, said.text) == (wanted.thought, wanted.text)
     with theirs.messages.stream(**request) as stream:
         thinking, said = stream.get_final_message().content
     assert (thinking.thinking.strip(), said.text) == (wanted.thought, wanted.text)
-    wanted = expected(model, asked(text, image), max_new=20, think=64)
+    wanted = expected(model, asked(text, image), max_new=10, think=10)
     answer = ours.chat.completions.create(model=MODEL, messages=[user(part(image), text)],
                                           reasoning_effort="low", max_tokens=20)
     message = answer.choices[0].message

@@ -320,9 +320,11 @@ def test_settings_of_openai():
         parallel_tool_calls=False, response_format={"type": "text"}, top_logprobs=None))
     s = chat.settings
     assert (s.max_new, s.temperature, s.top_p, s.seed, s.stop, s.think) == (
-        7, 2, 0, -3, ("END",), 64)
+        4, 2, 0, -3, ("END",), 3)
     assert chat.stream and chat.usage and chat.one_call
     assert read("openai", ask("openai", max_tokens=10 ** 9)).settings.max_new == LIMITS.max_new
+    long = read("openai", ask("openai", reasoning_effort="low")).settings
+    assert (long.max_new, long.think) == (448, 64)
 
 
 def test_settings_of_anthropic():
@@ -332,7 +334,7 @@ def test_settings_of_anthropic():
         thinking={"type": "enabled", "budget_tokens": 100}, stream=True))
     s = chat.settings
     assert (s.max_new, s.temperature, s.top_p, s.stop, s.think) == (
-        200, 1, 0.5, ("\n\nHuman:",), 100)
+        100, 1, 0.5, ("\n\nHuman:",), 100)
     assert chat.stream
     begun = ask("anthropic", tools=anthropic_tools([CLICK]))
     begun["messages"].append({"role": "assistant", "content": [said("click(")]})
@@ -421,7 +423,8 @@ def test_what_claude_code_sends():
 def test_counting_tokens():
     body = {"model": "demo", "system": "Be brief.",
             "messages": [{"role": "user", "content": [block(), said("A?")]}]}
-    counted = PROTOCOLS["anthropic"].count(body, LIMITS)
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 4096}}
+    counted = PROTOCOLS["anthropic"].count(body | thinking, LIMITS)
     chat = read("anthropic", body | {"max_tokens": 5})
     assert counted == {"input_tokens": start(chat, TOKENS, CONFIG, LIMITS).prompt_tokens}
 
