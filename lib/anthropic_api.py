@@ -18,16 +18,16 @@ Ours differs from the service in this:
 - `tools` that may be called and an output_config.format exclude each other.
 
 Ignored, whatever they hold: IGNORED below, output_config.effort and task_budget, and what blocks
-say about caches and citations (IGNORED_IN_BLOCKS). `betas` in headers and in the address are serve.py's business: no
-beta changes how a request is read. All other fields are refused.
+say about caches and citations (IGNORED_IN_BLOCKS). All others are refused. No beta, in a header or
+in the address, changes how a request is read.
 """
 import json
 import secrets
 
 from data import document
-from lib.api import (ApiError, bad, Chat, check_model, check_tools, conversation, event, Fields,
-                     form_of_call, form_of_json, joined, Limits, named_tool, picture, read_model,
-                     read_tool, refusing)
+from lib.api import (ApiError, bad, Chat, check_length, check_model, check_tools, conversation,
+                     event, Fields, form_of_call, form_of_json, joined, Limits, named_tool,
+                     picture, read_model, read_tool, refusing)
 from lib.tool_use import Call, CallStream, Entry, read_reply
 from lib.turns import ReplySettings, Turn
 
@@ -43,6 +43,7 @@ BLOCKS = {                  # what a message of each role may hold
     "system": ["text"], "user": ["text", "image", "tool_result"],
     "assistant": ["text", "tool_use", "thinking", "redacted_thinking"]}
 MOST_STOPS = 64
+MOST_COUNTED = 2 ** 20      # characters of which tokens are counted
 
 
 class Anthropic:
@@ -86,6 +87,7 @@ class Anthropic:
     def count(self, body: dict, limits: Limits) -> dict:
         """The answer to POST /v1/messages/count_tokens."""
         chat = self.read({"max_tokens": 10 ** 9, **body}, limits)     # it is no field of theirs
+        check_length(chat.messages, MOST_COUNTED)
         with refusing():
             prompt = document(chat.messages, self.tokens, self.config, answer=True, lazy=True)
         return {"input_tokens": len(prompt.ids)}

@@ -405,9 +405,19 @@ def refusing():
         raise ApiError(400, "invalid_value", str(error)) from None
 
 
+def check_length(messages: list[Message], most: int):
+    """Raise ApiError if the texts have more than `most` characters: to cut a text of many
+    megabytes into tokens would take long."""
+    length = sum(len(message.text) for message in messages)
+    if length > most:
+        raise ApiError(400, "context_length_exceeded", f"the prompt is too long: {length:,} "
+                       f"characters, and {most:,} are too many in any case", "messages")
+
+
 def start(chat: Chat, tokens, config, limits: Limits) -> Turn:
     """The reply to a request, ready to be generated. Raises ApiError if a picture is damaged or
     the prompt leaves no room for a reply."""
+    check_length(chat.messages, limits.context * max(map(len, tokens.words.values())))
     with refusing():
         turn = Turn(chat.messages, chat.settings, tokens, config)
     length = len(turn.request.prompt.ids)

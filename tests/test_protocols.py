@@ -680,7 +680,10 @@ def test_errors_in_each_form():
 def test_a_prompt_that_is_too_long():
     for protocol in PROTOCOLS:
         chat = read(protocol, ask(protocol, "cat " * 3000))
-        with pytest.raises(ApiError, match="the prompt is too long: .* 1024"):
+        with pytest.raises(ApiError, match="the prompt is too long: .* tokens, .* 1024"):
+            start(chat, TOKENS, CONFIG, LIMITS)
+        chat = read(protocol, ask(protocol, "cat " * 1_000_000))
+        with pytest.raises(ApiError, match="the prompt is too long: 4,000,000 characters"):
             start(chat, TOKENS, CONFIG, LIMITS)
 
 
