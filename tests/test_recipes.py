@@ -64,6 +64,7 @@ def test_trl_finds_one_tool_and_can_describe_it():
     assert schema["name"] == "act" and list(schema["parameters"]["properties"]) == ["reply"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["openai", "anthropic"])
 def test_a_client_plays_a_form_with_tools(package, monkeypatch, capsys):
     """Through the server, with the shipped demo: as in the gym, click by click."""
