@@ -79,7 +79,7 @@ def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str]:
 
 def with_special_tokens(text: str, ids, tokens: Tokenizer) -> str:
     """A text with which the plain text of the ids begins, with the special tokens in it by name."""
-    n = next(n for n in range(len(ids) + 1) if len(tokens.plain(ids[:n])) >= len(text))
+    n = next(n for n in range(len(ids) + 1) if tokens.plain(ids[:n]).startswith(text))
     whole, more = tokens.decode(ids[:n]), len(tokens.plain(ids[:n])) - len(text)
     return whole[:len(whole) - more]
 
@@ -137,9 +137,11 @@ class Turn:
         if not self.thinking:
             ids = [i for i in result.ids if i not in self.tokens.stops]
             self.text, self.stopped = cut_at_stop(self.tokens.plain(ids), self.settings.stop)
-            raw = self.tokens.decode(ids)
+            raw, newest = self.tokens.decode(ids), self.tokens.decode(ids[-1:])
             if self.stopped:
                 raw = with_special_tokens(self.text, ids, self.tokens)
+            elif newest in self.settings.stop:      # the name of a special token
+                raw, self.stopped = raw.removesuffix(newest), newest
             self.raw = self.settings.prefix + raw
             self.finish = "stop text" if self.stopped else result.finish
             self.done = True

@@ -87,7 +87,8 @@ REFUSED = {
     "text": ("", "x", box("x") + "x", box("<think>"), box("x<</think>"), box(box("x")),
              box("x" * 4000)),
     "json": ("", "[]", "1", '{"a"}', '{"a": 1,}', "{'a': 1}", '{"a": 01}', '{"a": .5}',
-             '{"a": NaN}', '{"a": "\n"}', '{"a": "\\x"}', '{"a": "\\ud83d"}', "{}{}", '{"a": 1e999}',
+             '{"a": NaN}', '{"a": "\n"}', '{"a": "\\x"}', '{"a": "\\ud83d"}', "{}{}",
+             '{"a": 1e999}',
              '{"a": ' * 33 + "1" + "}" * 33)}
 
 
@@ -145,8 +146,10 @@ def test_a_schema():
         assert json.loads(good) and accepts(form, good), good
     for bad in ("{}", '{"name": "x"}', '{"name": "x", "tags": []}', '{"name": 1, "tags": ["a"]}',
                 '{"name": "x", "tags": ["a", "a", "a", "a"]}', '{"name": "x", "tags": ["b"]}',
-                '{"name": "x", "tags": ["a"], "more": 1}', '{"name": "x", "tags": ["a"], "age": 1.5}',
-                '{"name": "x", "name": "y", "tags": ["a"]}', '{"name": "x", "tags": ["a"], "at": ""}'):
+                '{"name": "x", "tags": ["a"], "more": 1}',
+                '{"name": "x", "tags": ["a"], "age": 1.5}',
+                '{"name": "x", "name": "y", "tags": ["a"]}',
+                '{"name": "x", "tags": ["a"], "at": ""}'):
         assert not accepts(form, bad), bad
     assert accepts(json_form(TOKENS, {}), "[1, {}]") and accepts(json_form(TOKENS, True), "null")
     assert accepts(json_form(TOKENS, {"type": "object"}), '{"any": 1}')
