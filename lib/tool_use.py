@@ -15,7 +15,7 @@ declared, and calls with arguments that the tool does not have, stay text.
 (tasks/actions.py): it is told nothing. Where any other tool is among them, the first question gets
 the line that the gym writes below its own, with names and arguments and nothing else:
 
-    One call a turn: find(word, limit), open("name").
+    One call a turn: find("word", limit), open("name").
 
 **A call that must be made** (tool_choice) is held to the tool's name and to the types of its
 arguments, their enums and which of them are required; ranges, patterns and formats in the schema
