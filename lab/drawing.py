@@ -207,6 +207,18 @@ def figures_html(figures: dict[str, dict]) -> str:
     return "<p></p>".join(map(one_table, tables))
 
 
+def summary_html(summary: dict[str, dict[str, dict]]) -> str:
+    """The means over categories of lib/summary.py, {kind: {name: mean}}, as a table."""
+    rows = {}
+    for name, row in [entry for kind in summary.values() for entry in kind.items()]:
+        rows[name] = {f"{key}, %": 100 * row[key]
+                      for key in ("accuracy", "low", "high", "blank", "chance")}
+        rows[name] |= {"categories": row["categories"], "ahead": row["ahead"]}
+    return figures_html(rows) + (
+        '<p class="quiet">Means over categories, by family and tier, and composites; ahead: how '
+        "many are 20 points or more above grey pictures and above chance.</p>")
+
+
 def one_table(figures: dict[str, dict]) -> str:
     """One HTML table. If it has more than about eight columns, rows and columns are swapped."""
     columns = list(dict.fromkeys(name for row in figures.values() for name in row))

@@ -30,7 +30,7 @@ import train_vit
 from data import parse_mix, sight, task_pixels
 from lab import compare
 from lab.drawing import (curve, figures_html, groups_html, inline, number, one_table, page_html,
-                         smooth, stages_html, table_html, text_table, tiles_html)
+                         smooth, stages_html, summary_html, table_html, text_table, tiles_html)
 from lab.fields import CHARTS, field_of, print_fields, usable
 from lib.checkpoint import load_model
 from lib.cli import cli, field_comments, main, UserError
@@ -309,6 +309,8 @@ def page_of(run: Path, facts: dict, configs: dict, logs: dict) -> str:
                      f' ✓ earns the full reward.</p><div class="cards">{cards}</div>')
     if "table" in facts:
         parts.append("<h2>Held-out tasks</h2>" + table_html(facts["table"]))
+    if "summary" in facts:
+        parts.append("<h2>Means</h2>" + summary_html(facts["summary"]))
     if facts.get("figures"):
         parts.append("<h2>Figures</h2>" + figures_html(facts["figures"]))
         parts.append(f'<p class="quiet">{html.escape(facts.get("note", ""))}</p>')

@@ -201,20 +201,26 @@ def show(table: dict):
     passes = [str(k) for k in sorted({1, most})] if most else []
     steps = any("tokens_a_step" in row for row in table.values())
     print(f"{'category':<17}{'accuracy':>9}  {'95% interval':<14}{'blank':>6}{'chance':>8}{'n':>6}"
-          f"{'tokens':>8}" + "".join(f"{f'pass@{k}':>9}" for k in passes)
-          + f"{'a step':>8}" * steps
+          f"{'tokens':>8}" + "".join(f"{f'pass@{k}':>9}{'':<8}" for k in passes)
+          + f"{'a step':>7}" * steps
           + "".join(f"{f'level {k}':>9}" for k in range(levels) if levels > 1))
     for name, row in table.items():
-        sampled = [row["pass"].get(k) for k in passes]
         print(f"{name:<17}{row['accuracy']:>9.1%}  {row['low']:>5.1%}-{row['high']:<7.1%}"
               f"{row['blank']:>7.1%}{row['chance']:>8.1%}{row['n']:>6}{row['reply_tokens']:>8.1f}"
-              + "".join(f"{one['value']:>9.1%}" if one else f"{'-':>9}" for one in sampled)
-              + (f"{row['tokens_a_step']:>8.2f}" if "tokens_a_step" in row else
-                 f"{'-':>8}" * steps)
+              + "".join(pass_cell(row["pass"].get(k)) for k in passes)
+              + (f"{row['tokens_a_step']:>7.2f}" if "tokens_a_step" in row else
+                 f"{'-':>7}" * steps)
               + "".join(f"{level['accuracy']:>9.1%}" if level else f"{'-':>9}"
                         for level in row["by_level"] if levels > 1)
               + (f"  {row['errors']} not counted: errors" if row["errors"] else ""))
     print(line_of("mean", mean_of(list(table.values()))))
+
+
+def pass_cell(found: dict | None) -> str:
+    """pass@k with its interval; None: no task had k samples without an error."""
+    if found is None:
+        return f"{'-':>9}{'':<8}"
+    return f"{found['value']:>9.1%} {100 * found['low']:>3.0f}-{100 * found['high']:<3.0f}"
 
 
 def line_of(name: str, row: dict) -> str:
@@ -270,10 +276,11 @@ def difference_cell(row: dict) -> str:
 
 def comparison(tables: dict[str, dict], first: str) -> dict:
     """Compare tables about the same tasks with the one named `first`, print it, and return what is
-    kept of it: `figures` and `title` are for lab.report."""
+    kept of it: `title`, `figures` and `note` are for lab.report."""
     found = compare(tables, first)
     if not found:
         raise UserError("no category could be played in all of them: there is nothing to compare")
     show_comparison(found, first)
     return {"title": ", ".join(tables), "tables": tables, "first": first, "compared": found,
-            "figures": percentages(found, first)}
+            "figures": percentages(found, first),
+            "note": f"Accuracies in percent; differences from {first} in points, on equal tasks."}
