@@ -42,6 +42,7 @@ from tasks.base import Task
 MESSAGES = "/v1/messages"
 GROWTH, FEW_MB = 0.05, 16
 PATIENCE = 3                # seconds that the server gives a client to send its request
+PATIENT = 300               # seconds that a client waits for an answer
 CLICK = {"type": "object", "required": ["x", "y"],
          "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}}
 ANIMAL = {"type": "object", "required": ["legs"], "additionalProperties": False,
@@ -214,7 +215,7 @@ class Load:
             watch()
             time.sleep(0.5)
         for client in clients:
-            client.join(60)
+            client.join(PATIENT)
             if client.is_alive():
                 self.wrong.append("a client still waits for its answer")
 
@@ -225,18 +226,18 @@ class Load:
             work = self.be_answered if number % 2 == 0 else rng.choice(trouble)
             try:
                 work(rng)
-            except Exception as error:
+            except Exception as error:      # it is noted, and the client goes on
                 with self.lock:
                     self.wrong.append(f"{work.__name__}: {type(error).__name__}: {error}")
             with self.lock:
                 self.counts[work.__name__] += 1
             time.sleep(rng.expovariate(1) * self.args.pause / 1000)
 
-    def connect(self, **options):
-        return contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=60, **options))
+    def connect(self):
+        return contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=PATIENT))
 
     def socket(self):
-        return contextlib.closing(socket.create_connection(("127.0.0.1", self.port), timeout=60))
+        return contextlib.closing(socket.create_connection(("127.0.0.1", self.port), timeout=PATIENT))
 
     def ask(self, i: int, stream: bool = False) -> tuple[str, str]:
         """The content of the answer to good request i."""
