@@ -81,7 +81,8 @@ class Page:
 
     @property
     def title(self) -> str:
-        return self.command("GET", "/title")
+        """By a script, since the protocol's own command may still give the title of before."""
+        return self.run("return document.title")
 
     def screenshot(self) -> Image.Image:
         data = base64.b64decode(self.command("GET", "/screenshot"))
