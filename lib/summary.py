@@ -91,10 +91,10 @@ def difference(first: dict, second: dict) -> tuple[float, float, float] | None:
 def compare(tables: dict[str, dict], first: str) -> dict[str, dict[str, dict]]:
     """{row: {column: figures}}: several tables about the same tasks, each one a column.
 
-    The rows are the categories that all tables have and the `groups` of them, unless another group
-    has the same categories; figures: accuracy, low, high, of a category also replies (a task), and
-    in every column but `first` the `difference`, (difference, low, high) against `first`. That of a
-    group is the mean of its categories' differences.
+    The rows are the categories that all tables have, and the `groups` of several of them, without
+    those that equal an earlier one. figures: accuracy, low and high; of a category also replies, of
+    a task; in every column but `first` also the `difference`, (difference, low, high) against
+    `first`. That of a group is the mean of its categories' differences.
     """
     found = {}
     for name in tables[first]:
@@ -106,11 +106,11 @@ def compare(tables: dict[str, dict], first: str) -> dict[str, dict[str, dict]]:
                 moved = column != first and difference(tables[first][name], table[name])
                 if moved:
                     row["difference"] = moved
-    done = []
-    for name, parts in [row for rows in groups(found).values() for row in rows.items()]:
-        if parts in done:
-            continue
-        done.append(parts)
+    distinct = {}               # {name: categories}
+    for rows in groups(found).values():
+        distinct |= {name: parts for name, parts in rows.items()
+                     if len(parts) > 1 and parts not in distinct.values()}
+    for name, parts in distinct.items():
         found[name] = {}
         for column in tables:
             rows = [found[part][column] for part in parts]
