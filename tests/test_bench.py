@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from lab import bench, bench_busy, bench_loader, bench_rl
+from lab import bench, bench_busy, bench_loader, bench_rl, bench_serve, load
 from lab.bench import Args, run
 from lib.cli import UserError
 
@@ -138,3 +138,21 @@ def test_a_slowdown_has_a_largest_ratio(aim, ratio, said, capsys):
 def test_bad_options_are_refused_in_one_line(wrong, said):
     with pytest.raises(UserError, match=said):
         run(wrong)
+
+
+@pytest.mark.slow
+def test_a_server_beside_generate_gives_equal_replies(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers", exc_type=ImportError)
+    for name, value in dict(SIDE_BY_SIDE=3, ARRIVALS=2).items():
+        monkeypatch.setattr(bench_serve, name, value)
+    result = run(Args("serve", out=str(tmp_path), **few))
+    assert len(ratios(result, tmp_path)) == 8
+    assert [result["cases"][f"{kind}, one at a time"]["equal"] for kind in bench_serve.KINDS] == [3, 3]
+    assert capsys.readouterr().out.count("3 of 3 replies") == 2
+
+
+@pytest.mark.slow
+def test_twenty_seconds_of_mixed_load(tmp_path, capsys):
+    found = load.run(load.Args(minutes=1 / 3, clients=4, out=str(tmp_path)))
+    assert found["wrong"] == [] and min(found["counts"].values()) > 0
+    assert "good requests" in capsys.readouterr().out
