@@ -80,7 +80,7 @@ BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws t
 
 @dataclass
 class Args:
-    what: str = ""             # train, decode, vit, rl, busy, memory, loss, loader, partition, serve
+    what: str = ""             # one of the words above
     size: Literal["tiny", "mini", "small", "base"] = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"    # auto, cpu, cuda or mps

@@ -330,8 +330,8 @@ def arrivals(port: int, args) -> dict:
         raise UserError("the long replies of this checkpoint are too short for this")
     ratios = [a / b for a, b in zip(waits, steps)]
     verdict = "reached" if statistics.median(grown) <= 2 else "missed"
-    print(f"{len(waits)} requests came at a running batch; until their first token its replies grew "
-          f"by {statistics.median(grown):g} tokens (at most {max(grown)})  aim 2: {verdict}")
+    print(f"{len(waits)} requests came at a running batch; until their first token its replies "
+          f"grew by {statistics.median(grown):g} tokens (at most {max(grown)})  aim 2: {verdict}")
     return {"sides": {"a step of the batch": row([1000 * s for s in steps], "ms"),
                       "first token": row([1000 * s for s in waits], "ms")},
             "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)],

@@ -237,7 +237,8 @@ class Load:
         return contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=PATIENT))
 
     def socket(self):
-        return contextlib.closing(socket.create_connection(("127.0.0.1", self.port), timeout=PATIENT))
+        return contextlib.closing(
+            socket.create_connection(("127.0.0.1", self.port), timeout=PATIENT))
 
     def ask(self, i: int, stream: bool = False) -> tuple[str, str]:
         """The content of the answer to good request i."""

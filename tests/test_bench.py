@@ -147,7 +147,8 @@ def test_a_server_beside_generate_gives_equal_replies(tmp_path, capsys, monkeypa
         monkeypatch.setattr(bench_serve, name, value)
     result = run(Args("serve", out=str(tmp_path), **few))
     assert len(ratios(result, tmp_path)) == 8
-    assert [result["cases"][f"{kind}, one at a time"]["equal"] for kind in bench_serve.KINDS] == [3, 3]
+    for kind in bench_serve.KINDS:
+        assert result["cases"][f"{kind}, one at a time"]["equal"] == 3
     assert capsys.readouterr().out.count("3 of 3 replies") == 2
 
 
