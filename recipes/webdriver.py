@@ -77,11 +77,15 @@ class Page:
         return value
 
     def open(self, url: str):
+        """Go to an address, and wait until its scripts have run: on a busy machine the protocol's
+        command may return before."""
         self.command("POST", "/url", url=url)
+        self.run("return document.readyState === 'complete' || "
+                 "new Promise(done => addEventListener('load', () => done()))")
 
     @property
     def title(self) -> str:
-        """By a script, since the protocol's own command may still give the title of before."""
+        """Read by a script, since the protocol's own command may give the title of before."""
         return self.run("return document.title")
 
     def screenshot(self) -> Image.Image:
