@@ -68,7 +68,7 @@ SHIPPED = ROOT / "ckpt" / "gym"     # the checkpoint that is used without --ckpt
 def load(ckpt: str, device: str, dtype: str):
     """Model, tokenizer and hardware for a checkpoint or run folder, the shipped one if `ckpt` is
     empty. Raises UserError if there is none, or if it comes without a tokenizer."""
-    hw = setup(device, dtype)
+    hw = setup(device, dtype, generates=True)
     folder = find_checkpoint(ckpt or SHIPPED)
     model = load_model(folder, hw.device, hw.dtype)
     return model, tokenizer_of(model.config), hw

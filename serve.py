@@ -310,7 +310,9 @@ class Handler(web.Handler):
     def page(self, body):
         if not PAGE.exists():
             raise ApiError(404, "not_found", "this server has no page")
-        self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+        page = PAGE.read_bytes()
+        self.send(200, page, "text/html; charset=utf-8",
+                  Content_Security_Policy=web.page_policy(page))
 
     def health(self, body):
         app = self.server.app
@@ -473,7 +475,7 @@ def running(model, **options):
 
 def run(args: Args):
     """Serve until a signal comes."""
-    hw = setup(args.device, args.dtype)
+    hw = setup(args.device, args.dtype, generates=True)
     folder = find_checkpoint(args.ckpt or ROOT / "ckpt" / "gym")
     model = load_model(folder, hw.device, hw.dtype)
     args = replace(args, api_key=args.api_key or os.environ.get("NANOGLMV_API_KEY", ""))

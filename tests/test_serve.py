@@ -2,7 +2,9 @@
 
 Most tests speak with the server by bytes on a socket, since clients never send what they try.
 """
+import base64
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -186,6 +188,17 @@ def test_the_page_health_and_models(server):
     counted = once(server, request({k: ASK[k] for k in ("model", "messages")},
                                    "/v1/messages/count_tokens?beta=true"))
     assert json.loads(counted[2]) == {"input_tokens": 12}
+
+
+def test_the_page_allows_only_its_own_script_and_style(server):
+    """A browser compares these digests with what stands between the tags."""
+    _, headers, page = once(server, request(None, "/", "GET"))
+    page, policy = page.decode(), headers["Content-Security-Policy"]
+    for tag in ("script", "style"):
+        inside = page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy and page.count(f"<{tag}") == 1
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
 
 
 def test_a_head_has_the_length_and_no_body(server):
@@ -412,7 +425,8 @@ def test_more_requests_than_connections_are_refused(model):
         for client in clients:
             client.send(request(ASK))
         gate.wait()
-        wait_until(lambda: len(server.web.open) == 2 and not server.web.reading)
+        # Both requests have been read: a connection that still reads would lose its place.
+        wait_until(lambda: len(server.worker.jobs) + server.worker.inbox.qsize() == 2)
         with Client(server) as third:
             status, headers, _ = third.read()
             assert status == 503 and headers["Retry-After"] == "1"
