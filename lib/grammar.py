@@ -53,9 +53,10 @@ def digits(least, most):
     return ways + [(DIGIT, (digits, least - 1, most - 1))] if most > 0 else ways
 
 
-def gap(white):
-    """Any number of characters of white space."""
-    return [(), (white, (gap, white))]
+def gap(white, most=32):
+    """White space of at most 32 characters, a line break and its indent. JSON has no such limit,
+    but a model that has not learnt JSON would fill its whole reply with white space. [O]"""
+    return [(), (white, (gap, white, most - 1))] if most else [()]
 
 
 def pause(white):
