@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,23 +84,23 @@ def alike(a, b) -> bool:
 
 # ---- resume and ranks ---------------------------------------------------------------------------
 
-def test_ten_steps_are_five_and_resume_and_five(tmp_path, monkeypatch):
-    """Bit for bit. SIGTERM stops the first five, and a worker process loads the samples of the last
-    five."""
-    whole = train(tmp_path / "whole", eval_every=5)
+def test_six_steps_are_three_and_resume_and_three(tmp_path, monkeypatch):
+    """Bit for bit. SIGTERM stops the first three, and a worker process loads the samples of the
+    last three."""
+    whole = train(tmp_path / "whole", steps=6, eval_every=3)
     with monkeypatch.context() as patch:
-        after_step(patch, lambda step: step == 5 and signal.raise_signal(signal.SIGTERM))
+        after_step(patch, lambda step: step == 3 and signal.raise_signal(signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts")
-    assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000005"]
-    monkeypatch.setattr(pretrain, "SampleLoader", functools.partial(SampleLoader, burst=64))
-    parts = train(tmp_path / "parts", resume=True, workers=1)
-    assert [x["loss"] for x in parts] == [x["loss"] for x in whole] and len(whole) == 10
-    a, b = tmp_path / "whole/step_000010", tmp_path / "parts/step_000010"
+            train(tmp_path / "parts", steps=6)
+    assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000003"]
+    monkeypatch.setattr(pretrain, "SampleLoader", functools.partial(SampleLoader, burst=16))
+    parts = train(tmp_path / "parts", steps=6, resume=True, workers=1)
+    assert [x["loss"] for x in parts] == [x["loss"] for x in whole] and len(whole) == 6
+    a, b = tmp_path / "whole/step_000006", tmp_path / "parts/step_000006"
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     a, b = state_of(a), state_of(b)
     assert all(alike(a[key], b[key]) for key in ("step", "position", "optimizer"))
-    assert ["held_out" in x for x in whole] == ([False] * 4 + [True]) * 2
+    assert ["held_out" in x for x in whole] == [False, False, True] * 2
 
 
 def test_a_bfloat16_run_resumes_from_its_fp32_masters(tmp_path):
@@ -111,20 +112,27 @@ def test_a_bfloat16_run_resumes_from_its_fp32_masters(tmp_path):
     assert any((w != w.bfloat16().float()).any() for w in whole.values())
 
 
-def test_resume_of_a_finished_run_changes_nothing(tmp_path):
-    train(tmp_path, steps=2)
-    before = (tmp_path / "step_000002/model.safetensors").read_bytes()
-    assert len(train(tmp_path, steps=2, resume=True)) == 2
-    assert (tmp_path / "step_000002/model.safetensors").read_bytes() == before
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """The folder of a run of one step, made once; tests change a copy."""
+    folder = tmp_path_factory.mktemp("one_step")
+    train(folder, steps=1)
+    return folder
 
 
-def test_init_gives_weights_and_no_steps_even_with_resume(tmp_path):
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, one_step):
+    run = shutil.copytree(one_step, tmp_path / "run")
+    before = (run / "step_000001/model.safetensors").read_bytes()
+    assert len(train(run, steps=1, resume=True)) == 1
+    assert (run / "step_000001/model.safetensors").read_bytes() == before
+
+
+def test_init_gives_weights_and_no_steps_even_with_resume(tmp_path, one_step):
     """The command of a job that may be restarted has `--init --resume`; at first there is no run to
     resume."""
-    train(tmp_path / "first", steps=2)
-    log = train(tmp_path / "second", steps=2, init=str(tmp_path / "first"), resume=True, lr=0.0)
+    log = train(tmp_path, steps=2, init=str(one_step), resume=True, lr=0.0)
     assert [x["step"] for x in log] == [1, 2]
-    assert alike(*(load_tensors(tmp_path / run / "step_000002") for run in ("first", "second")))
+    assert alike(load_tensors(one_step / "step_000001"), load_tensors(tmp_path / "step_000002"))
 
 
 @pytest.mark.slow
@@ -430,7 +438,7 @@ def test_only_documents_longer_than_the_row_end_the_run(tmp_path):
 
 def test_an_earlier_run_is_kept(tmp_path, capsys):
     for _ in range(3):
-        train(tmp_path / "run", steps=1)
+        train(tmp_path / "run", steps=1, rows=1, mix="point")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     assert capsys.readouterr().out.count("kept as") == 2
     for run in tmp_path.iterdir():
@@ -445,25 +453,24 @@ def test_a_wrong_start_leaves_an_earlier_run_where_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"text", b"garbage " * 50, bytes(100), "cut", "short"])
-def test_a_damaged_train_pt_says_so(tmp_path, damage):
-    train(tmp_path, steps=1)
-    state = tmp_path / "step_000001/train.pt"
+def test_a_damaged_train_pt_says_so(tmp_path, one_step, damage):
+    run = shutil.copytree(one_step, tmp_path / "run")
+    state = run / "step_000001/train.pt"
     whole = state.read_bytes()
     cuts = {"cut": whole[:1_000_000], "short": whole[:-30]}
     state.write_bytes(damage if isinstance(damage, bytes) else cuts[damage])
     with pytest.raises(UserError, match="can't be resumed") as error:
-        train(tmp_path, resume=True)
+        train(run, resume=True)
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_of_another_script_is_refused(tmp_path):
-    train(tmp_path, steps=1)
-    state = state_of(tmp_path / "step_000001")
-    torch.save({k: v for k, v in state.items() if k != "position"},
-               tmp_path / "step_000001/train.pt")
-    (tmp_path / "step_000001/digests.json").unlink()
+def test_a_checkpoint_of_another_script_is_refused(tmp_path, one_step):
+    run = shutil.copytree(one_step, tmp_path / "run")
+    state = state_of(run / "step_000001")
+    torch.save({k: v for k, v in state.items() if k != "position"}, run / "step_000001/train.pt")
+    (run / "step_000001/digests.json").unlink()
     with pytest.raises(UserError, match="not saved by pretrain.py"):
-        train(tmp_path, steps=2, resume=True)
+        train(run, steps=2, resume=True)
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -496,9 +503,9 @@ def test_a_run_needs_a_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_size_that_the_checkpoint_does_not_have_is_refused(tmp_path):
+def test_a_size_that_the_checkpoint_does_not_have_is_refused(tmp_path, one_step):
     """With --init, with --plan and --resume; its own size may be named. The tower has one, too."""
-    train(tmp_path / "tiny", steps=1)
+    shutil.copytree(one_step, tmp_path / "tiny")
     for changes in (dict(init=str(tmp_path / "tiny"), out=str(tmp_path / "new")),
                     dict(init=str(tmp_path / "tiny"), out=str(tmp_path / "new"), plan=True),
                     dict(resume=True, out=str(tmp_path / "tiny"))):
