@@ -393,18 +393,18 @@ def go(out, begin, **changes) -> list[dict]:
 
 
 @pytest.mark.parametrize("more", [{}, dict(rehearse=0.25, levels=2, drafts=2, kl=0.1)])
-def test_six_steps_are_three_and_resume_and_three(tmp_path, begin, monkeypatch, more):
+def test_four_steps_are_two_and_resume_and_two(tmp_path, begin, monkeypatch, more):
     some_reward(monkeypatch)
-    whole = go(tmp_path / "whole", begin, steps=6, eval_every=2, eval_count=2, **more)
+    whole = go(tmp_path / "whole", begin, steps=4, eval_every=2, eval_count=2, **more)
     with monkeypatch.context() as patch:
-        after_step(patch, lambda step: step == 3 and signal.raise_signal(signal.SIGTERM))
+        after_step(patch, lambda step: step == 2 and signal.raise_signal(signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "parts", begin, steps=6, eval_every=2, eval_count=2, **more)
-    assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000003"]
-    parts = go(tmp_path / "parts", begin, steps=6, eval_every=2, eval_count=2, resume=True, **more)
+            go(tmp_path / "parts", begin, steps=4, eval_every=2, eval_count=2, **more)
+    assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000002"]
+    parts = go(tmp_path / "parts", begin, steps=4, eval_every=2, eval_count=2, resume=True, **more)
     for key in ("pg_loss", "reward", "mismatch", "entropy", "samples"):
-        assert [x[key] for x in parts] == [x[key] for x in whole] and len(whole) == 6
-    a, b = tmp_path / "whole/step_000006", tmp_path / "parts/step_000006"
+        assert [x[key] for x in parts] == [x[key] for x in whole] and len(whole) == 4
+    a, b = tmp_path / "whole/step_000004", tmp_path / "parts/step_000004"
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     a, b = state_of(a), state_of(b)
     assert all(alike(a[key], b[key]) for key in ("step", "optimizer", "collector", "exams"))

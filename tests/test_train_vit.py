@@ -488,8 +488,17 @@ def test_either_teacher_can_be_trained_alone(tmp_path):
     assert checkpoints(tmp_path / "texture") and not checkpoints(tmp_path / "semantic")
 
 
-def test_a_wrong_start_leaves_an_earlier_run_where_it_is(tmp_path):
-    train(tmp_path, "align", steps=1)
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """The folder of a run of the last stage, with checkpoints of steps 2 and 4; it is made once,
+    and tests change a copy."""
+    folder = tmp_path_factory.mktemp("aligned")
+    train(folder, "align")
+    return folder
+
+
+def test_a_wrong_start_leaves_an_earlier_run_where_it_is(tmp_path, aligned):
+    shutil.copytree(aligned / "align", tmp_path / "align")
     (tmp_path / "other").mkdir()
     for init in (tmp_path / "other", tmp_path / "none"):
         with pytest.raises(UserError):
@@ -510,8 +519,8 @@ def test_the_default_batch_can_be_dealt_out(monkeypatch):
         assert train_vit.check(Args()).batch == batch
 
 
-def test_what_would_change_the_samples_is_refused_on_resume(tmp_path):
-    train(tmp_path, "align")
+def test_what_would_change_the_samples_is_refused_on_resume(tmp_path, aligned):
+    shutil.copytree(aligned / "align", tmp_path / "align")
     for changes in (dict(batch=16), dict(seed=1)):
         (name, _), = changes.items()
         with pytest.raises(UserError, match=f"was begun with --{name}="):
@@ -624,9 +633,9 @@ def test_what_is_done_is_saved_when_a_sum_over_ranks_breaks_off(tmp_path, monkey
     assert [p.name for p in checkpoints(tmp_path / "align")] == ["step_000002", "step_000003"]
 
 
-def test_a_size_that_the_checkpoint_does_not_have_is_refused(tmp_path):
+def test_a_size_that_the_checkpoint_does_not_have_is_refused(tmp_path, aligned):
     """With --resume, where the newest checkpoint is not damaged, and with --init."""
-    train(tmp_path, "align")
+    shutil.copytree(aligned / "align", tmp_path / "align")
     for changes, words in ((dict(resume=True), "was begun with --size=tiny$"),
                            (dict(init=str(tmp_path / "align")), "not of this model's sizes")):
         with pytest.raises(UserError, match=words):
