@@ -49,18 +49,17 @@ def screens_kept(monkeypatch):
 
 @pytest.mark.parametrize("name,level", CASES)
 def test_contract(name, level, screens_kept):
-    """The fast tests measure on fewer tasks; `gym.py check` on 200."""
-    one_shot = issubclass(CATEGORIES[name].env, OneShot)
-    count = 12 if not one_shot else 24 if level in (0, 4) else 40
+    """The fast tests measure on fewer tasks, on fewest where one takes long to play or to score;
+    `gym.py check` on 200."""
+    long = name in ("ui_to_code", "ocr_document") or not issubclass(CATEGORIES[name].env, OneShot)
+    count = 12 if long else 24 if level in (0, 4) else 40
     check = CategoryCheck(name, level, count=count)
     assert check.violations(check.measure()) == []
 
 
 def test_same_bytes_in_a_fresh_process():
-    tasks = [Task(name, seed, level, split) for name in gym.names() for split in ("train", "test")
-             for seed, level in enumerate((0, 4))]
-    tasks += [Task(name, 1, 2, "test", CATEGORIES[name].env.min_pixels + 50)
-              for name in gym.names()]
+    tasks = [task for name in gym.names() for task in (
+        Task(name, 1, 4), Task(name, 1, 2, "test", CATEGORIES[name].env.min_pixels + 50))]
     assert fingerprints(tasks) == in_fresh_process("fingerprints", tasks)
 
 
@@ -159,7 +158,7 @@ SCENES = "shape_attr", "counting", "point", "ground_box", "ocr_line"
 
 @pytest.mark.parametrize("name", SCENES)
 def test_from_level_1_on_pictures_have_many_aspects_and_no_more_tokens(name):
-    for level in range(5):
+    for level in (0, 1, 4):
         sizes = [make(Task(name, seed, level)).reset().images[0].size for seed in range(60)]
         assert all(w % 16 == h % 16 == 0 and w * h <= 64 ** 2 for w, h in sizes)
         square = sizes.count((64, 64))
@@ -171,7 +170,7 @@ PHONES = "ui_ground", "widget_state", "gui_navigate", "gui_multi_app", "gui_crit
 
 @pytest.mark.parametrize("name", PHONES)
 def test_from_level_1_on_phones_have_several_aspects_and_no_more_tokens(name):
-    for level in range(5):
+    for level in (0, 1, 4):
         shown = [make(Task(name, seed, level)).reset().images[0] for seed in range(24)]
         sizes = [image.size for image in shown]
         assert all(w % 16 == h % 16 == 0 and w * h <= 128 ** 2 for w, h in sizes)
@@ -299,8 +298,8 @@ def turns(task, think=False):
 
 @pytest.mark.parametrize("name", gym.names())
 def test_demonstrations_are_whole_conversations(name):
-    for seed in range(10):
-        task = Task(name, seed, seed % 5)
+    for seed in range(5):
+        task = Task(name, seed, seed)
         conversations = demonstrate(task)
         segment = make(task).layout == "segment"
         for conversation in conversations:
@@ -456,7 +455,7 @@ def test_bad_command_lines_end_with_one_line_and_2(line, capsys):
 @pytest.mark.parametrize("name", gym.names())
 def test_show_and_play(name, tmp_path, capsys, monkeypatch):
     out = tmp_path / "new" / "sheet.png"
-    assert run("show", name, "--all-levels", "--count", "1", "--out", str(out)) == 0
+    assert run("show", name, "--level=3", "--count", "1", "--out", str(out)) == 0
     assert Image.open(out).width > 190
     task = Task(name, 4, 1)
     replies = iter(play_out(task)[1])
@@ -506,11 +505,6 @@ def careless(monkeypatch):
             return Obs(f"{obs.text} (It is {gold}.)", obs.images), gold
 
     monkeypatch.setitem(CATEGORIES, "counting", Category(Careless, {"answer": verify.number}))
-
-
-def test_a_category_that_breaks_the_contract_is_detected(careless):
-    row, wrong = contract.check_category("counting", 1, count=60)
-    assert row["no image"] == 1 and "no image 1.00 is too far above chance" in wrong[0]
 
 
 def test_a_broken_contract_ends_with_1(careless, capsys):

@@ -85,16 +85,14 @@ def alike(a, b) -> bool:
 # ---- resume and ranks ---------------------------------------------------------------------------
 
 def test_six_steps_are_three_and_resume_and_three(tmp_path, monkeypatch):
-    """Bit for bit. SIGTERM stops the first three, and a worker process loads the samples of the
-    last three."""
+    """Bit for bit. SIGTERM stops the first three."""
     whole = train(tmp_path / "whole", steps=6, eval_every=3)
     with monkeypatch.context() as patch:
         after_step(patch, lambda step: step == 3 and signal.raise_signal(signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", steps=6)
     assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000003"]
-    monkeypatch.setattr(pretrain, "SampleLoader", functools.partial(SampleLoader, burst=16))
-    parts = train(tmp_path / "parts", steps=6, resume=True, workers=1)
+    parts = train(tmp_path / "parts", steps=6, resume=True)
     assert [x["loss"] for x in parts] == [x["loss"] for x in whole] and len(whole) == 6
     a, b = tmp_path / "whole/step_000006", tmp_path / "parts/step_000006"
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
@@ -136,8 +134,9 @@ def test_init_gives_weights_and_no_steps_even_with_resume(tmp_path, one_step):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path):
-    """The same losses and weights on gloo; and one process resumes what two have saved."""
+def test_two_processes_are_one(tmp_path, monkeypatch):
+    """The same losses and weights on gloo; and one process resumes what two have saved, with
+    samples that a worker process makes."""
     options = [f"--{key}={value}" for key, value in SMALL.items()]
     alone = train(tmp_path / "one")
     done = subprocess.run(
@@ -156,7 +155,8 @@ def test_two_processes_are_one(tmp_path):
 
     same_as_alone()
     (tmp_path / "two/step_000010").rename(tmp_path / "two/saved_by_two")
-    train(tmp_path / "two", resume=True)
+    monkeypatch.setattr(pretrain, "SampleLoader", functools.partial(SampleLoader, burst=64))
+    train(tmp_path / "two", resume=True, workers=1)
     same_as_alone()
 
 
@@ -600,6 +600,6 @@ def test_the_mtp_loss_joins_in_the_last_fifth(left, want):
 
 
 def test_it_learns(tmp_path):
-    log = train(tmp_path, steps=30, mix="gui_form", levels=1, row_tokens=512, eval_every=30)
+    log = train(tmp_path, steps=16, mix="gui_form", levels=1, row_tokens=512, eval_every=16)
     assert log[-1]["loss"] < log[0]["loss"] / 4
     assert log[-1]["held_out"] < log[0]["loss"] / 4
