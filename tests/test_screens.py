@@ -1,6 +1,7 @@
 """Small screens: what a person sees on them is enough to answer, and they look like people's."""
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,8 +16,10 @@ from tasks.screens import ENDINGS, FORM_GOALS, GOALS, GuiClick, LIST, WORDS
 from tasks.verify import parse_action
 
 
+@cache
 def opened(name, level, split="train", count=80):
-    """(environment, its first observation) of some tasks."""
+    """(environment, its first observation) of some tasks. Nothing is done in them, so each is drawn
+    once for all tests."""
     envs = [make(Task(name, seed, level, split)) for seed in range(count)]
     return [(env, env.reset()) for env in envs]
 
