@@ -51,8 +51,9 @@ def screens_kept(monkeypatch):
 def test_contract(name, level, screens_kept):
     """The fast tests measure on fewer tasks, on fewest where one takes long to play or to score;
     `gym.py check` on 200."""
-    long = name in ("ui_to_code", "ocr_document") or not issubclass(CATEGORIES[name].env, OneShot)
-    count = 12 if long else 24 if level in (0, 4) else 40
+    few = 12 if name in ("ui_to_code", "ocr_document") else 24
+    one_shot = issubclass(CATEGORIES[name].env, OneShot)
+    count = 12 if not one_shot else few if level in (0, 4) else 40
     check = CategoryCheck(name, level, count=count)
     assert check.violations(check.measure()) == []
 
