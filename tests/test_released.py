@@ -29,7 +29,7 @@ from lib.hub import tokenizer_json
 from lib.rollout import Rollout, rollout, RolloutSettings
 from lib.vocabulary import build, read_vocabulary
 from model import Config, GLMV
-from tasks.base import Message
+from tasks.base import Message, Task
 from tokenizer import ReleasedTokenizer, Tokenizer, tokenizer_of
 
 tokenizers = pytest.importorskip("tokenizers", exc_type=ImportError)
@@ -384,7 +384,7 @@ def test_a_thought_is_opened_after_the_prompt(whole):
     config = load_config(whole[0])
     tokens = tokenizer_of(config)
     settings = RolloutSettings(tokens, config, context=600, max_new=4, think=3)
-    request = Rollout(Episode(sample.Task("point", 1), 0, 0), settings).advance()
+    request = Rollout(Episode(Task("point", 1), 0, 0), settings).advance()
     assert tokens.decode(request.prompt.ids.tolist()).endswith("<|assistant|>\n<think>")
     assert request.prompt.ids.dtype == np.int32
 
@@ -411,7 +411,7 @@ def test_the_gym_scores_what_it_reads_in_these_tokens(whole, name):
     """The oracle's replies earn the full reward, though the box marks are plain text here; and a
     stream draws the same category for this model."""
     config = load_config(whole[0])
-    tokens, task = tokenizer_of(config), sample.Task(name, 5)
+    tokens, task = tokenizer_of(config), Task(name, 5)
     script, append = gym.play_out(task)[1], gym.make(task).layout == "append"
     ends = [*["<|observation|>" if append else "<|user|>"] * (len(script) - 1), "<|user|>"]
     replies = [tokens.encode_reply(reply) + [tokens.mark(end)] for reply, end in zip(script, ends)]
