@@ -150,9 +150,10 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
 
     Returns {category: {accuracy, low, high, blank, chance, reward, errors, n, replies,
     reply_tokens, solved, by_level}}: accuracy is the share of tasks with full reward, low and high
-    its 95% interval, blank the share with grey pictures, chance the share that a guess would get,
-    reward the mean reward, replies those of an episode, reply_tokens those of a reply, solved a
-    character for each task (lib/summary.py) and by_level the first eight figures for each level.
+    its 95% interval, blank the share with grey pictures (0 where tasks have none), chance the share
+    that a guess would get, reward the mean reward, replies those of an episode, reply_tokens those
+    of a reply, solved a character for each task (lib/summary.py) and by_level the first eight
+    figures for each level.
     With passes: `pass`, see pass_figures. With drafts: `tokens_a_step`.
 
     Tasks that end in an error are counted in `errors` only; a category without any other task is
@@ -169,7 +170,11 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
         play = (slots, context or most, max_new or reply)
         steps = Counter()
         shown = run_tasks(model, tokens, tasks, *play, False, bar, drafts=drafts, steps=steps)
-        blanked = run_tasks(model, tokens, tasks, *play, True, bar)
+        if any(document.images for e in shown for document in e.documents):
+            blanked = run_tasks(model, tokens, tasks, *play, True, bar)
+        else:           # only text: there is nothing to blank, and so no accuracy without it
+            blanked = []
+            bar.update(count)
         row = figures(tasks, shown, blanked)
         if row is None:
             print(f"{name} is left out, as all {count} tasks ended in errors, the first one in: "

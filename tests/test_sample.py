@@ -176,7 +176,7 @@ def test_an_evaluation_draws_tasks_at_a_size_that_suits_the_patches(monkeypatch)
     for pixels in (0, 140):
         with pytest.raises(UserError, match="no task of point"):
             evaluation.evaluate(model, Tokenizer(512), "point", 1, 2, pixels=pixels)
-    assert sides == [112, 112, 140, 140]
+    assert sides == [112, 140]
 
 
 def test_a_reply_gets_twice_the_room_of_the_oracles():
