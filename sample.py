@@ -334,7 +334,7 @@ def agent(args: Agent):
         result = "\n     " * ("\n" in said) + on_terminal(shot.result)
         print(f"{number:>3}  {said:<28}  {result}", flush=True)
     score = watched.episode.score
-    end = Verdict(score.reward > 0.999, score.error or f"reward {score.reward:.2f}")
+    end = Verdict(score.solved, score.error or f"reward {score.reward:.2f}")
     parts = ", ".join(f"{name} {value:.2f}" for name, value in score.parts.items())
     print(f"{end} ({parts})" if parts else end)
     if watched.recorder.shots:

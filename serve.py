@@ -308,8 +308,6 @@ class Handler(web.Handler):
     # ---- what the routes do -----------------------------------------------------------------
 
     def page(self, body):
-        if not PAGE.exists():
-            raise ApiError(404, "not_found", "this server has no page")
         page = PAGE.read_bytes()
         self.send(200, page, "text/html; charset=utf-8",
                   Content_Security_Policy=web.page_policy(page))
@@ -419,7 +417,7 @@ class Server:
         self.config, self.tokens = model.config, tokenizer_of(model.config)
         context = min(args.context, model.config.text.max_position_embeddings)
         self.limits = Limits(names, context, args.max_new, max_pixels=args.max_pixels)
-        self.openai = OpenAI(self.tokens, self.config)
+        self.openai = OpenAI(self.tokens)
         self.anthropic = Anthropic(self.tokens, self.config)
         self.key = args.api_key
         limits = web.WebLimits(args.connections, args.timeout, body=args.max_body,

@@ -87,7 +87,7 @@ def server_process(*words, seconds: float = 120):
 
 
 class PeerEngine:
-    """What serve.py needs of an Engine, with transformers behind it: greedy, one request after the
+    """What serve.py needs of an Engine, done by transformers: greedy, one request after the
     other, a token a step. No client leaves in this comparison, so there is no `abort`."""
 
     def __init__(self, model, *slots, **options):

@@ -26,7 +26,7 @@ import secrets
 
 from data import document
 from lib.api import (ApiError, bad, Chat, check_length, check_model, check_tools, conversation,
-                     event, Fields, form_of_call, form_of_json, joined, Limits, named_tool,
+                     event, Fields, FORMATS, form_of_call, form_of_json, joined, Limits, named_tool,
                      picture, read_model, read_tool, refusing)
 from lib.tool_use import Call, CallStream, Entry, read_reply
 from lib.turns import ReplySettings, Turn
@@ -226,8 +226,8 @@ class Anthropic:
             raise bad(source.at("type"), "must be base64: this server fetches no pictures",
                       "invalid_image_url")
         found = picture(source.text("data", need=True), source.at("data"), limits)
-        source.word("media_type", ["image/jpeg", "image/png", "image/gif", "image/webp"],
-                    need=True)
+        kinds = [f"image/{name.lower()}" for name in FORMATS.values()]
+        source.word("media_type", kinds, need=True)
         source.end()
         return found
 
@@ -243,7 +243,7 @@ class Anthropic:
         if text:
             content.append({"type": "text", "text": text})
         content += [{**call_block(call), "input": call.arguments} for call in calls]
-        return message_object(chat, turn) | ending(turn, calls) | {
+        return message_object(chat) | ending(turn, calls) | {
             "content": content, "usage": usage_of(turn)}
 
     def stream(self, chat: Chat) -> "Events":
@@ -292,7 +292,7 @@ class Events:
         self.block, self.open = -1, ""      # number and type of the block that is being sent
 
     def begin(self, turn: Turn) -> bytes:
-        message = message_object(self.chat, turn) | {
+        message = message_object(self.chat) | {
             "content": [], "stop_reason": None, "stop_sequence": None,
             "usage": usage_of(turn) | {"output_tokens": 0}}
         return _event("message_start", message=message) + _event("ping")
@@ -348,7 +348,7 @@ def _event(kind: str, **fields) -> bytes:
     return event({"type": kind, **fields}, kind)
 
 
-def message_object(chat: Chat, turn: Turn) -> dict:
+def message_object(chat: Chat) -> dict:
     """What both forms of an answer have in common."""
     return {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
             "model": chat.model}

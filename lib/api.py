@@ -4,7 +4,7 @@ lib/openai_api.py and lib/anthropic_api.py each have a class with these methods;
 other:
 
     body = parse_body(raw, limits)                      bytes -> a dict of JSON
-    protocol = OpenAI(tokens, config)                   or Anthropic(tokens, config)
+    protocol = OpenAI(tokens)                           or Anthropic(tokens, config)
     chat = protocol.read(body, limits)                  a dict of JSON -> Chat
     turn = start(chat, tokens, config, limits)          Chat -> lib.turns.Turn, for the engine
     protocol.whole(chat, turn)                          a Turn that is done -> a dict of JSON
@@ -55,7 +55,7 @@ class Limits:
     names: tuple[str, ...] = (MODEL,)   # of the model that is served
     context: int = 1024         # tokens of prompt and reply together
     max_new: int = 512          # tokens of a reply; a longer one that is asked for is cut there
-    max_think: int = 256        # tokens of a thought, likewise
+    max_think: int = 256        # tokens of a thought; a longer one is cut there
     max_images: int = 16        # pictures in a request
     max_pixels: int = 2 ** 23   # of one picture, by its header, before it is decoded
     max_messages: int = 1000    # also the parts of one message

@@ -16,8 +16,7 @@ from lib.checkpoint import load_config
 from lib.cli import UserError
 from lib.rollout import Episode, Rollout, rollout, RolloutSettings
 from lib.scoring import interval
-from lib.summary import (compare, mean_of, not_played, outcome, percentages,
-                         summary)
+from lib.summary import compare, mean_of, not_played, outcome, percentages, summary
 from tasks.base import Task
 from tasks.rewards import pass_at_k
 
@@ -67,7 +66,7 @@ def figures(tasks, shown, blanked) -> dict | None:
     valid, grey = ([e for e in played if e.score.error is None] for played in (shown, blanked))
     if not valid:
         return None
-    accuracy, blank = (sum(e.score.reward > 0.999 for e in played) / max(1, len(played))
+    accuracy, blank = (sum(e.score.solved for e in played) / max(1, len(played))
                        for played in (valid, grey))
     low, high = interval(accuracy, len(valid))
     chance = sum(type(gym.make(t)).chance(t.level) for t in tasks) / len(tasks)
@@ -94,8 +93,8 @@ def pass_figures(sampled: list[list[Episode]]) -> dict[str, dict]:
     """
     counts = []
     for episodes in sampled:
-        rewards = [e.score.reward for e in episodes if e.score.error is None]
-        counts.append((sum(reward > 0.999 for reward in rewards), len(rewards)))
+        scores = [e.score for e in episodes if e.score.error is None]
+        counts.append((sum(score.solved for score in scores), len(scores)))
     most, found = max(map(len, sampled)), {}
     for k in sorted({2 ** i for i in range(most.bit_length()) if 2 ** i < most} | {most}):
         estimates = [pass_at_k(right, n, k) for right, n in counts if n >= k]
@@ -170,7 +169,7 @@ def evaluate(model, tokens, mix="gym", levels=2, count=200, split="test", seed=1
         play = (slots, context or most, max_new or reply)
         steps = Counter()
         shown = run_tasks(model, tokens, tasks, *play, False, bar, drafts=drafts, steps=steps)
-        if any(document.images for e in shown for document in e.documents):
+        if any(d.images for e in shown for d in e.documents):
             blanked = run_tasks(model, tokens, tasks, *play, True, bar)
         else:           # only text: there is nothing to blank, and so no accuracy without it
             blanked = []

@@ -37,7 +37,7 @@ from tasks.verify import BEGIN, END, LONGEST_ACTION, LONGEST_REPLY
 from tokenizer import Tokenizer
 
 MOST_STATES = 20_000        # of a machine, a kilobyte each, before it forgets them
-MOST_BYTES = 2 ** 25        # of what is kept of the tokens after states, likewise
+MOST_BYTES = 2 ** 25        # of what is kept of the tokens after states
 
 
 # ---- the vocabulary as a tree -------------------------------------------------------------------

@@ -38,10 +38,10 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 
 class OpenAI:
-    """The protocol for one model, whose tokenizer and Config these are."""
+    """The protocol for one model, whose tokenizer this is."""
 
-    def __init__(self, tokens, config):
-        self.tokens, self.config = tokens, config
+    def __init__(self, tokens):
+        self.tokens = tokens
 
     # ---- requests ---------------------------------------------------------------------------
 

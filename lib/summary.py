@@ -75,7 +75,7 @@ def summary(table: dict) -> dict[str, dict[str, dict]]:
 
 def outcome(score) -> str:
     """A character for the score of a task: 1 solved, 0 not, x an error."""
-    return "x" if score.error else str(int(score.reward > 0.999))
+    return "x" if score.error else str(int(score.solved))
 
 
 def difference(first: dict, second: dict) -> tuple[float, float, float] | None:

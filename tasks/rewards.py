@@ -40,6 +40,11 @@ class Score:
     parts: dict = field(default_factory=dict)
     error: str | None = None
 
+    @property
+    def solved(self) -> bool:
+        """Whether the reward is the full one; sums of parts may be a little less than 1."""
+        return self.error is None and self.reward > 0.999
+
 
 def one_line(error: BaseException) -> str:
     """An exception in one line."""

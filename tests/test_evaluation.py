@@ -170,6 +170,25 @@ def test_drafts_give_more_tokens_a_step_and_the_same_replies(demo):
     assert 10 < evaluation.reply_figures(played, demo[1])["reply_tokens"] < 14
 
 
+def test_tasks_without_pictures_are_not_played_with_grey_ones(demo, monkeypatch):
+    """Both would be the same, and a model could never be ahead of itself."""
+    model, tokens = demo
+    blank, play = [], evaluation.run_tasks
+
+    def played(model, tokens, tasks, *options, **more):
+        blank.append((tasks[0].category, options[3]))
+        episodes = play(model, tokens, tasks, *options, **more)
+        for episode in episodes:
+            episode.score = gym.Score(1.0)
+        return episodes
+
+    monkeypatch.setattr(evaluation, "run_tasks", played)
+    table = evaluation.evaluate(model, tokens, "text_code,point", 1, 2, context=300, max_new=4)
+    assert blank == [("text_code", False), ("point", False), ("point", True)]
+    assert (table["text_code"]["blank"], table["point"]["blank"]) == (0, 1)
+    assert summary.ahead(table["text_code"]) and not summary.ahead(table["point"])
+
+
 def test_samples_of_a_task_differ_and_follow_each_other(demo):
     tasks = [Task("counting", i, 2, "test") for i in range(3)]
     played = evaluation.run_tasks(*demo, tasks, samples=8)

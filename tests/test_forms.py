@@ -151,6 +151,8 @@ def test_a_schema():
                 '{"name": "x", "name": "y", "tags": ["a"]}',
                 '{"name": "x", "tags": ["a"], "at": ""}'):
         assert not accepts(form, bad), bad
+    assert accepts(json_form(TOKENS), "{" + 32 * " " + "}")
+    assert not accepts(json_form(TOKENS), "{" + 33 * " " + "}")      # a limit of our own
     assert accepts(json_form(TOKENS, {}), "[1, {}]") and accepts(json_form(TOKENS, True), "null")
     assert accepts(json_form(TOKENS, {"type": "object"}), '{"any": 1}')
     only = json_form(TOKENS, {"type": "object", "additionalProperties": False})

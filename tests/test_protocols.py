@@ -25,7 +25,7 @@ from tokenizer import tokenizer_of
 CONFIG = load_config(ROOT / "ckpt" / "demo")
 TOKENS = tokenizer_of(CONFIG)
 LIMITS = Limits(("demo", "nanoglm-v"))
-PROTOCOLS = {"openai": OpenAI(TOKENS, CONFIG), "anthropic": Anthropic(TOKENS, CONFIG)}
+PROTOCOLS = {"openai": OpenAI(TOKENS), "anthropic": Anthropic(TOKENS, CONFIG)}
 
 
 def png(image=None, kind="PNG") -> str:
