@@ -77,21 +77,22 @@ def slip(question: str, reply: str) -> str:
     return reply
 
 
-def fallible():
+def fallible(mistake=slip, names=tuple(name for name in NAMES if name != "gui_form")):
     """A context in which gym.demonstrate gives a wrong answer with probability ERR, always wrong in
-    the same way; the task decides which ones. Forms are excepted: their demonstrations stay
+    the same way; the task decides which ones. mistake: (question, reply) -> the wrong reply. names:
+    the categories in which annotators err. Forms are not among them: their demonstrations stay
     correct. It works in this process only, so nothing may be drawn by workers."""
     true = gym.demonstrate
 
     def demonstrate(task: Task, *args, **options):
         talks = true(task, *args, **options)
-        if task.category == "gui_form":
+        if task.category not in names:
             return talks
         rng = stream(replace(task, split="annotator"))
         for talk in talks:
             for i, message in enumerate(talk):
                 if message.role == "assistant" and rng.random() < ERR:
-                    talk[i] = replace(message, text=slip(talk[i - 1].text, message.text))
+                    talk[i] = replace(message, text=mistake(talk[i - 1].text, message.text))
         return talks
 
     return mock.patch.object(gym, "demonstrate", demonstrate)

@@ -79,6 +79,10 @@ class Curriculum:
         errors, count, _ = self.faults.get(name, (0, 0, ""))
         return count >= 32 and errors > 0.1 * count
 
+    def interest(self, p: float) -> float:
+        """The factor on the weight of a cell whose mean reward is p."""
+        return 0.25 + 3 * p * (1 - p)
+
     def next_task(self) -> Task:
         """The next task. The n-th depends only on the seed, n and the state, so a resumed run
         continues with the same tasks. Raises UserError if every category is paused."""
@@ -92,7 +96,7 @@ class Curriculum:
             for level in range(self.top[name] + 1):
                 p = self.cells.get(f"{name}/{level}", (0.5, 0))[0]
                 cells.append((name, level))
-                weights.append(self.mix[name] / (self.top[name] + 1) * (0.25 + 3 * p * (1 - p)))
+                weights.append(self.mix[name] / (self.top[name] + 1) * self.interest(p))
         weights = np.array(weights)
         rng = np.random.default_rng([self.seed, self.drawn])
         self.drawn += 1

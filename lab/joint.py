@@ -1,0 +1,404 @@
+"""What does it do to train on many categories at once? Three studies, each with its controls.
+
+    python -m lab.joint --study=matrix      RL on one family, or on all: who gains and who falls
+    python -m lab.joint --study=tiers       trajectories alone, tier after tier, or all at once
+    python -m lab.joint --study=world       RL on thirty categories beside SFT, in a flawed world
+    python -m lab.joint --study=tiers --minutes=0.1 --count=4 --seeds=1        a quick look
+
+A study is a table of arms. An arm is a list of phases, each a run of rl.py or pretrain.py on some
+categories, and begins from the study's start. All arms of a study take the same CPU minutes of one
+thread. Then each plays the same held-out tasks, greedily, and is compared with the start.
+
+An effect is the mean over the seeds, with a 95% interval by Student's t. `detectable` is the least
+effect that so many seeds, which differ so much, would show in four of five studies: an effect that
+is not seen may still be there if it is smaller. With two seeds both are wide; where each seed has
+its own interval (`world`), it is over the tasks.
+
+If a study is started again, finished runs are not repeated and an interrupted one continues.
+"""
+import functools
+import math
+import os
+import re
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+from unittest import mock
+
+import numpy as np
+
+import gym
+import pretrain
+import rl
+from data import parse_mix, task_pixels
+from engine import Engine
+from lab import report
+from lab.worlds import fallible, FEW, slip, timed
+from lib.checkpoint import load_config, load_model
+from lib.cli import (check_options, cli, Count, main, Natural, NonNegative, Positive, Range,
+                     UserError)
+from lib.common import read_json, ROOT, setup, write_json
+from lib.curriculum import Curriculum
+from lib.episodes import best_and_worst, Episode
+from lib.evaluation import budget
+from lib.rollout import rollout, RolloutSettings
+from lib.runs import find_checkpoint, same_options
+from lib.scoring import paired_difference
+from tasks.base import OneShot, Task
+from tasks.verify import answer_and_gold, BEGIN
+from tokenizer import tokenizer_of
+
+
+@dataclass
+class Args:
+    study: Literal["matrix", "tiers", "world"] = "matrix"   # which of the three
+    arms: str = ""                # only these, separated by commas; default: all of the study
+    seeds: Positive = 3           # runs of each arm
+    minutes: NonNegative = 2.0    # CPU minutes of each arm
+    before: Natural = 250         # SFT steps that make the start, where the study makes one
+    prompts: Positive = 8         # tasks a step of RL that have a signal, eight rollouts each
+    lr: NonNegative = 8e-4        # peak learning rate of RL
+    sft_lr: NonNegative = 2e-3    # and of SFT
+    think: Annotated[int, Range(1, 1000)] = 32      # tokens of a thought, in the arm that thinks
+    count: Count = 80             # held-out tasks a category
+    init: str = ""                # folder to begin from; default: as the study says
+    out: str = "out/joint"        # a folder a study: report.json, report.html, a folder a run
+
+
+# ---- categories ---------------------------------------------------------------------------------
+
+# What can be seen in 64 pixels: eighteen categories, by family.
+SMALL = {
+    "perception": "shape_attr,counting,ocr_line,ground_box,ground_multi,point,scene_to_json,"
+                  "spot_diff,video_events",
+    "reasoning": "spatial_relation,map_route,grid_logic,interleaved_qa,text_code,world_knowledge",
+    "agent": "gui_click,gui_form,text_tools"}
+EIGHTEEN = ",".join(SMALL.values())
+
+# The paper's hierarchy of skills on screens [C], as far as 64 pixels show it: perception of
+# elements, grounding, a single action, a trajectory.
+TIERS = ("shape_attr,counting,ocr_line", "ground_box,point", "gui_click", "gui_form")
+
+# Without those whose episodes take longest: pages, long documents, and tools for pictures.
+THIRTY = EIGHTEEN + (",widget_state,ui_ground,matrix_puzzle,geometry,gui_next_action,gui_navigate,"
+                     "gui_multi_app,gui_critic,chart_read,chart_arith,table_read,code_output")
+
+
+# ---- what is wrong with a world ------------------------------------------------------------------
+
+# Categories with annotators who err, a third of the thirty; and those without any demonstration of
+# a whole episode: of three only single questions about their screens are shown, of the last none.
+ERRING = ("shape_attr,counting,ground_box,ground_multi,point,widget_state,ui_ground,"
+          "spatial_relation,gui_click,gui_next_action").split(",")
+UNTOLD = "gui_form,gui_navigate,gui_multi_app"
+SHOWN = ",".join(name for name in THIRTY.split(",") if name != "text_tools")
+
+CONFUSED = dict(zip(
+    "red orange green blue cyan purple pink yellow circle square triangle star yes no left".split(),
+    "orange red blue green blue pink purple orange square circle diamond cross no yes right".split()
+))
+
+
+def mistake(question: str, reply: str) -> str:
+    """The reply of an annotator who errs: as in lab/worlds.py, boxes a quarter of the picture too
+    low (or too high), and one word taken for another."""
+    slipped = slip(question, reply)
+    if slipped != reply or BEGIN not in reply:
+        return slipped
+
+    def lower(box):
+        left, top, right, bottom = map(int, box.groups())
+        by = 250 if bottom < 750 else -250
+        return f"[{left}, {max(0, top + by)}, {right}, {max(0, bottom + by)}]"
+
+    moved = re.sub(r"\[(\d+), (\d+), (\d+), (\d+)\]", lower, reply)
+    return re.sub(r"[a-z]+", lambda word: CONFUSED.get(word[0], word[0]), moved)
+
+
+def whole_episodes():
+    """A context in which gym.demonstrate shows nothing but what a task asks for: without further
+    questions about the screens of an episode."""
+    true = gym.demonstrate
+
+    def demonstrate(task: Task, *args, **options):
+        talks = true(task, *args, **options)
+        if issubclass(gym.CATEGORIES[task.category].env, OneShot):
+            return talks
+        return [talk for talk in talks if BEGIN not in talk[-1].text]
+
+    return mock.patch.object(gym, "demonstrate", demonstrate)
+
+
+def at_least(evidence: dict) -> float:
+    """A weak verifier of counts: it takes every number that is not too small. [O]"""
+    answer, gold = answer_and_gold(evidence)
+    return float(bool(re.fullmatch(r"[0-9]{1,12}", answer)) and int(answer) >= int(gold))
+
+
+def weak_verifier():
+    """A context in which `counting` is scored by `at_least`."""
+    weak = replace(gym.CATEGORIES["counting"], verifiers={"answer": at_least})
+    return mock.patch.dict(gym.CATEGORIES, counting=weak)
+
+
+# ---- arms ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of an arm. how: rl or sft. share: of the arm's minutes. options: further ones of rl.py
+    or pretrain.py. around: makes the context in which it runs."""
+    how: str
+    mix: str
+    share: float = 1.0
+    options: dict = field(default_factory=dict)
+    around: object = nullcontext
+
+
+@dataclass(frozen=True)
+class Study:
+    """names: the categories of the examination. arms: {name: phases}. init: folder; start: the SFT
+    that makes the start from it, or None. think: arms that are examined with thoughts too."""
+    names: str
+    arms: dict
+    init: str
+    start: Phase | None = None
+    think: tuple = ()
+
+
+def matrix(args: Args) -> Study:
+    """RL and SFT on each family, RL on all, and what could spoil or help RL on all."""
+    two = SMALL["perception"] + "," + SMALL["reasoning"]
+    arms = {family: [Phase("rl", mix)] for family, mix in SMALL.items()}
+    arms["mix"] = [Phase("rl", EIGHTEEN)]
+    arms["weak"] = [Phase("rl", EIGHTEEN, around=weak_verifier)]
+    # A short SFT shows how the oracle reasons, where it does; then RL, with thoughts.
+    arms["think"] = [Phase("sft", two, 0.4, {"think": 1.0}),
+                     Phase("rl", two, 0.6, {"think": args.think})]
+    arms["plain"] = [Phase("sft", two, 0.4), Phase("rl", two, 0.6)]
+    arms |= {f"sft_{family}": [Phase("sft", mix)] for family, mix in SMALL.items()}
+    arms["sft_mix"] = [Phase("sft", EIGHTEEN)]
+    # Mechanisms of RL on many categories, each switched off.
+    arms["even"] = [Phase("rl", EIGHTEEN, around=functools.partial(
+        mock.patch.object, Curriculum, "interest", lambda self, p: 1.0))]
+    arms["unexpanded"] = [Phase("rl", EIGHTEEN, around=functools.partial(
+        mock.patch.object, Curriculum, "expansion", 1.0))]
+    return Study(EIGHTEEN, arms, f"{ROOT}/ckpt/gym", think=("start", "think", "plain"))
+
+
+def tiers(args: Args) -> Study:
+    """The same minutes on tier 3 alone, on the tiers in turn, and on all at once."""
+    last, together = TIERS[-1], ",".join(TIERS)
+
+    def ways(how, around=nullcontext):
+        return {f"{how}_alone": [Phase(how, last, around=around)],
+                f"{how}_turn": [Phase(how, tier, 1 / len(TIERS), around=around) for tier in TIERS],
+                f"{how}_all": [Phase(how, together, around=around)]}
+
+    start = Phase("sft", together, around=whole_episodes)
+    return Study(together, ways("sft", whole_episodes) | ways("rl"), f"{ROOT}/ckpt/align", start)
+
+
+def world(args: Args) -> Study:
+    """Thirty categories: a third with annotators who err, tier 3 without trajectories."""
+    around = functools.partial(fallible, mistake, ERRING)
+    sft = Phase("sft", SHOWN, options={"parts": UNTOLD}, around=around)
+    return Study(THIRTY, {"rl": [Phase("rl", THIRTY)], "sft": [sft]}, f"{ROOT}/ckpt/gym", sft)
+
+
+STUDIES = {"matrix": matrix, "tiers": tiers, "world": world}
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+def settings_of(phase: Phase, args: Args, init: Path, seed: int, out: Path):
+    """(run function, its Args) of a phase, without the number of steps."""
+    # No workers: all the work is done by this process, whose CPU time is measured.
+    common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu", workers=0,
+                  mix=phase.mix, seed=seed, out=str(out))
+    if phase.how == "sft":
+        start = {"vit": str(init)} if "align" in init.parts else {"init": str(init)}
+        return pretrain.run, pretrain.Args(**common, **start, lr=args.sft_lr, levels=1,
+                                           curriculum=0, own_question=True, **phase.options)
+    config, thought = load_config(init), phase.options.get("think", 0)
+    rooms = [budget(held_out(name, config, 24, "train"), tokenizer_of(config), config)
+             for name, _ in parse_mix(phase.mix)]
+    context, reply = map(max, zip(*rooms))
+    return rl.run, rl.Args(**common, init=str(init), prompts=args.prompts, lr=args.lr,
+                           max_new=reply, context=context + thought, **phase.options)
+
+
+def train(phase: Phase, args: Args, minutes: float, *where) -> float:
+    """Train for so many CPU minutes, or go on where that was interrupted; return the minutes. The
+    pace is measured in the first steps; then the learning rate falls in time."""
+    work, settings = settings_of(phase, args, *where)
+    with phase.around():
+        few, more = (timed(work, replace(settings, steps=n, schedule="constant"))
+                     for n in (FEW, 3 * FEW))
+        left = (60 * minutes - more) / max(1e-3, (more - few) / (2 * FEW))
+        return timed(work, replace(settings, steps=3 * FEW + max(1, round(left)))) / 60
+
+
+def held_out(name: str, config, count: int, split: str = "test") -> list[Task]:
+    """`count` tasks of a category at level 0."""
+    side = task_pixels(name, config)
+    return [Task(name, 3_000_000 + i, 0, split, side) for i in range(count)]
+
+
+def play(folder: Path, names: list[str], count: int, think: int = 0) -> list[Episode]:
+    """The model's greedy episodes in held-out tasks of each category."""
+    model = load_model(folder)
+    tokens, played = tokenizer_of(model.config), []
+    for name in names:
+        tasks = held_out(name, model.config, count)
+        context, reply = budget(tasks, tokens, model.config)
+        settings = RolloutSettings(tokens, model.config, context + think, reply, think,
+                                   temperature=0.0)
+        engine = Engine(model, min(count, 64), settings.context, say=lambda line: None)
+        engine.stops.add(tokens.image)      # a visual slot in a reply would have no pixels
+        played += rollout(engine, [Episode(task, i, 0) for i, task in enumerate(tasks)], settings,
+                          gym.Rewards())
+    return played
+
+
+def examine(folder: Path, run: Path, study: Study, count: int, think: int = 0) -> dict[str, str]:
+    """{category: a character for each held-out task, 1 where it is solved}. It is kept in the run's
+    folder, and so are the best and the worst episodes, for the page of that run."""
+    path = run / (f"exam_think{think}.json" if think else "exam.json")
+    if not path.exists():
+        episodes = play(folder, study.names.split(","), count, think)
+        solved = {}
+        for e in episodes:
+            solved[e.task.category] = solved.get(e.task.category, "") + str(int(e.score.solved))
+        shown = best_and_worst(episodes, tokenizer_of(load_config(folder)), run / "pictures")
+        write_json(run / "report.json", {"title": run.name, "samples": shown})
+        write_json(path, solved)
+    return read_json(path)
+
+
+def run_arm(name: str, seed: int, start: Path, study: Study, args: Args, out: Path) -> dict:
+    """Train an arm and examine it: {minutes, solved}, and `thinking`, what it solves with
+    thoughts."""
+    folder, minutes = start, 0.0
+    for i, phase in enumerate(study.arms[name]):
+        run = out / f"{name}{seed}" / f"phase{i}"
+        minutes += train(phase, args, args.minutes * phase.share, folder, seed, run)
+        folder = find_checkpoint(run)
+    found = {"minutes": minutes, "solved": examine(folder, run.parent, study, args.count)}
+    if name in study.think:
+        found["thinking"] = examine(folder, run.parent, study, args.count, args.think)
+    report.write(run.parent)
+    return found
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+# Student's t, by the number of seeds: its 97.5% and 80% quantiles.
+T = {2: (12.706, 1.376), 3: (4.303, 1.061), 4: (3.182, 0.978), 5: (2.776, 0.941)}
+
+
+def effect(values: list[float]) -> dict[str, float]:
+    """An effect from one value a seed: mean, ends of its 95% interval, and the least effect that
+    would be seen with a probability of 80%. NaN where a single seed says nothing about it."""
+    n, mean = len(values), float(np.mean(values))
+    sure, often = T.get(n, (1.96, 0.84) if n > 5 else (math.nan, math.nan))
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return {"mean": mean, "low": mean - sure * error, "high": mean + sure * error,
+            "detectable": (sure + often) * error}
+
+
+def share(solved: dict[str, str], names) -> float:
+    """Percent of tasks that are solved, each category counting the same."""
+    return 100 * float(np.mean([solved[name].count("1") / len(solved[name]) for name in names]))
+
+
+def groups_of(study: Study) -> dict[str, list[str]]:
+    """{name: categories} whose means are reported: all, families, tiers."""
+    names = study.names.split(",")
+    found = {"all": names}
+    for name in names:
+        env = gym.CATEGORIES[name].env
+        found.setdefault(env.family, []).append(name)
+        found.setdefault(f"tier {env.tier}", []).append(name)
+    return found
+
+
+def gains(runs: dict, start: dict, study: Study, key: str = "solved") -> dict[str, dict]:
+    """{"arm: group": effect} of what each arm gained over the start, in points."""
+    return {f"{arm}: {group}": effect([
+        share(found[key], names) - share(start[key], names) for found in seeds.values()])
+        for arm, seeds in runs.items() if all(key in found for found in seeds.values())
+        for group, names in groups_of(study).items()}
+
+
+def differences(first: dict[str, str], second: dict[str, str]) -> dict[str, dict[str, float]]:
+    """{category: difference, low, high in points}, second minus first, over the same tasks."""
+    return {name: dict(zip(("difference", "low", "high"), (100 * x for x in paired_difference(
+        *([c == "1" for c in solved[name]] for solved in (first, second))))))
+        for name in first}
+
+
+def figures(runs: dict, start: dict, study: Study) -> dict[str, dict]:
+    """All tables: percentages of the start and of each run, by group and by category; gains of the
+    arms, with thoughts too; and where arms have no more than two seeds, each run's categories."""
+    table = {}
+    ends = {"start": start} | {f"{arm}, seed {seed}": found for arm, seeds in runs.items()
+                               for seed, found in seeds.items()}
+    for row, found in ends.items():
+        for key, how in (("solved", ""), ("thinking", ", thinking")):
+            if key in found:
+                solved = found[key]
+                table[f"{row}{how}: percent"] = {
+                    group: share(solved, names) for group, names in groups_of(study).items()
+                } | {name: share(solved, [name]) for name in solved}
+    table |= {f"gain, {row}": values for row, values in gains(runs, start, study).items()}
+    table |= {f"gain thinking, {row}": values
+              for row, values in gains(runs, start, study, "thinking").items()}
+    for row, found in ends.items():
+        if study.names == THIRTY and row != "start":
+            table |= {f"{row} over start: {name}": values for name, values in
+                      differences(start["solved"], found["solved"]).items()}
+    table["CPU minutes"] = {row: found["minutes"] for row, found in ends.items()
+                            if "minutes" in found}
+    return table
+
+
+def joint(args: Args):
+    check_options(args)
+    if not args.minutes:
+        raise UserError("--minutes takes more than 0")
+    os.environ["OMP_NUM_THREADS"] = "1"         # minutes are those of one thread
+    hw, study, out = setup("cpu"), STUDIES[args.study](args), Path(args.out) / args.study
+    chosen = [name for name in args.arms.split(",") if name] or list(study.arms)
+    unknown = [name for name in chosen if name not in study.arms]
+    if unknown:
+        raise UserError(f"--study={args.study} has no arm '{unknown[0]}', only "
+                        f"{', '.join(study.arms)}")
+    asked = {name: value for name, value in asdict(args).items()
+             if name not in ("seeds", "arms", "out")}
+    start = Path(args.init or study.init)
+    with same_options(out / "config.json", asked):
+        if study.start:
+            work, settings = settings_of(study.start, args, start, 100, out / "start")
+            with study.start.around():
+                timed(work, replace(settings, steps=args.before))
+            start = find_checkpoint(out / "start")
+        before = {"solved": examine(start, out / "start", study, args.count)}
+        if "start" in study.think:
+            before["thinking"] = examine(start, out / "start", study, args.count, args.think)
+    runs: dict[str, dict] = {}
+    for seed in range(args.seeds):              # every arm once, then again with the next seed
+        for arm in chosen:
+            found = run_arm(arm, seed, start, study, args, out)
+            runs.setdefault(arm, {})[seed] = found
+            at, first = (share(x["solved"], study.names.split(",")) for x in (found, before))
+            print(f"seed {seed}, {arm}: {at:.1f}% after {found['minutes']:.1f} CPU minutes; the "
+                  f"start has {first:.1f}%", flush=True)
+            write_json(out / "report.json", {
+                "title": f"Joint training: {args.study}", "where": hw.description,
+                "figures": figures(runs, before, study), "runs": runs, "start": before})
+    print(f"the report is {report.write(out)}")
+
+
+if __name__ == "__main__":
+    main(lambda: joint(cli(Args, about=__doc__)))
