@@ -341,7 +341,9 @@ def prepare(args: Args, hw, trains: bool = True, process_group=None):
         "progress; watch reward and held-out accuracy")
     stream = Stream(model.config, mix, args.seed, "train", args.levels, pixels=args.pixels)
     sides = {name: task_pixels(name, model.config, args.pixels) for name, _ in mix}
-    curriculum = Curriculum(mix, args.seed, args.levels, say, sides)
+    # 15 steps without any signal, 4 * prompts groups each, end the run [O], unless it rehearses.
+    curriculum = Curriculum(mix, args.seed, args.levels, say, sides,
+                            0 if args.rehearse else 60 * args.prompts)
     return model, optimizer, reference, settings, stream, curriculum, progress
 
 
@@ -425,7 +427,7 @@ def train(args: Args, hw):
                     seen.append(group)
                     if signal:
                         groups.append(group)
-            except UserError:       # too many rollouts end in errors: what was learned is saved
+            except UserError:   # too many errors, or no signal at all: what was learned is saved
                 checkpointer.save()
                 raise
         waited = time.perf_counter() - began

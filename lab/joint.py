@@ -125,7 +125,8 @@ def whole_episodes():
         talks = true(task, *args, **options)
         if issubclass(gym.CATEGORIES[task.category].env, OneShot):
             return talks
-        return [talk for talk in talks if BEGIN not in talk[-1].text]
+        further = {talk[0].text for talk in true(task, parts=True)}
+        return [talk for talk in talks if talk[0].text not in further]
 
     return mock.patch.object(gym, "demonstrate", demonstrate)
 
@@ -230,13 +231,21 @@ def settings_of(phase: Phase, args: Args, init: Path, seed: int, out: Path):
 
 def train(phase: Phase, args: Args, minutes: float, *where) -> float:
     """Train for so many CPU minutes, or go on where that was interrupted; return the minutes. The
-    pace is measured in the first steps; then the learning rate falls in time."""
+    pace is measured in the first steps; then the learning rate falls in time. A run that ends
+    because nothing has a signal is an outcome, too: it learns nothing in the minutes that are left.
+    """
     work, settings = settings_of(phase, args, *where)
     with phase.around():
-        few, more = (timed(work, replace(settings, steps=n, schedule="constant"))
-                     for n in (FEW, 3 * FEW))
-        left = (60 * minutes - more) / max(1e-3, (more - few) / (2 * FEW))
-        return timed(work, replace(settings, steps=3 * FEW + max(1, round(left)))) / 60
+        try:
+            few, more = (timed(work, replace(settings, steps=n, schedule="constant"))
+                         for n in (FEW, 3 * FEW))
+            left = (60 * minutes - more) / max(1e-3, (more - few) / (2 * FEW))
+            return timed(work, replace(settings, steps=3 * FEW + max(1, round(left)))) / 60
+        except UserError as error:
+            if "nothing is learned" not in str(error):
+                raise
+            print(f"{settings.out}: {error}")
+            return read_json(Path(settings.out) / "seconds.json")["so far"] / 60
 
 
 def held_out(name: str, config, count: int, split: str = "test") -> list[Task]:
@@ -299,10 +308,12 @@ T = {2: (12.706, 1.376), 3: (4.303, 1.061), 4: (3.182, 0.978), 5: (2.776, 0.941)
 
 def effect(values: list[float]) -> dict[str, float]:
     """An effect from one value a seed: mean, ends of its 95% interval, and the least effect that
-    would be seen with a probability of 80%. NaN where a single seed says nothing about it."""
+    would be seen with a probability of 80%; of a single seed the mean alone."""
     n, mean = len(values), float(np.mean(values))
-    sure, often = T.get(n, (1.96, 0.84) if n > 5 else (math.nan, math.nan))
-    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    if n == 1:
+        return {"mean": mean}
+    sure, often = T.get(n, (1.96, 0.84))        # those of a normal distribution from six on
+    error = float(np.std(values, ddof=1)) / math.sqrt(n)
     return {"mean": mean, "low": mean - sure * error, "high": mean + sure * error,
             "detectable": (sure + often) * error}
 

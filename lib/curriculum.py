@@ -23,16 +23,20 @@ class Curriculum:
     0.8 [O].
 
     A category is paused when over 10% of its rollouts end in errors; the run ends when over 50%
-    of all do [O]: a broken verifier must not shape the model.
+    of all do [O]: a broken verifier must not shape the model. With `silence`, it also ends when so
+    many groups in a row had no signal, unless they were all solved: nothing would be learned.
     """
 
     # The names in a checkpoint, and the attributes that hold them.
     STATE = {"drawn": "drawn", "kept": "replay", "cells": "cells", "top": "top",
              "faults": "faults", "silent": "no_signal"}
 
-    def __init__(self, mix: tuple, seed: int, levels: int, say=print, pixels: dict | None = None):
+    def __init__(self, mix: tuple, seed: int, levels: int, say=print, pixels: dict | None = None,
+                 silence: int = 0):
         self.mix, self.seed, self.levels, self.say = dict(mix), seed, levels, say
         self.pixels = pixels or {}                  # {category: side of its pictures}
+        self.silence = silence                      # silent groups that end the run; 0: never
+        self.silent: list[float] = []               # mean rewards of the last groups, all silent
         self.drawn = 0                              # tasks so far, without those of `replay`
         self.replay: list[tuple] = []               # tasks of dropped rollouts: they go first
         self.cells: dict[str, list] = {}            # "category/level": mean reward, groups
@@ -111,7 +115,7 @@ class Curriculum:
 
     def record(self, group: list[Episode], has_signal: bool):
         """Take a finished group into account. Raises UserError if the run must end for its
-        errors."""
+        errors, or its silence."""
         task = group[0].task
         errors = [e.score.error for e in group if e.score.error]
         self._record_errors(task.category, errors, len(group))
@@ -127,6 +131,21 @@ class Curriculum:
                 and cell[0] > 0.8):
             self.top[task.category] += 1
             self.say(f"{task.category}: level {task.level + 1} opens")
+        self._record_silence(has_signal, mean)
+
+    def _record_silence(self, has_signal: bool, mean: float):
+        self.silent = [] if has_signal else [*self.silent, mean]
+        if not self.silence or len(self.silent) < self.silence:
+            return
+        count, mean, self.silent = len(self.silent), float(np.mean(self.silent)), []
+        what = (f"none of the last {count} groups had a signal: all rollouts of a task earned the "
+                f"same, {mean:.2f} on average")
+        if mean > 0.95:
+            return self.say(f"{what}. These tasks are solved: --levels or --mix can add others")
+        raise UserError(f"{what}, so nothing is learned. Begin with a model that solves some of "
+                        "these tasks (SFT, then --init) or with easier ones (--mix, --levels=1); a "
+                        "larger --group, a --max_new that does not cut off replies, or --rehearse "
+                        "can help, too")
 
     def _record_errors(self, category: str, errors: list[str], rollouts: int):
         was_paused = self.paused(category)

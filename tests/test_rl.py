@@ -853,6 +853,29 @@ def test_the_error_that_ends_a_run_is_named():
         curriculum.record([replace_task(episode(1), "point")], True)
 
 
+def test_a_mix_without_any_signal_says_so():
+    said = []
+    curriculum = Curriculum((("counting", 1.0), ("point", 1.0)), 0, 1, said.append, silence=6)
+    for reward in (0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0):
+        curriculum.record([episode(reward)] * 8, reward == 1)   # the sixth group has a signal
+    with pytest.raises(UserError, match="none of the last 6 groups had a signal.* 0.00 on average"):
+        curriculum.record([episode(0)] * 8, False)
+    for _ in range(6):
+        curriculum.record([episode(1)] * 8, False)      # solved: no reason to end
+    assert len(said) == 1 and "These tasks are solved" in said[0]
+    curriculum.silence = 0
+    for _ in range(99):
+        curriculum.record([episode(0)] * 8, False)
+
+
+@pytest.mark.parametrize("more", [{}, dict(workers=2)])
+def test_a_silent_run_ends_within_20_steps(tmp_path, begin, monkeypatch, more):
+    monkeypatch.setattr(gym.Rewards, "score_of", lambda *rest: gym.Score(0.0))
+    with pytest.raises(UserError, match="nothing is learned. Begin with a model that solves"):
+        go(tmp_path, begin, steps=21, **more)
+    assert 0 < len((tmp_path / "log.jsonl").read_text().splitlines()) < 20
+
+
 def replace_task(e: Episode, name: str) -> Episode:
     e.task = Task(name, e.task.seed)
     return e
