@@ -35,6 +35,7 @@ ENTRIES = {
             ("Bench", "bench", ("make",), ())],
     "lab.demo": [("Args", "demo", ("train_tower", "pretrain.run"), ())],
     "lab.worlds": [("Args", "worlds", ("timed",), ())],
+    "lab.joint": [("Args", "joint", ("timed", "examine"), ())],
     "lab.dino": [("Args", "run", ("Student",), ())],
     "lab.bench": [("Args", "run", ("setup",), ("--what=train",))],
     "lab.bench_busy": [("Args", "worker", ("training_step",), ())],
