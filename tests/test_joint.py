@@ -80,7 +80,7 @@ def test_an_effect_of_three_seeds():
 
 
 def test_gains_count_each_category_the_same():
-    study = joint.Study("point,gui_form", {}, "")
+    study = joint.Study("point,gui_form", {}, "", joint.Phase("sft", "point"))
     start = {"solved": {"point": "0000", "gui_form": "10"}}
     runs = {"rl": {0: {"solved": {"point": "1100", "gui_form": "00"}, "minutes": 1.0}}}
     table = joint.figures(runs, start, study)
