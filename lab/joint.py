@@ -56,7 +56,7 @@ class Args:
     arms: str = ""                # only these, separated by commas; default: all of the study
     seeds: Positive = 3           # runs of each arm
     minutes: NonNegative = 2.0    # CPU minutes of each arm
-    before: Positive = 150        # SFT steps that make the start
+    before: Positive = 400        # SFT steps that make the start
     prompts: Positive = 8         # tasks a step of RL that have a signal, eight rollouts each
     lr: NonNegative = 4e-4        # peak learning rate of RL
     sft_lr: NonNegative = 2e-3    # and of SFT
