@@ -85,7 +85,7 @@ train first "$(steps 0.37 1.2)" --vit="$OUT/vit/align" --mix="$MIX" --curriculum
 #    stopped to learn; here nearly everything is learned in the last third of a stage. So another
 #    stage is another such fall. Look at: `held_out` at the end of each.
 train second "$(steps 0.2 1.2)" --init="$OUT/first" --mix="$MIX" "${FALLING[@]}"
-train third "$(steps 0.24 1.2)" --init="$OUT/second" --mix="$LATER" --seed=1 "${FALLING[@]}"
+train third "$(steps 0.2 1.2)" --init="$OUT/second" --mix="$LATER" --seed=1 "${FALLING[@]}"
 
 # 5. The examination. The card with its figures lies beside the weights, where `sample.py ask` looks
 #    for what a model was trained on.
