@@ -52,7 +52,8 @@ from lib.cli import (check_options, cli, Count, Device, Drafts, Dtype, Levels, m
 from lib.common import (check_same_start, Log, Part, print_plan, print_plan_on, ROOT, setup,
                         write_json)
 from lib.curriculum import Curriculum
-from lib.episodes import accuracy, Episode, figures_of, report_evaluation, rewards_of
+from lib.episodes import (accuracy, distinct, Episode, figures_of, report_evaluation,
+                          rewards_of)
 from lib.lora import check_train, count_learning, learns, set_learning, unmerged
 from lib.memory import parse_memory
 from lib.rollout import rollout, RolloutSettings
@@ -140,24 +141,23 @@ def has_signal(group: list[Episode]) -> bool:
 
 def to_samples(groups: list[list[Episode]], std: bool = False) -> list[list[Document]]:
     """Each episode of `groups` as Documents whose tokens carry its advantage and whose weights add
-    up to 1: long or short, each counts the same [R: GLM-4.5V]. Sorted by number: groups end in an
-    order that differs from run to run, and packed in another order all sums would differ a little.
+    up to 1: long or short, each counts the same [R: GLM-4.5V]. Equal ones become one sample with
+    their number as its weight. Sorted by number: groups end in an order that differs from run to
+    run, and packed in another order all sums would differ a little.
     """
-    samples = []
-    for group in sorted(groups, key=lambda group: group[0].group):
-        for episode, advantage in zip(group, advantages(rewards_of(group), std)):
-            if not episode.score.error and any(d.weights.any() for d in episode.documents):
-                samples.append(to_sample(episode.documents, advantage))
-    return samples
+    return [to_sample(episode.documents, advantage, copies=copies)
+            for group in sorted(groups, key=lambda group: group[0].group)
+            for episode, advantage, copies in distinct(group, advantages(rewards_of(group), std))]
 
 
-def to_sample(documents: list[Document], advantage: float, demonstration: bool = False):
-    """Copies of the documents whose weights add up to 1, with what `row_loss` needs per token."""
-    total, sample = sum(float(d.weights.sum()) for d in documents), []
+def to_sample(documents: list[Document], advantage: float, demonstration=False, copies: int = 1):
+    """Copies of the documents with what `row_loss` needs per token. Their weights add up to the
+    number of episodes, `copies`, that they stand for."""
+    total, sample = sum(float(d.weights.sum()) for d in documents) / copies, []
     for d in documents:
         ones = np.ones(len(d.ids), np.float32)
         extras = {"logp": 0 * ones, **d.extras, "advantage": advantage * ones,
-                  "demonstration": demonstration * ones}
+                  "demonstration": demonstration * ones, "copies": copies * ones}
         sample.append(replace(d, weights=d.weights / total, extras=extras))
     return sample
 
@@ -226,10 +226,9 @@ def row_loss(model: GLMV, batch, args: Args, reference=None):
     with torch.no_grad():
         log_ratio = torch.where(own, logp - old, 0.0)
         ratio, size = log_ratio.exp(), log_ratio.abs()
-        outside = own & ((ratio <= low) | (ratio >= high))
-        statistics = torch.stack([
-            loss.detach(), own.sum(), (entropy * own).sum(), size.sum(), outside.sum(),
-            size.max() if len(size) else size.sum()])
+        outside, count = (ratio <= low) | (ratio >= high), own * batch.extras["copies"][at + 1]
+        sums = [(x * count).sum() for x in (torch.ones_like(size), entropy, size, outside)]
+        statistics = torch.stack([loss.detach(), *sums, size.max() if len(size) else size.sum()])
     if args.mtp and learns(head_of(model)):     # it learns to predict this policy as it is
         depths = model.config.mtp_depths or 1
         further = mtp_losses(model, hidden, batch, depths=depths, detach=True)
@@ -249,6 +248,7 @@ def update(model: GLMV, optimizer: Optimizer, samples: list[list[Document]], arg
         return {"pg_loss": 0.0, "tokens": 0}
     device = model.lm_head.weight.device
     rows = pack_rows([d for sample in samples for d in sample], args.row_tokens, world)
+    count = sum(float(sample[0].extras["copies"][0]) for sample in samples)     # episodes
     batches = [collate(row, model.config).to(device) for row in rows[rank::world]]
     reference_logps = [None] * len(batches)
     if reference is not None:   # it lives in CPU memory, and on the device only for its forward [C]
@@ -257,9 +257,9 @@ def update(model: GLMV, optimizer: Optimizer, samples: list[list[Document]], arg
     sums, largest = torch.zeros(5, device=device), torch.zeros((), device=device)
     for batch, logps in zip(batches, reference_logps):
         loss, statistics = row_loss(model, batch, args, logps)
-        # Divided by all samples, not by this row's: the update does not depend on the packing.
+        # Divided by all episodes, not by this row's: the update does not depend on the packing.
         if loss.requires_grad:      # not where only the adapter learns and there is no picture
-            (loss / len(samples)).backward()
+            (loss / count).backward()
         sums, largest = sums + statistics[:5], torch.maximum(largest, statistics[5])
         if after_row:
             after_row()
@@ -272,7 +272,7 @@ def update(model: GLMV, optimizer: Optimizer, samples: list[list[Document]], arg
     norm = math.sqrt(squares)
     optimizer.step(rate, norm, apply=math.isfinite(loss))
     tokens = max(1, tokens)
-    return {"pg_loss": loss / len(samples), "norm": norm, "tokens": int(tokens),
+    return {"pg_loss": loss / count, "norm": norm, "tokens": int(tokens),
             "entropy": entropy / tokens, "clipped": outside / tokens,
             "mismatch": log_ratio / tokens, "mismatch_max": largest}
 

@@ -201,6 +201,27 @@ def test_every_episode_counts_the_same():
         assert all((d.extras["advantage"] == advantage).all() for d in sample)
 
 
+def test_equal_episodes_are_learned_once_and_count_as_many(tiny, monkeypatch):
+    group = [episode(reward, 6 + index, index) for reward, index in ((1, 0), (0, 1), (0, 2))]
+    group += [copy.deepcopy(group[0]), copy.deepcopy(group[1]), episode(None, 6, 0)]
+    other = copy.deepcopy(group[0])         # the same tokens, but of older weights
+    other.documents[0].extras["version"] -= 1
+    made = rl.to_samples([[*group, other]])
+    assert [sample[0].extras["copies"][0] for sample in made] == [2, 2, 1, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "distinct", lambda group, advantages: [
+            (e, advantage, 1) for e, advantage in zip(group, advantages) if not e.score.error])
+        plain = rl.to_samples([[*group, other]])
+    assert len(plain) == 6
+    moved, told = [], []
+    for samples in (made, plain):
+        model = copy.deepcopy(tiny)
+        optimizer = Optimizer(model.named_parameters(), OptimConfig(1e-4))
+        told.append(rl.update(model, optimizer, samples, Args(row_tokens=64), 1.0))
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*moved, atol=1e-5) and told[0] == pytest.approx(told[1], rel=1e-4)
+
+
 def test_pages_are_compared_with_each_other():
     def of(name, rewards):
         return rl.rewards_of([Episode(Task(name, 0), 0, i, score=Score(
