@@ -80,7 +80,7 @@ def rewards_of(group: list[Episode]) -> list[float]:
 def distinct(group: list[Episode], advantages: list[float]) -> list[tuple[Episode, float, int]]:
     """(episode, advantage, how often it occurs) for each different episode of a group that has
     something to learn. Two are equal if the same weights sampled the same tokens and earned the
-    same; of short answers many are, and to learn each once takes half of the time. [O]"""
+    same; of short answers many are, and to learn each once saves a third of the update. [O]"""
     equal: dict[tuple, list[Episode]] = {}
     for episode, advantage in zip(group, advantages, strict=True):
         if not episode.score.error and any(d.weights.any() for d in episode.documents):
