@@ -55,6 +55,7 @@ class Args:
     study: Literal["matrix", "tiers", "world"] = "matrix"   # which of the three
     arms: str = ""                # only these, separated by commas; default: all of the study
     seeds: Positive = 3           # runs of each arm
+    first: Natural = 0            # number of the first seed, so that two processes can share them
     minutes: NonNegative = 2.0    # CPU minutes of each arm
     before: Positive = 400        # SFT steps that make the start
     prompts: Positive = 8         # tasks a step of RL that have a signal, eight rollouts each
@@ -395,7 +396,7 @@ def joint(args: Args):
         raise UserError(f"--study={args.study} has no arm '{unknown[0]}', only "
                         f"{', '.join(study.arms)}")
     asked = {name: value for name, value in asdict(args).items()
-             if name not in ("seeds", "arms", "out")}
+             if name not in ("seeds", "first", "arms", "out")}
     start = Path(args.init or study.init)
     with same_options(out / "config.json", asked):
         work, settings = settings_of(study.start, args, start, 100, out / "start")
@@ -406,7 +407,7 @@ def joint(args: Args):
         if "start" in study.think:
             before["thinking"] = examine(start, out / "start", study, args.count, args.think)
     runs: dict[str, dict] = {}
-    for seed in range(args.seeds):              # every arm once, then again with the next seed
+    for seed in range(args.first, args.first + args.seeds):     # every arm once, then again with the next seed
         for arm in chosen:
             found = run_arm(arm, seed, start, study, args, out)
             runs.setdefault(arm, {})[seed] = found
