@@ -82,9 +82,12 @@ EIGHTEEN = NINE + (",shape_attr,ocr_line,ground_multi,scene_to_json,spot_diff,vi
 # elements, grounding, a single action, a trajectory.
 TIERS = ("shape_attr,counting,ocr_line", "ground_box,point", "gui_click", "gui_form")
 
-# Without those whose episodes take longest: pages, long documents, and tools for pictures.
-THIRTY = EIGHTEEN + (",widget_state,ui_ground,matrix_puzzle,geometry,gui_next_action,gui_navigate,"
-                     "gui_multi_app,gui_critic,chart_read,chart_arith,table_read,code_output")
+# Without those whose episodes take longest: pages, long documents, and tools for pictures. Larger
+# pictures get smaller weights, as in runs/night.sh.
+MIX = EIGHTEEN + (",widget_state:.7,ui_ground:.7,matrix_puzzle:.7,geometry:.7,gui_next_action:.7,"
+                  "gui_navigate:.7,gui_multi_app:.7,gui_critic:.4,chart_read:.3,chart_arith:.3,"
+                  "table_read:.3,code_output:.3")
+THIRTY = ",".join(name for name, _ in parse_mix(MIX))
 
 
 # ---- what is wrong with a world ------------------------------------------------------------------
@@ -95,7 +98,7 @@ THIRTY = EIGHTEEN + (",widget_state,ui_ground,matrix_puzzle,geometry,gui_next_ac
 ERRING = ("counting,ground_box,point,widget_state,ui_ground,spatial_relation,interleaved_qa,"
           "map_route,gui_click,gui_next_action").split(",")
 UNTOLD = "gui_form,gui_navigate,gui_multi_app"
-SHOWN = ",".join(name for name in THIRTY.split(",") if name != "text_tools")
+SHOWN = ",".join(part for part in MIX.split(",") if part != "text_tools")
 
 CONFUSED = dict(zip(
     "red orange green blue cyan purple pink yellow circle square triangle star yes no left".split(),
@@ -209,7 +212,7 @@ def world(args: Args) -> Study:
     """Thirty categories: a third with annotators who err, tier 3 without trajectories."""
     around = functools.partial(fallible, mistake, ERRING)
     sft = Phase("sft", SHOWN, options={"parts": UNTOLD}, around=around)
-    return Study(THIRTY, {"rl": [Phase("rl", THIRTY)], "sft": [sft]}, f"{ROOT}/ckpt/gym", sft)
+    return Study(THIRTY, {"rl": [Phase("rl", MIX)], "sft": [sft]}, f"{ROOT}/ckpt/gym", sft)
 
 
 STUDIES = {"matrix": matrix, "tiers": tiers, "world": world}
@@ -407,7 +410,7 @@ def joint(args: Args):
         if "start" in study.think:
             before["thinking"] = examine(start, out / "start", study, args.count, args.think)
     runs: dict[str, dict] = {}
-    for seed in range(args.first, args.first + args.seeds):     # every arm once, then again with the next seed
+    for seed in range(args.first, args.first + args.seeds):     # every arm, then the next seed
         for arm in chosen:
             found = run_arm(arm, seed, start, study, args, out)
             runs.setdefault(arm, {})[seed] = found

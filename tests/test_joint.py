@@ -9,6 +9,7 @@ import pytest
 import gym
 import pretrain
 import rl
+from data import parse_mix
 from lab import joint
 from lab.worlds import fallible
 from lib.checkpoint import save_model
@@ -99,7 +100,7 @@ def test_a_study_names_categories_that_its_arms_and_models_have(study):
     assert set(names) <= set(gym.names()) and len(set(names)) == len(names)
     for phases in made.arms.values():
         assert sum(phase.share for phase in phases) == pytest.approx(1)
-        assert {name for phase in phases for name in phase.mix.split(",")} <= set(names)
+        assert {name for phase in phases for name, _ in parse_mix(phase.mix)} <= set(names)
     assert len(joint.THIRTY.split(",")) == 30 and len(joint.EIGHTEEN.split(",")) == 18
 
 
