@@ -56,13 +56,13 @@ class Args:
     arms: str = ""                # only these, separated by commas; default: all of the study
     seeds: Positive = 3           # runs of each arm
     first: Natural = 0            # number of the first seed, so that two processes can share them
-    minutes: NonNegative = 2.0    # CPU minutes of each arm
+    minutes: NonNegative = 1.6    # CPU minutes of each arm
     before: Positive = 400        # SFT steps that make the start
     prompts: Positive = 8         # tasks a step of RL that have a signal, eight rollouts each
     lr: NonNegative = 4e-4        # peak learning rate of RL
     sft_lr: NonNegative = 2e-3    # and of SFT
     think: Annotated[int, Range(1, 1000)] = 32      # tokens of a thought, in the arm that thinks
-    count: Count = 80             # held-out tasks a category
+    count: Count = 60             # held-out tasks a category
     init: str = ""                # folder to begin from; default: as the study says
     out: str = "out/joint"        # a folder a study: report.json, report.html, a folder a run
 
