@@ -239,17 +239,22 @@ def settings_of(phase: Phase, args: Args, init: Path, seed: int, out: Path):
 
 
 def train(phase: Phase, args: Args, minutes: float, *where) -> float:
-    """Train for so many CPU minutes, or go on where that was interrupted; return the minutes. The
-    pace is measured in the first steps; then the learning rate falls in time. A run that ends
-    because nothing has a signal is an outcome, too: it learns nothing in the minutes that are left.
+    """Train for about so many CPU minutes, or go on where that was interrupted; return the minutes.
+    The pace is measured in the first steps and again in the middle, since long episodes are rare;
+    in the second half the learning rate falls. A run that ends because nothing has a signal is an
+    outcome, too: it learns nothing in the minutes that are left.
     """
     work, settings = settings_of(phase, args, *where)
     with phase.around():
         try:
-            few, more = (timed(work, replace(settings, steps=n, schedule="constant"))
-                         for n in (FEW, 3 * FEW))
-            left = (60 * minutes - more) / max(1e-3, (more - few) / (2 * FEW))
-            return timed(work, replace(settings, steps=3 * FEW + max(1, round(left)))) / 60
+            steps = 3 * FEW
+            begun, spent = (timed(work, replace(settings, steps=n, schedule="constant"))
+                            for n in (FEW, steps))
+            for share, schedule in ((0.5, "constant"), (1.0, "linear")):
+                pace = max(1e-3, (spent - begun) / (steps - FEW))       # seconds a step
+                steps += max(1, round(share * (60 * minutes - spent) / pace))
+                spent = timed(work, replace(settings, steps=steps, schedule=schedule))
+            return spent / 60
         except UserError as error:
             if "nothing is learned" not in str(error):
                 raise
