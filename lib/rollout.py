@@ -144,7 +144,9 @@ class Rollout:
     def _request(self, max_new: int, thinking: bool) -> Request | None:
         """Ask the engine to continue the last document by at most `max_new` tokens."""
         s, e, prompt = self.settings, self.episode, self.episode.documents[-1]
-        put_in = len(prompt.ids) - int(prompt.weights.sum())
+        # Its own are the sampled tokens, and in the segment layout the earlier replies that the
+        # prompt repeats.
+        put_in = len(prompt.ids) - sum(int(d.weights.sum()) for d in e.documents)
         if put_in >= s.context:
             raise ValueError(f"{put_in} tokens, the model's own left out, outgrew the context")
         if len(prompt.ids) >= s.context:    # the model filled it: its failure, scored as it is

@@ -406,6 +406,21 @@ def test_garbage_replies_are_zeros_and_train(tiny):
     assert e.documents[0].weights.sum() == 1    # <|image|> itself is not learned
 
 
+def test_a_history_of_own_replies_that_outgrows_the_context_is_no_error(tiny):
+    """A prompt of segments repeats the earlier replies: the model has filled it, not the task."""
+    reply = [*TOKENS.encode('remember("wait wait wait wait")'), TOKENS.stops[0]]
+    order = [Episode(Task("gui_multi_app", 3, pixels=128), 0, 0)]
+    first = rl.rollout(Parrot(lambda _: reply), order, settings_of(tiny, context=4096), Rewards())
+    room = len(first[0].documents[0].ids) + len(reply)      # enough for the first turn
+    assert len(first[0].documents) > 3 and len(first[0].documents[3].ids) > room
+    order = [Episode(Task("gui_multi_app", 3, pixels=128), 0, 0)]
+    [e] = rl.rollout(Parrot(lambda _: reply), order, settings_of(tiny, context=room), Rewards())
+    assert e.score.error is None and e.score.reward == 0 and e.status == "truncated"
+    order = [Episode(Task("gui_multi_app", 3, pixels=128), 0, 0)]
+    [e] = rl.rollout(Parrot(lambda _: reply), order, settings_of(tiny, context=20), Rewards())
+    assert "outgrew the context" in e.score.error           # the task alone is longer
+
+
 # ---- whole runs ---------------------------------------------------------------------------------
 
 def go(out, begin, **changes) -> list[dict]:
