@@ -44,7 +44,7 @@ from lib.episodes import best_and_worst, Episode
 from lib.evaluation import budget
 from lib.rollout import rollout, RolloutSettings
 from lib.runs import find_checkpoint, same_options
-from lib.scoring import paired_difference
+from lib.scoring import mean_interval, paired_difference
 from tasks.base import OneShot, Task
 from tasks.verify import answer_and_gold, BEGIN
 from tokenizer import tokenizer_of
@@ -227,6 +227,7 @@ def settings_of(phase: Phase, args: Args, init: Path, seed: int, out: Path):
     common = dict(resume=True, save_every=10 ** 6, eval_every=0, mtp=0, device="cpu", workers=0,
                   mix=phase.mix, seed=seed, out=str(out))
     if phase.how == "sft":
+        # ckpt/align is a tower without a decoder.
         start = {"vit": str(init)} if "align" in init.parts else {"init": str(init)}
         return pretrain.run, pretrain.Args(**common, **start, lr=args.sft_lr, levels=1,
                                            curriculum=0, own_question=True, **phase.options)
@@ -362,15 +363,18 @@ def gains(runs: dict, start: dict, study: Study, key: str = "solved") -> dict[st
 
 
 def differences(first: dict[str, str], second: dict[str, str]) -> dict[str, dict[str, float]]:
-    """{category: difference, low, high in points}, second minus first, over the same tasks."""
-    return {name: dict(zip(("difference", "low", "high"), (100 * x for x in paired_difference(
-        *([c == "1" for c in solved[name]] for solved in (first, second))))))
-        for name in first}
+    """{category: difference, low, high in points}, second minus first, over the same tasks; first
+    of all their mean, `all`."""
+    pairs = {name: paired_difference(*([c == "1" for c in solved[name]]
+                                       for solved in (first, second))) for name in first}
+    return {name: dict(zip(("difference", "low", "high"), (100 * x for x in found)))
+            for name, found in {"all": mean_interval(list(pairs.values())), **pairs}.items()}
 
 
 def figures(runs: dict, start: dict, study: Study) -> dict[str, dict]:
     """All tables: percentages of the start and of each run, by group and by category; gains of the
-    arms, with thoughts too; and where arms have no more than two seeds, each run's categories."""
+    arms, with thoughts too; and of the world, where two seeds must do, each run beside the start,
+    and RL beside SFT."""
     table = {}
     ends = {"start": start} | {f"{arm}, seed {seed}": found for arm, seeds in runs.items()
                                for seed, found in seeds.items()}
@@ -384,10 +388,13 @@ def figures(runs: dict, start: dict, study: Study) -> dict[str, dict]:
     table |= {f"gain, {row}": values for row, values in gains(runs, start, study).items()}
     table |= {f"gain thinking, {row}": values
               for row, values in gains(runs, start, study, "thinking").items()}
-    for row, found in ends.items():
-        if study.names == THIRTY and row != "start":
-            table |= {f"{row} over start: {name}": values for name, values in
-                      differences(start["solved"], found["solved"]).items()}
+    if study.names == THIRTY:
+        pairs = [("start", row) for row in ends if row != "start"]
+        pairs += [(row.replace("rl", "sft"), row) for row in ends if row.startswith("rl")]
+        for first, second in pairs:
+            if first in ends:
+                table |= {f"{second} over {first}: {name}": values for name, values in
+                          differences(ends[first]["solved"], ends[second]["solved"]).items()}
     table["CPU minutes"] = {row: found["minutes"] for row, found in ends.items()
                             if "minutes" in found}
     return table

@@ -89,8 +89,18 @@ def test_gains_count_each_category_the_same():
     assert table["gain, rl: perception"] == {"mean": 50} and table["gain, rl: tier 3"] == {
         "mean": -50}
     assert table["CPU minutes"] == {"rl, seed 0": 1.0}
-    assert set(joint.differences(start["solved"], runs["rl"][0]["solved"])["point"]) == {
-        "difference", "low", "high"}
+
+
+def test_a_world_is_compared_run_by_run():
+    study = replace(joint.world(joint.Args()), names=joint.THIRTY)
+    made = {arm: {"solved": {name: solved for name in joint.THIRTY.split(",")}, "minutes": 1.0}
+            for arm, solved in (("start", "0000"), ("rl", "1110"), ("sft", "1000"))}
+    table = joint.figures({arm: {0: made[arm]} for arm in ("rl", "sft")}, made["start"], study)
+    assert table["rl, seed 0 over start: all"]["difference"] == pytest.approx(75)
+    found = table["rl, seed 0 over sft, seed 0: all"]
+    assert found["difference"] == pytest.approx(50) and 0 < found["low"] < 50 < found["high"]
+    one = table["rl, seed 0 over sft, seed 0: point"]
+    assert one["high"] - one["low"] > 3 * (found["high"] - found["low"])    # of 30 categories
 
 
 @pytest.mark.parametrize("study", joint.STUDIES)
