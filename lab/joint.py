@@ -31,8 +31,7 @@ import numpy as np
 import gym
 import pretrain
 import rl
-from data import parse_mix, task_pixels
-from engine import Engine
+from data import parse_mix
 from lab import report
 from lab.worlds import fallible, FEW, slip, timed
 from lib.checkpoint import load_config, load_model
@@ -40,11 +39,11 @@ from lib.cli import (check_options, cli, Count, main, Natural, NonNegative, Posi
                      UserError)
 from lib.common import read_json, ROOT, setup, write_json
 from lib.curriculum import Curriculum
-from lib.episodes import best_and_worst, Episode
-from lib.evaluation import budget
-from lib.rollout import rollout, RolloutSettings
+from lib.episodes import best_and_worst
+from lib.evaluation import budget, run_tasks, tasks_of
 from lib.runs import find_checkpoint, same_options
-from lib.scoring import mean_interval, paired_difference
+from lib.scoring import mean_interval
+from lib.summary import difference, outcome
 from tasks.base import OneShot, Task
 from tasks.verify import answer_and_gold, BEGIN
 from tokenizer import tokenizer_of
@@ -65,6 +64,9 @@ class Args:
     count: Count = 60             # held-out tasks a category
     init: str = ""                # folder to begin from; default: as the study says
     out: str = "out/joint"        # a folder a study: report.json, report.html, a folder a run
+
+
+FIRST_TASK = 3_000_000          # number of the first held-out task
 
 
 # ---- categories ---------------------------------------------------------------------------------
@@ -232,7 +234,8 @@ def settings_of(phase: Phase, args: Args, init: Path, seed: int, out: Path):
         return pretrain.run, pretrain.Args(**common, **start, lr=args.sft_lr, levels=1,
                                            curriculum=0, own_question=True, **phase.options)
     config, thought = load_config(init), phase.options.get("think", 0)
-    rooms = [budget(held_out(name, config, 24, "train"), tokenizer_of(config), config)
+    tokens = tokenizer_of(config)
+    rooms = [budget(tasks_of(name, config, 1, 24, "train", FIRST_TASK), tokens, config)
              for name, _ in parse_mix(phase.mix)]
     context, reply = map(max, zip(*rooms))
     return rl.run, rl.Args(**common, init=str(init), prompts=args.prompts, lr=args.lr,
@@ -263,38 +266,19 @@ def train(phase: Phase, args: Args, minutes: float, *where) -> float:
             return read_json(Path(settings.out) / "seconds.json")["so far"] / 60
 
 
-def held_out(name: str, config, count: int, split: str = "test") -> list[Task]:
-    """`count` tasks of a category at level 0."""
-    side = task_pixels(name, config)
-    return [Task(name, 3_000_000 + i, 0, split, side) for i in range(count)]
-
-
-def play(folder: Path, names: list[str], count: int, think: int = 0) -> list[Episode]:
-    """The model's greedy episodes in held-out tasks of each category."""
-    model = load_model(folder)
-    tokens, played = tokenizer_of(model.config), []
-    for name in names:
-        tasks = held_out(name, model.config, count)
-        context, reply = budget(tasks, tokens, model.config)
-        settings = RolloutSettings(tokens, model.config, context + think, reply, think,
-                                   temperature=0.0)
-        engine = Engine(model, min(count, 64), settings.context, say=lambda line: None)
-        engine.stops.add(tokens.image)      # a visual slot in a reply would have no pixels
-        played += rollout(engine, [Episode(task, i, 0) for i, task in enumerate(tasks)], settings,
-                          gym.Rewards())
-    return played
-
-
 def examine(folder: Path, run: Path, study: Study, count: int, think: int = 0) -> dict[str, str]:
-    """{category: a character for each held-out task, 1 where it is solved}. It is kept in the run's
-    folder, and so are the best and the worst episodes, for the page of that run."""
+    """{category: a character for each held-out task (`outcome`)}, played greedily at level 0. It is
+    kept in the run's folder, and so are the best and the worst episodes, for that run's page."""
     path = run / (f"exam_think{think}.json" if think else "exam.json")
     if not path.exists():
-        episodes = play(folder, study.names.split(","), count, think)
-        solved = {}
-        for e in episodes:
-            solved[e.task.category] = solved.get(e.task.category, "") + str(int(e.score.solved))
-        shown = best_and_worst(episodes, tokenizer_of(load_config(folder)), run / "pictures")
+        model, solved, played = load_model(folder), {}, []
+        tokens = tokenizer_of(model.config)
+        for name in study.names.split(","):
+            tasks = tasks_of(name, model.config, 1, count, "test", FIRST_TASK)
+            episodes = run_tasks(model, tokens, tasks, think=think)
+            solved[name] = "".join(outcome(e.score) for e in episodes)
+            played += episodes
+        shown = best_and_worst(played, tokens, run / "pictures")
         write_json(run / "report.json", {"title": run.name, "samples": shown})
         write_json(path, solved)
     return read_json(path)
@@ -365,8 +349,8 @@ def gains(runs: dict, start: dict, study: Study, key: str = "solved") -> dict[st
 def differences(first: dict[str, str], second: dict[str, str]) -> dict[str, dict[str, float]]:
     """{category: difference, low, high in points}, second minus first, over the same tasks; first
     of all their mean, `all`."""
-    pairs = {name: paired_difference(*([c == "1" for c in solved[name]]
-                                       for solved in (first, second))) for name in first}
+    pairs = {name: found for name in first
+             if (found := difference({"solved": first[name]}, {"solved": second[name]}))}
     return {name: dict(zip(("difference", "low", "high"), (100 * x for x in found)))
             for name, found in {"all": mean_interval(list(pairs.values())), **pairs}.items()}
 

@@ -35,24 +35,26 @@ def budget(tasks, tokens, config) -> tuple[int, int]:
 
 def run_tasks(model, tokens, tasks, slots: int = 64, context: int = 0, max_new: int = 0,
               blank: bool = False, bar=None, samples: int = 0, drafts: int = 0,
-              steps: Counter | None = None, kind=Rollout) -> list[Episode]:
+              steps: Counter | None = None, kind=Rollout, think: int = 0) -> list[Episode]:
     """Let the model do `tasks`, greedily and `slots` of them side by side. Returns their Episodes
     in the same order.
 
     context, max_new: tokens, 0 takes those of `budget`. blank: every picture is replaced by plain
     grey of the same size. samples: play each task so often at temperature 1 instead; its Episodes
     follow each other. drafts: tokens that the MTP head drafts. steps: the engine's `steps` and
-    `tokens` are added to it. kind: the class of the rollouts.
+    `tokens` are added to it. kind: the class of the rollouts. think: tokens of a thought before
+    each reply, beside those of `context`; 0: none.
     """
     if not (context and max_new):
         most, reply = budget(tasks, tokens, model.config)
         context, max_new = context or most, max_new or reply
+    context += think
     episodes = [Episode(task, i, j) for i, task in enumerate(tasks) for j in range(samples or 1)]
     # adapt=False: how many drafts pay here and now has no influence on the tokens a step
     engine = Engine(model, max(1, min(slots, len(episodes))), context, drafts, adapt=False,
                     say=lambda line: None)
     engine.stops.add(tokens.image)          # a visual slot in a reply would have no pixels
-    settings = RolloutSettings(tokens, model.config, context, max_new,
+    settings = RolloutSettings(tokens, model.config, context, max_new, think,
                                temperature=float(samples > 0), blank=blank)
     rollout(engine, episodes, settings, gym.Rewards(), bar, kind)
     if steps is not None:

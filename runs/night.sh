@@ -81,9 +81,9 @@ touch "$OUT/vit/done"
 #    with it.
 train first "$(steps 0.37 1.2)" --vit="$OUT/vit/align" --mix="$MIX" --curriculum=0
 
-# 3. and 4. The same with a rate that falls from beginning to end. At the full rate the model had
-#    stopped to learn; here nearly everything is learned in the last third of a stage. So another
-#    stage is another such fall. Look at: `held_out` at the end of each.
+# 3. and 4. The same with a rate that falls from beginning to end: at the full rate the model hardly
+#    learned any more. The second stage learned most in its last third, the third one nothing there.
+#    Look at: `held_out` at the end of each.
 train second "$(steps 0.2 1.2)" --init="$OUT/first" --mix="$MIX" "${FALLING[@]}"
 train third "$(steps 0.2 1.2)" --init="$OUT/second" --mix="$LATER" --seed=1 "${FALLING[@]}"
 
