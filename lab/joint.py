@@ -3,11 +3,12 @@
     python -m lab.joint --study=matrix      RL on one family, or on all: who gains and who falls
     python -m lab.joint --study=tiers       trajectories alone, tier after tier, or all at once
     python -m lab.joint --study=world       RL on thirty categories beside SFT, in a flawed world
-    python -m lab.joint --study=tiers --minutes=0.1 --count=4 --seeds=1        a quick look
+    python -m lab.joint --study=tiers --minutes=0.1 --count=4 --seeds=1     all steps, in minutes
 
 A study is a table of arms. An arm is a list of phases, each a run of rl.py or pretrain.py on some
 categories, and begins from the study's start. All arms of a study take the same CPU minutes of one
-thread. Then each plays the same held-out tasks, greedily, and is compared with the start.
+thread, though a phase has 17 steps at least. Then each plays the same held-out tasks, greedily, and
+is compared with the start.
 
 An effect is the mean over the seeds, with a 95% interval by Student's t. `detectable` is the least
 effect that so many seeds, which differ so much, would show in four of five studies: an effect that
