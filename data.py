@@ -514,8 +514,9 @@ def pack_rows(documents: list[Document], room: int, ranks: int = 1) -> list[list
     return rows
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. lib.partition.pack with next-fit: close a row at the first sample that does not fit. How much
-#    is padded now? pytest tests/test_data.py -k padded shows it; 20 minutes.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade pack`.
+# 1. pack in lib/partition.py: hardly any token of a row is padded. How many are with next-fit,
+#    which closes a row at the first sample that does not fit?
+#    pytest tests/test_data.py -k padded; 20 minutes.
 # 2. Write a source: captions in another language for the scenes of tasks/scenes.py, as another
 #    name in Stream. 30 minutes; `python pretrain.py --mix=gym:8,captions:2` trains on it.

@@ -590,11 +590,11 @@ class Engine:
         self.tuner.reset()
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. Engine._release, so that the running requests stay in slots 0..n-1.
-#    pytest tests/test_engine.py; 15 minutes.
-# 2. _draft and _advance_head: which places of the cache does the head write to, and why is the
-#    cache rewound three times in a step? pytest tests/test_mmtp.py -k greedy; 60 minutes.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade NAME`.
+# 1. Engine._release: the running requests stay in slots 0..n-1.
+#    pytest tests/test_engine.py -k abort; 15 minutes.
+# 2. Engine._draft and Engine._advance_head: to which places of the cache does the head write? Why
+#    is it rewound three times a step? pytest tests/test_mmtp.py -k "greedy and 3-16"; 60 minutes.
 # 3. The condition in `_admit` that puts admission off. How many prompts are read at a time without
 #    it, and why should requests that all fit never wait?
 #    pytest tests/test_engine.py -k admission; 20 minutes.

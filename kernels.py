@@ -421,12 +421,10 @@ KERNELS = [
       for polynomial in (False, True))]
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. _swiglu_backward_kernel, from the derivative of g * sigmoid(g) * u.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade NAME`.
+# 1. _swiglu_backward_kernel: from the derivative of g * sigmoid(g) * u.
 #    TRITON_INTERPRET=1 pytest tests/test_kernels.py -k kernel_swiglu; 30 minutes.
-# 2. lib/rotary.py, rotary_pairs, from its docstring alone.
+# 2. rotary_pairs in lib/rotary.py: from its docstring alone.
 #    pytest tests/test_model.py -k rotations; 15 minutes.
-# 3. lib/losses.py, _LinearCrossEntropy.forward: all gradients in one pass over chunks of rows, with
-#    never more than `chunk` rows of logits. pytest tests/test_model.py -k linear_cross; 45 minutes.
-# 4. lib/sigmoid.py, _plain: tile by tile, with all four gradients.
+# 3. _plain in lib/sigmoid.py: tile by tile, with all four gradients.
 #    pytest tests/test_train_vit.py -k tiles; 30 minutes.

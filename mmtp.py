@@ -255,8 +255,8 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, uniforms: Tensor) -> tuple[Tens
     return count, categorical(rest, uniforms[:, k])
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. accept. pytest tests/test_mmtp.py -k accept_has_the_distribution: integrated exactly over a
-#    vocabulary of five; 30 minutes.
-# 2. states, option `token` only: which position reads and predicts what at depth k, and what must
-#    not count? pytest tests/test_mmtp.py -k "definition or figure"; 30 minutes.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade accept`.
+# 1. accept: the test integrates exactly over a vocabulary of five.
+#    pytest tests/test_mmtp.py -k accept; 30 minutes.
+# 2. states: with option `token` only. Which position reads and predicts what at depth k, and what
+#    must not count? pytest tests/test_mmtp.py -k "definition or figure"; 30 minutes.

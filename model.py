@@ -342,9 +342,10 @@ class GLMV(nn.Module):
                 "total": size(self)}
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. rope_positions. pytest tests/test_model.py -k positions_by_hand; 30 minutes.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade rope_positions`.
+# 1. rope_positions: the figure in its docstring, for rows of many documents and images.
+#    pytest tests/test_model.py -k positions; 30 minutes.
 # 2. DecoderLayer.forward: what is normed before and after attention and MLP, and what is added?
-#    pytest tests/test_parity.py -k logits (needs requirements-peers.txt); 15 minutes.
+#    It needs requirements-peers.txt. pytest tests/test_parity.py -k logits; 15 minutes.
 # 3. Drop the two norms after attention and MLP and train again: `make demo ARGS=--out=out/plain`.
 #    Does anything change at this size? (In a run of 150 steps we saw no difference.)

@@ -402,8 +402,9 @@ def schedule(step: int, steps: int, warmup: int, kind: str = "linear", decay: fl
     raise ValueError(f"schedule is constant, linear or cosine, not '{kind}'")
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. newton_schulz. pytest tests/test_optim.py -k newton; 20 minutes.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade newton_schulz`.
+# 1. newton_schulz: orthogonal matrices by products alone.
+#    pytest tests/test_optim.py -k newton; 20 minutes.
 # 2. Let is_matrix return False, so that AdamW updates everything, and train 800 steps with
 #    --lr=2e-3 and, for comparison, with Muon; 5 minutes each. How many steps later does the model
 #    begin to read?

@@ -578,9 +578,9 @@ def run(args: Args):
     checkpointer.close()
 
 
-# Exercises. Write it again, run the test.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade loss_sum`.
 # 1. loss_sum: which hidden state predicts which token, and with which token's weight?
-#    pytest tests/test_pretrain.py; 20 minutes.
+#    pytest tests/test_pretrain.py -k loss_sum; 20 minutes.
 # 2. Divide each row's loss by its own weight instead of the global sum, and run
 #    pytest tests/test_pretrain.py -k two_processes. Why does it fail? 10 minutes.
 

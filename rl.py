@@ -587,8 +587,8 @@ def run(args: Args):
         train(args, hw)
 
 
-# Exercises. Write it, run the test.
-# 1. advantages. pytest tests/test_rl.py -k advantages; 15 minutes.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade advantages`.
+# 1. advantages: of the rollouts of one group. pytest tests/test_rl.py -k advantages; 15 minutes.
 # 2. cispo, another entry of LOSSES: the clipped ratio, without gradient, times A logp. Then tis:
 #    A logp times the ratio, cut off at `high`. And gspo, one ratio for a whole reply. Their tests
 #    wait: pytest tests/test_rl.py -k exercise; 45 minutes. To train with one, name it in Args.loss.

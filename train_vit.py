@@ -590,9 +590,9 @@ def trace_stage(machine: Machine, stage: str, args: Args, config: Config, hw):
             "a GPU, an assumption", not cached)
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. cached_gradients: 64 micro-batches as one. pytest tests/test_train_vit.py -k cached; 45 min.
-# 2. lib/ring.py, ring: all ranks' texts in half the rounds. The same file, -k ring; 45 min.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade NAME`.
+# 1. cached_gradients: micro-batches as one. pytest tests/test_train_vit.py -k cached; 45 minutes.
+# 2. ring in lib/ring.py: all ranks' texts. pytest tests/test_train_vit.py -k ring; 45 minutes.
 
 
 if __name__ == "__main__":

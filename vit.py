@@ -312,8 +312,8 @@ class CogViT(nn.Module):
         return self.merger(tokens)
 
 
-# Exercises. Delete the body, write it again, run the test.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade patchify`.
 # 1. patchify: one einops pattern that makes the four patches of a 2x2 group neighbours.
 #    pytest tests/test_model.py -k block_major; 15 minutes.
-# 2. VitAttention.forward. pytest tests/test_parity.py -k tower (needs requirements-peers.txt):
-#    agreement with transformers to 1e-4; 30 minutes.
+# 2. VitAttention.forward: agreement with transformers to 1e-4; it needs requirements-peers.txt.
+#    pytest tests/test_parity.py -k tower; 30 minutes.

@@ -195,8 +195,9 @@ def run(args: Args) -> dict[str, float]:
     return figures
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. sharpen. pytest tests/test_lab.py -k collapse; 15 minutes.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade sharpen`.
+# 1. sharpen: what keeps two networks that teach each other from agreeing on nothing?
+#    pytest tests/test_lab.py -k collapse; 15 minutes.
 # 2. Run with --without=both. The loss has never been better. What has become of `used`? And of
 #    `sure` with --without=std? 60 minutes.
 

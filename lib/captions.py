@@ -351,7 +351,7 @@ class TwoTowers(nn.Module):
         return F.normalize(self.text_proj(self.text(ids, cu_seqlens)).float(), dim=-1)
 
 
-# Exercises. Delete the body, write it again, run the test.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade random_mask`.
 # 1. random_mask: blocks, but exactly the share. pytest tests/test_train_vit.py -k mask; 20 minutes.
 # 2. Remove CAPTION_PARTS, so that each caption says everything, and run
 #    `python train_vit.py --stage=teachers --teachers=semantic`: what becomes of zero_shot? 15 min.

@@ -263,3 +263,8 @@ KERNELS = [
     (_softmax_kernel, dict(logits="*bf16", targets="*i64", weights="*fp32", losses="*fp32",
                            entropies="*fp32", stride="i32", vocabulary="i32"),
      dict(GRADIENT=gradient, **SOFTMAX)) for gradient in (True, False)]
+
+
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade NAME`.
+# 1. _LinearCrossEntropy.forward: all gradients in one pass over chunks of rows, never with more
+#    than `chunk` rows of logits. pytest tests/test_model.py -k linear_cross; 45 minutes.

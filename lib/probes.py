@@ -310,6 +310,6 @@ def evaluate_tower(model, probes: ProbeSet, out: Path, step: int, seed: int = 0,
     return figures
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. linear_probe, with a hundred steps of gradient descent instead of the closed form: how close
-#    do the figures come? pytest tests/test_train_vit.py -k probes; 20 minutes.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade linear_probe`.
+# 1. linear_probe: with a hundred steps of gradient descent instead of the closed form. How close do
+#    the figures come? pytest tests/test_train_vit.py -k probes_find; 20 minutes.

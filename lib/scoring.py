@@ -217,3 +217,8 @@ def paired_difference(first, second) -> tuple[float, float, float]:
     middle = (gained - lost) / cells
     half = 1.96 * math.sqrt(changed - (gained - lost) ** 2 / cells) / cells
     return (gained - lost) / n, max(-1.0, middle - half), min(1.0, middle + half)
+
+
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade interval`.
+# 1. interval: all shares p from which `share` is at most 1.96 standard errors away; the standard
+#    error is that of p, not of `share`. pytest tests/test_scoring.py -k wilsons; 20 minutes.

@@ -432,10 +432,10 @@ class TowerTeacher:
         return self.visual(send(torch.from_numpy(np.concatenate(patches)), device), grids)
 
 
-# Exercises. Delete the body, write it again, run the test.
-# 1. DinoV3.place: angles from places between -1 and 1.
-#    pytest tests/test_teachers.py -k dinov3 (needs requirements-peers.txt); 30 minutes.
-# 2. resample without einops and F.interpolate, for a grid half as fine as the teacher's.
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade NAME`.
+# 1. DinoV3.place: angles from places between -1 and 1. It needs requirements-peers.txt.
+#    pytest tests/test_teachers.py -k dinov3; 30 minutes.
+# 2. resample: without einops and F.interpolate, for a grid half as fine as the teacher's.
 #    pytest tests/test_teachers.py -k student; 20 minutes.
 # 3. A fourth family: CLIP's tower (`clip_vision_model`), with a class token, a table with a row for
 #    it, and one more norm before the blocks. 60 minutes.

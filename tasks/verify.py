@@ -372,3 +372,8 @@ def hacks(reply: str, question: str) -> list[str]:
     return [*(BEGIN + text + END for text in answers), *calls, "", " ", "\0", question, 2 * reply,
             BEGIN + answer, answer + END, END + answer + BEGIN, "<think>" + reply,
             "x" * 1_000_000, reply + "x" * 1_000_000]
+
+
+# Exercises. Delete the body, write it again, run the test, or `python -m lab.grade iou`.
+# 1. iou: the area that both boxes cover, divided by the area that either covers; boxes that only
+#    touch have 0. pytest tests/test_scoring.py -k iou; 10 minutes.

@@ -123,9 +123,25 @@ def test_positions_by_hand():
     """Two words, a 4x4-patch image (2x2 tokens), one word; then a second document."""
     tokens = torch.tensor([5, 6, 9, 9, 9, 9, 7, 8, 5])
     got = rope_positions(tokens, torch.tensor([[1, 4, 4]]), torch.tensor([0, 7, 9]), 9)
-    assert got[0].tolist() == [0, 1, 2, 2, 2, 2, 4, 0, 1]
-    assert got[1].tolist() == [0, 1, 2, 2, 3, 3, 4, 0, 1]
-    assert got[2].tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1]
+    assert got.shape == (3, 9) and got.dtype == torch.int64
+    assert got[0].tolist() == [0, 1, 2, 2, 2, 2, 4, 0, 1], "t"
+    assert got[1].tolist() == [0, 1, 2, 2, 3, 3, 4, 0, 1], "h"
+    assert got[2].tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1], "w"
+
+
+def test_positions_of_wide_and_of_neighbouring_images():
+    """A 1x3 and a 2x1 image (in tokens) side by side, a document that begins and ends with an
+    image, and one of words alone."""
+    tokens = torch.tensor([5, 9, 9, 9, 9, 9, 6, 9, 9, 7, 8])
+    grids, borders = torch.tensor([[1, 2, 6], [1, 4, 2], [1, 2, 4]]), torch.tensor([0, 7, 9, 11])
+    got = rope_positions(tokens, grids, borders, 9)
+    assert got[0].tolist() == [0, 1, 1, 1, 4, 4, 6, 0, 0, 0, 1], "t"
+    assert got[1].tolist() == [0, 1, 1, 1, 4, 5, 6, 0, 0, 0, 1], "h"
+    assert got[2].tolist() == [0, 1, 2, 3, 4, 4, 6, 0, 1, 0, 1], "w"
+    with pytest.raises(ValueError, match="image"):      # a border inside the second image
+        rope_positions(tokens, grids, torch.tensor([0, 5, 9, 11]), 9)
+    with pytest.raises(ValueError, match="image"):      # an image of which there is no token
+        rope_positions(tokens, torch.cat([grids, grids[:1]]), borders, 9)
 
 
 def test_patches_are_block_major():

@@ -25,7 +25,8 @@ import gym
 import pretrain
 import rl
 import train_vit
-from data import Document
+from conftest import random_document
+from data import collate, Document
 from lib import common, runs
 from lib.checkpoint import load_model, save_model
 from lib.cli import main, UserError
@@ -34,6 +35,7 @@ from lib.loader import SampleLoader
 from lib.runs import checkpoints, find_checkpoint, save_checkpoint
 from lib.tensors import load_tensors
 from model import GLMV, sized
+from mmtp import attach, losses as mtp_losses
 from pretrain import Args
 
 SMALL = dict(steps=10, rows=2, row_tokens=256, warmup=3, eval_every=0, workers=0,
@@ -578,6 +580,46 @@ def test_the_run_folder_says_what_ran_and_the_last_step_is_evaluated(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["mix"], config["levels"], config["steps"]) == ("point,text", 3, 3)
     assert config["parameters"]["total"] > 500_000 and "cpu in float32" in config["hardware"]
+
+
+def test_loss_sum_is_that_of_the_definition(model):
+    """Token by token: the state before a token predicts it, and the loss counts with the weight of
+    the predicted token. What a wrong sum would be is computed too, so that a failure names it."""
+    rng, documents = np.random.default_rng(0), []
+    for seed, sizes in enumerate((((4, 6),), (), ((2, 2), (4, 4)))):
+        documents.append(random_document(model.config, sizes, 11 + seed, seed))
+        n = len(documents[-1].ids)
+        documents[-1].weights[:] = rng.random(n) * (rng.random(n) > 0.4)
+    batch = collate(documents, model.config, room=100)
+    with torch.no_grad():
+        merged = model.encode_images(batch)
+        hidden = model(batch, merged)
+        logp = model.lm_head(hidden).log_softmax(-1)
+    tokens, weights = batch.tokens, batch.weights
+    want = own = reading = unweighted = 0.0
+    for t in range(1, len(tokens)):
+        loss_of_t = -float(logp[t - 1, tokens[t]])
+        want += float(weights[t]) * loss_of_t
+        reading += float(weights[t - 1]) * loss_of_t
+        unweighted += loss_of_t
+        own -= float(weights[t] * logp[t, tokens[t]])
+    loss, none = pretrain.loss_sum(model, batch)
+    for wrong, mistake in ((own, "the state of a token must predict the next token, not its own"),
+                           (reading, "the weight is that of the predicted token, not of the read"),
+                           (unweighted, "each token's loss is multiplied by its weight"),
+                           (want / float(weights.sum()), "a sum is wanted, not a mean")):
+        assert loss.item() != pytest.approx(wrong, rel=1e-4), mistake
+    assert loss.item() == pytest.approx(want, rel=1e-4)
+    assert list(none) == [], "without depths there are no losses of the MTP head"
+
+    attach(model, 2)
+    for option in ("token", "embed"):
+        again, deep = pretrain.loss_sum(model, batch, 2, option)
+        assert again.item() == pytest.approx(want, rel=1e-4), "depths change nothing of the first"
+        expected = mtp_losses(model, hidden, batch, merged, 2, option)
+        assert deep.tolist() == pytest.approx(expected.tolist(), rel=1e-4), f"option {option}"
+    pretrain.loss_sum(model, batch, 2, alone=True)[1].sum().backward()
+    assert model.lm_head.weight.grad is None, "`alone`: only the head's own weights may learn"
 
 
 def test_a_shared_picture_is_counted_once_as_it_is_encoded_once():

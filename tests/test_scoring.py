@@ -1,10 +1,12 @@
 """lib/scoring.py: each metric against values computed by hand, and replies that can't be read."""
+import math
+
 import pytest
 
 from lib import scoring
 from lib.scoring import checked, score
 from tasks.base import box
-from tasks.verify import hacks
+from tasks.verify import hacks, iou
 
 
 @pytest.mark.parametrize("metric,reply,answers,expected", [
@@ -100,7 +102,27 @@ def test_chance():
     assert scoring.chance("point-in-box", [[0, 0, 999, 999], [0, 0, 9, 9]]) == 1
 
 
-def test_wilsons_interval():
+@pytest.mark.parametrize("share,n,low,high", [
+    (0.8, 10, 0.490, 0.943), (0.0, 10, 0.0, 0.278), (1.0, 10, 0.722, 1.0), (0.5, 4, 0.150, 0.850)])
+def test_wilsons_interval(share, n, low, high):
     """Values of a table: 8 of 10 is 49.0% to 94.3%; 0 of 10 is 0 to 27.8%."""
-    assert scoring.interval(0.8, 10) == pytest.approx((0.490, 0.943), abs=5e-4)
-    assert scoring.interval(0.0, 10) == pytest.approx((0.0, 0.278), abs=5e-4)
+    found, half = scoring.interval(share, n), 1.96 * math.sqrt(share * (1 - share) / n)
+    assert found != pytest.approx((share - half, share + half), abs=5e-4), (
+        "this is the normal interval: its standard error is that of the observed share")
+    assert found == pytest.approx((low, high), abs=5e-4)
+    assert 0 <= found[0] and found[1] <= 1, "a share is never below 0 nor above 1"
+    if 0 < share < 1:       # both ends are the shares from which `share` is 1.96 errors away
+        for p in found:
+            assert abs(share - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), rel=1e-3)
+
+
+@pytest.mark.parametrize("a,b,expected", [
+    ((0, 0, 10, 10), (0, 0, 10, 10), 1), ((0, 0, 10, 10), (5, 0, 15, 10), 50 / 150),
+    ((0, 0, 10, 10), (2, 3, 4, 8), 10 / 100), ((0, 0, 10, 10), (5, 6, 20, 16), 20 / 230),
+    ((0, 0, 10, 10), (20, 20, 30, 30), 0), ((0, 0, 10, 10), (0, 20, 10, 30), 0),
+    ((0, 0, 10, 10), (10, 0, 20, 10), 0), ((5, 5, 5, 9), (5, 5, 5, 9), 0)],
+    ids=["equal", "shifted", "inside", "corner", "apart", "below", "touching", "no-area"])
+def test_iou_by_hand(a, b, expected):
+    """Boxes are (left, top, right, bottom)."""
+    assert iou(a, b) == pytest.approx(expected), f"of {a} and {b}"
+    assert iou(b, a) == pytest.approx(expected), f"of {b} and {a}, the same in the other order"

@@ -70,7 +70,9 @@ def test_a_mask_hides_exactly_its_share(kind, share):
     rng = np.random.default_rng(0)
     for h, w in ((8, 8), (6, 10), (16, 4)):
         mask = random_mask(rng, h, w, share, kind)
-        assert mask.shape == (h * w,) and mask.sum() == round(share * h * w)
+        assert mask.shape == (h * w,) and mask.dtype == bool
+        hidden = round(share * h * w)
+        assert mask.sum() == hidden, f"{mask.sum()} of {h * w} patches are hidden, not {hidden}"
 
 
 def test_block_masks_hang_together():
@@ -259,8 +261,8 @@ def gradients(model, loss, stream, args, n) -> dict:
     return found
 
 
-@pytest.mark.parametrize("n,micro", [(24, 8), pytest.param(4096, 64, marks=pytest.mark.slow)])
-def test_cached_gradients_of_micro_batches_are_those_of_one_batch(n, micro):
+def compare_with_one_batch(n, micro):
+    """The gradients of n pairs in micro-batches of `micro`, and those of one large batch."""
     config = odd_config()
     model = two_towers(config)
     init(model, 0)
@@ -268,9 +270,20 @@ def test_cached_gradients_of_micro_batches_are_those_of_one_batch(n, micro):
     stream = Captions(config, (16, 24), n)
     one, many = (gradients(model, contrastive_loss, stream, Args(batch=n, micro=m), n)
                  for m in (n, micro))
+    missing = sorted(one.keys() - many.keys())
+    assert not missing, f"no gradient arrives at {missing[:3]}"
     assert one.keys() == many.keys() and len(one) > 40
     for name, value in one.items():
         assert (value - many[name]).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), name
+
+
+def test_cached_gradients_are_those_of_one_batch():
+    compare_with_one_batch(24, 8)
+
+
+@pytest.mark.slow
+def test_gradients_of_64_micro_batches_are_those_of_one_batch():
+    compare_with_one_batch(4096, 64)
 
 
 @pytest.mark.slow
