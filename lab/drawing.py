@@ -86,14 +86,16 @@ def ticks(most: float, count: int) -> list[float]:
 
 
 def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 300,
-          clip: bool = False, bands: dict[str, list] | None = None) -> str:
+          clip: bool = False, bands: dict[str, list] | None = None,
+          dashed: dict[str, str] | None = None) -> str:
     """{name: [(x, y), ...]} as a chart of full width, axes from 0 to the largest x and y; nothing
     where every series has less than two points. The legend shows the last value of each series.
 
     clip: end the y axis at four times the median, for losses, whose first values are far larger
-    than the rest. bands: {name: [(x, low, high), ...]} that are shaded behind the lines.
+    than the rest. bands: {name: [(x, low, high), ...]} that are shaded behind the lines. dashed:
+    {name: another}, a dashed line in the other one's color.
     """
-    bands = bands or {}
+    bands, dashed = bands or {}, dashed or {}
     if not any(len(points) > 1 for points in series.values()):
         return ""
     series = {name: points for name, points in series.items() if points}
@@ -122,9 +124,11 @@ def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 3
     parts.append(f'<text x="{(LEFT + WIDE - RIGHT) / 2}" y="{high - 5}" text-anchor="middle">'
                  f"{html.escape(unit)}</text>")
     legend = []
-    for i, (name, points) in enumerate(series.items()):
+    own = [name for name in series if name not in dashed]       # those with a color of their own
+    for name, points in series.items():
+        i = own.index(dashed.get(name, name))
         color = COLORS[i % len(COLORS)]
-        dashed = i // len(COLORS) % 2       # there are more lines than colors
+        broken = name in dashed or i // len(COLORS) % 2     # or there are more lines than colors
         if band := bands.get(name):
             edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
             area = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in edge)
@@ -133,11 +137,11 @@ def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 3
             line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" '
                          'stroke-width="2.5" stroke-linejoin="round"'
-                         + ' stroke-dasharray="8 5"' * dashed + "/>")
+                         + ' stroke-dasharray="8 5"' * broken + "/>")
         if len(points) <= 20:               # few measurements: show where they are
             parts += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="4" fill="{color}"/>'
                       for x, y in points]
-        swatch = f"linear-gradient(90deg,{color} 38%,#fff 38% 62%,{color} 62%)" if dashed else color
+        swatch = f"linear-gradient(90deg,{color} 38%,#fff 38% 62%,{color} 62%)" if broken else color
         legend.append(f'<span><i style="background:{swatch}"></i>{html.escape(name)} '
                       f'<b>{number(points[-1][1])}</b></span>')
     if heights[-1] > most:

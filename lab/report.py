@@ -4,6 +4,7 @@
     python -m lab.report out/demo
     python -m lab.report out/eval_own      an evaluation of sample.py: figures and examples
     python -m lab.report out/A out/B out/C      several runs on one page: see lab/compare.py
+    python -m lab.report out/demo --reference   are my runs right? See lab/reference.py
     python -m lab.report fields            explain the fields of log.jsonl
 
 The page is out/pretrain/report.html. It contains its pictures and fetches nothing, so it can be
@@ -24,14 +25,12 @@ from pathlib import Path
 from PIL import Image
 
 import gym
-import pretrain
-import rl
-import train_vit
 from data import parse_mix, sight, task_pixels
-from lab import compare
+from lab import compare, reference
 from lab.drawing import (curve, figures_html, groups_html, inline, number, one_table, page_html,
                          smooth, stages_html, summary_html, table_html, text_table, tiles_html)
 from lab.fields import CHARTS, field_of, print_fields, usable
+from lab.reference import script_of
 from lib.checkpoint import load_model
 from lib.cli import cli, field_comments, main, UserError
 from lib.common import clock, read_json, read_log, setup, write_json, write_text
@@ -44,28 +43,33 @@ from tokenizer import Tokenizer, tokenizer_of
 
 QUESTIONS = 12                # tasks that a run of pretrain.py answers on its page
 FIRST_SEED = 2_000_000        # of these tasks; the split `test` keeps them apart from training
-SCRIPTS = {"pretrain.py": pretrain.Args, "train_vit.py": train_vit.Args, "rl.py": rl.Args}
 
 
 @dataclass
 class Args:
     run: list[str] = dataclasses.field(default_factory=list)    # run folders, or `fields`
     out: str = "out/compare.html"       # file for the page of several runs
+    reference: bool = False     # is the run right? Compare it with the curves in lab/references
 
 
 # ---- curves and tables of a log -----------------------------------------------------------------
 
-def charts(lines: list[dict]) -> str:
+def charts(lines: list[dict], known: dict | None = None) -> str:
     """All charts of CHARTS for which the lines of one log have fields, each field in one chart;
-    the minor ones are folded away."""
+    the minor ones are folded away. known: the curves of a reference, which are drawn beside."""
     shown, folded = [], []
     for chart in CHARTS:
-        series = {}
+        series, bands, dashed = {}, {}, {}
         for key, name in chart.fields(lines).items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             series[name] = smooth(points) if chart.smooth else points
+            if key in (known or {}):
+                beside, rows = f"{name}, reference", known[key]["points"]
+                series[beside] = [(step, mean) for step, mean, _, _ in rows]
+                bands[beside] = [(step, low, high) for step, _, low, high in rows]
+                dashed[beside] = name
         drawn = curve(series, chart.title, high=220 if chart.minor else 300,
-                      clip="loss" in chart.lines)
+                      clip="loss" in chart.lines, bands=bands, dashed=dashed)
         (folded if chart.minor else shown).append(drawn)
     if any(folded):
         shown.append(f"<details><summary>More curves: time, gradient, learning rate</summary>"
@@ -176,17 +180,6 @@ def card(sample: dict, pictures: Path) -> str:
 
 # ---- settings -----------------------------------------------------------------------------------
 
-def script_of(config: dict):
-    """(name, Args) of the script whose options a config.json holds; (None, None) for others."""
-    def shared(args):
-        return len({field.name for field in dataclasses.fields(args)} & config.keys())
-
-    name, args = max(SCRIPTS.items(), key=lambda pair: shared(pair[1]))
-    if shared(args) < 0.7 * len(dataclasses.fields(args)):
-        return None, None
-    return name, args
-
-
 def settings(config: dict) -> str:
     """The options of a run: a command line, those that differ from the defaults, and the rest
     folded away. Nothing for a config.json that is not of a script."""
@@ -259,12 +252,14 @@ def header(run: Path, facts: dict, config: dict, logs: dict) -> str:
     return "".join(parts)
 
 
-def section(name: str, lines: list[dict], config: dict, alone: bool) -> str:
-    """One log: summary (where the page has several logs), charts, rewards, settings."""
+def section(name: str, lines: list[dict], config: dict, alone: bool,
+            known: dict | None = None) -> str:
+    """One log: summary (where the page has several logs), charts, rewards, settings. known: the
+    curves of a reference."""
     parts = [f"<h2>{'Curves' if alone else html.escape(name)}</h2>"]
     if not alone:
         parts.append(tiles_html(summary(lines)))
-    parts.append(charts(lines))
+    parts.append(charts(lines, known))
     if table := by_category(lines):
         parts.append("<p>Sampled rollouts, means over the first and the last tenth of the steps:"
                      "</p>" + one_table(table))
@@ -274,8 +269,9 @@ def section(name: str, lines: list[dict], config: dict, alone: bool) -> str:
     return "".join(parts) + used
 
 
-def page(run: Path) -> str:
-    """The page's HTML. Raises UserError where the folder holds nothing to show."""
+def page(run: Path, compared: tuple = ()) -> str:
+    """The page's HTML. compared: logs beside their references, reference.Compared. Raises UserError
+    where the folder holds nothing to show."""
     logs = {path.parent: usable(read_log(path))
             for path in sorted([*run.glob("log.jsonl"), *run.glob("*/log.jsonl")])}
     logs = {folder: lines for folder, lines in logs.items() if lines}
@@ -286,20 +282,23 @@ def page(run: Path) -> str:
     configs = {folder: read_json(folder / "config.json")
                for folder in (run, *logs) if (folder / "config.json").exists()}
     try:
-        return page_of(run, facts, configs, logs)
+        return page_of(run, facts, configs, logs, compared)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if found is None:
             raise
         raise UserError(f"{found} is damaged ({repr(error)[:100]}): remove it to go on") from None
 
 
-def page_of(run: Path, facts: dict, configs: dict, logs: dict) -> str:
+def page_of(run: Path, facts: dict, configs: dict, logs: dict, compared: tuple = ()) -> str:
     """The page's HTML. facts: of report.json or eval.json; configs, logs: {folder: config.json},
-    {folder: lines of log.jsonl}."""
+    {folder: lines of log.jsonl}; compared: see `page`."""
     order = list(facts.get("figures", {}))          # stages in the order in which they ran
     logs = dict(sorted(logs.items(), key=lambda pair: (
         order.index(pair[0].name) if pair[0].name in order else len(order))))
     parts = [header(run, facts, configs.get(run, {}), logs)]
+    if compared:
+        parts.append("<h2>Is this run right?</h2><pre>"
+                     f"{html.escape(reference.in_words(run, compared))}</pre>")
     if facts.get("stages"):
         parts.append("<h2>What each stage improves</h2>" + stages_html(facts["stages"]))
     if "groups" in facts:
@@ -324,18 +323,20 @@ def page_of(run: Path, facts: dict, configs: dict, logs: dict) -> str:
     parts += [curve(series, title, facts.get("unit", "step"))
               for title, series in facts.get("curves", {}).items()]
     for folder, lines in logs.items():
-        parts.append(section(folder.name, lines, configs.get(folder, {}), len(logs) == 1))
+        known = next((one.reference["curves"] for one in compared
+                      if one.folder == folder and one.reference), None)
+        parts.append(section(folder.name, lines, configs.get(folder, {}), len(logs) == 1, known))
     parts.append(glossary([line for lines in logs.values() for line in lines]))
     return page_html(facts.get("title", run.name), parts)
 
 
-def write(run) -> Path:
-    """Make report.html in a run folder and return its path."""
+def write(run, compared: tuple = ()) -> Path:
+    """Make report.html in a run folder and return its path. compared: see `page`."""
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"there is no run folder {run}")
     path = run / "report.html"
-    write_text(path, page(run))
+    write_text(path, page(run, compared))
     return path
 
 
@@ -346,6 +347,8 @@ def report(args: Args):
         return print_fields()
     if not args.run:
         raise UserError("which run? give its folder, or the word `fields`")
+    if args.reference and len(args.run) > 1:
+        raise UserError("--reference takes one run, or one folder of runs")
     if len(args.run) > 1:
         return print(compare.write([Path(run) for run in args.run], args.out))
     run = Path(args.run[0])
@@ -355,7 +358,10 @@ def report(args: Args):
             answer_questions(run, config)
         except UserError as error:      # a damaged checkpoint: the curves can still be shown
             print(f"no questions are answered: {error}")
-    print(write(run))
+    compared = reference.compare_all(run) if args.reference else ()
+    if compared:
+        print(reference.in_words(run, compared))
+    print(write(run, compared))
 
 
 if __name__ == "__main__":

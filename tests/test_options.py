@@ -48,6 +48,7 @@ ENTRIES = {
     "lab.verify": [("Args", "run", ("peers",), ("--ckpt=x",))],
     "lab.vit_pays": [("Args", "pays", ("make_tower",), ())],
     "lab.load": [("Args", "run", ("server_process",), ())],
+    "lab.reference": [("Args", "run", (), ())],
     "lab.report": [("Args", "report", ("write",), ())]}
 CASES = [(script, *entry) for script, entries in ENTRIES.items() for entry in entries]
 ELSEWHERE = {"lab.bench_rl": "takes the options of rl.py", "lab.campaign": "kills processes",
