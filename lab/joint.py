@@ -18,7 +18,6 @@ its own interval (`world`), it is over the tasks.
 If a study is started again, finished runs are not repeated and an interrupted one continues.
 """
 import functools
-import math
 import os
 import re
 from contextlib import nullcontext
@@ -34,6 +33,7 @@ import pretrain
 import rl
 from data import parse_mix
 from lab import report
+from lab.sheet import effect
 from lab.worlds import fallible, FEW, slip, timed
 from lib.checkpoint import load_config, load_model
 from lib.cli import (check_options, cli, Count, main, Natural, NonNegative, Positive, Range,
@@ -301,22 +301,6 @@ def run_arm(name: str, seed: int, start: Path, study: Study, args: Args, out: Pa
 
 
 # ---- figures ------------------------------------------------------------------------------------
-
-# Student's t, by the number of seeds: its 97.5% and 80% quantiles.
-T = {2: (12.706, 1.376), 3: (4.303, 1.061), 4: (3.182, 0.978), 5: (2.776, 0.941)}
-
-
-def effect(values: list[float]) -> dict[str, float]:
-    """An effect from one value a seed: mean, ends of its 95% interval, and the least effect that
-    would be seen with a probability of 80%; of a single seed the mean alone."""
-    n, mean = len(values), float(np.mean(values))
-    if n == 1:
-        return {"mean": mean}
-    sure, often = T.get(n, (1.96, 0.84))        # those of a normal distribution from six on
-    error = float(np.std(values, ddof=1)) / math.sqrt(n)
-    return {"mean": mean, "low": mean - sure * error, "high": mean + sure * error,
-            "detectable": (sure + often) * error}
-
 
 def share(solved: dict[str, str], names) -> float:
     """Percent of tasks that are solved, each category counting the same."""

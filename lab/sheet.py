@@ -1,0 +1,332 @@
+"""Lab sheets: a claim of the paper as an experiment with an answer.
+
+A sheet is a file of lab/sheets/ with a docstring (its first line is the claim), a function that
+measures one run, and a `Sheet` with the tests. Each test has a number, fixed before the run, that
+says how large an effect the claim speaks of. `python -m lab` lists and runs the sheets.
+
+One seed runs every arm, on the same samples where it can, and gives one effect: a difference
+between arms. The effect of the sheet is the mean over the seeds, with a 95% interval by Student's
+t. `detectable` is the least effect that so many seeds, which differ so much, would show in four of
+five studies. From these four numbers, `Gain.verdict` and `NoLoss.verdict` say what was found:
+
+    reproduced          the effect is there, and not smaller than the claim's
+    not at this scale   an effect as large as the claim's would have been seen, but was not
+    contradicted        the opposite is there
+    underpowered        these runs can't tell; more seeds or longer runs could
+"""
+import hashlib
+import importlib
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from lab import drawing
+from lib.cli import UserError
+from lib.common import clock, read_json, ROOT, setup, write_json, write_text
+
+FOLDER = ROOT / "lab" / "sheets"
+VERDICTS = ("reproduced", "underpowered", "not at this scale", "contradicted")  # best to worst
+
+# Student's t: its 97.5% and 80% quantiles, by the number of seeds.
+T = {2: (12.706, 1.376), 3: (4.303, 1.061), 4: (3.182, 0.978), 5: (2.776, 0.941),
+     6: (2.571, 0.920), 7: (2.447, 0.906), 8: (2.365, 0.896), 9: (2.306, 0.889),
+     10: (2.262, 0.883)}
+
+
+def effect(values: list[float]) -> dict[str, float]:
+    """An effect from one value a seed: mean, ends of its 95% interval, and the least effect that
+    would be seen with a probability of 80%; of a single seed the mean alone."""
+    n, mean = len(values), statistics.fmean(values)
+    if n == 1:
+        return {"mean": mean}
+    sure, often = T.get(n, (1.96, 0.84))        # those of a normal distribution from eleven on
+    error = statistics.stdev(values) / math.sqrt(n)
+    return {"mean": mean, "low": mean - sure * error, "high": mean + sure * error,
+            "detectable": (sure + often) * error}
+
+
+# ---- what a sheet consists of ---------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Gain:
+    """The claim: something gets better, by `claimed` or more.
+
+    name: the effect with its unit. of: {arm: figures} of one seed -> the effect of this seed, a
+    positive number if the claim is right. claimed: the effect that the claim speaks of. source:
+    where that number comes from, with [C], [R] or [O].
+    """
+    name: str
+    of: Callable[[dict], float]
+    claimed: float
+    source: str
+
+    def verdict(self, found: dict) -> str:
+        """found: as `effect` returns it."""
+        if len(found) == 1:                     # one seed has no interval
+            return "underpowered"
+        if found["high"] < 0:
+            return "contradicted"
+        if found["low"] > 0 and found["high"] >= self.claimed:
+            return "reproduced"
+        return "not at this scale" if found["detectable"] < self.claimed else "underpowered"
+
+
+@dataclass(frozen=True)
+class NoLoss(Gain):
+    """The claim: nothing is lost, or less than `claimed`. A loss is a negative effect."""
+
+    def verdict(self, found: dict) -> str:
+        if len(found) == 1:
+            return "underpowered"
+        if found["low"] >= -self.claimed:
+            return "reproduced"
+        return "contradicted" if found["high"] < -self.claimed else "underpowered"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """measure(arm, seed, folder) does one run in a folder of its own, or the rest of one that was
+    interrupted, and returns {figure: number}; a figure may also be a list of points (x, y), which
+    is drawn as a curve. prepare(folder), if there is one, is called before each run and makes what
+    all of them begin from, unless it is there already; the runs find it in folder.parent / "start".
+    """
+    arms: tuple[str, ...]
+    measure: Callable[[str, int, Path], dict]
+    tests: tuple[Gain, ...]
+    equal: str                      # what the arms have in common: steps, samples, CPU minutes
+    minutes: float                  # of all runs on one core, measured
+    kind: str = "bench"             # bench: 20 minutes on two cores at most; night: longer
+    seeds: int = 3
+    prepare: Callable[[Path], object] | None = None
+
+
+def names() -> list[str]:
+    """The names of all sheets."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+
+
+def load(name: str):
+    """The module of a sheet: its docstring is the text, `SHEET` the experiment."""
+    if name not in names():
+        raise UserError(f"there is no sheet '{name}', only {', '.join(names())}")
+    return importlib.import_module(f"lab.sheets.{name}")
+
+
+def claim(name: str) -> str:
+    """The first line of a sheet's docstring."""
+    return load(name).__doc__.strip().splitlines()[0]
+
+
+def kept(name: str) -> dict | None:
+    """The answer that lies beside the sheet, if it was measured."""
+    path = FOLDER / f"{name}.json"
+    return read_json(path) if path.exists() else None
+
+
+# ---- runs -----------------------------------------------------------------------------------------
+
+def sources() -> dict[str, str]:
+    """{file: digest} of all files of this repository that are imported now."""
+    paths = {Path(module.__file__).resolve() for module in list(sys.modules.values())
+             if getattr(module, "__file__", None)}
+    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+            for path in sorted(paths)
+            if path.is_file() and path.is_relative_to(ROOT) and ".venv" not in path.parts}
+
+
+def check_sources(folder: Path):
+    """Note the code that a sheet's runs are made with. Raises UserError if the runs in `folder`
+    were made with other code: they would be taken for runs of this one."""
+    now, path = sources(), folder / "code.json"
+    if not path.exists():
+        return write_json(path, now)
+    before = read_json(path)
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise UserError(f"{changed[0]} has changed since the runs in {folder} were made: take "
+                        "another folder (--out=out/changed), or remove this one")
+
+
+def rule_of(name: str) -> dict | None:
+    """The commit in which a sheet's file was last changed: {commit, date}. None if it has changes
+    that are not committed, or if git does not know it."""
+    files = [f"lab/sheets/{name}.py"]
+    status = git("status", "--porcelain", "--", *files)
+    commit = git("log", "-1", "--format=%h %cI", "--", *files)
+    if status or not commit:
+        return None
+    return dict(zip(("commit", "date"), commit.split()))
+
+
+def git(*words: str) -> str | None:
+    """What git prints, or None where there is no git or no repository."""
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def answer(name: str, runs: dict[int, dict]) -> dict:
+    """The answer of a sheet from {seed: {arm: figures}}: an entry for each test, and the verdict of
+    the sheet, which is the worst of its tests'."""
+    tests = {}
+    for test in load(name).SHEET.tests:
+        values = [test.of(runs[seed]) for seed in runs]
+        found = effect(values)
+        tests[test.name] = {"seeds": values, **found, "claimed": test.claimed,
+                            "source": test.source, "kind": type(test).__name__,
+                            "verdict": test.verdict(found)}
+    worst = max((test["verdict"] for test in tests.values()), key=VERDICTS.index)
+    return {"claim": claim(name), "verdict": worst, "tests": tests}
+
+
+def run(name: str, first: int = 0, seeds: int = 0, out: Path = Path("out/lab")) -> dict:
+    """Run a sheet, or what is missing of it: every arm of a seed, then the next seed. Returns its
+    answer, which is also written to out/NAME/answer.json, with the page out/NAME/report.html."""
+    sheet, folder = load(name).SHEET, Path(out) / name
+    numbers = range(first, first + (seeds or sheet.seeds))
+    todo = [(seed, arm) for seed in numbers for arm in sheet.arms]
+    check_sources(folder)
+    hw, began, measured = setup("cpu"), time.time(), 0
+    runs: dict[int, dict] = {}
+    for i, (seed, arm) in enumerate(todo):
+        own = folder / f"{arm.replace(' ', '_')}-{seed}"
+        path = own / "figures.json"
+        if not path.exists():
+            if sheet.prepare:
+                sheet.prepare(folder / "start")
+            found = sheet.measure(arm, seed, own)
+            write_json(path, {"began": began, "figures": found})
+            measured += 1
+        runs.setdefault(seed, {})[arm] = read_json(path)["figures"]
+        # Runs that were there already say nothing about the time that the others will take.
+        each = (time.time() - began) / measured if measured else 60 * sheet.minutes / len(todo)
+        print(f"{name}: {i + 1} of {len(todo)} runs, seed {seed}, {arm}: "
+              + ", ".join(f"{key} {drawing.number(value)}"
+                          for key, value in runs[seed][arm].items() if not is_curve(value))
+              + f"; about {clock(each * (len(todo) - i - 1))} left", flush=True)
+    start = min(read_json(path)["began"] for path in folder.glob("*/figures.json"))
+    found = answer(name, runs) | {
+        "rule": rule_of(name), "began": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(start)),
+        "where": hw.description,
+        "runs": {f"{arm}, seed {seed}": {key: value for key, value in figures.items()
+                                         if not is_curve(value)}
+                 for seed, arms in runs.items() for arm, figures in arms.items()}}
+    write_json(folder / "answer.json", found)
+    write_text(folder / "report.html", page(name, found, curves(runs)))
+    return found
+
+
+def keep(name: str, found: dict):
+    """Put an answer beside the sheet. Raises UserError unless the rule was committed before the
+    first run began, and at least three seeds were run."""
+    rule = found["rule"]
+    if rule is None:
+        raise UserError(f"lab/sheets/{name}.py is not committed: commit the rule, then run it")
+    if datetime.fromisoformat(rule["date"]) > datetime.fromisoformat(found["began"]):
+        raise UserError(f"lab/sheets/{name}.py was committed ({rule['date']}) after the first run "
+                        f"began ({found['began']}): remove its runs and run it again")
+    if min(len(test["seeds"]) for test in found["tests"].values()) < 3:
+        raise UserError("an answer needs three seeds")
+    write_json(FOLDER / f"{name}.json", found)
+
+
+# ---- what is shown ----------------------------------------------------------------------------------
+
+def is_curve(value) -> bool:
+    return isinstance(value, list)
+
+
+def curves(runs: dict[int, dict]) -> dict[str, dict]:
+    """{figure: {arm: points}}, the means over the seeds, of the figures that are curves."""
+    found: dict[str, dict] = {}
+    for arm in next(iter(runs.values())):
+        rows = [arms[arm] for arms in runs.values()]
+        for key in [key for key, value in rows[0].items() if is_curve(value)]:
+            points = zip(*(row[key] for row in rows))       # of all seeds at the same place
+            found.setdefault(key, {})[arm] = [
+                (same[0][0], statistics.fmean(y for _, y in same)) for same in points]
+    return found
+
+
+def in_words(test: dict) -> str:
+    """A test's effect as one line: mean, interval, least effect, what was claimed."""
+    number = drawing.number
+    if "low" not in test:
+        return f"{test['mean']:+.3g}, one seed; claimed {number(test['claimed'])}"
+    claimed = ("a gain of" if test["kind"] == "Gain" else "a loss below") + " "
+    return (f"{test['mean']:+.3g} [{number(test['low'])} to {number(test['high'])}], detectable "
+            f"{number(test['detectable'])}; the claim is {claimed}{number(test['claimed'])}")
+
+
+def show(name: str, found: dict):
+    """Print an answer."""
+    print(f"\n{found['claim']}")
+    for title, test in found["tests"].items():
+        seeds = ", ".join(f"{value:+.3g}" for value in test["seeds"])
+        print(f"  {title}\n    {in_words(test)} ({test['source']})\n    each seed: {seeds}\n"
+              f"    {test['verdict']}")
+    print(f"verdict: {found['verdict']}")
+    if found["rule"] is None:
+        print(f"the rule in lab/sheets/{name}.py has changes that are not committed")
+
+
+def forest(tests: dict[str, dict]) -> str:
+    """A picture for each test: zero and the claimed effect as lines, each seed as a dot, the mean
+    and its interval as a diamond on a bar."""
+    wide, high, parts = 960, 96, []
+    for title, test in tests.items():
+        claimed = test["claimed"] * (1 if test["kind"] == "Gain" else -1)
+        ends = [0, claimed, *test["seeds"], test.get("low", 0), test.get("high", 0)]
+        least, most = min(ends), max(ends)
+        room = (most - least) or 1
+
+        def at(value):
+            return 40 + (value - least) / room * (wide - 80)
+
+        marks = [f'<path d="M{at(0):.1f} 8V66" stroke="#1d2733"/>'
+                 f'<text x="{at(0):.1f}" y="84" text-anchor="middle">0</text>',
+                 f'<path d="M{at(claimed):.1f} 8V66" stroke="#d97706" stroke-dasharray="6 4"/>'
+                 f'<text x="{at(claimed):.1f}" y="84" text-anchor="middle" fill="#d97706">'
+                 f"{drawing.number(claimed)}</text>"]
+        marks += [f'<circle cx="{at(value):.1f}" cy="22" r="5" fill="#2f6fd0" opacity="0.7"/>'
+                  for value in test["seeds"]]
+        if "low" in test:
+            marks.append(f'<path d="M{at(test["low"]):.1f} 48H{at(test["high"]):.1f}" '
+                         'stroke="#2f6fd0" stroke-width="4"/>')
+        mean = at(test["mean"])
+        marks.append(f'<path d="M{mean - 8:.1f} 48L{mean:.1f} 39L{mean + 8:.1f} 48L{mean:.1f} 57Z" '
+                     'fill="#2f6fd0"/>')
+        parts.append(f"<figure><figcaption>{drawing.html.escape(title)}</figcaption>"
+                     f'<svg viewBox="0 0 {wide} {high}" font-size="15" fill="#5f6b7a">'
+                     f'{"".join(marks)}</svg></figure>')
+    return "".join(parts)
+
+
+def page(name: str, found: dict, drawn: dict[str, dict]) -> str:
+    """The answer of a sheet as one HTML page."""
+    escape = drawing.html.escape
+    text = load(name).__doc__.strip().split("\n\n")
+    paragraphs = "".join(f"<p>{escape(' '.join(part.split()))}</p>" for part in text[1:])
+    rows = [(title, in_words(test), test["source"], test["verdict"])
+            for title, test in found["tests"].items()]
+    rule = found["rule"]
+    when = f"rule of {rule['date']} ({rule['commit']})" if rule else "rule not committed"
+    return drawing.page_html(f"{name}: {found['verdict']}", [
+        f"<h1>{escape(found['claim'])}</h1>",
+        drawing.tiles_html([("verdict", found["verdict"]), ("sheet", escape(name))]), paragraphs,
+        "<h2>Effects</h2>", drawing.text_table(("effect", "found", "source", "verdict"), rows),
+        forest(found["tests"]),
+        '<p class="quiet">Dots: seeds. Diamond and bar: mean and 95% interval. Dashed: the effect '
+        "that the claim speaks of, or the loss that it allows.</p>",
+        *(drawing.curve(series, key) for key, series in drawn.items()),
+        "<h2>Runs</h2>", drawing.figures_html(found["runs"]),
+        f'<p class="quiet">Equal in all arms: {escape(load(name).SHEET.equal)}. '
+        f"{escape(found['where'])}; {when}, first run {found['began']}.</p>"])
