@@ -47,8 +47,13 @@ ENTRIES = {
     "lab.vit_claims": [("Args", "run", ("one_seed", "subprocess.run"), ())],
     "lab.verify": [("Args", "run", ("peers",), ("--ckpt=x",))],
     "lab.vit_pays": [("Args", "pays", ("make_tower",), ())],
+    "lab.__main__": [("Args", "run", ("sheet.run",), ("qk_norm",))],
     "lab.load": [("Args", "run", ("server_process",), ())],
     "lab.reference": [("Args", "run", (), ())],
+    "lab.records": [("List", "list_records", (), ()),
+                    ("Verify", "verify", ("measure",),
+                     (f"--entries={ROOT / 'records/falling_rate.json'}",)),
+                    ("Trial", "trial", ("Meter",), ())],
     "lab.report": [("Args", "report", ("write",), ())]}
 CASES = [(script, *entry) for script, entries in ENTRIES.items() for entry in entries]
 ELSEWHERE = {"lab.bench_rl": "takes the options of rl.py", "lab.campaign": "kills processes",
