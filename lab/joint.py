@@ -19,6 +19,7 @@ If a study is started again, finished runs are not repeated and an interrupted o
 """
 import functools
 import os
+import random
 import re
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -153,17 +154,33 @@ def weak_verifier():
     return mock.patch.dict(gym.CATEGORIES, counting=weak)
 
 
+def unreliable(chance: float):
+    """A context in which this share of all verdicts is the opposite of the right one. Task and
+    evidence decide which: the same episode of the same task is always judged in the same way."""
+    true = gym.Rewards.score
+
+    def score(self, task, evidence):
+        found = true(self, task, evidence)
+        if found.error or random.Random(repr((task, evidence))).random() >= chance:
+            return found
+        return replace(found, reward=1 - found.reward)
+
+    return mock.patch.object(gym.Rewards, "score", score)
+
+
 # ---- arms ---------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Phase:
     """A part of an arm. how: rl or sft. share: of the arm's minutes. options: further ones of rl.py
-    or pretrain.py. around: makes the context in which it runs."""
+    or pretrain.py. around: makes the context in which it runs. steps: so many, instead of a share
+    of the minutes."""
     how: str
     mix: str
     share: float = 1.0
     options: dict = field(default_factory=dict)
     around: object = nullcontext
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -244,14 +261,16 @@ def settings_of(phase: Phase, args: Args, init: Path, seed: int, out: Path):
 
 
 def train(phase: Phase, args: Args, minutes: float, *where) -> float:
-    """Train for about so many CPU minutes, or go on where that was interrupted; return the minutes.
-    The pace is measured in the first steps and again in the middle, since long episodes are rare;
-    in the second half the learning rate falls. A run that ends because nothing has a signal is an
+    """Train for about so many CPU minutes, or for the phase's steps, or go on where that was
+    interrupted; return the minutes. The pace is measured in the first steps and again in the
+    middle, since long episodes are rare; in the second half the learning rate falls. A run that ends because nothing has a signal is an
     outcome, too: it learns nothing in the minutes that are left.
     """
     work, settings = settings_of(phase, args, *where)
     with phase.around():
         try:
+            if phase.steps:
+                return timed(work, replace(settings, steps=phase.steps)) / 60
             steps = 3 * FEW
             begun, spent = (timed(work, replace(settings, steps=n, schedule="constant"))
                             for n in (FEW, steps))
@@ -283,6 +302,14 @@ def examine(folder: Path, run: Path, study: Study, count: int, think: int = 0) -
         write_json(run / "report.json", {"title": run.name, "samples": shown})
         write_json(path, solved)
     return read_json(path)
+
+
+def make_start(study: Study, args: Args, out: Path) -> Path:
+    """Train a study's start in the folder `out`, unless it is there; return its checkpoint."""
+    work, settings = settings_of(study.start, args, Path(args.init or study.init), 100, out)
+    with study.start.around():
+        timed(work, replace(settings, steps=args.before))
+    return find_checkpoint(out)
 
 
 def run_arm(name: str, seed: int, start: Path, study: Study, args: Args, out: Path) -> dict:
@@ -382,12 +409,8 @@ def joint(args: Args):
                         f"{', '.join(study.arms)}")
     asked = {name: value for name, value in asdict(args).items()
              if name not in ("seeds", "first", "arms", "out")}
-    start = Path(args.init or study.init)
     with same_options(out / "config.json", asked):
-        work, settings = settings_of(study.start, args, start, 100, out / "start")
-        with study.start.around():
-            timed(work, replace(settings, steps=args.before))
-        start = find_checkpoint(out / "start")
+        start = make_start(study, args, out / "start")
         before = {"solved": examine(start, out / "start", study, args.count)}
         if "start" in study.think:
             before["thinking"] = examine(start, out / "start", study, args.count, args.think)
