@@ -1,4 +1,4 @@
-"""A contest: in how little CPU time does a model learn to solve most of the demo's tasks?
+"""A contest: in how little CPU time does a model learn to solve the demo's tasks?
 
     python -m lab.records list                      the table of RECORDS.md
     python -m lab.records verify records/NAME.json  measure an entry beside the baseline, 3 seeds
@@ -80,8 +80,8 @@ class Track:
 # Baselines leave the MTP head out: in both recipes it learns by itself and changes no reply.
 DEMO = {"mix": MIX, "row_tokens": ROW_TOKENS, "levels": 1, "vit": "ckpt/semantic", "mtp": 0}
 TRACKS = {
-    "short": Track(60.0, 10.0, 10.0, {**DEMO, "rows": 1, "steps": 3000, "own_question": True}),
-    "long": Track(90.0, 40.0, 40.0, {**DEMO, "rows": 2, "steps": 2600})}
+    "short": Track(50.0, 10.0, 15.0, {**DEMO, "rows": 1, "steps": 3000, "own_question": True}),
+    "long": Track(90.0, 40.0, 60.0, {**DEMO, "rows": 2, "steps": 2600})}
 
 
 # ---- entries ------------------------------------------------------------------------------------
@@ -104,7 +104,8 @@ TEXTS = ("author", "date", "what", "track")     # what each entry has to have
 
 
 def is_line(value) -> bool:
-    return isinstance(value, str) and value.isprintable()
+    """Whether a value is a text that fits into a cell of the table."""
+    return isinstance(value, str) and value.isprintable() and "|" not in value
 
 
 def read_entry(path) -> Entry:
@@ -118,7 +119,7 @@ def read_entry(path) -> Entry:
                             "and patch")
     for name in TEXTS:
         if not is_line(found.get(name)) or not found[name].strip():
-            raise UserError(f"{path}: '{name}' has to be a line of text")
+            raise UserError(f"{path}: '{name}' has to be a line of text without |")
     options, patch = found.get("options", {}), found.get("patch", "")
     if not isinstance(options, dict):
         raise UserError(f"{path}: 'options' has to be an object, {{\"lr\": 0.004}}")
@@ -234,8 +235,8 @@ class Meter:
         """The outcome of the run."""
         return {"reached": self.reached, "step": self.step,
                 "minutes": self.spent / 60 if self.reached else self.track.minutes,
-                "percent": self.points[-1]["percent"],
-                "seconds_a_step": self.spent / self.step}
+                "percent": self.points[-1]["percent"] if self.points else 0.0,
+                "seconds_a_step": self.spent / max(1, self.step)}
 
 
 @dataclass
@@ -283,10 +284,15 @@ def git(*words, where: Path | None = None) -> str:
     return done.stdout.strip()
 
 
+def source() -> str:
+    """The commit of this tree, with "-dirty" where a tracked file has changed since."""
+    return git("describe", "--always", "--dirty", "--exclude=*")
+
+
 def patched(entry: Entry, path: Path, tree: Path) -> Path:
     """A worktree of the present commit with the entry's patch, made anew. path: of the entry.
     Raises UserError where the patch does not apply or touches what is FIXED."""
-    if git("status", "--porcelain", "--untracked-files=no"):
+    if source().endswith("-dirty"):
         raise UserError("a patch is compared with a commit: commit your changes first")
     if tree.exists():
         git("worktree", "remove", "--force", tree)
@@ -350,7 +356,7 @@ def verify(args: Verify):
     if len(tracks) != 1:
         raise UserError("give one entry, records/NAME.json, or several of the same track")
     [track], out = tracks, Path(args.out) / "-".join(entry.name for entry in entries.values())
-    commit = git("describe", "--always", "--dirty", "--exclude=*")
+    commit = source()
     asked = {"commit": commit, "entries": [asdict(entry) for entry in entries.values()]}
     os.environ["OMP_NUM_THREADS"] = "1"         # minutes are those of one thread
     with same_options(out / "config.json", asked):
@@ -359,6 +365,9 @@ def verify(args: Verify):
             tree = patched(entry, path, out / f"tree_{entry.name}") if entry.patch else ROOT
             arms[entry.name] = tree, entry.options
         runs = measure(arms, TRACKS[track], args.seeds, out)
+        for tree, _ in arms.values():
+            if tree != ROOT:
+                git("worktree", "remove", "--force", tree.resolve())
     found = {entry.name: {
         "track": track, "date": f"{datetime.now():%Y-%m-%d}", "commit": commit,
         "hardware": setup("cpu").description, **compare(runs, entry.name)}
@@ -374,10 +383,14 @@ def verify(args: Verify):
 
 def measure(arms: dict, track: Track, seeds: int, out: Path) -> dict[str, dict]:
     """{seed: {arm: end}}. arms: {name: (source tree, options)}. The arms take turns, so that all of
-    them meet the machine in the same state."""
+    them meet the machine in the same state. Raises UserError where the source changes meanwhile:
+    the runs would be of different programs."""
     runs: dict[str, dict] = {str(seed): {} for seed in range(seeds)}
-    todo, walls = [(seed, name) for seed in runs for name in arms], []
+    todo, walls, begun = [(seed, name) for seed in runs for name in arms], [], source()
     for i, (seed, name) in enumerate(todo):
+        if (now := source()) != begun:
+            raise UserError(f"the source was {begun} at the first run and is {now} now: verify in "
+                            "a tree that stays as it is (git worktree add)")
         tree, options = arms[name]
         print(f"{name}, seed {seed}: run {i + 1} of {len(todo)}", flush=True)
         began = time.time()

@@ -162,6 +162,7 @@ def test_arms_take_turns_and_finished_runs_are_not_repeated(monkeypatch, tmp_pat
 
     monkeypatch.setattr(records.subprocess, "Popen", Child)
     monkeypatch.setattr(records.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(records, "source", lambda: "the same")
     arms = {"baseline": (ROOT, {}), "x": (ROOT, {"lr": 0.006})}
     with pytest.raises(UserError, match="code 1"):
         records.measure(arms, TRACK, 2, tmp_path)
@@ -186,7 +187,7 @@ def test_a_good_entry(tmp_path):
 
 @pytest.mark.parametrize("change,line", [
     ("[1]", "damaged"), ("{", "damaged"), ({"author": None}, "author"),
-    ({"what": "two\nlines"}, "what"), ({"what": " "}, "what"),
+    ({"what": "two\nlines"}, "what"), ({"what": "a | b"}, "what"), ({"what": " "}, "what"),
     ({"date": "yesterday"}, "2026-11-30"), ({"track": "shortest"}, "track"),
     ({"speed": 1}, "speed"), ({"options": [1]}, "object"), ({"options": {"lr": None}}, "lr"),
     ({"options": {"lr": "fast"}}, "lr"), ({"options": {"lr": -1}}, "lr"),
@@ -241,6 +242,16 @@ def test_a_patch_changes_a_tree_of_its_own(repository, tmp_path):
         tree = repository("optim.py")
         assert (tree / "optim.py").read_text() == "two\n"
         assert (tmp_path / "optim.py").read_text() == "one\n"
+
+
+def test_a_source_that_changes_ends_the_verification(repository, tmp_path, monkeypatch):
+    def run_trial(*args):
+        (tmp_path / "optim.py").write_text("three\n")
+        return end(4.0)
+
+    monkeypatch.setattr(records, "run_trial", run_trial)
+    with pytest.raises(UserError, match="stays as it is"):
+        records.measure({"baseline": (tmp_path, {})}, TRACK, 2, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name,line", [("tasks/draw.py", "same for all"), ("nowhere.py", "apply"),
