@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import pages, wrong_commands
 from test_house import lines_of, shelves
 
 import gym
@@ -127,20 +128,21 @@ def test_an_episode_longer_than_the_context_is_an_error_and_not_a_zero():
     assert "context" in long.score.error and short.score.error is None
 
 
-@pytest.mark.parametrize("text", [README, RESULTS, (ROOT / "tasks/README.md").read_text("utf-8")],
-                         ids=["README", "RESULTS", "tasks/README"])
-def test_files_and_commands_that_are_named_exist(text):
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_commands_that_are_named_exist(page):
+    """Every command is parsed by its own script, which refuses unknown options and values."""
+    text = page.read_text(encoding="utf-8")
     for name in re.findall(r"^\| `([\w./]+\.py|[\w]+/)`", text, re.M):
         assert (ROOT / name).exists() or (ROOT / "tasks" / name).exists(), name
-    for name in re.findall(r"\]\(([\w./]+)\)", text):
-        assert (ROOT / name).exists() or (ROOT / "tasks" / name).exists(), name
-    command = r"(?:python|torchrun.*?|`)\s?(\w+\.py|-m lab\.\w+)((?: [^\s`]+)*)"
-    for script, words in re.findall(command, text):
-        path = script.replace("-m lab.", "lab/") + (".py" if script.startswith("-m") else "")
-        assert (ROOT / path).exists(), script
-        source = (ROOT / path).read_text(encoding="utf-8")
-        for option in re.findall(r"--([\w-]+)", words.split("#")[0]):
-            assert option == "help" or option.replace("-", "_") in source, (script, option)
+    for name in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
+    assert wrong_commands(text) == []
+
+
+def test_wrong_commands_are_found():
+    text = "```sh\n.venv/bin/python rl.py --step=3\nmake tee\n```\nand `python -m lab qk_nor`"
+    assert [line.split(":")[0] for line in wrong_commands(text)] == [
+        ".venv/bin/python rl.py --step=3", "make tee", "python -m lab qk_nor"]
 
 
 def test_the_first_minute_of_the_readme_is_right():
