@@ -78,12 +78,15 @@ def rank(world: str, wait: float, args: rl.Args):
         write_json(Path(args.out) / "waits.json", {"count": slow.count, "seconds": slow.total})
 
 
-def one_run(world: str, staleness: int, seed: int, dtype: str) -> dict:
-    """One run: samples a second that were learned from, and how each stage spent its time."""
+def one_run(world: str, staleness: int, seed: int, dtype: str, steps: int = 0,
+            held_out: int = 0) -> dict:
+    """One run: samples a second that were learned from, and how each stage spent its time. steps,
+    held_out: how many, 0 takes STEPS and HELD_OUT."""
+    steps, held_out = steps or STEPS, held_out or HELD_OUT
     with tempfile.TemporaryDirectory() as out:
-        options = dict(mix=WORLDS[world], steps=STEPS + 1, prompts=PROMPTS, group=SIZE,
+        options = dict(mix=WORLDS[world], steps=steps + 1, prompts=PROMPTS, group=SIZE,
                        flight=FLIGHT, slots=FLIGHT, workers=FLIGHT, max_staleness=staleness,
-                       seed=seed, mtp=0, eval_every=STEPS + 1, eval_count=HELD_OUT, device="cpu",
+                       seed=seed, mtp=0, eval_every=steps + 1, eval_count=held_out, device="cpu",
                        dtype=dtype, out=out)
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -91,7 +94,7 @@ def one_run(world: str, staleness: int, seed: int, dtype: str) -> dict:
             cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         lines, waits = read_log(Path(out) / "log.jsonl")[1:], Path(out) / "waits.json"
         wait = json.loads(waits.read_text()) if waits.exists() else {"count": 1, "seconds": 0.0}
-        held_out = json.loads((Path(out) / "report.json").read_text())["figures"]["mean"]
+        right = json.loads((Path(out) / "report.json").read_text())["figures"]["mean"]
     took, learned = (sum(x[key] for x in lines) for key in ("dt", "groups"))
     if not learned:
         raise UserError(f"no group of {world} had a signal, so nothing was learned from: there is "
@@ -100,13 +103,13 @@ def one_run(world: str, staleness: int, seed: int, dtype: str) -> dict:
     share = {key: sum(x[key] for x in lines) / took
              for key in ("waited", "learning", "idle", "stalled")}
     samples = max(1, sum(x.get("samples", 0) for x in lines))
-    turns = wait["count"] * STEPS / (STEPS + 1) / samples if wait["seconds"] else 0.0
+    turns = wait["count"] * steps / (steps + 1) / samples if wait["seconds"] else 0.0
     return {"rate": learned / took, "learnt": learned, **share,
             "wait": turns * wait["seconds"] / wait["count"], "turns": turns,
             "stale_max": max(x.get("stale_max", 0) for x in lines),
             "playing": (1 - share["idle"]) * took / learned,
             "training": share["learning"] * took / learned,
-            "right": list(held_out.values())[-1]}
+            "right": list(right.values())[-1]}
 
 
 def measure(args, hw) -> dict:

@@ -263,8 +263,8 @@ def settings_of(phase: Phase, args: Args, init: Path, seed: int, out: Path):
 def train(phase: Phase, args: Args, minutes: float, *where) -> float:
     """Train for about so many CPU minutes, or for the phase's steps, or go on where that was
     interrupted; return the minutes. The pace is measured in the first steps and again in the
-    middle, since long episodes are rare; in the second half the learning rate falls. A run that ends because nothing has a signal is an
-    outcome, too: it learns nothing in the minutes that are left.
+    middle, since long episodes are rare; in the second half the learning rate falls. A run that
+    ends because nothing has a signal is an outcome, too: it learns nothing in what is left.
     """
     work, settings = settings_of(phase, args, *where)
     with phase.around():
