@@ -105,8 +105,9 @@ def data_parallel(rows, ranks: int, costs: Costs) -> tuple[float, int]:
     return loads.max() / loads.mean(), int(pixels.max()) + text
 
 
-def simulate(ranks: int, seed: int) -> dict:
-    """{way: {"padding", "max/mean", "worst", "MB"}}, means over the steps; worst: of max/mean."""
+def simulate(ranks: int, seed: int, count: int) -> dict:
+    """{way: {"padding", "max/mean", "worst", "MB"}}, means over `count` steps; worst: of max/mean.
+    """
     config = sized("base")
     costs = Costs.of(config)
     # Three ways ask for each sample, about at the same time.
@@ -122,7 +123,7 @@ def simulate(ranks: int, seed: int) -> dict:
         found[way].append((1 - used / (rows * ROOM), ratio, received / 1e6))
 
     seconds = 0.0
-    for _ in range(STEPS):
+    for _ in range(count):
         began = time.perf_counter()
         batch = planner.batch()
         steps = plan_steps(batch, ROOM, costs, ranks)
@@ -135,7 +136,7 @@ def simulate(ranks: int, seed: int) -> dict:
         steps = [step for first in range(0, rows, ranks) for step in
                  plan_steps(batch[first:first + ranks], ROOM, costs, ranks, "gathered")]
         note("gathered", batch, balance(steps), most_bytes_in(steps, visual_token))
-    print(f"{ranks} ranks; a plan takes {1000 * seconds / STEPS:.1f} ms, drawing sizes included")
+    print(f"{ranks} ranks; a plan takes {1000 * seconds / count:.1f} ms, drawing sizes included")
     return {way: dict(zip(("padding", "max/mean", "MB"), np.mean(values, 0).tolist()),
                       worst=max(ratio for _, ratio, _ in values)) for way, values in found.items()}
 
@@ -144,7 +145,7 @@ def measure(args, hw) -> dict:
     """Print the table; returns {"cases": {}, "ranks": {number of ranks: what `simulate` gives}}."""
     result = {}
     for ranks in RANKS:
-        result[ranks] = ways = simulate(ranks, args.seed)
+        result[ranks] = ways = simulate(ranks, args.seed, STEPS)
         print(f"{'':<24}{'padding':>10}{'max/mean':>10}{'worst':>10}{'MB':>10}{'of gathered':>12}")
         for way, row in ways.items():
             share = row["MB"] / ways["gathered"]["MB"]

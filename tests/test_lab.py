@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import gym
-import mmtp
 import pretrain
 import rl
 import train_vit
@@ -132,6 +131,7 @@ def test_two_stages_compute_what_one_process_does_and_send_what_the_formula_says
     args = mmtp_options.Args(out=str(tmp_path), depths=2)
     rows = mmtp_options.count_bytes(args)
     model, batch = mmtp_options.example(args)
+    assert rows.pop("row")["tokens"] == len(batch.tokens)
     for option, row in rows.items():
         assert row["bytes"] == row["formula"]
         main, further = pretrain.loss_sum(model, batch, 2, option)
@@ -140,25 +140,17 @@ def test_two_stages_compute_what_one_process_does_and_send_what_the_formula_says
 
 
 @pytest.mark.slow
-def test_an_ablation_in_small(tmp_path, monkeypatch, capsys):
-    """Two options, one seed, a few steps: figures for each, and a page."""
-    monkeypatch.setattr(mmtp, "OPTIONS", ("embed", "token"))
-    monkeypatch.setattr(mmtp_options, "count_bytes", lambda args: {})
-    args = mmtp_options.Args(steps=4, seeds=1, depths=2, mix="point,text", out=str(tmp_path))
-    mmtp_options.run(args)
-    table = json.loads((tmp_path / "report.json").read_text())["table"]
-    for row in table.values():
-        assert len(row["mtp2"]) == 1 and row["mtp2"][0] > 0
-        assert all(0 <= share <= 1 for runs in row["acceptance"].values() for share in runs[0])
-    page, said = (tmp_path / "report.html").read_text(), capsys.readouterr().out
-    assert "<svg" in page and "One seed has no spread" in page and "one seed has no" in said
-    assert "nan" not in page + said
-    log = tmp_path / "embed-0/log.jsonl"
-    log.write_text(log.read_text()[:-9])        # the last line is cut short
+def test_a_run_of_the_ablation_and_its_acceptance(tmp_path):
+    """A few steps, read again without training; a rate for each depth; a damaged log is refused."""
+    log = mmtp_options.train("token", 0, 4, 2, tmp_path, "point,text")
+    assert [line["step"] for line in log] == [1, 2, 3, 4] and log[-1]["mtp2"] > 0
+    assert mmtp_options.train("token", 0, 4, 2, tmp_path, "point,text") == log
+    rates = mmtp_options.acceptance(tmp_path / "step_000004", "token", "point", 2)
+    assert len(rates) == 2 and all(0 <= rate <= 1 for rate in rates)
+    path = tmp_path / "log.jsonl"
+    path.write_text(path.read_text()[:-9])        # the last line is cut short
     with pytest.raises(UserError, match="has 3 whole lines for 4 steps"):
-        mmtp_options.run(args)
-    with pytest.raises(UserError, match="begun with other options"):
-        mmtp_options.run(replace(args, depths=1))
+        mmtp_options.train("token", 0, 4, 2, tmp_path, "point,text")
 
 
 @pytest.mark.parametrize("question,reply,wrong", [
@@ -299,7 +291,7 @@ def test_does_a_tower_pay_at_equal_minutes(tmp_path, small_towers, monkeypatch):
                                          (drafts.Args(drafts="²"), "from 1 to 16"),
                                          (drafts.Args(max_new=1), "--max_new takes 2"),
                                          (drafts.Args(size="huge"), "--size takes nothing, tiny"),
-                                         (mmtp_options.Args(seeds=0), "1 or more")])
+                                         (mmtp_options.Args(depths=0), "--depths takes 1 to")])
 def test_lab_sheets_refuse_bad_numbers(sheet, words):
     run = drafts.run if isinstance(sheet, drafts.Args) else mmtp_options.run
     with pytest.raises(UserError, match=words):
