@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from lab import sheet
-from lib.cli import cli, main, Natural, Seed, UserError
+from lib.cli import cli, main, Natural, Seed
 from lib.common import clock
 
 
