@@ -110,13 +110,13 @@ def test_the_goal_ends_a_run_and_evaluations_do_not_count(pretend):
     assert found == {"reached": True, "step": 20, "minutes": pytest.approx(40 / 60),
                      "percent": pytest.approx(60), "seconds_a_step": pytest.approx(2)}
     # Few tasks at 15, 30 and 45%, all at 60%.
-    assert training.played == [30, 30, 30, 30, 270]
+    assert training.played == [50, 50, 50, 50, 150]
 
 
 def test_many_tasks_decide(pretend):
-    """56% is near the goal, so that all tasks are played, but it is not there."""
-    found, training = pretend(lambda step: 56.0, steps=10)
-    assert not found["reached"] and training.played == [30, 270, 30, 270]
+    """58% is near the goal, so that all tasks are played, but it is not there."""
+    found, training = pretend(lambda step: 58.0, steps=10)
+    assert not found["reached"] and training.played == [50, 150, 50, 150]
 
 
 def test_the_cap(pretend):
@@ -129,7 +129,7 @@ def test_the_cap(pretend):
 def test_the_last_step_is_evaluated_and_an_end_without_the_goal_costs_the_cap(pretend):
     found, training = pretend(lambda step: 10.0, steps=7)
     assert (found["step"], found["minutes"], found["reached"]) == (7, 10.0, False)
-    assert training.played == [30, 30]
+    assert training.played == [50, 50]
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(pretend, tmp_path):
@@ -139,7 +139,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(pretend, tmp_path):
     found, training = pretend(lambda step: 3.0 * step)
     # It goes on at step 10, after 20 seconds: steps 11 to 13 are done once more, and not counted
     # twice.
-    assert training.played == [30, 30, 270] and found["minutes"] == pytest.approx(40 / 60)
+    assert training.played == [50, 50, 150] and found["minutes"] == pytest.approx(40 / 60)
     points = read_json(tmp_path / "meter.json")["points"]
     assert [p["step"] for p in points] == [5, 10, 15, 20]
 
@@ -157,8 +157,6 @@ def test_arms_take_turns_and_finished_runs_are_not_repeated(monkeypatch, tmp_pat
 
         def wait(self):
             return self.code
-
-        poll = wait
 
     monkeypatch.setattr(records.subprocess, "Popen", Child)
     monkeypatch.setattr(records.signal, "signal", lambda *_: None)
@@ -203,6 +201,13 @@ def test_bad_entries_give_one_line(change, line, tmp_path):
     with pytest.raises(UserError) as error:
         records.read_entry(path)
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_track_may_keep_an_option(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(
+        {**GOOD, "track": "sprint", "options": {"mix": "point"}}))
+    with pytest.raises(UserError, match="can't set 'mix'"):
+        records.read_entry(tmp_path / "x.json")
 
 
 def test_entries_of_one_track_only(tmp_path):
