@@ -251,10 +251,10 @@ def photograph(browser: str, screens: list[Screen], page: Path) -> list[Image.Im
 
 # ---- measuring ----------------------------------------------------------------------------------
 
-def ask(model, tokens, screens: list[Screen], pictures: list[Image.Image]) -> list[str]:
-    """The model's greedy replies to the goals of the screens, each with its picture."""
-    prompts = [document([Message("user", IMAGE + screen.goal, (picture,))], tokens, model.config,
-                        answer=True) for screen, picture in zip(screens, pictures)]
+def ask(model, tokens, questions: list[str], pictures: list[Image.Image]) -> list[str]:
+    """The model's greedy replies to questions, each about one picture."""
+    prompts = [document([Message("user", IMAGE + question, (picture,))], tokens, model.config,
+                        answer=True) for question, picture in zip(questions, pictures)]
     context = max(len(prompt.ids) for prompt in prompts) + MAX_NEW + 1
     engine = Engine(model, min(64, len(prompts)), context)
     engine.stops.add(tokens.image)          # a visual slot in a reply would have no pixels
@@ -336,7 +336,7 @@ def out_of_gym(args: Args):
             page = out / f"{name.replace(' ', '_')}_{i // ON_A_PAGE}.html"
             pictures += photograph(browser, screens[i:i + ON_A_PAGE], page)
         pictures = pictures or drawn
-        replies = ask(model, tokens, screens, pictures)
+        replies = ask(model, tokens, [screen.goal for screen in screens], pictures)
         figures[name] = score(screens, replies)
         tiles.append([marked(name, *parts) for parts in zip(screens[:SHOWN], pictures, replies)])
     print(where)
