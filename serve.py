@@ -526,9 +526,9 @@ def say(line: str):
 
 # Exercises. Delete the body, write it again, run the test, or `python -m lab.grade NAME`.
 # 1. EngineThread._take: when may it wait, and when must it not?
-#    pytest tests/test_serve.py -k "within_a_step or stopping"; 20 minutes.
+#    pytest tests/test_serve.py -k "take_waits or within_a_step or stopping"; 20 minutes.
 # 2. Handler.pieces: a client that leaves frees its slot, in the middle of its reply or before it.
-#    pytest tests/test_serve.py -k leaves; 20 minutes.
+#    pytest tests/test_serve.py -k client_that_leaves; 20 minutes.
 # 3. Server.process_request in lib/web.py: who has to leave when all connections are taken?
 #    pytest tests/test_serve.py -k "silent or more_requests"; 30 minutes.
 

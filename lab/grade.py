@@ -228,10 +228,11 @@ def command(exercise: Exercise, report: str) -> list[str]:
 
 
 def last_error(output: str) -> str:
-    """The last line that pytest marks as an error with an E, else the last line of all."""
+    """The last error in pytest's output, whose lines begin with an E; else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     marked = [line[1:].strip() for line in lines if line.startswith("E ")]
-    return (marked or lines or ["pytest ended without a word"])[-1]
+    errors = [line for line in marked if re.match(r"assert |[\w.]*(Error|Exception|Exit)\b", line)]
+    return (errors or marked or lines or ["pytest ended without a word"])[-1]
 
 
 def outcome(report: Path, output: str) -> tuple[str, str]:
@@ -252,7 +253,11 @@ def outcome(report: Path, output: str) -> tuple[str, str]:
     skipped = [case.find("skipped") for case in cases if case.find("skipped") is not None]
     if len(skipped) < len(cases):
         return "green", ""
-    return ("skipped", skipped[0].get("message")) if skipped else ("red", "there is no such test")
+    if not cases:
+        return "red", "there is no such test"
+    # Where a whole file is skipped, the reason stands in the text only.
+    reason = re.search(r"Skipped: ([^\n\"]*)", skipped[0].text or "")
+    return "skipped", reason[1] if reason else skipped[0].get("message")
 
 
 def examine(exercise: Exercise) -> tuple[str, str]:

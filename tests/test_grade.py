@@ -1,15 +1,18 @@
 """lab/grade.py: its table on small exercises, and that no exercise is green without its body."""
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from test_house import files
 
 from lab import grade
-from lab.grade import all_exercises, exercises_in, functions_of
+from lab.grade import all_exercises, choose, exercises_in, functions_of
 from lib.cli import cli, UserError
 from lib.common import ROOT
 
@@ -18,6 +21,183 @@ EXERCISES = all_exercises()
 
 def arguments(*words):
     return cli(grade.Args, list(words), positional="only")
+
+
+# ---- the comments -------------------------------------------------------------------------------
+
+def test_exercises_name_functions_of_their_files_and_lectures_name_exercises():
+    functions = {file: functions_of((ROOT / file).read_bytes())
+                 for file in {exercise.file for exercise in EXERCISES}}
+    for exercise in EXERCISES:
+        for name in exercise.names:
+            assert not grade.is_deleted(functions[exercise.file][name]), exercise
+        assert 5 <= exercise.minutes <= 60
+    names = [name for exercise in EXERCISES for name in exercise.names]
+    assert len(names) == len(set(names)) >= 30
+    assert [exercise.lecture for exercise in choose(arguments())] == [*range(1, 11)]
+
+
+def test_every_exercise_names_tests_that_there_are():
+    """A word after -k is part of a test's name, or of a parameter. That the tests run is seen by
+    the slow test below."""
+    for exercise in EXERCISES:
+        file, *choice = shlex.split(exercise.test)
+        words = re.findall(r"(?<![\w-])[a-z]\w*", choice[1]) if choice else []
+        assert choice[:1] in ([], ["-k"]) and len(choice) != 1
+        source = (ROOT / file).read_text(encoding="utf-8")
+        names = " ".join(re.findall(r"^def test_\w+|\"\w+\"", source, re.M))
+        for word in {*words} - {"and", "or", "not"}:
+            assert word in names, f"{file} has no test of '{word}'"
+
+
+TEXT = """
+# Exercises. Delete the body, write it again, run the test.
+# 1. double: with a line
+#    that goes on. pytest tests/test_one.py -k "two or four"; 5 minutes.
+# 2. A.first and A.second in lib/two.py: TRITON_INTERPRET=1 pytest tests/test_one.py; 30 minutes.
+# 3. Write a source: in another language. pytest tests/test_one.py -k source. Why? 10 minutes.
+# 4. The condition in `_admit`. pytest tests/test_one.py -k admission; 20 minutes.
+
+print("the comment has ended: # 5. triple: it")
+"""
+
+
+def test_questions_are_no_exercises():
+    one, two = exercises_in(TEXT, "one.py")
+    assert one == grade.Exercise("one.py", "one.py", ("double",),
+                                 'tests/test_one.py -k "two or four"', 5, False)
+    assert (two.file, two.name, two.interpreted) == ("lib/two.py", "A.first and A.second", True)
+    assert exercises_in("# nothing", "one.py") == []
+    with pytest.raises(UserError, match="^one.py, exercise 1 does not end with its test"):
+        exercises_in(TEXT.replace("5 minutes.", "5 min."), "one.py")
+
+
+@pytest.mark.parametrize("words,said", [
+    (["11"], "there is no lecture 11"), (["patchfy"], "did you mean patchify"),
+    (["forward"], "DecoderLayer.forward or VitAttention.forward"), ([""], "no exercise ''"),
+    (["--all", "iou"], "leave out the names"), (["-1"], "no exercise '-1'")])
+def test_bad_input_is_one_line(words, said):
+    with pytest.raises(UserError, match=said) as error:
+        choose(arguments(*words))
+    assert "\n" not in str(error.value)
+
+
+def test_exercises_are_chosen_by_lecture_and_by_name():
+    chosen = choose(arguments("6", "_release", "VitAttention.forward", "accept"))
+    assert [exercise.name for exercise in chosen] == [
+        "accept", "Engine._release", "VitAttention.forward"]
+    assert choose(arguments("--all")) == EXERCISES
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+SOURCE = '''"""Some functions."""
+
+
+def right(x):
+    return 2 * x
+
+
+def wrong(x):
+    """Twice x."""
+    return x + 2
+
+
+def gone(x):
+    """Nothing is left."""
+    ...
+
+
+def absent():
+    return 1
+
+
+# Exercises. Delete the body, write it again, run the test.
+# 1. right: doubled. pytest tests/test_one.py -k right; 5 minutes.
+# 2. wrong: doubled. pytest tests/test_one.py -k wrong; 5 minutes.
+# 3. gone: doubled. pytest tests/test_one.py -k right; 5 minutes.
+# 4. lost: there is no such function. pytest tests/test_one.py -k right; 5 minutes.
+# 5. absent: its package is missing. pytest tests/test_two.py; 5 minutes.
+# 6. broken in lib/broken.py: no Python. pytest tests/test_one.py -k right; 5 minutes.
+'''
+TESTS = """from one import right, wrong
+
+def test_right():
+    assert right(3) == 6
+
+def test_wrong():
+    assert wrong(2) == 4
+    assert wrong(3) == 6, "three doubled is six"
+"""
+PEER = "import pytest\npytest.importorskip('no_such_package')\ndef test_peer():\n    pass\n"
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A small repository with exercises of all kinds."""
+    for name, text in (("one.py", SOURCE), ("tests/test_one.py", TESTS),
+                       ("tests/test_two.py", PEER), ("lib/broken.py", "\ndef broken(:\n")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(grade, "ROOT", tmp_path)
+    monkeypatch.setattr(grade, "LECTURES", {1: ("one.py", "right"), 2: ("one.py", "wrong")})
+    return tmp_path
+
+
+def test_the_table(tree, capsys):
+    assert not grade.run(arguments("--all"))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if " one.py " in line or " lib/broken.py " in line]
+    assert [row[:-1] for row in rows] == [
+        ["1", "right", "one.py", "green"], ["2", "wrong", "one.py", "red"],
+        ["gone", "one.py", "red"], ["lost", "one.py", "red"], ["absent", "one.py", "skipped"],
+        ["broken", "lib/broken.py", "red"]]
+    said = [line.strip() for line in lines if line.startswith("         ")]
+    assert said[0].startswith("test_wrong: AssertionError: three doubled is six")
+    assert said[1] == "pytest tests/test_one.py -k wrong"
+    for reason in ("gone has no body", "there is no lost in one.py",
+                   "lib/broken.py, line 2: invalid syntax"):
+        assert reason in said
+    assert any("no_such_package" in line for line in said)
+    assert lines[-1] == "1 of 6 green"
+
+
+def test_a_loop_without_an_end_is_red(tree, monkeypatch):
+    """And the process that runs it is ended."""
+    monkeypatch.setattr(grade, "LONGEST", 0.5)
+    (tree / "tests" / "test_one.py").write_text("while True:\n    pass\n")
+    began = time.monotonic()
+    assert grade.examine(choose(arguments("right"))[0]) == ("red", "not done after 0.5 seconds")
+    assert time.monotonic() - began < 20
+
+
+def test_the_exit_code_and_tests_that_were_changed(tree, monkeypatch, capsys):
+    def exit_code(*words):
+        monkeypatch.setattr(sys, "argv", ["grade", *words])
+        try:
+            grade.entry()
+        except SystemExit as error:
+            return error.code
+        return 0
+    assert grade.changed(grade.all_exercises()) == []       # without git nobody knows
+    (tree / "tests" / "test_one.py").write_text("import one\nassert one.right(3) == 7\n")
+    assert exit_code("1") == 1
+    out = capsys.readouterr().out
+    assert "assert 6 == 7" in out and out.endswith("0 of 1 green\n")
+
+    if not shutil.which("git"):
+        pytest.skip("git is missing")
+    (tree / "tests" / "test_one.py").write_text(TESTS)
+    for words in (["init", "-q"], ["add", "."],
+                  ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all"]):
+        subprocess.run(["git", *words], cwd=tree, check=True)
+    assert grade.changed(grade.all_exercises()) == []
+    (tree / "tests" / "test_one.py").write_text("def test_right():\n    pass\n")
+    (tree / "one.py").write_text(SOURCE.replace("tests/test_one.py -k wrong", "tests/test_two.py"))
+    assert exit_code("right") == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "note: not as in git's HEAD: tests/test_one.py, the exercises in one.py. Only the original "
+        "tests count.")
 
 
 # ---- slow: every exercise of the repository without its body ------------------------------------

@@ -274,6 +274,31 @@ def test_sixteen_at_once_are_what_one_at_a_time_is(server, model):
     assert play(Engine(model, 1, 256), turn).text == alone[2]
 
 
+def test_take_waits_only_where_there_is_nothing_else_to_do(server, model):
+    """The thread is not started: the test calls its `_take`, and looks whether the call returns."""
+    worker = serve.EngineThread(server.worker.make, slots=2, waiting=2, say=print)
+
+    def take(seconds):
+        call = threading.Thread(target=worker._take, daemon=True)
+        call.start()
+        call.join(seconds)
+        return call
+    waiting = take(0.1)
+    assert waiting.is_alive(), "without any job it must wait: a loop would take a whole core"
+    turn = Turn([Message("user", "How many?")], ReplySettings(max_new=8), server.tokens,
+                model.config)
+    first = worker.submit(turn)
+    assert first.outbox.get(timeout=PATIENCE) == [], "the engine has not got the job"
+    waiting.join(PATIENCE)
+    assert not waiting.is_alive(), "the job must be served now: no waiting for another"
+    worker.submit(turn), worker.submit(turn)
+    assert not take(PATIENCE).is_alive(), "while jobs are served it must not wait"
+    assert len(worker.jobs) == 3, "all jobs in the inbox must be taken"
+    worker.jobs.clear()
+    worker.stopping = True
+    assert not take(PATIENCE).is_alive(), "a server that is being stopped must not wait for jobs"
+
+
 def test_a_new_request_gets_a_token_within_a_step(model):
     with serving(model) as server, Client(server) as first, Client(server) as second:
         gate, worker = Gate(server), server.worker
