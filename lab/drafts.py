@@ -82,6 +82,14 @@ def held_out_messages(i: int, config: Config) -> list:
     return next(gym.drive(gym.make(task)))
 
 
+def requests_of(model: GLMV, tokens: Tokenizer, numbers, max_new: int) -> tuple[list, int]:
+    """(a Request for each of the held-out tasks `numbers`, the context that the longest needs)."""
+    prompts = [document(held_out_messages(i, model.config), tokens, model.config, True)
+               for i in numbers]
+    return ([Request(prompt, max_new) for prompt in prompts],
+            max(len(prompt.ids) for prompt in prompts) + max_new + 1)
+
+
 # ---- one reply, step by step --------------------------------------------------------------------
 
 def step_lines(step: int, drafts: list[str], accepted: int, token: str, ended: bool) -> list[str]:
@@ -181,15 +189,26 @@ def generate(theirs, prompts: list, config, tokens, args: Args, hw):
     return found, time.perf_counter() - began
 
 
+def mean_rate(rates: list[float]) -> float:
+    """The mean acceptance p that explains all depths: of all drafts that were tested, those that
+    were accepted. rates: as lib.draft_tuner.DraftTuner has them."""
+    alive = np.cumprod([1.0, *rates])
+    return float(alive[1:].sum() / max(1e-9, alive[:-1].sum()))
+
+
+def expected(p: float, k: int) -> float:
+    """Tokens a step with k drafts, each accepted with probability p where all before it are:
+    (1 - p^(k+1)) / (1 - p)."""
+    return sum(p ** j for j in range(k + 1))
+
+
 def table_row(k: int, times: dict, facts: dict) -> dict:
     """The figures of one setting: k drafts, none, or at most -k where the engine chooses."""
     ratios = [plain / own for plain, own in zip(times[0], times[k])]
-    # The mean p that explains all depths: of all drafts that were tested, those that were accepted.
-    alive = np.cumprod([1.0, *facts[k]["rates"]])
-    p = alive[1:].sum() / max(1e-9, alive[:-1].sum())
+    p = mean_rate(facts[k]["rates"])
     cost, plain_cost = (statistics.median(times[i]) / facts[i]["steps"] for i in (k, 0))
     return {"p": p, "tokens": facts[k]["tokens"],
-            "formula": sum(p ** j for j in range(k + 1)) if k >= 0 else None,
+            "formula": expected(p, k) if k >= 0 else None,
             "ratio": statistics.median(ratios), "rates": facts[k]["rates"],
             "cost": cost / plain_cost, "range": [min(ratios), max(ratios)],
             "equal": facts[k]["same"]}
@@ -208,10 +227,8 @@ def run(args: Args):
             print("\n".join(trace(model, tokens, messages, k, args.max_new)) + "\n")
         return
     print(f"{hw.description}; {args.prompts} prompts, {args.slots} slots, {args.rounds} rounds")
-    prompts = [document(held_out_messages(i, model.config), tokens, model.config, True)
-               for i in range(args.prompts)]
-    requests = [Request(p, args.max_new) for p in prompts]
-    context = max(len(p.ids) for p in prompts) + args.max_new + 1
+    requests, context = requests_of(model, tokens, range(args.prompts), args.max_new)
+    prompts = [request.prompt for request in requests]
     counts = [int(word) for word in args.drafts.split(",")]
     settings = [0, *counts, -max(counts)]       # negative: at most so many, the engine chooses
 
