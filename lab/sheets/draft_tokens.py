@@ -23,7 +23,7 @@ def measure(arm, seed, folder):
     numbers = range(COUNT * seed, COUNT * (seed + 1))
     requests, context = requests_of(model, tokens, numbers, MAX_NEW)
     engine = Engine(model, 16, context, K, adapt=False)
-    reached = [0] * (K + 1)         # steps of a request in which so many drafts or more are accepted
+    reached = [0] * (K + 1)     # steps of a request in which so many drafts or more are accepted
 
     def note(drafts, accepted, chosen):
         for k in range(K + 1):

@@ -44,4 +44,4 @@ SHEET = Sheet(
     tests=(Gain("MB that a rank of 8 reads and receives, percent saved", saved,
                 claimed=50, source="[O] the paper has no figure; half must be worth the planning"),
            NoLoss("time lost to unequal work, percent, as a loss", balance,
-                  claimed=2, source="[O] the paper has no figure; steps differ by more from chance")))
+                  claimed=2, source="[O] the paper has no figure; steps vary by more")))
