@@ -24,6 +24,7 @@ import lib  # first of all, before torch: see lib/__init__.py
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,9 @@ def read_entry(path) -> Entry:
     UserError in one line where something is missing, unknown or not allowed."""
     path = Path(path)
     found = read_json(path)
+    if not re.fullmatch("[a-z0-9_]+", path.stem) or path.stem == "baseline":
+        raise UserError(f"{path}: an entry's name has small letters, digits and _, and is not "
+                        "'baseline'")
     for name in found:
         if name not in (*TEXTS, "options", "patch"):
             raise UserError(f"{path}: an entry has no '{name}', only {', '.join(TEXTS)}, options "
@@ -185,10 +189,12 @@ class Meter:
     """Called in place of pretrain.held_out_losses, so after each step: it knows the CPU time of
     the training so far, evaluates when it is time, and raises Stop at the end of the run.
 
-    meter.json in the run's folder holds what it knows: `seconds` {step: CPU seconds until then} at
-    the steps where a checkpoint may be, and `points`, the evaluations: step, seconds, percent and
-    tasks a category. A resumed run goes on from its checkpoint's seconds. A second or two in which
-    it is loaded count once more.
+    meter.json in the run's folder holds what it knows: `seconds`, pairs of a step and the CPU
+    seconds until then, at the steps where a checkpoint may be; and `points`, the evaluations: step,
+    seconds, percent, tasks a category. A resumed run goes on from its checkpoint's seconds; the
+    second or two that loading takes count once more.
+
+    every: steps between two checkpoints. start: the step of the checkpoint to go on from.
     """
 
     def __init__(self, folder: Path, track: Track, steps: int, every: int, start: int = 0):
@@ -198,7 +204,8 @@ class Meter:
         self.seconds = before or [[0, 0.0]]
         self.points = [p for p in known.get("points", []) if p["step"] <= start]
         self.step, self.spent = start, self.seconds[-1][1]
-        self.began = time.process_time() - self.spent       # of a run that was never interrupted
+        # The clock's reading at which the run would have begun, had nothing interrupted it.
+        self.began = time.process_time() - self.spent
         self.reached = False
 
     def __call__(self, model, rows) -> dict[str, float]:
@@ -332,7 +339,7 @@ def run_trial(folder: Path, tree: Path, track: Track, options: dict, seed: int) 
 
 
 def compare(runs: dict[str, dict], name: str) -> dict:
-    """The result of an entry. runs: {seed: {arm: end}}, the arms `baseline` and `name`."""
+    """The figures of an entry. runs: {seed: {arm: end}}, among the arms `baseline` and `name`."""
     logs = [math.log(arms[name]["minutes"] / arms["baseline"]["minutes"])
             for arms in runs.values()]
     ratio = {key: math.exp(value) for key, value in effect(logs).items() if key != "detectable"}
@@ -348,7 +355,18 @@ def beats(result: dict) -> bool:
 def missed(result: dict) -> list[str]:
     """The seeds in which the entry has not reached the goal."""
     return [seed for seed, arms in result["seeds"].items()
-            if not all(end["reached"] for arm, end in arms.items() if arm != "baseline")]
+            if not arms[result["entry"]["name"]]["reached"]]
+
+
+def verdict_on(result: dict) -> str:
+    """What a result says about its entry, in words for the table."""
+    if seeds := missed(result):
+        return f"goal not reached with seed {', '.join(seeds)}"
+    if beats(result):
+        return "beats the baseline"
+    if result["ratio"].get("low", 0.0) > 1:
+        return "slower than the baseline"
+    return f"no difference that {len(result['seeds'])} seeds show"
 
 
 def verify(args: Verify):
@@ -375,15 +393,12 @@ def verify(args: Verify):
         for tree, _ in arms.values():
             if tree != ROOT:
                 git("worktree", "remove", "--force", tree)
-    found = {entry.name: {
-        "track": track, "date": f"{datetime.now():%Y-%m-%d}", "commit": commit,
-        "hardware": setup("cpu").description, **compare(runs, entry.name)}
-        for entry in entries.values()}
     for path, entry in entries.items():
+        result = {"entry": asdict(entry), "date": f"{datetime.now():%Y-%m-%d}", "commit": commit,
+                  "hardware": setup("cpu").description, **compare(runs, entry.name)}
         if args.seeds >= SEEDS:
-            write_json(path.with_suffix(".result.json"), found[entry.name])
-        print(line_of(entry, found[entry.name], "beats the baseline" if beats(found[entry.name])
-                      else "does not beat the baseline"))
+            write_json(path.with_suffix(".result.json"), result)
+        print(line_of(result, verdict_on(result)))
     if args.seeds < SEEDS:
         print(f"a look: a result needs {SEEDS} seeds")
 
@@ -400,11 +415,12 @@ def measure(arms: dict, track: Track, seeds: int, out: Path) -> dict[str, dict]:
                             "a tree that stays as it is (git worktree add)")
         tree, options = arms[name]
         print(f"{name}, seed {seed}: run {i + 1} of {len(todo)}", flush=True)
-        began = time.time()
-        end = run_trial(out / f"{name}{seed}", tree, track, options, int(seed))
-        walls.append(time.time() - began)
-        runs[seed][name] = end
-        left = clock(sum(walls) / len(walls) * (len(todo) - i - 1))
+        folder, began = out / f"{name}{seed}", time.time()
+        done = (folder / "end.json").exists()
+        runs[seed][name] = end = run_trial(folder, tree, track, options, int(seed))
+        if not done:
+            walls.append(time.time() - began)
+        left = clock(sum(walls) / max(1, len(walls)) * (len(todo) - i - 1))
         print(f"{name}, seed {seed}: {end['minutes']:.2f} CPU minutes, {end['step']} steps, "
               f"{end['percent']:.1f}%{'' if end['reached'] else ', not reached'}; about {left} "
               "left", flush=True)
@@ -417,10 +433,10 @@ HEAD = ("| verified | entry | time of the baseline | CPU minutes | verdict | wha
         "|---|---|---|---|---|---|")
 
 
-def line_of(entry: Entry, result: dict, verdict: str) -> str:
+def line_of(result: dict, verdict: str) -> str:
     """A line of the table: the ratio with its interval, the mean minutes of the entry and of the
-    baseline."""
-    ratio, ends = result["ratio"], list(result["seeds"].values())
+    baseline, a verdict."""
+    entry, ratio, ends = Entry(**result["entry"]), result["ratio"], list(result["seeds"].values())
     interval = f" [{ratio['low']:.2f} to {ratio['high']:.2f}]" if "low" in ratio else ""
     own, baseline = (sum(arms[arm]["minutes"] for arms in ends) / len(ends)
                      for arm in (entry.name, "baseline"))
@@ -431,23 +447,23 @@ def line_of(entry: Entry, result: dict, verdict: str) -> str:
 
 def table(folder: Path, track: str) -> list[str]:
     """The lines of a track, oldest first. A record beats the baseline, and its ratio is smaller
-    than that of each record before it."""
+    than that of each record before it. Raises UserError where an entry is not the one that was
+    measured."""
     found = []
     for path in folder.glob("*.result.json"):
-        entry = read_entry(path.with_name(path.name.replace(".result", "")))
-        if entry.track == track:
-            found.append((entry.date, entry.name, entry, read_json(path)))
+        entry, result = folder / path.name.replace(".result", ""), read_json(path)
+        if asdict(read_entry(entry)) != result["entry"]:
+            raise UserError(f"{entry} is not the entry that {path.name} is about: verify it again")
+        if result["entry"]["track"] == track:
+            found.append(result)
     lines, best = [], 1.0
-    for *_, entry, result in sorted(found, key=lambda item: item[:2]):
-        if not beats(result):
-            seeds = missed(result)
-            verdict = (f"goal not reached with seed {', '.join(seeds)}" if seeds
-                       else "no difference that three seeds show")
-        elif result["ratio"]["mean"] >= best:
-            verdict = "beats the baseline, not the record"
-        else:
-            verdict, best = "**record**", result["ratio"]["mean"]
-        lines.append(line_of(entry, result, verdict))
+    for result in sorted(found, key=lambda r: (r["entry"]["date"], r["entry"]["name"])):
+        verdict, ratio = verdict_on(result), result["ratio"]["mean"]
+        if beats(result) and ratio < best:
+            verdict, best = "**record**", ratio
+        elif beats(result):
+            verdict += ", not the record"
+        lines.append(line_of(result, verdict))
     return lines
 
 

@@ -28,7 +28,8 @@ def result(logs, reached=(True, True, True)):
     """A result whose ratios have these logarithms."""
     runs = {str(seed): {"baseline": end(4.0), "x": end(4 * math.exp(log), r)}
             for seed, (log, r) in enumerate(zip(logs, reached))}
-    return records.compare(runs, "x")
+    return {"entry": {"name": "x", **GOOD, "patch": ""}, "date": "2026-11-30",
+            **records.compare(runs, "x")}
 
 
 def test_the_interval_by_hand():
@@ -203,6 +204,13 @@ def test_bad_entries_give_one_line(change, line, tmp_path):
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["baseline", "My entry", "a|b", "-o"])
+def test_bad_names(name, tmp_path):
+    (tmp_path / f"{name}.json").write_text(json.dumps(GOOD))
+    with pytest.raises(UserError, match="small letters"):
+        records.read_entry(tmp_path / f"{name}.json")
+
+
 def test_a_track_may_keep_an_option(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(
         {**GOOD, "track": "sprint", "options": {"mix": "point"}}))
@@ -278,18 +286,23 @@ def test_records_and_others(tmp_path):
     def add(name, date, logs, reached=(True, True, True)):
         (tmp_path / f"{name}.json").write_text(json.dumps({**GOOD, "date": date}))
         found = json.loads(json.dumps(result(logs, reached)).replace('"x"', f'"{name}"'))
-        (tmp_path / f"{name}.result.json").write_text(json.dumps(
-            {"track": "short", "date": date, **found}))
+        found["entry"]["date"] = date
+        (tmp_path / f"{name}.result.json").write_text(json.dumps(found))
 
     add("first", "2026-12-01", [-0.3, -0.3, -0.3])
     add("slower", "2026-12-02", [-0.2, -0.2, -0.2])
     add("best", "2026-12-03", [-0.5, -0.5, -0.5])
     add("noise", "2026-12-04", [-1.0, 0.0, 0.1])
     add("stuck", "2026-12-05", [-0.5, -0.5, -0.5], (True, False, True))
+    add("slow", "2026-12-06", [0.5, 0.5, 0.5])
     verdicts = [line.split(" | ")[4] for line in records.table(tmp_path, "short")]
     assert verdicts == ["**record**", "beats the baseline, not the record", "**record**",
-                        "no difference that three seeds show", "goal not reached with seed 1"]
+                        "no difference that 3 seeds show", "goal not reached with seed 1",
+                        "slower than the baseline"]
     assert records.table(tmp_path, "long") == []
+    (tmp_path / "best.json").write_text(json.dumps({**GOOD, "options": {"lr": 0.1}}))
+    with pytest.raises(UserError, match="verify it again"):
+        records.table(tmp_path, "short")
 
 
 def test_entries_are_good_and_the_table_is_that_of_the_results():
@@ -312,7 +325,7 @@ def test_a_miniature_verification(monkeypatch, tmp_path, capfd):
     path.write_text(json.dumps(GOOD))
     args = records.Verify([str(path)], 1, str(tmp_path / "out"))
     records.verify(args)
-    assert "does not beat the baseline" in capfd.readouterr().out
+    assert "goal not reached with seed 0" in capfd.readouterr().out
     assert not (tmp_path / "fast.result.json").exists()
     found = read_json(tmp_path / "out/fast/fast0/end.json")
     assert (found["reached"], found["step"], found["minutes"]) == (False, 2, 10.0)
