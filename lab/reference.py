@@ -61,10 +61,11 @@ LEAST = 0.01            # the least standard deviation, as a share of the mean: 
 
 @dataclass
 class Args:
-    run: list[str] = dataclasses.field(default_factory=list)    # folders of runs, equal but for seeds
+    run: list[str] = dataclasses.field(default_factory=list)    # run folders of equal options
     name: str = ""              # of the reference, such as demo-pretrain
     command: str = ""           # that makes such a run; default: the script and its options
     commit: str = ""            # of the repository when they ran; default: the present one
+    unfinished: bool = False    # take runs that have not ended, too, as far as they go
     out: str = str(FOLDER)      # folder for NAME.json
 
 
@@ -83,7 +84,8 @@ def script_of(config: dict):
 
 def options_of(folder: Path) -> dict:
     """{"script": its name, option: value} of the run that has left config.json in `folder`, with
-    the options that matter for what is learnt. Raises UserError where there are none."""
+    the options that matter for what is learnt. Of train_vit.py `log` stands in place of --stage: it
+    is the stage whose folder this is. Raises UserError where there are no options."""
     path = folder / "config.json"
     config = read_json(path) if path.exists() else {}
     script, args = script_of(config)
@@ -96,8 +98,9 @@ def options_of(folder: Path) -> dict:
             if field.name in FOLDERS and isinstance(value, str):
                 value = "/".join(Path(value).parts[-2:])
             options[field.name] = value
-    if script == "train_vit.py" and folder.name in train_vit.STAGES:
-        options["stage"] = folder.name      # --stage=all trains four: each has a folder
+    if script == "train_vit.py":
+        del options["stage"]                # `all` trains four, each in a folder of its own
+        options["log"] = folder.name
     return options
 
 
@@ -180,9 +183,10 @@ def present_commit() -> str:
         return "unknown"
 
 
-def reference_of(folders: list[Path], name: str, command: str = "", commit: str = "") -> dict:
-    """The reference of finished runs. Raises UserError where one has not ended, or where they
-    differ in more than the seed."""
+def reference_of(folders: list[Path], name: str, command: str = "", commit: str = "",
+                 unfinished: bool = False) -> dict:
+    """The reference of runs, which have to have ended unless `unfinished` ones are taken. Raises
+    UserError where one has not, or where they differ in more than the seed."""
     options, logs = options_of(folders[0]), []
     for folder in folders:
         other = options_of(folder)
@@ -191,8 +195,11 @@ def reference_of(folders: list[Path], name: str, command: str = "", commit: str 
                             "reference is of runs that differ in the seed alone")
         logs.append(usable(read_log(folder / "log.jsonl")))
         steps = options["steps"]
-        if type(steps) is not int or not logs[-1] or logs[-1][-1]["step"] < steps:
-            raise UserError(f"{folder} has not ended: its log does not reach step {steps}")
+        if not logs[-1] or type(steps) is not int:
+            raise UserError(f"{folder} holds no log.jsonl of a run")
+        if logs[-1][-1]["step"] < steps and not unfinished:
+            raise UserError(f"{folder} has not ended: its log does not reach step {steps}; "
+                            "--unfinished takes it as far as it goes")
     curves = {key: curve for key in CURVES if (curve := curve_of(logs, key))}
     finals = {}
     for key in CURVES:
@@ -203,9 +210,12 @@ def reference_of(folders: list[Path], name: str, command: str = "", commit: str 
     band = (f"from the least to the most of {len(logs)} runs, each widened by twice the standard "
             "deviation between them" if len(logs) > 1 else "one run only: widened by twice the "
             "standard deviation of single steps around its own curve; other seeds may leave it")
+    reached = min(lines[-1]["step"] for lines in logs)
+    if reached < options["steps"]:
+        band += f"; not ended: it knows {reached} of {options['steps']} steps"
     ended = max((folder / "log.jsonl").stat().st_mtime for folder in folders)
     return {"name": name, "command": command or command_of(options), "config": options,
-            "seeds": [config.get("seed") for config in configs], "band": band,
+            "seeds": [config.get("seed") for config in configs], "reaches": reached, "band": band,
             "hardware": str(configs[0].get("hardware", "unknown")),
             "commit": commit or present_commit(), "date": date.fromtimestamp(ended).isoformat(),
             "final": finals, "curves": curves}
@@ -221,9 +231,10 @@ def as_text(reference: dict) -> str:
 
 @dataclass
 class Curve:
-    """How one field compares. text: in words; differs: the step from which on it does, else None;
-    there: the field's value at that step, and the reference's."""
+    """How one field compares. text: in words; points: how many have been compared; differs: the
+    step from which on it does, else None; there: the value at that step, and the reference's."""
     text: str
+    points: int = 0
     differs: float | None = None
     there: str = ""
 
@@ -275,9 +286,10 @@ def compare_curve(lines: list[dict], key: str, curve: dict, ended: bool) -> Curv
     text = (f"{key}: within the reference's band at {(~outside).sum()} of {len(steps)} points; "
             f"last {at(-1)}")
     if (first := first_stretch(outside)) is None:
-        return Curve(text)
+        return Curve(text, len(steps))
     until = "on" if outside[-1] else f"to step {steps[outside][-1]:.0f}"
-    return Curve(text, steps[first], f"from step {steps[first]:.0f} {until}: {key} {at(first)}")
+    return Curve(text, len(steps), float(steps[first]),
+                 f"from step {steps[first]:.0f} {until}: {key} {at(first)}")
 
 
 def nearest(options: dict, known: list[dict]) -> tuple[dict | None, str]:
@@ -290,8 +302,12 @@ def nearest(options: dict, known: list[dict]) -> tuple[dict | None, str]:
     names = differences(options, best["config"])
     if not names:
         return best, ""
-    values = [f"{name} {shortened(str(best['config'].get(name)), 30)} (yours: "
-              f"{shortened(str(options.get(name)), 30)})" for name in names[:4]]
+
+    def shown(value):
+        return shortened(str(value), 30) or "nothing"
+
+    values = [f"{name} {shown(best['config'].get(name))} (yours: {shown(options.get(name))})"
+              for name in names[:4]]
     left = len(names) - len(values)
     more = f" and {left} option{'s' * (left > 1)} more" if left else ""
     return None, f"no reference fits; the nearest, {best['name']}, has {', '.join(values)}{more}"
@@ -310,13 +326,22 @@ def compare(folder: Path, known: list[dict]) -> Compared:
     done = lines[-1]["step"] if lines else 0
     curves = [compare_curve(lines, key, curve, done >= options["steps"])
               for key, curve in reference["curves"].items()]
-    so_far = f" as far as it goes, step {done} of {options['steps']}" * (done < options["steps"])
+    for key, values in reference["final"].items():      # what was measured too rarely for a band
+        if key not in reference["curves"] and done >= options["steps"]:
+            if (value := final(lines, key)) is not None:
+                others = ", ".join(map(number, values))
+                curves.append(Curve(f"{key}: {number(value)} at the end, reference {others}; no "
+                                    "band is known"))
+    steps, known_until = options["steps"], reference["reaches"]
+    so_far = f" as far as it goes, step {done} of {steps}" if done < steps else ""
+    if done > known_until:
+        so_far = f" as far as the reference goes, step {known_until} of {steps}"
     different = [curve for curve in curves if curve.differs is not None]
     if different:       # of those that begin together the most telling one: min takes the first
         first = min(different, key=lambda curve: curve.differs)
         verdict = f"your run differs {first.there}"
-    elif all(": not measured" in curve.text for curve in curves):
-        verdict = f"your run is too short to be compared: step {done} of {options['steps']}"
+    elif not any(curve.points for curve in curves):
+        verdict = f"your run is too short to be compared: step {done} of {steps}"
     else:
         verdict = f"your run looks right{so_far}"
     return Compared(folder, verdict, reference, curves)
@@ -365,7 +390,7 @@ def run(args: Args):
                         f"'{args.name}'")
     path = Path(args.out) / f"{args.name}.json"
     write_text(path, as_text(reference_of(list(map(Path, args.run)), args.name, args.command,
-                                          args.commit)))
+                                          args.commit, args.unfinished)))
     print(path)
 
 
