@@ -44,11 +44,11 @@ class Args:
 # ---- the ablation -------------------------------------------------------------------------------
 
 def train(option: str, seed: int, steps: int, depths: int, out: Path, mix: str = MIX) -> list[dict]:
-    """Train one run of `steps` steps in the folder `out`, or go on where an earlier call has
-    stopped. Returns its log, a dict a step. Raises UserError where lines of it are missing."""
+    """Train one run of `steps` steps, a row each, in the folder `out`, or go on where an earlier
+    call has stopped. Returns its log, a dict a step. Raises UserError where lines are missing."""
     if not (out / f"step_{steps:06d}").exists():
         pretrain.run(pretrain.Args(
-            steps=steps, mix=mix, levels=1, seed=seed, mtp=depths, mtp_share=1.0,
+            steps=steps, rows=1, mix=mix, levels=1, seed=seed, mtp=depths, mtp_share=1.0,
             image_option=option, out=str(out), resume=True, eval_every=0, log_every=100,
             workers=0, dtype="float32"))
     log = read_log(out / "log.jsonl")

@@ -1,11 +1,12 @@
 """Pictures in the training do not erode what a model knows of text.
 
 The paper pretrains one model on plain text, code and pictures together, and also reports coding
-without pictures (CC-Backend 22.8) [C]. The worry is that pictures cost text skill. Here two runs see the same rows of text, step by step: `tiny` from random weights, one row of
-2,048 tokens a step, pieces of Python's language reference and of its standard library. `and
-pictures` sees a second row in each step, of the gym's questions about pictures. Each learnt token
-counts the same. So the claim is about the text skill for the same text: the second run computes
-more than twice as much.
+without pictures (CC-Backend 22.8) [C]. The worry is that pictures cost text skill.
+
+Here two runs see the same rows of text, step by step: `tiny` from random weights, one row of 2,048
+tokens a step, pieces of Python's language reference and of its standard library. `and pictures`
+sees a second row in each step, of the gym's questions about pictures. Each learnt token counts the
+same. So the claim is about the text skill for the same text: the second run computes twice as much.
 
 `text loss`: nats a token on held-out pieces (one in fifty files and pages, of which nothing is
 trained on). `picture loss`: of the answers, the mean over the last fifth of the steps.
