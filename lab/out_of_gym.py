@@ -249,6 +249,20 @@ def photograph(browser: str, screens: list[Screen], page: Path) -> list[Image.Im
     return [whole.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
+def screens_of(name: str, tasks: list[Task], browser: str, folder: Path) -> tuple[list, list]:
+    """(screens, their pictures) of a row: for `gym` the gym's own pictures, else the browser's,
+    whose pages are kept in `folder`. Tasks in which a change makes no sense are left out."""
+    plain, drawn = zip(*map(read_screen, tasks))
+    made = [changed(screen, ROWS[name], task.seed) for screen, task in zip(plain, tasks)]
+    screens, pictures = [screen for screen in made if screen], []
+    if name == "gym":
+        return screens, list(drawn)
+    for i in range(0, len(screens), ON_A_PAGE):
+        page = folder / f"{name.replace(' ', '_')}_{i // ON_A_PAGE}.html"
+        pictures += photograph(browser, screens[i:i + ON_A_PAGE], page)
+    return screens, pictures
+
+
 # ---- measuring ----------------------------------------------------------------------------------
 
 def ask(model, tokens, questions: list[str], pictures: list[Image.Image]) -> list[str]:
@@ -325,17 +339,11 @@ def out_of_gym(args: Args):
     out.mkdir(parents=True, exist_ok=True)
     side = task_pixels("gui_click", model.config)
     tasks = [Task("gui_click", args.seed + i, 0, "test", side) for i in range(args.count)]
-    plain, drawn = zip(*map(read_screen, tasks))
     figures, tiles = {}, []
-    for name, changes in ROWS.items():
-        made = [changed(screen, changes, task.seed) for screen, task in zip(plain, tasks)]
-        screens, pictures = [screen for screen in made if screen], []
+    for name in ROWS:
+        screens, pictures = screens_of(name, tasks, browser, out)
         if not screens:                     # of very few screens, none may have a label of its own
             continue
-        for i in range(0, len(screens), ON_A_PAGE) if name != "gym" else ():
-            page = out / f"{name.replace(' ', '_')}_{i // ON_A_PAGE}.html"
-            pictures += photograph(browser, screens[i:i + ON_A_PAGE], page)
-        pictures = pictures or drawn
         replies = ask(model, tokens, [screen.goal for screen in screens], pictures)
         figures[name] = score(screens, replies)
         tiles.append([marked(name, *parts) for parts in zip(screens[:SHOWN], pictures, replies)])

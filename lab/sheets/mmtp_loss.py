@@ -5,10 +5,10 @@ learnable embedding at visual slots (`token`) than with the visual embeddings (`
 step 300 on, and steadier [C]. The paper shows two curves and no number; the gap is small.
 
 `tiny` trains 350 steps of 2,048 tokens, with the head from the first step on, on questions about
-pictures and some text; a seed draws weights and samples, the same ones in the same order for both options.
-`MTP loss` is the mean over depths 1 to 3 and the last fifth of the steps, so from step 281 on, and
-`spikes` the percent of steps whose gradient norm is over three times the median: what "steadier"
-may mean.
+pictures and some text; a seed draws weights and samples, the same ones in the same order for both
+options. `MTP loss` is the mean over depths 1 to 3 and the last fifth of the steps, so from step 281
+on, and `spikes` the percent of steps whose gradient norm is over three times the median: what
+"steadier" may mean.
 """
 from statistics import fmean, median
 
