@@ -15,7 +15,6 @@ better than one. Figures of LOG.md that name `--labels` were measured with today
 the others with the former.
 """
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -59,6 +58,17 @@ def stage(args: Args, hw, name: str, folder: Path, seed: int, **changes) -> dict
     return read_json(folder / "report.json")["figures"][name]
 
 
+def student(args: Args, hw, name: str, folder: Path, seed: int) -> dict:
+    """Train a student, one of STUDENTS, of the teachers in `folder`, and return its figures."""
+    # Each student has a folder of its own, with links to the teachers of its seed.
+    own = folder if name == "both" else folder / f"of_{name}"
+    for teacher in ("semantic", "texture"):
+        if own != folder and not (own / teacher).exists():
+            own.mkdir(parents=True, exist_ok=True)
+            (own / teacher).symlink_to(folder.resolve() / teacher)
+    return stage(args, hw, "distill", own, seed, **STUDENTS[name])
+
+
 def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
     """{model: its figures}"""
     folder = Path(args.out) / f"seed{seed}"
@@ -67,14 +77,8 @@ def one_seed(args: Args, hw, seed: int) -> dict[str, dict]:
     found = {"random": probe_random_weights(untrained, probes, seed)}
     for teacher in ("semantic", "texture"):
         found[f"teacher {teacher}"] = stage(args, hw, teacher, folder, seed)
-    for name, changes in STUDENTS.items():
-        # Each student has a folder of its own, with links to the teachers of its seed.
-        own = folder if name == "both" else folder / f"of_{name}"
-        for teacher in ("semantic", "texture"):
-            if own != folder and not (own / teacher).exists():
-                own.mkdir(parents=True, exist_ok=True)
-                (own / teacher).symlink_to(folder.resolve() / teacher)
-        found[f"student of {name}"] = stage(args, hw, "distill", own, seed, **changes)
+    for name in STUDENTS:
+        found[f"student of {name}"] = student(args, hw, name, folder, seed)
     found["aligned"] = stage(args, hw, "align", folder, seed)
     return found
 
@@ -121,23 +125,30 @@ def claims(args: Args):
     print(f"figures in {args.out}/report.json; python -m lab.report {args.out} makes the page")
 
 
+def one_step(args: Args, batch: int, seed: int = 0) -> dict[str, float]:
+    """{peak GiB, seconds} of a process that does one align step of so many pairs. Raises UserError
+    if it fails."""
+    began, out = time.time(), Path(args.out).resolve() / f"batch{batch}"
+    process = subprocess.Popen(
+        [sys.executable, "train_vit.py", "--stage=align", "--steps=1", f"--batch={batch}",
+         f"--micro={args.micro}", "--budgets=16", "--workers=0", f"--seed={seed}",
+         f"--probes={args.probes}", f"--device={args.device}", f"--dtype={args.dtype}",
+         f"--out={out}"], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)     # what this process used, not all children
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"the step with {batch} pairs ended with code {process.returncode}")
+    # KiB, but bytes on macOS.
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+    return {"peak GiB": usage.ru_maxrss / unit, "seconds": time.time() - began}
+
+
 def memory(args: Args):
-    """Peak memory of one align step with a small batch and with a large one, each in a process of
-    its own."""
+    """Peak memory of one align step with a small batch and with a large one."""
     rows = {}
     for batch in (1024, args.big):
-        began = time.time()
-        done = subprocess.run(
-            [sys.executable, "train_vit.py", "--stage=align", "--steps=1", f"--batch={batch}",
-             f"--micro={args.micro}", "--budgets=16", "--workers=0", f"--device={args.device}",
-             f"--dtype={args.dtype}", f"--out={Path(args.out).resolve() / f'batch{batch}'}"],
-            cwd=ROOT, env={**os.environ})
-        if done.returncode:
-            raise UserError(f"the step with {batch} pairs ended with code {done.returncode}")
-        # ru_maxrss is the largest of all children so far, so the small batch goes first.
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
-        rows[f"batch {batch}"] = {"peak GiB": peak, "seconds": time.time() - began}
-        print(f"batch {batch}: {peak:.2f} GiB at most, {time.time() - began:.0f} s in all")
+        row = rows[f"batch {batch}"] = one_step(args, batch)
+        print(f"batch {batch}: {row['peak GiB']:.2f} GiB at most, {row['seconds']:.0f} s in all")
     write_json(Path(args.out) / "memory.json", {"micro": args.micro, "figures": rows})
 
 
