@@ -9,8 +9,9 @@ the mean over a stretch of steps, as in the charts of lab.report.
 
 The band from low to high is an estimate from few runs. Of several runs, which differ in the seed,
 it reaches from the least to the most, each widened by twice the standard deviation between seeds.
-Of one run it is its own curve, widened by twice the standard deviation of single steps around it;
-that says nothing about seeds, and such a file says so. A run differs from its reference where
+Of one run it is its own curve, two points earlier to two points later, since other seeds learn the
+same a little sooner or later, widened by twice the standard deviation of single steps around it;
+other seeds may leave such a band, and the file says so. A run differs from its reference where
 three points in a row lie outside the band: single points do so by chance.
 """
 import lib  # first of all, before torch: see lib/__init__.py
@@ -54,6 +55,7 @@ CURVES = ("loss", "reward", "held_out", "accuracy", "mtp1", "mtp2", "mtp3", "cos
           "i2t_zh", "entropy")
 POINTS = 60             # of a curve, at most
 IN_A_ROW = 3            # points outside the band that make a difference
+SHIFT = 2               # points by which another seed may be sooner or later
 NEIGHBOURS = 5          # points to each side over which a standard deviation is pooled
 LEAST = 0.01            # the least standard deviation, as a share of the mean: two seeds may agree
                         # by chance, and other CPUs round differently
@@ -142,6 +144,12 @@ def pooled(variances: np.ndarray, reach: int) -> np.ndarray:
                      for i in range(len(variances))])
 
 
+def extremes(values: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the most of each value and its neighbours, `reach` to each side."""
+    parts = [values[max(0, i - reach):i + reach + 1] for i in range(len(values))]
+    return np.array([part.min() for part in parts]), np.array([part.max() for part in parts])
+
+
 def noise(points: np.ndarray, size: int) -> np.ndarray:
     """The variance of single points around a smooth curve, one for each stretch. A point's distance
     to the mean of its two neighbours has 1.5 times that variance."""
@@ -161,11 +169,15 @@ def curve_of(logs: list[list[dict]], key: str) -> dict | None:
     size = math.ceil(shortest / POINTS)
     curves = np.stack([stretches(points[:shortest], size) for points in found])     # (runs, n, 2)
     steps, values = curves[0, :, 0], curves[:, :, 1]
-    variances = (pooled(values.var(0, ddof=1), NEIGHBOURS) if len(logs) > 1
-                 else noise(found[0], size))
+    if len(logs) > 1:
+        variances = pooled(values.var(0, ddof=1), NEIGHBOURS)
+        low, high = values.min(0), values.max(0)
+    else:
+        variances = noise(found[0], size)
+        low, high = extremes(values[0], SHIFT)
     mean = values.mean(0)
     wider = 2 * np.maximum(np.sqrt(variances), LEAST * np.abs(mean))
-    low, high = values.min(0) - wider, values.max(0) + wider
+    low, high = low - wider, high + wider
     if values.min() >= 0:       # losses and shares are never negative
         low = np.maximum(low, 0)
     rows = zip(steps, mean, low, high)
@@ -208,8 +220,9 @@ def reference_of(folders: list[Path], name: str, command: str = "", commit: str 
             finals[key] = [float(f"{value:.4g}") for value in values]
     configs = [read_json(folder / "config.json") for folder in folders]
     band = (f"from the least to the most of {len(logs)} runs, each widened by twice the standard "
-            "deviation between them" if len(logs) > 1 else "one run only: widened by twice the "
-            "standard deviation of single steps around its own curve; other seeds may leave it")
+            "deviation between them" if len(logs) > 1 else "one run only: its curve, two points "
+            "earlier to two points later, widened by twice the standard deviation of single steps "
+            "around it; other seeds may leave it")
     reached = min(lines[-1]["step"] for lines in logs)
     if reached < options["steps"]:
         band += f"; not ended: it knows {reached} of {options['steps']} steps"
