@@ -17,6 +17,7 @@ five studies. From these four numbers, `Gain.verdict` and `NoLoss.verdict` say w
 import hashlib
 import importlib
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -194,10 +195,10 @@ def run(name: str, first: int = 0, seeds: int = 0, out: Path = Path("out/lab")) 
     numbers = range(first, first + (seeds or sheet.seeds))
     todo = [(seed, arm) for seed in numbers for arm in sheet.arms]
     check_sources(folder)
-    hw, began, measured = setup("cpu"), time.time(), 0
+    hw, began, measured, start = setup("cpu"), time.time(), 0, time.time()
     runs: dict[int, dict] = {}
     for i, (seed, arm) in enumerate(todo):
-        own = folder / f"{arm.replace(' ', '_')}-{seed}"
+        own = folder / f"{re.sub('[^A-Za-z0-9]', '_', arm)}-{seed}"
         path = own / "figures.json"
         if not path.exists():
             if sheet.prepare:
@@ -205,14 +206,14 @@ def run(name: str, first: int = 0, seeds: int = 0, out: Path = Path("out/lab")) 
             found = sheet.measure(arm, seed, own)
             write_json(path, {"began": began, "figures": found})
             measured += 1
-        runs.setdefault(seed, {})[arm] = read_json(path)["figures"]
+        earlier = read_json(path)
+        runs.setdefault(seed, {})[arm], start = earlier["figures"], min(start, earlier["began"])
         # Runs that were there already say nothing about the time that the others will take.
         each = (time.time() - began) / measured if measured else 60 * sheet.minutes / len(todo)
         print(f"{name}: {i + 1} of {len(todo)} runs, seed {seed}, {arm}: "
               + ", ".join(f"{key} {drawing.number(value)}"
                           for key, value in runs[seed][arm].items() if not is_curve(value))
               + f"; about {clock(each * (len(todo) - i - 1))} left", flush=True)
-    start = min(read_json(path)["began"] for path in folder.glob("*/figures.json"))
     found = answer(name, runs) | {
         "rule": rule_of(name), "began": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(start)),
         "where": hw.description,
