@@ -87,7 +87,7 @@ def test_memory_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(vit_memory, "COUNTS", (12, 24))
     runs = {arm: vit_memory.measure(arm, 5, tmp_path) for arm in vit_memory.ARMS}
     assert runs["all kept"]["MB, 24 images"] > 1.7 * runs["all kept"]["MB, 12 images"]
-    assert runs["chunks"]["MB, 24 images"] < 1.05 * runs["chunks"]["MB, 12 images"]
+    assert runs["chunks"]["MB, 24 images"] < 1.2 * runs["chunks"]["MB, 12 images"]
     assert runs["offload"]["MB on the host, 24 images"] > 0 == runs["chunks"][
         "MB on the host, 24 images"]
 
