@@ -15,7 +15,7 @@ import sys
 import pytest
 
 EARLY = ("einops", "numpy", "PIL.Image", "torch.distributed.tensor", "torch.nn.attention.varlen")
-LONGEST = 120       # seconds that a run may take
+LONGEST = 600       # seconds that a run may take, on a machine that is busy
 
 
 def run(words: list[str], environment: dict, log: str):

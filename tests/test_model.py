@@ -148,9 +148,15 @@ def test_patches_are_block_major():
     image = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 3)
     patches, grid = patchify(image, 2)
     assert patches.shape == (8, 1, 12) and grid == (1, 2, 4)
-    corner = patches[:, 0].reshape(8, 3, 2, 2)[:, :, 0, 0]
-    want = [image[y, x] for x0 in (0, 4) for y in (0, 2) for x in (x0, x0 + 2)]
-    assert np.array_equal(corner, want)
+    pixels = patches[:, 0].reshape(8, 3, 2, 2)      # channel, row, column of each patch
+    # Of each patch the corner (row, column) in the image: four patches of a block, then the next.
+    corners = [(y, x) for x0 in (0, 4) for y in (0, 2) for x in (x0, x0 + 2)]
+    for number, (y, x) in enumerate(corners):
+        assert pixels[number, :, 0, 0].tolist() == image[y, x].tolist(), (
+            f"patch {number} should begin at row {y}, column {x} of the image")
+        block = image[y:y + 2, x:x + 2]
+        assert np.array_equal(pixels[number], block.transpose(2, 0, 1)), (
+            f"patch {number} should hold its red values, row by row, then green, then blue")
 
 
 @pytest.mark.parametrize("h,w,want", [
@@ -248,9 +254,23 @@ def test_linear_cross_entropy_against_the_definition(chunk):
     want = (torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
             * weights).sum()
     (3 * want).backward()
-    assert torch.allclose(loss, want, rtol=1e-5)
-    assert torch.allclose(grads[0], hidden.grad, atol=1e-5)
-    assert torch.allclose(grads[1], weight.grad, atol=1e-5)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5), "the loss"
+    assert torch.allclose(grads[0], hidden.grad, atol=1e-5), "the gradient of `hidden`"
+    assert torch.allclose(grads[1], weight.grad, atol=1e-5), "the gradient of `weight`"
+
+
+def test_linear_cross_entropy_of_a_frozen_matrix():
+    """And of groups: a loss for each, of which the sum is differentiated."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 9, 12, requires_grad=True), torch.randn(31, 12)
+    targets, weights = torch.randint(31, (2, 9)), torch.rand(2, 9)
+    losses = linear_cross_entropy(hidden, weight, targets, weights, 4)
+    found, = torch.autograd.grad(losses.sum(), hidden)
+    each = torch.nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(),
+                                             reduction="none").view(2, 9) * weights
+    assert losses.tolist() == pytest.approx(each.sum(1).tolist(), rel=1e-5), "a loss a group"
+    want, = torch.autograd.grad(each.sum(), hidden)
+    assert torch.allclose(found, want, atol=1e-5), "the gradient of `hidden`"
 
 
 def test_rotations_keep_lengths_and_depend_on_distance_only():

@@ -33,6 +33,7 @@ from lib.common import ROOT
 from lib.turns import play, ReplySettings, Turn
 from tasks.base import Message
 from tasks.draw import COLORS
+from tokenizer import tokenizer_of
 
 PATIENCE = 20       # seconds until a test that waits has failed
 OPENAI, ANTHROPIC = "/v1/chat/completions", "/v1/messages"
@@ -274,9 +275,9 @@ def test_sixteen_at_once_are_what_one_at_a_time_is(server, model):
     assert play(Engine(model, 1, 256), turn).text == alone[2]
 
 
-def test_take_waits_only_where_there_is_nothing_else_to_do(server, model):
+def test_take_waits_only_where_there_is_nothing_else_to_do(model):
     """The thread is not started: the test calls its `_take`, and looks whether the call returns."""
-    worker = serve.EngineThread(server.worker.make, slots=2, waiting=2, say=print)
+    worker = serve.EngineThread(lambda: Engine(model, 2, 256), slots=2, waiting=2, say=print)
 
     def take(seconds):
         call = threading.Thread(target=worker._take, daemon=True)
@@ -285,8 +286,8 @@ def test_take_waits_only_where_there_is_nothing_else_to_do(server, model):
         return call
     waiting = take(0.1)
     assert waiting.is_alive(), "without any job it must wait: a loop would take a whole core"
-    turn = Turn([Message("user", "How many?")], ReplySettings(max_new=8), server.tokens,
-                model.config)
+    turn = Turn([Message("user", "How many?")], ReplySettings(max_new=8),
+                tokenizer_of(model.config), model.config)
     first = worker.submit(turn)
     assert first.outbox.get(timeout=PATIENCE) == [], "the engine has not got the job"
     waiting.join(PATIENCE)

@@ -76,15 +76,18 @@ def test_a_mask_hides_exactly_its_share(kind, share):
 
 
 def test_block_masks_hang_together():
-    """A hidden patch has more hidden neighbours than where each is drawn by itself."""
+    """A hidden patch has more hidden neighbours than where each is drawn by itself: 2.15 times as
+    many, and 1.5 times if the order is wrong."""
     def neighbours(kind):
         rng, found = np.random.default_rng(1), []
         for _ in range(50):
             stored = random_mask(rng, 8, 8, 0.35, kind).reshape(4, 4, 2, 2)
             grid = stored.transpose(0, 2, 1, 3).reshape(8, 8)
-            found.append((grid[:, 1:] & grid[:, :-1]).sum())
+            found.append((grid[:, 1:] & grid[:, :-1]).sum() + (grid[1:] & grid[:-1]).sum())
         return np.mean(found)
-    assert neighbours("block") > 1.4 * neighbours("random")
+    block, random = neighbours("block"), neighbours("random")
+    assert block > 1.8 * random, (f"pairs of hidden neighbours: {block:.1f} in blocks, {random:.1f} "
+                                  "at random. Are the patches in stored order, 2x2 by 2x2?")
 
 
 def test_samples_are_functions_of_seed_and_index():
@@ -274,7 +277,8 @@ def compare_with_one_batch(n, micro):
     assert not missing, f"no gradient arrives at {missing[:3]}"
     assert one.keys() == many.keys() and len(one) > 40
     for name, value in one.items():
-        assert (value - many[name]).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), name
+        most = 1e-5 * max(1.0, float(value.abs().max()))
+        assert (value - many[name]).abs().max() <= most, f"{name} is not that of one batch"
 
 
 def test_cached_gradients_are_those_of_one_batch():
