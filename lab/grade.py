@@ -17,8 +17,8 @@ What does not begin with the name of a function and a colon is a question, and i
 
 Each test runs in a process of its own. An exercise is `green` if its test passes, `red` if it fails
 or if there is nothing to test: no body, no function, or a file that Python can't read. It is
-`skipped` where a package is missing (triton, or what requirements-peers.txt lists). The exit code is
-0 if all are green, else 1. A test that was changed is named: it proves nothing.
+`skipped` where a package is missing (triton, or what requirements-peers.txt lists). The exit code
+is 0 if all are green, else 1. A test that was changed is named: it proves nothing.
 """
 import ast
 import difflib
@@ -199,7 +199,7 @@ def is_deleted(function: ast.FunctionDef) -> bool:
     """Whether the body is only a docstring, `...`, `pass` and `raise NotImplementedError`."""
     for statement in function.body:
         constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-        raised = isinstance(statement, ast.Raise) and "NotImplementedError" in ast.unparse(statement)
+        raised = isinstance(statement, ast.Raise) and "NotImplemented" in ast.unparse(statement)
         if not (constant or raised or isinstance(statement, ast.Pass)):
             return False
     return True
