@@ -321,6 +321,7 @@ def test_a_miniature_verification(monkeypatch, tmp_path, capfd):
     """Two runs of two steps, in processes of their own; nobody reaches 100%."""
     short = replace(TRACK, percent=100.0, seconds=1000.0, options=TRACK.options | {"steps": 2})
     monkeypatch.setitem(records.TRACKS, "short", short)
+    monkeypatch.setattr(records, "source", lambda: "the same")      # though somebody edits a file
     path = tmp_path / "fast.json"
     path.write_text(json.dumps(GOOD))
     args = records.Verify([str(path)], 1, str(tmp_path / "out"))
