@@ -7,7 +7,7 @@
 backward) and counts the bytes that cross the cut: only `embed` has to send visual embeddings to the
 half with the head, and their gradients back. `train` is one run of the ablation: whatever the
 option, the same model learns from the same samples in the same order, with the head from the first
-step on.
+step on. `acceptance` says how often the trunk would accept what the head of such a run drafts.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
