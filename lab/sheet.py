@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from lab import drawing
@@ -52,7 +52,7 @@ def effect(values: list[float]) -> dict[str, float]:
             "detectable": (sure + often) * error}
 
 
-# ---- what a sheet consists of ---------------------------------------------------------------------
+# ---- what a sheet consists of --------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Gain:
@@ -130,7 +130,7 @@ def kept(name: str) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
-# ---- runs -----------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 def sources() -> dict[str, str]:
     """{file: digest} of all files of this repository that are imported now."""
@@ -215,8 +215,8 @@ def run(name: str, first: int = 0, seeds: int = 0, out: Path = Path("out/lab")) 
                           for key, value in runs[seed][arm].items() if not is_curve(value))
               + f"; about {clock(each * (len(todo) - i - 1))} left", flush=True)
     found = answer(name, runs) | {
-        "rule": rule_of(name), "began": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(start)),
-        "where": hw.description,
+        "rule": rule_of(name), "where": hw.description,
+        "began": datetime.fromtimestamp(int(start), timezone.utc).isoformat(),
         "runs": {f"{arm}, seed {seed}": {key: value for key, value in figures.items()
                                          if not is_curve(value)}
                  for seed, arms in runs.items() for arm, figures in arms.items()}}
@@ -239,7 +239,7 @@ def keep(name: str, found: dict):
     write_json(FOLDER / f"{name}.json", found)
 
 
-# ---- what is shown ----------------------------------------------------------------------------------
+# ---- what is shown -------------------------------------------------------------------------------
 
 def is_curve(value) -> bool:
     return isinstance(value, list)

@@ -155,7 +155,7 @@ def shelves() -> dict[str, tuple[int, int]]:
 def test_the_shelves_have_room():
     """Aims, in lines; clarity goes before a count, so a tenth more is allowed.
     `pytest -s tests/test_house.py -k shelves` prints the counts."""
-    aims = {"top": 6500, "lib": 13500, "tasks": 7000, "lab": 6500}
+    aims = {"top": 6500, "lib": 13500, "tasks": 7000, "lab": 9500}
     for shelf, aim in aims.items():
         files, lines = shelves()[shelf]
         print(f"{shelf:<6} {files:3} files {lines:6,} lines of {aim:,}")

@@ -101,8 +101,8 @@ def test_only_an_answer_whose_rule_is_older_is_kept(toy, tmp_path):
     (tmp_path / "sheets").mkdir()
     toy.calls.append(None)
     got = sheet.run("toy", out=tmp_path)
-    for rule, words in ((None, "not committed"),
-                        ({"commit": "abc", "date": "2999-01-01T00:00:00+00:00"}, "after the first")):
+    late = {"commit": "abc", "date": "2999-01-01T00:00:00+00:00"}
+    for rule, words in ((None, "not committed"), (late, "after the first")):
         with pytest.raises(UserError, match=words):
             sheet.keep("toy", got | {"rule": rule})
     good = got | {"rule": {"commit": "abc", "date": "2020-01-01T00:00:00+02:00"}}
@@ -123,7 +123,7 @@ def test_the_command_line(toy, tmp_path, capsys):
         run(Args(what=["toy", "tay"]))
 
 
-# ---- the sheets and their answers -----------------------------------------------------------------
+# ---- the sheets and their answers ----------------------------------------------------------------
 
 def test_the_list_names_every_sheet(capsys):
     print_list()

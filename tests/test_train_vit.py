@@ -86,8 +86,8 @@ def test_block_masks_hang_together():
             found.append((grid[:, 1:] & grid[:, :-1]).sum() + (grid[1:] & grid[:-1]).sum())
         return np.mean(found)
     block, random = neighbours("block"), neighbours("random")
-    assert block > 1.8 * random, (f"pairs of hidden neighbours: {block:.1f} in blocks, {random:.1f} "
-                                  "at random. Are the patches in stored order, 2x2 by 2x2?")
+    assert block > 1.8 * random, (f"pairs of hidden neighbours: {block:.1f} in blocks, "
+                                  f"{random:.1f} at random. Are the patches in stored order?")
 
 
 def test_samples_are_functions_of_seed_and_index():
