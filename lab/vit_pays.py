@@ -47,17 +47,68 @@ def make_tower(out: Path, steps: list[int], hw) -> float:
     return seconds      # so far, all stages
 
 
+def mean_accuracy(table: dict[str, dict]) -> float:
+    """The mean over the categories of an evaluation."""
+    return float(np.mean([row["accuracy"] for row in table.values()]))
+
+
 def figures(tables: dict[str, dict]) -> dict[str, dict]:
     """{run: {category: accuracy in percent}}, and each arm's gain over `random` in the mean."""
     rows = {run: {name: 100 * row["accuracy"] for name, row in table.items()}
             for run, table in tables.items()}
-    rows = {run: {"mean": float(np.mean(list(row.values()))), **row} for run, row in rows.items()}
+    rows = {run: {"mean": 100 * mean_accuracy(tables[run]), **row} for run, row in rows.items()}
     for arm in ("contrastive", "aligned"):
         gains = [row["mean"] - rows[f"random, seed {run.split()[-1]}"]["mean"]
                  for run, row in rows.items() if run.startswith(arm)]
         rows[f"{arm} over random, points"] = {
             "mean": float(np.mean(gains)), "least": min(gains), "most": max(gains)}
     return rows
+
+
+@dataclass
+class Budget:
+    """What equal minutes mean: of each arm the tower's folder ("" for random weights), the CPU
+    seconds that it took, and the steps of pretraining that are left; CPU seconds of such a step."""
+    towers: dict[str, str]
+    spent: dict[str, float]
+    steps: dict[str, int]
+    each: float
+
+
+def budget(args: Args, out: Path) -> Budget:
+    """Train the towers, or what is missing of them, and measure a step of pretraining. Raises
+    UserError if a tower leaves no minute for pretraining."""
+    hw = setup("cpu", "float32")
+    asked = {name: getattr(args, name) for name in ("steps", "alone", "tower")}
+    with same_options(out / "config.json", asked):
+        spent = {"random": 0.0, "contrastive": make_tower(out / "contrastive", [args.alone], hw),
+                 "aligned": make_tower(out / "aligned", [int(n) for n in args.tower.split(",")],
+                                       hw)}
+    each = pace(pretrain.run, plain(0, "", out), out / "pace", 100)
+    seconds = spent["contrastive"] + args.steps * each
+    steps = {arm: round((seconds - used) / each) for arm, used in spent.items()}
+    if steps["aligned"] < 1:
+        raise UserError(f"--tower={args.tower} leaves no minute for pretraining")
+    return Budget({"random": "", "contrastive": f"{out}/contrastive/semantic",
+                   "aligned": f"{out}/aligned/align"}, spent, steps, each)
+
+
+def plain(seed: int, tower: str, out: Path) -> pretrain.Args:
+    """The options of all runs of pretraining."""
+    return pretrain.Args(mix=MIX, levels=1, resume=True, mtp_alone=True, mtp_share=0.12,
+                         save_every=200, eval_every=100, log_every=50, device="cpu", workers=0,
+                         seed=seed, vit=tower, out=str(out))
+
+
+def pretrained(args: Args, left: Budget, arm: str, seed: int, out: Path) -> tuple[dict, list]:
+    """Pretrain within the budget. Returns the evaluation, {category: row}, and the held-out loss
+    over the minutes, those of the tower included."""
+    pretrain.run(replace(plain(seed, left.towers[arm], out), steps=left.steps[arm]))
+    model = load_model(find_checkpoint(out))
+    table = evaluate(model, tokenizer_of(model.config), MIX, 1, args.count)
+    curve = [((left.spent[arm] + left.each * line["step"]) / 60, line["held_out"])
+             for line in read_log(out / "log.jsonl") if "held_out" in line]
+    return table, curve
 
 
 def pays(args: Args):
@@ -67,37 +118,19 @@ def pays(args: Args):
     if len(steps) != len(train_vit.STAGES) or not right:
         raise UserError("--tower takes the steps of semantic, texture, distill and align, as "
                         "500,100,300,400")
-    hw, out = setup("cpu", "float32"), Path(args.out)
-    asked = {name: getattr(args, name) for name in ("steps", "alone", "tower")}
-    with same_options(out / "config.json", asked):
-        spent = {"random": 0.0, "contrastive": make_tower(out / "contrastive", [args.alone], hw),
-                 "aligned": make_tower(out / "aligned", [int(n) for n in steps], hw)}
-    towers = {"random": "", "contrastive": f"{out}/contrastive/semantic",
-              "aligned": f"{out}/aligned/align"}
-    plain = pretrain.Args(mix=MIX, levels=1, resume=True, mtp_alone=True, mtp_share=0.12,
-                          save_every=200, eval_every=100, log_every=50, device="cpu", workers=0)
-    each, tables, curves = pace(pretrain.run, plain, out / "pace", 100), {}, {}
-    minutes = (spent["contrastive"] + args.steps * each) / 60
-    left = {arm: round((60 * minutes - seconds) / each) for arm, seconds in spent.items()}
-    if left["aligned"] < 1:
-        raise UserError(f"--tower={args.tower} leaves no minute for pretraining")
+    hw, out, tables, curves = setup("cpu", "float32"), Path(args.out), {}, {}
+    left = budget(args, out)
+    minutes = (left.spent["contrastive"] + args.steps * left.each) / 60
     for seed in range(args.seeds):
-        for arm, tower in towers.items():
+        for arm in left.towers:
             name = f"{arm}, seed {seed}"
-            settings = replace(plain, seed=seed, vit=tower, steps=left[arm],
-                               out=f"{out}/{arm}{seed}")
-            pretrain.run(settings)
-            model = load_model(find_checkpoint(settings.out))
-            tables[name] = evaluate(model, tokenizer_of(model.config), MIX, 1, args.count)
-            log = read_log(Path(settings.out) / "log.jsonl")
-            curves[name] = [((spent[arm] + each * line["step"]) / 60, line["held_out"])
-                            for line in log if "held_out" in line]
-            print(f"{name}: {left[arm]} steps after {spent[arm] / 60:.1f} minutes for the tower, "
-                  f"mean {100 * np.mean([row['accuracy'] for row in tables[name].values()]):.1f}%")
+            tables[name], curves[name] = pretrained(args, left, arm, seed, out / f"{arm}{seed}")
+            print(f"{name}: {left.steps[arm]} steps after {left.spent[arm] / 60:.1f} minutes for "
+                  f"the tower, mean {100 * mean_accuracy(tables[name]):.1f}%")
         write_json(out / "report.json", {
             "title": f"Does a trained tower pay? {minutes:.1f} CPU minutes each", "unit": "minute",
             "where": f"towers: {hw.description}; pretraining: {setup('cpu').description}",
-            "tower minutes": {k: v / 60 for k, v in spent.items()},
+            "tower minutes": {k: v / 60 for k, v in left.spent.items()},
             "figures": figures(tables), "curves": {
                 f"held-out loss over minutes, seed {s}": {
                     name.split(",")[0]: line for name, line in curves.items()
