@@ -2,8 +2,11 @@
 import ast
 import functools
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -216,3 +219,19 @@ def test_the_pictures_are_drawn_by_the_code_that_the_lectures_name(tmp_path):
         assert drawn.shape == kept.shape and abs(drawn - kept).mean() < 2, name
     with pytest.raises(UserError, match="no picture"):
         draw.run(draw.Args(what=["other"], out=str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_what_exchanged_positions_do_is_what_lecture_5_says():
+    """Its program, run as it stands there: each share is at most 5 points from the printed one."""
+    text = part(TEXTS["05-decoder.md"], "Run it")
+    printed = re.search(r"```text\n(.*?)```", text, re.S)[1]
+    [program] = [words[1] for words in commands(text) if words[0] == "-"]
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+    def shares(output):
+        return [int(share) for share in re.findall(r"(\d+)%", output)]
+    assert len(shares(printed)) == 12
+    assert shares(done.stdout) == pytest.approx(shares(printed), abs=5)
