@@ -42,7 +42,7 @@ FOLDER = ROOT / "lab/references"
 
 # Options that change the speed or the memory of a run, or how often it is measured, but not what it
 # learns beyond rounding.
-WITHOUT_EFFECT = WITHOUT_EFFECT | {
+IGNORED = WITHOUT_EFFECT | {
     "device", "dtype", "compile", "memory", "chunk_patches", "partition", "micro", "patience",
     "eval_every"}
 # Options that are folders. Only the last two names are compared, such as vit/align: a run folder
@@ -65,7 +65,7 @@ LEAST = 0.01            # the least standard deviation, as a share of the mean: 
 class Args:
     run: list[str] = dataclasses.field(default_factory=list)    # run folders of equal options
     name: str = ""              # of the reference, such as demo-pretrain
-    command: str = ""           # that makes such a run; default: the script and its options
+    command: str = ""           # what makes such a run; default: the script and its options
     commit: str = ""            # of the repository when they ran; default: the present one
     unfinished: bool = False    # take runs that have not ended, too, as far as they go
     out: str = str(FOLDER)      # folder for NAME.json
@@ -95,7 +95,7 @@ def options_of(folder: Path) -> dict:
         raise UserError(f"{path} is missing or does not hold the options of {', '.join(SCRIPTS)}")
     options = {"script": script}
     for field in dataclasses.fields(args):
-        if field.name not in WITHOUT_EFFECT:
+        if field.name not in IGNORED:
             value = config.get(field.name, field.default)
             if field.name in FOLDERS and isinstance(value, str):
                 value = "/".join(Path(value).parts[-2:])
