@@ -132,26 +132,30 @@ def kept(name: str) -> dict | None:
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-def sources() -> dict[str, str]:
-    """{file: digest} of all files of this repository that are imported now."""
+def digest(name: str) -> str:
+    """Of a file of this repository; of one that is gone, an empty string."""
+    path = ROOT / name
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
+
+
+def sources() -> list[str]:
+    """The files of this repository that are imported now."""
     paths = {Path(module.__file__).resolve() for module in list(sys.modules.values())
              if getattr(module, "__file__", None)}
-    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-            for path in sorted(paths)
-            if path.is_file() and path.is_relative_to(ROOT) and ".venv" not in path.parts}
+    return sorted(str(path.relative_to(ROOT)) for path in paths
+                  if path.is_relative_to(ROOT) and ".venv" not in path.parts and path.is_file())
 
 
 def check_sources(folder: Path):
     """Note the code that a sheet's runs are made with. Raises UserError if the runs in `folder`
     were made with other code: they would be taken for runs of this one."""
-    now, path = sources(), folder / "code.json"
-    if not path.exists():
-        return write_json(path, now)
-    before = read_json(path)
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        raise UserError(f"{changed[0]} has changed since the runs in {folder} were made: take "
-                        "another folder (--out=out/changed), or remove this one")
+    path = folder / "code.json"
+    before = read_json(path) if path.exists() else {}
+    for name, was in before.items():
+        if digest(name) != was:
+            raise UserError(f"{name} has changed since the runs in {folder} were made: take another "
+                            "folder, such as --out=out/changed")
+    write_json(path, before | {name: digest(name) for name in sources()})
 
 
 def rule_of(name: str) -> dict | None:

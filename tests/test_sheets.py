@@ -92,6 +92,9 @@ def test_runs_of_other_code_are_not_mixed(toy, tmp_path):
     toy.calls.append(None)                          # so that nothing is interrupted
     sheet.run("toy", seeds=1, out=tmp_path)
     code = tmp_path / "toy" / "code.json"
+    assert "lab/sheet.py" in read_json(code)
+    write_json(code, {"lab/sheet.py": read_json(code)["lab/sheet.py"]})
+    sheet.run("toy", seeds=1, out=tmp_path)         # more files are imported than then
     write_json(code, read_json(code) | {"mmtp.py": "something else"})
     with pytest.raises(UserError, match="mmtp.py has changed"):
         sheet.run("toy", out=tmp_path)

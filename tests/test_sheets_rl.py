@@ -95,7 +95,6 @@ def test_a_sheet_in_miniature(name, tmp_path, monkeypatch, capsys):
         arm: [replace(phase, steps=1) for phase in phases]
         for arm, phases in module.STUDY.arms.items()}))
     monkeypatch.setattr(joint, "budget", lambda *rest: (400, 8))
-    monkeypatch.setattr(sheet, "sources", dict)         # more files are imported on the way
     # Every episode has a chance of a reward, so that a group of two gives a signal soon.
     monkeypatch.setattr(gym.Rewards, "score", lambda self, task, evidence: gym.Score(
         float(len(repr(evidence)) % 2)))
