@@ -15,7 +15,9 @@ import functools
 import hashlib
 import heapq
 import json
+import math
 import re
+
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -74,13 +76,11 @@ def train_bpe(text: str, n_ranks: int) -> list[bytes]:
     heap = [(-n, pair) for pair, n in counts.items()]
     heapq.heapify(heap)
     while len(tokens) < n_ranks and heap:
-        n, pair = heapq.heappop(heap)
-        if counts[pair] != -n:      # out of date: put it back with its count of today
+        negative, pair = heapq.heappop(heap)
+        if counts[pair] != -negative:       # out of date: put it back with its present count
             if counts[pair] > 0:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
-        if n == 0:
-            break
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         changed = set()
@@ -88,9 +88,9 @@ def train_bpe(text: str, n_ranks: int) -> list[bytes]:
             word, n = words[i]
             merged, j = [], 0
             while j < len(word):
-                both = j + 1 < len(word) and (word[j], word[j + 1]) == pair
-                merged.append(new if both else word[j])
-                j += 2 if both else 1
+                matches = j + 1 < len(word) and (word[j], word[j + 1]) == pair
+                merged.append(new if matches else word[j])
+                j += 2 if matches else 1
             for old in zip(word, word[1:]):
                 counts[old] -= n
                 changed.add(old)
@@ -99,7 +99,7 @@ def train_bpe(text: str, n_ranks: int) -> list[bytes]:
                 places[fresh].add(i)
                 changed.add(fresh)
             words[i][0] = merged
-        for other in changed:
+        for other in changed:       # their older entries in the heap are out of date now
             if counts[other] > 0:
                 heapq.heappush(heap, (-counts[other], other))
     return tokens
@@ -125,8 +125,9 @@ def train() -> str:
 # ---- encoding -----------------------------------------------------------------------------------
 
 def cut(text: str, longest: int = 100_000) -> list[str]:
-    """Parts of a text that are encoded by themselves, mostly just one: in a run of a million marks
-    or spaces tiktoken's search for words overflows its stack, which no `except Exception` stops."""
+    """Cut a text into parts that are encoded one by one; most texts are a single part. In a run of
+    a million marks or spaces, tiktoken's search for words overflows its stack: an error that
+    `except Exception` does not catch."""
     return [text[i:i + longest] for i in range(0, len(text), longest)]
 
 
@@ -135,7 +136,7 @@ class Tokenizer:
     text are encoded as text, so that nobody can type one.
 
     words: the bytes of each id; image: the id of a visual slot; stops: the ids that end a reply;
-    begin_reply: what stands between <|assistant|>, a line break and a reply that is no thought;
+    begin_reply: the ids that come after <|assistant|> and a line break if the reply has no thought;
     files: {name: contents} of the released files that a saved model needs as well.
 
     n_ranks: how many lines of ranks.txt to use. Raises ValueError where there are not so many.
@@ -150,7 +151,8 @@ class Tokenizer:
         self.special = {name: n_ranks + i for i, name in enumerate(SPECIAL)}
         self.encoding = tiktoken.Encoding("nanoglmv", pat_str=PATTERN, mergeable_ranks=ranks,
                                           special_tokens=self.special)
-        self.vocab_size = -(-(n_ranks + len(SPECIAL)) // 32) * 32  # padded for the matmuls
+        # rounded up to a multiple of 32, which is faster in the matmuls
+        self.vocab_size = math.ceil((n_ranks + len(SPECIAL)) / 32) * 32
         self.words = {i: word for word, i in ranks.items()}
         self.words |= {i: name.encode() for name, i in self.special.items()}
         self.image = self.special["<|image|>"]
@@ -227,11 +229,11 @@ class Tokenizer:
                 reply = self.encode_reply(message.text) + [self.mark(f"<|{after}|>")]
                 pieces.append((reply, weight, None))
                 continue
-            texts = message.text.split("<|image|>", len(message.images))
+            texts = message.text.split("<|image|>", len(message.images))    # any further mark: text
             if len(texts) != len(message.images) + 1:
                 raise ValueError(f"{len(texts) - 1} <|image|> marks, {len(message.images)} images")
-            # Encoded together with its text, as in the whole string, the newline becomes one token
-            # with white space that follows it.
+            # The newline is encoded together with the text, as in the whole string: white space
+            # after it can be part of the same token.
             first, *rest = self.encode("\n" + texts[0])
             pieces += [(mark + [first], 0.0, None), (rest, weight, None)]
             for image, text in zip(message.images, texts[1:]):
@@ -257,8 +259,8 @@ class ReleasedTokenizer(Tokenizer):
     - `stops` are the ids in generation_config.json, or else in config.json, and those of STOPS, as
       a reply ends where an observation follows.
 
-    Raises UserError where a file is damaged or says what is not built, or a special token is
-    missing that every conversation needs.
+    Raises UserError where a file is damaged, asks for something that is not implemented, or lacks a
+    special token that every conversation needs.
     """
 
     def __init__(self, path):
