@@ -5,7 +5,7 @@ An image becomes a grid of patches, stored block-major: the four patches of each
 images of a batch are one packed row; attention stays inside a frame.
 
 Letters: P patches of all images, N images, F frames a patch (1 still, 2 video), p patch side,
-W width, H heads, C width of a head.
+W width, H heads, C width of a head, T vectors in one packed row.
 
 Sizes and names are those of the released relative GLM-OCR [R]; the class defaults are its CogViT-L
 with 403M parameters.
@@ -24,8 +24,8 @@ from kernels import add_norm, angles, attention, norm_rotary, rms_norm, Segments
 from lib.memory import in_chunks, Memory, Runner
 from lib.prefetch import send
 
-# A compiled block (--compile) is one graph before attention and one behind it: the kernels of
-# attention are compiled already, and its plain version makes other shapes of every batch.
+# With --compile a block is one graph before attention and one after it. Attention itself is left
+# out: its kernels are compiled already, and its plain version has other shapes in every batch.
 attention = torch.compiler.disable(attention)
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's [R]
@@ -82,13 +82,15 @@ def naflex(h: int, w: int, unit: int, budget: int) -> tuple[int, int]:
     fit(h, w, unit, 1, budget)      # only for its check of the sides
 
     def most(a, b):
-        """The most units along side a whose side b, in proportion and rounded up, still fits."""
+        """The largest number n of units along side a for which n times the units along side b, in
+        proportion and rounded up, is at most `budget`."""
         n = min(budget, int(math.sqrt(budget * a / b)))
         while n * math.ceil(b * n / a) > budget:
             n -= 1
         return n
 
-    # At the largest scale one of the sides is a whole number of units: try both, take the larger.
+    # At the largest scale one of the sides is a whole number of units. Try both and take the larger
+    # scale: rows / h or columns / w.
     rows, columns = most(h, w), most(w, h)
     if rows * w > columns * h:
         return rows * unit, math.ceil(w * rows / h) * unit
@@ -102,6 +104,7 @@ def patchify(frames: np.ndarray, patch: int, merge: int = 2) -> tuple[np.ndarray
     Returns patches (P, F, 3*p*p) uint8 and the grid (1, h/p, w/p).
     """
     frames = frames[None] if frames.ndim == 3 else frames
+    # (y, x): the block in the image, (b, d): the patch in its block, (i, j): the pixel in its patch
     patches = rearrange(frames, "f (y b i) (x d j) c -> (y x b d) f (c i j)",
                         b=merge, d=merge, i=patch, j=patch)
     return patches, (1, frames.shape[1] // patch, frames.shape[2] // patch)
@@ -109,14 +112,15 @@ def patchify(frames: np.ndarray, patch: int, merge: int = 2) -> tuple[np.ndarray
 
 def patch_positions(grids: Tensor, merge: int = 2) -> Tensor:
     """Row and column of every patch, in stored order. grids (N, 3) -> (2, P) int64, on the CPU"""
-    frames = torch.repeat_interleave(grids[:, 1:], grids[:, 0], dim=0)  # each frame has its own
-    areas, wide = frames.prod(1), frames[:, 1]
-    wide = torch.repeat_interleave(wide, areas)         # (P,): of the frame that a patch lies in
-    n = torch.arange(len(wide)) - torch.repeat_interleave(areas.cumsum(0) - areas, areas)
-    # A band is one row of blocks; patch n is number `inside` of its block.
-    band, inside = merge * wide, n % merge ** 2
-    return torch.stack([n // band * merge + inside // merge,
-                        n % band // merge ** 2 * merge + inside % merge])
+    sizes = torch.repeat_interleave(grids[:, 1:], grids[:, 0], dim=0)   # of each frame, in patches
+    areas = sizes.prod(1)
+    width = torch.repeat_interleave(sizes[:, 1], areas)     # (P,): of the frame a patch belongs to
+    # Patch n of its frame is patch `inside` of its block; a band is one row of blocks.
+    n = torch.arange(len(width)) - torch.repeat_interleave(areas.cumsum(0) - areas, areas)
+    inside, band = n % merge ** 2, merge * width
+    rows = n // band * merge + inside // merge
+    columns = n % band // merge ** 2 * merge + inside % merge
+    return torch.stack([rows, columns])
 
 
 # ---- the encoder ------------------------------------------------------------------------------
@@ -280,15 +284,17 @@ class CogViT(nn.Module):
 
     def encode(self, token, patches, grids, mask):
         """`forward` for the images of one chunk."""
-        c, grids = self.config, grids.cpu()     # where they are already, or the host waits
+        c, grids = self.config, grids.cpu()     # on a GPU, the host would have to wait for them
         # A head of width C has C/2 angles: C/4 for the row and C/4 for the column, both with the
         # same frequencies.
         quarter = c.hidden_size // c.num_heads // 4
         h, w = send(patch_positions(grids, c.spatial_merge_size), patches.device)
         freqs = torch.cat([angles(axis[None], (quarter,)) for axis in (h, w)], dim=-1)
         rope = freqs.cos(), freqs.sin()
-        frames = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
-        borders = F.pad(frames.cumsum(0), (1, 0)).int()
+        # Every frame is a segment of its own: attention stays inside a frame.
+        areas = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
+        borders = F.pad(areas.cumsum(0), (1, 0)).int()
+
         segments = Segments(send(borders, patches.device), causal=False, host=borders)
         x = self.patch_embed(patches)
         if mask is not None:
