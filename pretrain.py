@@ -20,10 +20,10 @@
     7. log, and save when due
 
 Left out: sharded weights (FSDP2). The optimizer's state is shared by the ranks, but each holds all
-weights and gradients: 6 bytes a parameter, plus 12 / ranks. So `base` takes 8 GB on each of eight
-GPUs; half of 80 GB is full with about 5B. Also left out: context parallelism (a rank computes whole
-rows), and gradient accumulation as a setting (a rank accumulates over its rows, so --rows is the
-setting).
+weights and gradients: 6 bytes a parameter, plus 12 / ranks. So `base` (1.1B) takes 8 GB on each of
+eight GPUs, and a model of about 5B would take half of a GPU's 80 GB. Also left out: context
+parallelism (a rank computes whole rows), and gradient accumulation as a setting (a rank accumulates
+over its rows, so --rows is the setting).
 
 Letters: T tokens of a row.
 """
@@ -161,8 +161,8 @@ def mtp_weight(step: int, args: Args) -> float:
 # ---- counting -----------------------------------------------------------------------------------
 
 def count(rows, patch: int) -> tuple[int, int, int, int]:
-    """Tokens, learnt tokens, images and patches in packed rows of Documents. An image that several
-    documents of a row ask about is encoded once, so its patches count once."""
+    """Tokens, learnt tokens (those with a weight), images and patches in packed rows of Documents.
+    An image that several documents of a row ask about is encoded once: its patches count once."""
     tokens = learnt = images = patches = 0
     for row in rows:
         tokens += sum(len(d.ids) for d in row)
@@ -179,14 +179,15 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     model = on_meta(args, config)
     if not learns(head_of(model)):
         args = replace(args, mtp=0)
-    made = [stream(10 ** 9 + i) for i in range(50)]     # beyond the easy ones; they fill caches
+    # From number 10^9 on no sample is an easy one. The first 50 fill caches and are not timed.
+    made = [stream(10 ** 9 + i) for i in range(50)]
     began = time.perf_counter()
     while (spent := time.perf_counter() - began) < 1:
         made.append(stream(10 ** 9 + len(made)))
     seconds = spent / (len(made) - 50)
-    own, *others = count(made, config.vision.patch_size)
+    made_tokens, made_learnt, _, made_patches = count(made, config.vision.patch_size)
     tokens = args.steps * args.rows * args.row_tokens
-    learnt, _, patches = (tokens * other / own for other in others)
+    learnt, patches = tokens * made_learnt / made_tokens, tokens * made_patches / made_tokens
     if args.on:
         return plan_on(find_machine(args.on), args, config, stream, made, seconds)
     # The MTP head learns in the last part of the run, all its depths.
@@ -202,18 +203,19 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     memory = counts["total"] * hw.dtype.itemsize + counts["learning"] * (4 + 12 / hw.world)
     memory += 2 * kept
     print_plan(hw, counts, tokens, flops, memory)
-    # On a CPU workers do not load while the model trains.
     ranks = hw.world if args.partition == "planned" else 1      # that share the samples
-    hours = seconds * tokens / own * len(made) / max(1, workers) / ranks / 3600
+    length = made_tokens / len(made)                            # tokens of a sample
+    hours = seconds * tokens / length / max(1, workers) / ranks / 3600
+    # Workers load while a GPU trains; on a CPU they would take its cores, and loading comes first.
     both = "longer" if workers and hw.device.type != "cpu" else "sum"
     print(f"loading     {hours:,.2f} h by {workers} workers a rank, {1000 * seconds:.2f} ms a "
-          f"sample of {own / len(made):.0f} tokens; the run takes the {both} of both times")
+          f"sample of {length:.0f} tokens; the run takes the {both} of both times")
 
 
 def plan_on(machine: Machine, args: Args, config: Config, stream: Stream, made: list,
             seconds: float):
     """Print what the run would take on a machine that is not here (`--plan --on`). made: samples of
-    the stream from 10^9 on; seconds: that one of them takes to draw here."""
+    the stream from number 10^9 on; seconds: the time that this machine takes to draw one."""
     row = Packer(lambda i: made[i] if i < len(made) else stream(10 ** 9 + i), args.row_tokens).row()
     tokens, learnt, _, patches = count([row], config.vision.patch_size)
     ahead = args.steps * args.mtp_share if args.mtp else 0.0     # steps in which the head learns
@@ -225,7 +227,8 @@ def plan_on(machine: Machine, args: Args, config: Config, stream: Stream, made: 
             flops = args.rows * model.flops(tokens, patches, learnt, depths)
             parts.append(Part(name, steps, trace, flops))
     workers = max(1, args.workers) if args.workers >= 0 else min(8, machine.cores)
-    samples = args.steps * args.rows * len(row) / sum(map(len, made)) * len(made)
+    documents = args.steps * args.rows * len(row)
+    samples = documents / sum(map(len, made)) * len(made)   # a sample may have several documents
     ranks = machine.count if args.partition == "planned" else 1     # that share the samples
     counts = model.counts() | {"learning": count_learning(on_meta(args, config))}
     print_plan_on(machine, counts, args.steps * args.rows * tokens, parts,
@@ -314,13 +317,13 @@ class Rows:
     images: int
     patches: int
     weight: float           # summed over all tokens
-    balance: float          # the time that a step takes over that of ranks with equal work
-    bytes_in: int           # that the rank reads and receives which reads and receives most
-    position: dict          # of the packer behind these rows: where a resumed run goes on
+    balance: float          # time of the step, divided by its time if ranks had equal work; 1: best
+    bytes_in: int           # read and received by one rank, the one with the most
+    position: dict          # of the packer after these rows: a resumed run starts from there
 
 
 def load_rows(packer: Packer, load: PixelLoader, args: Args, config: Config, hw) -> Rows:
-    """Pack the global batch, the same on any number of ranks, and load what is this rank's."""
+    """Pack the global batch, the same on any number of ranks, and load this rank's part of it."""
     rows = packer.batch()
     steps = plan_steps(rows, args.row_tokens, Costs.of(config), hw.world, args.partition)
     load.move_drawn(steps, hw.rank)
@@ -372,6 +375,7 @@ def start_of(args: Args) -> tuple[Path | None, Config]:
 def with_rows(args: Args, config: Config, ranks: int) -> Args:
     """The arguments with --rows and --row_tokens filled in: those that the resumed run has, or by
     the size of the model. Raises UserError where the rows can't be dealt out to the ranks."""
+    # The largest of the named sizes that is not wider than the model.
     sizes = [size for size in ROWS if sized(size).text.hidden_size <= config.text.hidden_size]
     rows, row_tokens = ROWS[sizes[-1] if sizes else "tiny"]
     default = {"rows": rows * ranks, "row_tokens": row_tokens}
@@ -400,9 +404,8 @@ def build(args: Args, hw) -> tuple[GLMV, Optimizer, int, dict | None]:
     if args.compile:
         compile_blocks(model, (VitBlock, DecoderLayer), hw.device)
 
-    # lr 4e-3: Muon's updates have the RMS of AdamW's, so one rate serves both [R: Moonlight]. With
-    # it a tiny model leaves the plateau before it uses the picture; with AdamW alone at 2e-3 it was
-    # still behind after 150 steps (loss 0.42 against 0.30, LOG.md) [O].
+    # lr 4e-3: Muon's updates have the RMS of AdamW's, so one rate serves both [R: Moonlight]. After
+    # 150 steps at it the loss of a tiny model was 0.30; with AdamW alone at 2e-3 it was 0.42 [O].
     # weight_decay 0.05: half of GLM-4.5's 0.1 [R], for runs that are far shorter; not tuned [O].
     # momentum 0.95 and betas (0.9, 0.95) are OptimConfig's defaults, as Moonlight has them [R].
     config = OptimConfig(args.lr, args.weight_decay, scales=(("model.visual", args.vision_scale),))
@@ -469,7 +472,7 @@ def run(args: Args):
     samples = Skeletons(loader, hw.rank, hw.world) if planned else loader
     packer = Packer(samples, args.row_tokens, args.rows, Costs.of(config), ahead=AHEAD,
                     state=position, say=say)
-    position = packer.state()
+    position = packer.state()       # in the loop: that after the rows of the last step
     # On a GPU a thread loads the rows of the next step while this one runs.
     pixels = PixelLoader(stream, max(1, workers), samples.group if planned else None)
     load = Prefetch(functools.partial(load_rows, packer, pixels, args, config, hw),
@@ -484,7 +487,8 @@ def run(args: Args):
     if hw.rank == 0:        # the page of a run shows its options from here; eval reads the mixture
         write_json(out / "config.json", asdict(args) | {
             "parameters": counts, "hardware": hw.description})
-    # From here on a signal no longer ends the process: the loop finishes its step and saves.
+    # From here on a signal no longer ends the process: the loop finishes its step and saves. The
+    # lambda reads `checkpointer` and `position` when it is called, so it saves the newest position.
     checkpointer = Checkpointer(
         out, hw, args.steps, args.save_every, start,
         lambda folder, *gathered: save(folder, *gathered, checkpointer.done, model,
@@ -506,8 +510,8 @@ def run(args: Args):
 
         # The MTP head joins late: until the hidden states are good there is little to look ahead
         # from, and each depth costs a decoder layer and an output matrix more [O].
-        ahead = mtp_weight(step, args)
-        depths = args.mtp if ahead else 0
+        mtp_factor = mtp_weight(step, args)
+        depths = args.mtp if mtp_factor else 0
         losses = torch.zeros(1 + depths, device=hw.device)  # of the next token, of each depth
         let_head_learn(model, optimizer, depths > 0)
 
@@ -521,9 +525,10 @@ def run(args: Args):
             #    with a mean per row, a token in a row with few of them would count more, and two
             #    processes would compute another update than one. The MTP loss is the mean over its
             #    depths.
-            part = (loss + ahead * sum(further) / max(1, args.mtp)) / rows.weight
-            # 4. Backward. The optimizer takes each gradient as soon as it is there; those of the
-            #    last row are the last of the step, and travel to their owners as it goes.
+            part = (loss + mtp_factor * sum(further) / max(1, args.mtp)) / rows.weight
+            # 4. Backward. The optimizer adds up each gradient as soon as it is computed. In the
+            #    last row the sums become complete, and each is sent to the rank that updates these
+            #    weights while backward still computes the others.
             if number == len(rows.batches):
                 optimizer.last_backward()
             if part.requires_grad:  # not where only the adapter learns and there is no picture
@@ -531,13 +536,13 @@ def run(args: Args):
             # Sums stay on the device: .item() here would make the host wait for every row.
             losses += torch.stack([loss.detach(), *(x.detach() for x in further)]) / rows.weight
 
-        # 5. Update. All ranks decide from the same summed loss and norm whether they are finite, so
-        #    that all skip the step or none does; to read them, the host waits for the device, once
-        #    a step. The rate rises first, while momenta are averages of a few gradients only; it
-        #    stays at its peak for most of the run, since large steps leave the plateau; its fall
-        #    over the last 40% removes their noise [O].
+        # 5. Update. All ranks see the same summed loss and norm. If one is not finite, all of them
+        #    skip the step. To read these numbers the host waits for the device, once a step. The
+        #    rate rises at first, while momenta are averages of a few gradients only; it stays at
+        #    its peak for most of the run, since large steps leave the plateau; its fall over the
+        #    last 40% removes their noise [O].
         squares = optimizer.reduce()
-        value, *further, squares = sum_over_ranks(torch.cat([losses, squares[None]])).tolist()
+        value, *mtp_values, squares = sum_over_ranks(torch.cat([losses, squares[None]])).tolist()
         norm = math.sqrt(squares)
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
         optimizer.step(rate, norm, apply=math.isfinite(value))
@@ -549,10 +554,10 @@ def run(args: Args):
         if hw.device.type == "cuda":            # a CPU's peak is not known well enough
             flops = model.flops(rows.tokens, rows.patches, rows.learnt, depths)
             values["mfu"] = flops / seconds / hw.peak / hw.world
-        values |= {f"mtp{depth}": x for depth, x in enumerate(further, 1)}
+        values |= {f"mtp{depth}": x for depth, x in enumerate(mtp_values, 1)}
         if hw.world > 1:
             values |= {"balance": rows.balance, "MB in": rows.bytes_in / 1e6}
-        if load.seconds - loading > 0.05 * seconds:         # worth a look: more --workers?
+        if load.seconds - loading > 0.05 * seconds:         # then more --workers may help
             values["loading"] = load.seconds - loading
         # Steps that were not finite, samples longer than a row, records that can't be used.
         passed = sum(position["passed"].values())
