@@ -78,6 +78,8 @@ def sized(size: str) -> Config:
         raise UserError(f"--size takes tiny, mini, small or base, not '{size}'")
     n_ranks = {"tiny": 512, "mini": 1024}.get(size, 4096)
     tokens = Tokenizer(n_ranks)
+    # The numbers below are, for TextConfig: vocabulary, width, width of the MLP, layers, query heads,
+    # key-value heads, channels of a head; for VitConfig: layers, width, heads, width of the MLP.
     if size == "base":
         return Config(image_token_id=tokens.image, n_ranks=n_ranks)
     if size == "tiny":
@@ -125,30 +127,33 @@ def rope_positions(tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, image_toke
     Raises ValueError if the tokens of an image do not lie side by side in one document.
     """
     visual = (tokens == image_token).numpy()
-    borders, grids = cu_seqlens.numpy().astype(np.int64), grids.numpy() // (1, 2, 2)
-    starts, lengths = borders[:-1], np.diff(borders)
+    slots = np.flatnonzero(visual)
+    borders, grids = cu_seqlens.numpy().astype(np.int64), grids.numpy() // (1, 2, 2)   # in tokens
     # Of each image: its size, and where its first and its last token are in the row.
     height, width = grids[:, 1], grids[:, 2]
-    count, slots = height * width, np.flatnonzero(visual)
+    count = height * width
     ends = np.cumsum(count)
-    if ends[-1:].sum() != len(slots):
+    if count.sum() != len(slots):
         raise ValueError(f"{len(slots)} image tokens for images of {count.tolist()}")
     first, last = slots[ends - count], slots[ends - 1]
-    # The border before the first token is the one before the last token too.
+    # Two tokens are in one document if as many borders come before them.
     same = np.searchsorted(borders, first, "right") == np.searchsorted(borders, last, "right")
     if not (same & (last - first == count - 1)).all():
         raise ValueError("an image's tokens run over the end of its document")
-    # How far the position moves on after each token: 1, but only behind the last one of an image.
+    # How far the position moves on after each token: 1 after text; in an image 0, but max(h, w)
+    # after its last token.
     step = np.where(visual, 0, 1)
     step[last] = np.maximum(height, width)
     begins = np.cumsum(step) - step         # of each token, counted from the start of the row
+    # Subtract what each document begins with. An empty one has no first token to look at.
+    starts, lengths = borders[:-1], np.diff(borders)
     used = lengths > 0
     begins -= np.repeat(begins[starts[used]], lengths[used])
     positions = np.stack([begins] * 3)
     place = np.arange(len(slots)) - np.repeat(ends - count, count)      # inside its image
-    wide = np.repeat(width, count)
-    positions[1, slots] += place // wide
-    positions[2, slots] += place % wide
+    columns = np.repeat(width, count)                                   # of its image
+    positions[1, slots] += place // columns
+    positions[2, slots] += place % columns
     return torch.from_numpy(positions)
 
 
@@ -169,6 +174,7 @@ class SelfAttention(nn.Module):
         q, k, v = (rearrange(proj(x), "t (h c) -> t h c", c=self.head_dim)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotary_qk(q, k, *rope)
+        # A cache (engine.py) keeps k and v for the tokens to come, and attends to all it holds.
         out = (cache.attend(layer, q, k, v, segments) if cache is not None
                else attention(q, k, v, segments))
         return self.o_proj(rearrange(out, "t h c -> t (h c)"))
@@ -200,7 +206,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x, rope, segments, layer=0, cache=None):
         out = self.self_attn(self.input_layernorm(x), rope, segments, layer, cache)
-        # x + post_self_attn_layernorm(out), and its post_attention_layernorm, in one pass
+        # In one pass over memory: the new x is x + post_self_attn_layernorm(out), and `normed` is
+        # post_attention_layernorm of the new x.
+
         x, normed = add_norm(out, x, self.post_attention_layernorm.weight, self.eps,
                              inner=self.post_self_attn_layernorm.weight)
         return norm_add(self.mlp(normed), x, self.post_mlp_layernorm.weight, self.eps)
