@@ -94,7 +94,7 @@ class Args:
     memory: Literal["none", "recompute", "offload"] = "none"    # the towers': see lib/memory.py
     chunk_patches: Natural = 0    # patches encoded at a time, so that memory stays flat; 0: all
     init: str = ""                # folder whose tower distill starts from, or align alone
-    resume: bool = False          # go on with the newest checkpoints in --out
+    resume: bool = False          # continue from the newest checkpoints in --out
     max_hours: NonNegative = 0.0  # hours until the run saves and ends, for --resume; 0: no limit
     out: str = "out/vit"          # run folder: one folder a stage, report.json
     keep: str = ""                # also write each stage's tower here, alone and in bf16
@@ -118,8 +118,9 @@ def tower(args: Args, config: Config) -> CogViT:
     """A CogViT without the adapter, which belongs to the decoder and is trained by pretrain.py."""
     visual = CogViT(config.vision)
     del visual.downsample, visual.merger
-    for block in visual.blocks if not args.qk_norm else ():
-        block.attn.q_norm = block.attn.k_norm = nn.Identity()
+    if not args.qk_norm:
+        for block in visual.blocks:
+            block.attn.q_norm = block.attn.k_norm = nn.Identity()
     return visual
 
 
@@ -245,8 +246,8 @@ def build(stage: str, args: Args, config: Config, hw):
         model = TwoTowers(tower(args, config), config)
         stream = Captions(config, patch_budgets(stage, args), args.batch, args.seed, "train",
                           args.side, args.pairs, args.languages, args.clips)
-    # The texture teacher starts from weights of its own: from those of the semantic teacher and the
-    # student, which share a seed, the two teachers would have more in common than they learnt.
+    # The texture teacher has another seed than the semantic teacher and the student. From equal
+    # weights the two teachers would have more in common than what they have learnt.
     if hw.device.type != "meta":
         init(model, args.seed + (stage == "texture"))
     Memory(args.memory, decoder=args.memory, chunk_patches=args.chunk_patches).use_in(model)
@@ -260,8 +261,8 @@ def build_optimizer(model: nn.Module, args: Args) -> Optimizer:
         # 4e-3 was tuned for Muon, whose update has the RMS of an AdamW step: one rate serves both.
         # Decay keeps matrices from growing under updates that do not shrink by themselves. [O]
         args.lr, args.weight_decay,
-        # First match wins. AdamW moves a scalar by about the rate a step, and these two have far to
-        # go: in 1,200 steps from log 10 to 3.0 and from -10 to -14.6. So ten times the rate. [O]
+        # First match wins. AdamW moves a scalar by about the rate a step, and logit_scale and
+        # logit_bias have far to go: in 1,200 steps from log 10 to 3.0 and from -10 to -14.6. [O]
         scales=(*((name, args.proj_scale) for name in projections), ("text.", args.text_scale),
                 ("logit", 10.0)),
         # No decay on projections: their outputs are normalised, so a decay changes nothing but
@@ -270,8 +271,8 @@ def build_optimizer(model: nn.Module, args: Args) -> Optimizer:
 
 
 def prepare(stage: str, args: Args, config: Config, hw, say):
-    """(model, stream, optimizer, step to go on from): from the newest checkpoint of the stage, or
-    from --init, or `align` from the student's tower, or from random weights."""
+    """(model, stream, optimizer, number of steps done). The weights are those of the stage's newest
+    checkpoint, or of --init, or, for `align`, of the student's tower, or they are random."""
     out = Path(args.out) / stage
     model, stream = build(stage, args, config, hw)
     resumed = find_checkpoint(out) if args.resume and checkpoints(out) else None
@@ -310,8 +311,8 @@ def prepare(stage: str, args: Args, config: Config, hw, say):
 
 
 def train(stage: str, args: Args, hw):
-    """Train one stage, from its newest checkpoint or from the start. Returns whether the run shall
-    end here, as --max_hours are over."""
+    """Train one stage, from its newest checkpoint or from the start. Returns whether the run must
+    end here because the time of --max_hours is over."""
     out, lead, config = Path(args.out) / stage, hw.rank == 0, sized(args.size)
     say = print if lead else (lambda *_: None)
     model, stream, optimizer, start = prepare(stage, args, config, hw, say)
@@ -321,14 +322,14 @@ def train(stage: str, args: Args, hw):
         move_earlier_run(out.with_name(name), args.resume, hw, say)
     probes = ProbeSet(config, args.side, args.probes) if lead else None
     pairs = open_pairs(args.pairs, args.languages) if args.pairs else None
-    if start >= args.steps:
+    if start >= args.steps:     # nothing to train; the evaluation may be missing
         if lead and read_report(out.parent)["figures"].get(stage, {}).get("step") != start:
             evaluate_tower(model, probes, out, start, args.seed, args.clips > 0, pairs)
         return say(f"{stage}: {start} steps are done, of {args.steps}")
 
     share = args.batch // hw.world      # images of this rank in each step
-    # A contrastive batch of several micro-batches runs each forward twice, so each sample is loaded
-    # twice: no burst beyond one micro-batch, or the second pass would find it gone.
+    # A contrastive batch of several micro-batches loads each sample twice, for two forward passes.
+    # The loader drops a sample once it is taken: of a larger burst some would be loaded in vain.
     cached = isinstance(model, TwoTowers) and args.micro < share
     burst = args.micro if cached else max(args.micro, min(8 * share, 4096))
     workers = args.workers if args.workers >= 0 else min(8, max(1, cores() // hw.world))
@@ -347,7 +348,7 @@ def train(stage: str, args: Args, hw):
     for step in range(start, args.steps):
         began, loading, values = time.perf_counter(), loader.seconds, {}
         # Sample numbers count over all steps, so the step alone says which samples come next: a
-        # resumed run goes on with exactly those that it would have seen.
+        # resumed run sees exactly those that it would have seen.
         mine = range(step * share, (step + 1) * share)
         try:
             if cached:
@@ -368,8 +369,9 @@ def train(stage: str, args: Args, hw):
             squares = optimizer.reduce()
             if args.pairs:
                 values["skipped"] = squares.new_full((), skipped.latest())
-            sums = sum_over_ranks(torch.stack([*values.values(), squares])).tolist()    # waits once
-            values, norm = dict(zip(values, sums)), math.sqrt(sums[-1])
+            # The only wait for the device in a step.
+            *sums, squares = sum_over_ranks(torch.stack([*values.values(), squares])).tolist()
+            values, norm = dict(zip(values, sums)), math.sqrt(squares)
         except (UserError, OSError, RuntimeError):  # no samples, here or on a rank that has ended
             loader.close()
             watch.close()       # saves the steps that are done
@@ -378,15 +380,14 @@ def train(stage: str, args: Args, hw):
         # 4. Update. 20 steps of warm-up, since Muon's first momentum is a single noisy gradient;
         #    then a cosine down to a tenth [R: GLM-4.5]: at 0 the last steps would teach nothing.
         rate = schedule(step, args.steps, args.warmup, args.schedule)
-        # The norm is that of the summed gradients, which `step` clips at 1. A loss or norm that is
-        # not finite changes no weight; five in a row end the run.
+        # `step` clips gradients to norm 1, and changes no weight if norm or loss is not finite.
         optimizer.step(rate, norm, apply=math.isfinite(values["loss"]))
-        watch.check_loss(values["loss"], norm)
+        watch.check_loss(values["loss"], norm)      # the fifth bad step in a row ends the run
 
         # 5. Evaluate, log, save. All ranks leave together when one of them gets a signal.
         done, took = step + 1, time.perf_counter() - began
         values |= {"lr": args.lr * rate, "norm": norm, "dt": took, "img/s": args.batch / took}
-        if loader.seconds - loading > 0.05 * took:      # worth a line: --workers would help
+        if loader.seconds - loading > 0.05 * took:      # then more --workers may help
             values["loading"] = loader.seconds - loading
         last = done == args.steps
         if lead and (last or args.eval_every and done % args.eval_every == 0):
@@ -417,8 +418,7 @@ def cached_gradients(model: TwoTowers, load, mine: range, args: Args, skipped: S
     GradCache]. The gradients are those of one large batch.
 
     Each image's loss depends on the texts of all others, so the losses of micro-batches would add
-    up to another loss. But the towers meet only in the embeddings, which are small.
-    """
+    up to another loss. But the towers meet only in the embeddings, which are small."""
     device = model.logit_bias.device
     chunks = [mine[i:i + args.micro] for i in range(0, len(mine), args.micro)]
     # a. Embed all micro-batches without a graph, into two tensors: thousands of small ones, kept
@@ -571,8 +571,8 @@ def trace_stage(machine: Machine, stage: str, args: Args, config: Config, hw):
             model, stream = build(stage, args, config, replace(hw, device=torch.device("meta")))
         optimizer = build_optimizer(model.bfloat16(), args)
         trace.hold_training(model, optimizer)
-        for stream.budgets in ((budget,) for budget in budgets):
-            began = time.perf_counter()
+        for budget in budgets:
+            stream.budgets, began = (budget,), time.perf_counter()
             samples = [stream(i) for i in range(micro)]
             seconds += (time.perf_counter() - began) / micro / len(budgets)     # to draw one
             if paired:
