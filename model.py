@@ -78,8 +78,8 @@ def sized(size: str) -> Config:
         raise UserError(f"--size takes tiny, mini, small or base, not '{size}'")
     n_ranks = {"tiny": 512, "mini": 1024}.get(size, 4096)
     tokens = Tokenizer(n_ranks)
-    # The numbers below are, for TextConfig: vocabulary, width, width of the MLP, layers, query heads,
-    # key-value heads, channels of a head; for VitConfig: layers, width, heads, width of the MLP.
+    # The numbers below are, for TextConfig: vocabulary, width, width of the MLP, layers, query
+    # heads, key-value heads, channels of a head; for VitConfig: layers, width, heads, MLP's width.
     if size == "base":
         return Config(image_token_id=tokens.image, n_ranks=n_ranks)
     if size == "tiny":
