@@ -18,9 +18,10 @@ For a document of five tokens, of which # is a visual slot:
     k = 3    reads       d    e    .    .    .
              predicts    e    .    .    .    .
 
-A dot lies behind the document's end. Dots and targets in brackets do not count in the loss [O].
-What a position reads at a dot is the next document's token, but no position that counts attends
-there. What position 0 reads is replaced by zero [R].
+A dot is a place after the document's end. Dots and targets in brackets do not count in the loss
+[O]. A position that reads a dot reads a token of the next document. That does no harm: such
+positions are the document's last ones, and no position that counts attends to them. What position 0
+reads is replaced by zero [R].
 
 One physical layer serves every depth, and embedding and output matrix are the trunk's [C]. The
 head is useful twice: as a training signal, and as the drafter of speculative decoding (engine.py).
@@ -153,7 +154,7 @@ class Ahead:
     kept: Tensor                # (n,) the positions i; all T of them, unless the option is `mask`
     target: Tensor              # (n,) i + k + 1, clamped to the row
     counts: Tensor              # (n,) bool: whether the target is text of the same document
-    learnt: Tensor              # which of the n positions count and have a weight
+    learnt: Tensor              # (m,) int64: which of the n positions count and have a weight
 
 
 def states(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, depths: int = 3,
@@ -171,7 +172,7 @@ def states(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, dep
     visual = torch.zeros(total, dtype=torch.bool).index_fill(0, host.slots, True)
     document = torch.repeat_interleave(borders.diff())      # (T,): the document of each token
     kept = torch.arange(total)
-    if option == "mask":
+    if option == "mask":        # keep the positions whose next token is text
         kept = (~visual.roll(-1)).nonzero()[:, 0]
         borders = torch.searchsorted(kept, borders)         # how many are kept before each border
     at, borders = send(kept, device), borders.int()
@@ -179,6 +180,7 @@ def states(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, dep
 
     h, positions = hidden[at], batch.positions[:, at]
     for k in range(1, depths + 1):
+        # rolled by -k, row i is embed(t_{i+k})
         h = predict(model, h, embedded.roll(-k, 0)[at], positions, segments)
         target = (kept + k + 1).clamp(max=total - 1)
         same = (document[target] == document[kept]) & (kept + k + 1 < total)
@@ -202,13 +204,14 @@ def losses(model: GLMV, hidden: Tensor, batch, merged: Tensor | None = None, dep
     table, out = tables(model)
     if detach:
         hidden, table, out = hidden.detach(), table.detach(), out.detach()
-    norm, found = head_of(model).shared_head.norm, []
-    for k, x in enumerate(states(model, hidden, batch, merged, depths, option, table)):
-        used = k * len(x.kept) + x.learnt       # in the rows of all depths, end to end
-        found.append((norm(x.hidden), batch.tokens[x.target],
-                      batch.weights[x.target] * x.counts, used))
-    hidden, targets, weights, used = zip(*found)
-    return linear_cross_entropy(torch.stack(hidden), out, torch.stack(targets),
+    norm = head_of(model).shared_head.norm
+    hiddens, targets, weights, used = [], [], [], []
+    for i, x in enumerate(states(model, hidden, batch, merged, depths, option, table)):
+        hiddens.append(norm(x.hidden))
+        targets.append(batch.tokens[x.target])
+        weights.append(batch.weights[x.target] * x.counts)
+        used.append(i * len(x.kept) + x.learnt)     # counted through the rows of all depths
+    return linear_cross_entropy(torch.stack(hiddens), out, torch.stack(targets),
                                 torch.stack(weights), used=torch.cat(used))
 
 
@@ -248,7 +251,8 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, uniforms: Tensor) -> tuple[Tens
     count = passes.long().cumprod(1).sum(1)
     row = torch.arange(len(p), device=p.device)
     rest = p[row, count]
-    # q is padded with zeros behind the last draft, where p itself is sampled from.
+    # q is padded with zeros after the last draft: there the token is sampled from p itself.
+
     rest = (rest - F.pad(q, (0, 0, 0, 1))[row, count]).clamp_min(0)
     # Rounding can leave nothing of p - q where the two are nearly equal.
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[row, count])
