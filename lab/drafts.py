@@ -37,6 +37,7 @@ from lib.cli import (check_options, cli, Count, Device, Dtype, main, Positive, R
                      UserError)
 from lib.common import setup, write_json
 from model import Config, GLMV, sized
+from rl import DEMO
 from tasks.base import Task
 from tokenizer import Tokenizer, tokenizer_of
 
@@ -69,7 +70,7 @@ def load(args: Args):
         model = GLMV(sized(args.size), args.seed)
         mmtp.attach(model, 3)
         return model.to(hw.device, hw.dtype), tokenizer_of(model.config), hw
-    model, tokens, hw = sample.load(args.ckpt, args.device, args.dtype)
+    model, tokens, hw = sample.load(args.ckpt or str(DEMO), args.device, args.dtype)
     if mmtp.head_of(model) is None:
         raise UserError("the checkpoint has no MTP head: there is nothing to measure")
     return model, tokens, hw

@@ -13,14 +13,15 @@ OF_TORCHRUN = ("--nproc_per_node", "--standalone", "--max-restarts", "--nnodes",
 DEMONSTRATED = {"dice"}     # the category that tasks/README.md lets its reader write
 
 
-def commands_in(text: str) -> list[list[str]]:
-    """The words of each shell command in fenced blocks (sh, bash) and between backticks."""
+def commands_in(text: str) -> list[tuple[list[str], bool]]:
+    """(words, whether it is in a fenced block) of each shell command in blocks marked sh or bash,
+    and between backticks."""
     blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.M | re.S)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [(line, True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     fenced = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", fenced)]
+    lines += [(" ".join(code.split()), False) for code in re.findall(r"`([^`]+)`", fenced)]
     found = []
-    for line in lines:
+    for line, in_block in lines:
         try:
             words = shlex.split(line.replace("<your student number>", "4711"), comments=True)
         except ValueError:          # a quotation mark that goes on in the next line: curl's data
@@ -28,7 +29,7 @@ def commands_in(text: str) -> list[list[str]]:
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):      # OMP_NUM_THREADS=1 python ...
             words = words[1:]
         if words:
-            found.append(words)
+            found.append((words, in_block))
     return found
 
 
@@ -98,12 +99,14 @@ def check_target(word: str, targets: list[str]):
 def wrong_commands(text: str) -> list[str]:
     """Each command of a text that can't be run, with the reason."""
     wrong = []
-    for words in commands_in(text):
+    for words, in_block in commands_in(text):
         if any(word.strip("[]") in ("...", "…", "NAME...") or "|" in word for word in words):
             continue            # a pattern for commands, not a command
         try:
             check(words)
         except (UserError, AssertionError) as error:
+            if not in_block and str(error).endswith("needs a value"):
+                continue        # a sentence names an option, as in `pretrain.py --init`
             wrong.append(f"{' '.join(words)}: {error}")
     return wrong
 
