@@ -95,7 +95,7 @@ class Cache:
         """Take back the last `tokens` text tokens of each of the first `slots` slots; one number
         for all, or one a slot (S,), on the CPU.
 
-        Only the two integers of a slot go back. The keys and values behind `length` stay in
+        Only the two integers of a slot go back. The keys and values beyond `length` stay in
         memory, where no query attends to them, until the next tokens overwrite them.
         """
         self.length[:slots] -= tokens
@@ -210,8 +210,8 @@ class Request:
 @dataclass
 class Result:
     """A request that has ended. finish: stop | length (max_new reached) | context (cache full).
-    Of each token: logps, its log-probability at temperature 1 among all tokens, also where a form
-    allows only some; versions, the weights it is from."""
+    logps: the log-probability of each token at temperature 1 among all tokens, also where a form
+    allows only some. versions: the version of the weights that made each token."""
     id: int
     ids: list
     finish: str
@@ -245,9 +245,9 @@ class Engine:
     """Generation in `slots` conversations of at most `context` tokens each.
 
     drafts: how many tokens the MTP head may draft in a step. adapt: the engine finds by itself how
-    many pay, down to none. The times that it measures differ from run to run: greedy replies don't
-    depend on that, and sampled replies keep their distribution, but not the same draws. say: prints
-    what the user should know about drafts.
+    many pay, down to none. The times that it measures differ from run to run. Greedy replies don't
+    depend on that; sampled replies do, though their distribution stays the same. say: prints what
+    the user should know about drafts.
     """
 
     def __init__(self, model: GLMV, slots: int = 32, context: int = 1024, drafts: int = 0,
@@ -271,7 +271,7 @@ class Engine:
         self.submitted = 0
         self.left_free = 0                      # slots not filled while requests wait, over steps
         self.last = torch.zeros(slots, dtype=torch.long, device=self.device)  # token to read next
-        self.state = weight.new_zeros(slots, weight.shape[1])   # the head's, which has read `last`
+        self.state = weight.new_zeros(slots, weight.shape[1])   # of the MTP head, at token `last`
         self.steps = self.tokens = 0    # steps, summed over running requests; tokens they gave
         self.trace = None               # called as trace(drafts, accepted, chosen) in every step
 
@@ -347,9 +347,9 @@ class Engine:
     def _start_head(self, first: int, batch, hidden, cache: Prefill, chosen):
         """Let the head read the prompts of the slots from `first` on; returns its states (n, W).
 
-        Slot i of a row joins h_i with token i+1, so the last one of a prompt needs the first token
-        of the reply, `chosen` (n,). Equal prompts differ there: the head reads one a request.
-        cache.row: the batch's row of each of their tokens.
+        At position i of a prompt the head joins h_i with token i+1, so at the last one it needs the
+        first token of the reply, `chosen` (n,). There equal prompts differ, so the head reads each
+        request's prompt. cache.row: where each of their tokens is in the batch.
         """
         lengths, row = self.cache.length[first:first + len(chosen)], cache.row
         host = F.pad(lengths.cumsum(0), (1, 0)).int()
@@ -373,8 +373,8 @@ class Engine:
         return ended
 
     def _forward(self, tokens: Tensor, states: Tensor | None = None) -> Tensor:
-        """Read k more tokens (n, k) in each of the first n slots: the trunk; or, given the states
-        (n, k, W) to join them with, the MTP head. Returns (n, k, W)."""
+        """Let the trunk read k more tokens (n, k) in each of the first n slots; or the MTP head, if
+        the states (n, k, W) that it joins with them are given. Returns (n, k, W)."""
         n, k = tokens.shape
         cache = self.cache.extend(n, k)
         if states is None:
@@ -406,9 +406,9 @@ class Engine:
         verified = time.perf_counter()      # the fetch has waited for the device
         self._advance_head(hidden, chosen, accepted)
         self.cache.rewind(n, k - torch.tensor(counts))
-        alive = [sum(count >= j for count in counts) for j in range(k + 1)]
-        self.tuner.note(alive, verified - drafted,
-                        time.perf_counter() - verified + drafted - began)
+        alive = [sum(count >= j for count in counts) for j in range(k + 1)]     # see DraftTuner
+        head_seconds = drafted - began + time.perf_counter() - verified
+        self.tuner.note(alive, verified - drafted, head_seconds)
         self.steps, self.tokens = self.steps + n, self.tokens + sum(alive)
         if self.trace:
             self.trace(drafts, accepted, chosen)
@@ -451,10 +451,10 @@ class Engine:
         return accepted, allowed_of(chosen, logits, free)
 
     def _advance_head(self, hidden, chosen, accepted):
-        """Let the head read what the trunk has just read, each state with the token that follows
-        it. Its state behind the last accepted draft is where the next drafts begin."""
-        n, k = chosen.shape
-        self.cache.rewind(n, k)         # the head writes to the places that the trunk has filled
+        """Let the head read what the trunk has just read, each hidden state with the token that
+        follows it. The next drafts begin from its state at the last token that counts."""
+        n, new = chosen.shape           # new: K + 1
+        self.cache.rewind(n, new)       # the head writes to the places that the trunk has filled
         states = self._forward(chosen, hidden)
         self.state[:n] = states[torch.arange(n, device=self.device), accepted]
 
@@ -503,7 +503,7 @@ class Engine:
         `accepted` (n,) drafts and one more count. Returns lists of ids and log-probabilities, and
         how many drafts each slot has accepted. Raises UserError where the model is broken.
         """
-        n, k = chosen.shape
+        n, new = chosen.shape       # new: K + 1
         self.last[first:first + n] = chosen.gather(1, accepted[:, None])[:, 0]
         logps = logits.gather(-1, chosen[..., None])[..., 0].float() - logits.float().logsumexp(-1)
         drafted = torch.ones_like(accepted, dtype=torch.bool)
@@ -511,11 +511,11 @@ class Engine:
             drafted = draft_probs.isfinite().flatten(1).all(1)
         table = torch.cat([chosen, logps, accepted[:, None], drafted[:, None]], 1).tolist()
         check_finite(all(row[-1] for row in table), "MTP head")
-        logps = [row[k:2 * k] for row in table]
+        logps = [row[new:2 * new] for row in table]
         # nan where any of the logits is nan or inf
         check_finite(all(map(math.isfinite, itertools.chain(*logps))), "model")
-        return ([list(map(int, row[:k])) for row in table], logps,
-                [int(row[2 * k]) for row in table])
+        return ([list(map(int, row[:new])) for row in table], logps,
+                [int(row[2 * new]) for row in table])
 
     def _append(self, ids, logps, counts, first: int) -> list[Result]:
         """Append new tokens, which `_fetch` has returned, to the slots from `first` on: in each the
@@ -528,7 +528,7 @@ class Engine:
                 sequence.logps.append(logp)
                 sequence.versions.append(self.version)
                 finish = self._finish(sequence)
-                if finish:              # drafts behind a stop token are dropped
+                if finish:              # drafts after a stop token are dropped
                     break
                 if sequence.form:
                     sequence.form = sequence.form.after([token])
@@ -541,7 +541,7 @@ class Engine:
     def _finish(self, sequence: _Sequence) -> str:
         """Why a sequence has ended with its newest token; empty where it goes on."""
         request, ids = sequence.request, sequence.ids
-        if ids[-1] in self.stops or self._has_stop_text(sequence):
+        if ids[-1] in self.stops or request.stop and self._has_stop_text(sequence):
             return "stop"
         if len(ids) < self._room(request):
             return ""
@@ -551,9 +551,9 @@ class Engine:
         """Whether the newest token is the special token, or completes the text, of a stop text.
         Other special tokens count for nothing: a stop text may have one in its middle."""
         stop, ids = sequence.request.stop, sequence.ids
-        if not stop or self.tokenizer.decode(ids[-1:]) in stop:
-            return bool(stop)
-        longest = max(len(text.encode()) for text in stop)      # as many tokens hold it
+        if self.tokenizer.decode(ids[-1:]) in stop:
+            return True
+        longest = max(len(text.encode()) for text in stop)      # bytes; a token has at least one
         tail = b"".join([self.spelled[i] for i in ids if i in self.spelled][-longest:])
         return any(text.encode() in tail for text in stop)
 
@@ -581,8 +581,8 @@ class Engine:
 
     @torch.no_grad()
     def load(self, weights: dict, version: int):
-        """Take new weights between two steps. Running requests go on with them; what their cache
-        holds stays as the old weights made it."""
+        """Take new weights between two steps. Running requests continue with them; their keys and
+        values in the cache stay those of the old weights."""
         own = dict(self.model.named_parameters())
         for name, value in weights.items():
             own[name].copy_(value)
