@@ -319,14 +319,16 @@ def page(name: str, found: dict, drawn: dict[str, dict]) -> str:
     """The answer of a sheet as one HTML page."""
     escape = drawing.html.escape
     text = load(name).__doc__.strip().split("\n\n")
-    paragraphs = "".join(f"<p>{escape(' '.join(part.split()))}</p>" for part in text[1:])
+    paragraphs = [re.sub("`([^`]+)`", r"<code>\1</code>", escape(" ".join(part.split())))
+                  for part in text[1:]]
     rows = [(title, in_words(test), test["source"], test["verdict"])
             for title, test in found["tests"].items()]
     rule = found["rule"]
     when = f"rule of {rule['date']} ({rule['commit']})" if rule else "rule not committed"
     return drawing.page_html(f"{name}: {found['verdict']}", [
         f"<h1>{escape(found['claim'])}</h1>",
-        drawing.tiles_html([("verdict", found["verdict"]), ("sheet", escape(name))]), paragraphs,
+        drawing.tiles_html([("verdict", found["verdict"]), ("sheet", escape(name))]),
+        *(f"<p>{part}</p>" for part in paragraphs),
         "<h2>Effects</h2>", drawing.text_table(("effect", "found", "source", "verdict"), rows),
         forest(found["tests"]),
         '<p class="quiet">Dots: seeds. Diamond and bar: mean and 95% interval. Dashed: the effect '
