@@ -252,7 +252,7 @@ SHIPPED = sorted(reference.FOLDER.glob("*.json"))
 
 def test_references_are_shipped_and_no_two_have_the_same_options():
     found = reference.references()
-    assert {"first-look", "demo-semantic", "demo-align", "tower-align"} <= {
+    assert {"first-look", "demo-pretrain", "demo-align", "rl-two-tasks"} <= {
         one["name"] for one in found}
     configs = [json.dumps(one["config"], sort_keys=True) for one in found]
     assert len(set(configs)) == len(configs)
