@@ -74,13 +74,12 @@ def document(messages, tokens: Tokenizer, config: Config, answer: bool = False,
 
 # ---- own data -----------------------------------------------------------------------------------
 
-TRIES = 100     # as many records in a row that can't be used end a run: nothing seems to be left
+TRIES = 100     # a run ends after so many unusable records in a row: nothing seems to be left
 
 
 @dataclass
 class OwnData:
-    """A source of own data. split: which of its records are meant, those of `train`, those of
-    `test`, which are held out, or `all`."""
+    """A source of own data. split: which of its records: `train`, `test` (held out) or `all`."""
     name: str
     shards: Shards
     split: str = "train"
@@ -89,8 +88,8 @@ class OwnData:
         self.count = len(self.shards.numbers(self.split))
 
     def record(self, seed: int, i: int) -> Record:
-        """The record for sample i: each of them once an epoch of `count` samples, in another order
-        each time."""
+        """The record for sample i. Each epoch of `count` samples has every record once, in an order
+        of its own."""
         return self.shards[self.shards.order(seed, i, self.split)]
 
     def description(self) -> str:
@@ -100,8 +99,9 @@ class OwnData:
             with contextlib.suppress(BadRecord):
                 layout = layout_of(self.shards[number])
                 break
-        held = f", {len(self.shards) - self.count:,} of them held out" * (self.split == "train")
-        return f"{self.name}: {len(self.shards):,} records{held}, {layout}"
+        held = len(self.shards) - self.count
+        held_out = f", {held:,} of them held out" if self.split == "train" else ""
+        return f"{self.name}: {len(self.shards):,} records{held_out}, {layout}"
 
 
 def parse_data(text: str, split: str = "train",
@@ -276,6 +276,7 @@ class Stream:
             return [chosen]
         if len(chosen) > 2:     # a dialogue about one picture: its turns, each by itself
             return [one_turn(chosen, turn) for turn in range(len(chosen) // 2)]
+        # a single question: with it, all the others about the same pictures
         return [talk for talk in conversations if talk[0].images == chosen[0].images]
 
     def _text(self, rng, name: str, source: int) -> Document:
@@ -287,7 +288,8 @@ class Stream:
         else:
             files = library_files()
             text = read_text(files[int(rng.integers(len(files)))])
-        # A token is about 4 characters: far enough from the end, and 8 a token are surely enough.
+        # A token is about 4 characters, so the text goes on long enough after `start`; 8 characters
+        # a token surely make enough tokens.
         start = int(rng.integers(max(1, len(text) - 4 * self.text_tokens)))
         start = text.find("\n", start) + 1
         ids = self.tokens.encode(text[start:start + 8 * self.text_tokens])[:self.text_tokens]
@@ -302,7 +304,7 @@ class Stream:
 
     def _own(self, rng, data: OwnData, i: int, source: int) -> Document:
         """The record for sample i, or the next one in the shuffled order that can be used; the
-        document says which were passed over. Raises UserError where TRIES in a row can't be."""
+        document's `passed` says which were not. Raises UserError after TRIES of them in a row."""
         passed = []
         for k in range(min(TRIES, 2 * data.count)):     # two epochs: all records, at any i
             record = None
@@ -319,15 +321,17 @@ class Stream:
                         f"{': '.join(passed[-1])}")
 
     def once(self, data: OwnData, room: int, tokens: int) -> list[Document]:
-        """The records of `data` as documents, each once, until they have so many tokens; without
-        those that can't be used or are longer than `room`."""
-        documents = []
+        """The records of `data` as documents, each once, until they have `tokens` tokens in all;
+        without those that can't be used or are longer than `room`."""
+        documents, used = [], 0
         for i in range(data.count):
             with contextlib.suppress(BadRecord):
                 rng = np.random.default_rng([self.seed, i])
                 made = self._record(rng, data.record(self.seed, i), 0)
-                documents += [made] if len(made.ids) <= room else []
-            if sum(len(d.ids) for d in documents) >= tokens:
+                if len(made.ids) <= room:
+                    documents.append(made)
+                    used += len(made.ids)
+            if used >= tokens:
                 break
         return documents
 
@@ -377,8 +381,8 @@ def task_pixels(name: str, config: Config, pixels: int = 0) -> int:
 
 
 def sight(config: Config) -> int:
-    """The largest least size of a category that a model sees undiminished: drawn at `task_pixels`,
-    its pictures have at most `max_tokens` visual tokens."""
+    """The largest `min_pixels` of a category whose pictures this model sees without scaling them
+    down: drawn at `task_pixels`, they have at most `max_tokens` visual tokens."""
     patch = min(8, config.vision.patch_size)    # smaller patches do not make a picture smaller
     return math.isqrt(config.max_tokens) * patch * config.vision.spatial_merge_size
 
@@ -419,11 +423,11 @@ class Packer:
 
     It keeps a window of waiting samples, at least `window` of them and the tokens of `ahead`
     batches, from which lib.partition.pack chooses: the oldest, and what fills the rows well. So
-    little is padded, of rows of 2,048 tokens 1%, of longer ones less, the rows of a batch take
+    little is padded (1% of rows of 2,048 tokens, less of longer ones), the rows of a batch take
     about equally long, and no sample waits for long. The questions about a picture stay together.
 
-    samples: a function of i that returns a list of Documents; costs: of the model, base's unless
-    given; state: what `state()` returned.
+    samples: a function of i that returns a list of Documents; costs: the model's FLOPs, by which
+    rows are made equal, those of `base` unless given; state: what `state()` returned.
     """
 
     def __init__(self, samples, room: int, rows: int = 1, costs: Costs = Costs.of(Config()),
@@ -466,19 +470,19 @@ class Packer:
         return made
 
     def row(self) -> list[Document]:
-        """The next row, where a batch has one."""
+        """The next row, if a batch is one row."""
         [row] = self.batch()
         return row
 
     def _count(self, passed):
-        """Count records that were passed over by their kind, and name the first one of each."""
+        """Count the records that were passed over, by kind, and say the first one of each kind."""
         for kind, detail in passed:
             if kind not in self.passed:
                 self.say(f"skipped: {kind} ({detail}); others of this kind are only counted")
             self.passed[kind] = self.passed.get(kind, 0) + 1
 
     def _skip(self, sample: list[Document]):
-        """Count sample `next`, whose first document is longer than a row."""
+        """Count sample `next` as skipped: its first document is longer than a row."""
         if not self.skipped:
             self.say(f"sample {self.next} has {len(sample[0].ids)} tokens, a row {self.room}: "
                      "skipped, and so are others of its kind")
@@ -495,8 +499,9 @@ class Packer:
 def pack_rows(documents: list[Document], room: int, ranks: int = 1) -> list[list[Document]]:
     """Pack documents into rows of `room` tokens, each into the first row that has room for it.
 
-    ranks: how many share the rows. They become shorter then, so that each rank gets as many: of 9
-    full rows, one of 8 ranks would compute two while the others wait for it.
+    ranks: how many share the rows. Then rows become shorter, so that each rank gets equally many:
+    of 9 full rows, one of 8 ranks would compute two, while the others wait for it.
+
     """
     lengths = [len(d.ids) for d in documents]
     if ranks > 1 and documents:
