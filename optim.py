@@ -193,7 +193,8 @@ class Optimizer:
                 for name, (first, last) in self.places.items()}
 
     def _make_adam(self) -> torch.optim.AdamW:
-        """torch's AdamW, to which each range of the share with the same settings is one tensor."""
+        """torch's AdamW. It gets each range of this rank's share with equal settings as one tensor.
+        """
         own, param_groups, state = self._own("adam"), [], {}
         for (scale, decay), names in groupby(self.names["adam"], self._settings):
             ends = [self.places[name] for name in names]
@@ -218,7 +219,7 @@ class Optimizer:
         sum over several backward passes would lose small gradients."""
         self.grads[name].add_(p.grad)
         p.grad = None
-        if self.awaited:
+        if self.awaited:        # this is the last backward pass of the step
             if not any(name in names for names in self.awaited):
                 raise RuntimeError(f"{name} has a gradient after the last one")
             for names in self.awaited:
@@ -229,8 +230,10 @@ class Optimizer:
         """Say that the next backward pass is the last one before `reduce`: a share's gradients then
         travel as soon as all of them are there. Without this they travel in `reduce`."""
         if self.world > 1:
-            self.awaited = [{name for name, (a, b) in self.places.items() if a < last and first < b
-                             and self.params[name].requires_grad} for first, last, _ in self.shares]
+            places = {name: place for name, place in self.places.items()
+                      if self.params[name].requires_grad}
+            self.awaited = [{name for name, (begin, end) in places.items()
+                             if begin < last and first < end} for first, last, _ in self.shares]
 
     def _begin_sums(self):
         """Begin to sum the shares whose gradients are complete. The order has to be the same on all
@@ -249,7 +252,7 @@ class Optimizer:
             # In fp32: twice the bytes of bf16, but once a step instead of once a row. NCCL passes a
             # range on in small pieces, so `world` reduces to one rank each take about as long as
             # one reduce-scatter, which would need shares of equal size.
-            self.awaited = [set() for _ in self.shares]
+            self.awaited = [set() for _ in self.shares]     # nothing more will come: begin the rest
             self._begin_sums()
             for each in self.sums:
                 each.wait()
@@ -326,7 +329,8 @@ class Optimizer:
                  **self._gather("adam", self.masters["adam"])}, self.state_dict())
 
     def state_dict(self) -> dict:
-        """What a checkpoint needs beside the masters; on rank 0, all ranks call this together."""
+        """What a checkpoint needs beside the masters, complete on rank 0 only; all ranks call this
+        together."""
         return {"updates": self.updates, "momenta": self._gather("muon", self.momentum),
                 "means": self._gather("adam", self.moments[0]),
                 "squares": self._gather("adam", self.moments[1])}
@@ -351,12 +355,11 @@ class Optimizer:
         """The reverse: copy this rank's share of {name: tensor} to `part`."""
         own = self._own(kind)
         for name in self.names[kind]:
-            first, last = self.places[name]
-            if first < own.stop and own.start < last:
-                first, last = max(first, own.start), min(last, own.stop)
-                entries = slice(first - self.places[name][0], last - self.places[name][0])
+            begin, end = self.places[name]
+            first, last = max(begin, own.start), min(end, own.stop)     # what is in the share
+            if first < last:
                 whole = values[name].reshape(self.params[name].shape).flatten()
-                part[first - own.start:last - own.start].copy_(whole[entries])
+                part[first - own.start:last - own.start].copy_(whole[first - begin:last - begin])
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
@@ -371,8 +374,9 @@ class Optimizer:
 
     @torch.no_grad()
     def load_masters(self, weights: dict[str, Tensor]):
-        """Copy fp32 weights, by name, into the masters and into the model. Parameters that they
-        lack take their value from the model. What is frozen is in the model already."""
+        """Copy fp32 weights, by name, into the masters and into the model. A parameter that is
+        missing in `weights` takes its value from the model. What is frozen is in the model already.
+        """
         if self.rank == 0:
             self.exact = {n: weights[n] for n, p in self.frozen.items()
                           if n in weights and (weights[n] != p.cpu()).any()}
@@ -386,9 +390,10 @@ class Optimizer:
 def schedule(step: int, steps: int, warmup: int, kind: str = "linear", decay: float = 0.4) -> float:
     """The factor on the learning rate at `step`, which counts from 0.
 
-    It rises over `warmup` steps, then: constant: stays at 1; linear: stays at 1, then falls to 0
-    over the last `decay` of the steps [O]; cosine: falls to 0.1 [R: GLM-4.5]. Raises ValueError on
-    another kind.
+    It rises to 1 over `warmup` steps. Then it stays at 1 (`constant`), stays and falls to 0 over
+    the last share `decay` of all steps (`linear`) [O], or falls to 0.1 (`cosine`) [R: GLM-4.5].
+    Raises ValueError on another kind.
+
     """
     if step < warmup:
         return (step + 1) / warmup
