@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 import gym
-from lib.batch import collate, Document
+from lib.batch import collate, Document      # the scripts import both from here
 from lib.cli import UserError
 from lib.conversations import conversation, layout_of, plain_text
 from lib.images import BadRecord, load, seen_size, Unread
