@@ -141,22 +141,21 @@ def has_signal(group: list[Episode]) -> bool:
 
 def to_samples(groups: list[list[Episode]], std: bool = False) -> list[list[Document]]:
     """Each episode of `groups` as Documents whose tokens carry its advantage and whose weights add
-    up to 1: long or short, each counts the same [R: GLM-4.5V]. Equal ones become one sample with
-    their number as its weight. Sorted by number: groups end in an order that differs from run to
-    run, and packed in another order all sums would differ a little.
-    """
+    up to 1: long or short, each counts the same [R: GLM-4.5V]. n equal episodes become one sample
+    of weight n. Groups end in an order that differs from run to run. They are sorted by number,
+    since packed in another order all sums would differ a little."""
     return [to_sample(episode.documents, advantage, copies=copies)
             for group in sorted(groups, key=lambda group: group[0].group)
             for episode, advantage, copies in distinct(group, advantages(rewards_of(group), std))]
 
 
 def to_sample(documents: list[Document], advantage: float, demonstration=False, copies: int = 1):
-    """Copies of the documents with what `row_loss` needs per token. Their weights add up to the
-    number of episodes, `copies`, that they stand for."""
+    """The documents of an episode with what `row_loss` needs per token. copies: how many equal
+    episodes they stand for; their weights add up to it."""
     total, sample = sum(float(d.weights.sum()) for d in documents) / copies, []
     for d in documents:
         ones = np.ones(len(d.ids), np.float32)
-        extras = {"logp": 0 * ones, **d.extras, "advantage": advantage * ones,
+        extras = {"logp": 0 * ones, **d.extras, "advantage": advantage * ones,  # logp 0: not used
                   "demonstration": demonstration * ones, "copies": copies * ones}
         sample.append(replace(d, weights=d.weights / total, extras=extras))
     return sample
@@ -208,8 +207,7 @@ def row_loss(model: GLMV, batch, args: Args, reference=None):
     """The loss of one row, summed over its episodes, and its statistics (6,): sums of loss, tokens,
     entropy, |log ratio| and tokens outside the band; last, the largest |log ratio|.
 
-    reference (N,): log-probabilities of the reference model, with --kl.
-    """
+    reference (N,): log-probabilities of the reference model, with --kl."""
     hidden, at, logp, entropy = logps_of(model, batch)
     old, advantage = batch.extras["logp"][at + 1], batch.extras["advantage"][at + 1]
     own = batch.extras["demonstration"][at + 1] == 0    # sampled by the model itself
@@ -225,11 +223,12 @@ def row_loss(model: GLMV, batch, args: Args, reference=None):
     loss = (losses * weight).sum()
     with torch.no_grad():
         log_ratio = torch.where(own, logp - old, 0.0)
-        ratio, size = log_ratio.exp(), log_ratio.abs()
+        ratio, drift = log_ratio.exp(), log_ratio.abs()
         outside, count = (ratio <= low) | (ratio >= high), own * batch.extras["copies"][at + 1]
-        sums = [(x * count).sum() for x in (torch.ones_like(size), entropy, size, outside)]
-        statistics = torch.stack([loss.detach(), *sums, size.max() if len(size) else size.sum()])
-    if args.mtp and learns(head_of(model)):     # it learns to predict this policy as it is
+        sums = [(x * count).sum() for x in (torch.ones_like(drift), entropy, drift, outside)]
+        largest = drift.max() if len(drift) else drift.sum()    # 0 for a row without a token
+        statistics = torch.stack([loss.detach(), *sums, largest])
+    if args.mtp and learns(head_of(model)):     # it follows the policy and does not change it
         depths = model.config.mtp_depths or 1
         further = mtp_losses(model, hidden, batch, depths=depths, detach=True)
         loss = loss + args.mtp * sum(further) / depths
@@ -291,12 +290,12 @@ class Progress:
     step: int = 0                                           # optimizer steps done
     collector: dict = field(default_factory=dict)           # Curriculum.checkpoint
     evaluations: list[dict] = field(default_factory=list)   # step, reward, accuracy
-    rewards: list[float] = field(default_factory=list)      # of each step since the last of these
+    rewards: list[float] = field(default_factory=list)      # of each step since the last evaluation
 
 
 def prepare(args: Args, hw, trains: bool = True, process_group=None):
-    """Start or resume a run. trains: whether this rank is one of `process_group`, which learn.
-    Returns model, optimizer (None where only the others learn), reference model (None without
+    """Start or resume a run. trains: whether this rank is one of those that learn, which are
+    `process_group`. Returns model, optimizer (None without `trains`), reference model (None without
     --kl), settings, stream of demonstrations, Curriculum and Progress."""
     resumed = args.resume and bool(checkpoints(args.out))
     folder = find_checkpoint(args.out if resumed else args.init or DEMO)
@@ -402,7 +401,7 @@ def train(args: Args, hw):
     log = Log(out, "rl", args.steps, progress.step)
     for step in range(progress.step, args.steps):
         began = time.perf_counter()
-        engine.load({}, step)   # it plays with this very model: only their version is new
+        engine.load({}, step)   # the engine has this very model: only the version number is new
         progress.collector = curriculum.checkpoint()    # if the step fails, resume repeats it
         # Play until enough groups have a signal, or four times as many have ended: a model that
         # solves everything, or nothing, would never get them.
@@ -432,7 +431,7 @@ def train(args: Args, hw):
                 raise
         waited = time.perf_counter() - began
         # 4. Advantages, and demonstrations of the same gym: abilities that get no reward decline
-        # [C], which rehearsal can prevent. Their numbers continue from step to step.
+        # [C], which rehearsal can prevent. Each step takes the next demonstrations of the stream.
         samples = to_samples(groups, args.std)
         samples += demonstrations(stream, step * rehearsed, rehearsed)
         # 5. Update: once, so each ratio is 1 up to rounding (see `mismatch`), and the loss is near
@@ -515,9 +514,10 @@ def plan(args: Args, hw):
 
 
 def with_reply(d: Document, length: int) -> Document:
-    """A demonstration up to its last reply, with one of so many tokens, which all have a weight."""
+    """A demonstration whose last reply is replaced by one of `length` tokens with a weight each."""
     learnt = np.flatnonzero(d.weights > 0)
-    start = int(learnt[np.diff(learnt, prepend=-2) > 1][-1])    # all pictures are before it
+    # The last reply is the last run of learnt tokens; all pictures are before it.
+    start = int(learnt[np.diff(learnt, prepend=-2) > 1][-1])
     extras = {name: np.resize(values, start + length) for name, values in d.extras.items()}
     weights = np.append(np.zeros(start), np.full(length, 1 / max(1, length))).astype(np.float32)
     return replace(d, ids=np.append(d.ids[:start], np.resize(d.ids[start:], length)),
