@@ -35,8 +35,8 @@ class Curriculum:
                  silence: int = 0):
         self.mix, self.seed, self.levels, self.say = dict(mix), seed, levels, say
         self.pixels = pixels or {}                  # {category: side of its pictures}
-        self.silence = silence                      # silent groups that end the run; 0: never
-        self.silent: list[float] = []               # mean rewards of the last groups, all silent
+        self.silence = silence                      # so many silent groups end the run; 0: never
+        self.silent: list[float] = []               # mean rewards of groups since the last signal
         self.drawn = 0                              # tasks so far, without those of `replay`
         self.replay: list[tuple] = []               # tasks of dropped rollouts: they go first
         self.cells: dict[str, list] = {}            # "category/level": mean reward, groups
@@ -80,6 +80,7 @@ class Curriculum:
         return min(4.0, 1 / (1 - min(0.99, self.no_signal)))
 
     def paused(self, name: str) -> bool:
+        """Whether over 10% of a category's last rollouts, at least 32, ended in errors."""
         errors, count, _ = self.faults.get(name, (0, 0, ""))
         return count >= 32 and errors > 0.1 * count
 
@@ -114,8 +115,8 @@ class Curriculum:
         return [Episode(task, number, i) for i in range(size)]
 
     def record(self, group: list[Episode], has_signal: bool):
-        """Take a finished group into account. Raises UserError if the run must end for its
-        errors, or its silence."""
+        """Take a finished group into account. Raises UserError if the run must end: too many
+        rollouts ended in errors, or too many groups in a row had no signal."""
         task = group[0].task
         errors = [e.score.error for e in group if e.score.error]
         self._record_errors(task.category, errors, len(group))
@@ -126,7 +127,8 @@ class Curriculum:
         cell = self.cells.setdefault(f"{task.category}/{task.level}", [0.5, 0])
         mean = float(np.mean([e.score.reward for e in group if not e.score.error]))
         cell[1] += 1
-        cell[0] += max(0.1, 1 / cell[1]) * (mean - cell[0])     # the plain mean of the first ten
+        # The plain mean of the first ten groups, then an average over about the last ten.
+        cell[0] += max(0.1, 1 / cell[1]) * (mean - cell[0])
         if (task.level == self.top[task.category] < self.levels - 1 and cell[1] >= 16
                 and cell[0] > 0.8):
             self.top[task.category] += 1
@@ -151,8 +153,8 @@ class Curriculum:
         was_paused = self.paused(category)
         # Both counts fade by 2% a group, so that an old error is forgotten.
         old_errors, old_rollouts, last = self.faults.get(category, (0.0, 0.0, ""))
-        fault = [0.98 * old_errors + len(errors), 0.98 * old_rollouts + rollouts,
-                 [last, *errors][-1]]
+        last = errors[-1] if errors else last
+        fault = [0.98 * old_errors + len(errors), 0.98 * old_rollouts + rollouts, last]
         self.faults[category] = fault
         if self.paused(category) and not was_paused:
             self.say(f"{category} is paused: {fault[0] / fault[1]:.0%} of its rollouts end in "
@@ -161,5 +163,6 @@ class Curriculum:
         total = sum(fault[1] for fault in self.faults.values())
         # Rollouts with errors are the first to end: wait until others have had the time.
         if total >= 32 * len(self.mix) and total_errors > 0.5 * total:
+            last = max(self.faults.values())[2]     # of the category with the most errors
             raise UserError(f"{total_errors / total:.0%} of all rollouts end in errors, the last "
-                            f"in: {max(self.faults.values())[2]}; the run stops")
+                            f"in: {last}; the run stops")

@@ -60,8 +60,9 @@ class Episode:
         return replies
 
 
-# In these categories the pages of a group are compared with each other: RVPO [R: UI2Code^N]. A
-# reward of 0 is a page that shows nothing, or, where a draft is polished, one no better than it.
+# In these categories the pages of a group are compared with each other: RVPO [R: UI2Code^N]. The
+# value is the `reference` of relative_rewards. In ui_to_code a reward of 0 means a page that shows
+# nothing: it failed. In ui_polish it means a page no better than the draft: below the reference.
 PAGES = {"ui_to_code": None, "ui_polish": 1e-9}
 
 
@@ -184,7 +185,7 @@ def report_evaluation(history: list[dict], episodes: list[Episode], tokens: Toke
     step, reward, last = (history[-1][key] for key in ("step", "reward", "accuracy"))
     print(f"held out, greedy, step {step}: "
           + ", ".join(f"{name} {value:.1%}" for name, value in last.items()))
-    # history[0] is the start, when there is no reward yet: compare with history[1].
+    # history[0] is the start, when there is no sampled reward yet: compare with history[1].
     if len(history) > 2 and reward > history[1]["reward"] + 0.02 and (
             last["mean"] < history[1]["accuracy"]["mean"] - 0.02):
         print("ALARM: reward rises and held-out accuracy falls: what is rewarded? See "
@@ -209,7 +210,7 @@ def best_and_worst(episodes: list[Episode], tokens: Tokenizer, folder: Path) -> 
     for name in dict.fromkeys(e.task.category for e in episodes):
         own = sorted((e for e in episodes if e.task.category == name and not e.score.error),
                      key=lambda e: -e.score.reward)
-        for e in own[:1] + own[1:][-1:]:
+        for e in own[:1] + own[1:][-1:]:    # the best and the worst, or the only one
             shown.append(_shown(e, tokens, folder))
     return shown
 

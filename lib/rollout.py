@@ -24,8 +24,8 @@ one place where a document grows. For two turns of a search task:
               click(749, 125) <|user|>                                  1    -0.1    sampled
 
 In turn 2 of the append layout the observation is encoded as a conversation of its own,
-[gMASK] <sop> <|observation|> Labone ..., and its first tokens are cut off: [gMASK] <sop> stand at
-the document's start already, and <|observation|> is the token with which the model ended turn 1.
+[gMASK] <sop> <|observation|> Labone ..., and its first tokens are cut off: the document begins with
+[gMASK] <sop> already, and <|observation|> is the token with which the model ended turn 1.
 """
 import math
 from dataclasses import dataclass
@@ -144,12 +144,12 @@ class Rollout:
     def _request(self, max_new: int, thinking: bool) -> Request | None:
         """Ask the engine to continue the last document by at most `max_new` tokens."""
         s, e, prompt = self.settings, self.episode, self.episode.documents[-1]
-        # Its own are the sampled tokens, and in the segment layout the earlier replies that the
-        # prompt repeats.
+        # Tokens that the model did not write. All sampled tokens are subtracted, as the prompt of
+        # the segment layout repeats earlier replies.
         put_in = len(prompt.ids) - sum(int(d.weights.sum()) for d in e.documents)
         if put_in >= s.context:
             raise ValueError(f"{put_in} tokens, the model's own left out, outgrew the context")
-        if len(prompt.ids) >= s.context:    # the model filled it: its failure, scored as it is
+        if len(prompt.ids) >= s.context:    # the model filled it: its own failure, which is scored
             e.status, self.evidence = "truncated", self.env.evidence()
             return None
         # A seed for each request: the samples do not depend on what else runs beside them.
@@ -166,6 +166,7 @@ class Rollout:
             ids = ids[:-1]
         documents[-1] = grow(documents[-1], ids, sampled=result)
         self.reply += ids[:-1] if ids and ids[-1] in tokens.stops else ids
+        # A reply that ends by itself within the thinking budget is complete, answer included.
         self.thinking = self.thinking and result.finish == "length"
         if self.thinking and tokens.special["</think>"] not in self.reply:
             # The thinking budget is used up: insert </think> and let it answer [R: GLM-4.5V].
