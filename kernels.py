@@ -1,14 +1,17 @@
 """The operations that take most of the time, each behind one public function.
 
-On a GPU most of them are a Triton kernel; beside it stands the plain PyTorch that says what it
-computes, and that a CPU runs (lib/dispatch.py chooses). Where torch has a fused kernel that is as
-fast, it is used: rms_norm. The plain versions are written so that a CPU is not slow and memory
-stays small: attention without padding, losses without all their logits.
+On a GPU most of them are a Triton kernel. Beside each kernel is a function in plain PyTorch that
+says what it computes, and that runs on a CPU (lib/dispatch.py chooses). Where torch has a fused
+kernel that is as fast, it is used: rms_norm. The plain versions are written so that a CPU is not
+slow and memory stays small: attention without padding, losses without all their logits.
 
 Attention is in lib/attention.py, rotary positions in lib/rotary.py, losses over a vocabulary in
 lib/losses.py, the contrastive loss in lib/sigmoid.py; they can be imported from here too.
 
-Letters: T tokens of a packed row, W width of the model.
+Letters: W width of the model, I inner width of an MLP, N matrices of R rows and C columns.
+
+In the kernels `at` are the elements that a program takes, `inside` says which of them exist, and
+`place` is where they are in memory.
 """
 import torch
 import torch.nn.functional as F
@@ -74,6 +77,8 @@ def _norm_backward(grad, normal, weight, scale, width):
 @kernel
 def _add_norm_kernel(x, residual, inner, weight, total, normed, x_scales, total_scales, width, eps,
                      INNER: tl.constexpr, OUTER: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: total = residual + x, where INNER takes norm(x); with OUTER normed = norm(total).
+    The scales, 1 / rms of x and of total, are kept for the backward."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     inside, place = at < width, row.to(tl.int64) * width + at
@@ -95,6 +100,7 @@ def _add_norm_kernel(x, residual, inner, weight, total, normed, x_scales, total_
 def _add_norm_backward_kernel(x, total, inner, weight, x_scales, total_scales, d_total, d_normed,
                               d_x, d_residual, d_inner, d_weight, rows, width,
                               INNER: tl.constexpr, OUTER: tl.constexpr, BLOCK: tl.constexpr):
+    """Every n-th row: its d_residual, and with INNER d_x; d_inner and d_weight summed over them."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     at = tl.arange(0, BLOCK)
     inside, place = at < width, program.to(tl.int64) * width + at
@@ -146,7 +152,7 @@ class _AddNorm(torch.autograd.Function):
         x, residual = (y.reshape(-1, width).contiguous() for y in (x, residual))
         total, normed = torch.empty_like(x), None if weight is None else torch.empty_like(x)
         x_scales, total_scales = x.new_empty(2, len(x), dtype=torch.float32)
-        # What a kernel does not use gets any tensor.
+        # For a tensor that the kernel does not use, any other one is passed.
         _add_norm_kernel[(len(x),)](
             x, residual, _or(inner, x), _or(weight, x), total, _or(normed, x), x_scales,
             total_scales, width, eps, INNER=inner is not None, OUTER=weight is not None,
@@ -225,7 +231,9 @@ def _check_norm(x: Tensor, residual: Tensor, **weights: Tensor | None):
 def _check_floats(name: str, x: Tensor):
     expect(name, x, (None,) * x.dim())
     if x.dtype not in (torch.bfloat16, torch.float32) or not x.dim():
-        raise ValueError(f"{name} is {x.dtype} of {x.dim()} dimensions, not bf16 or fp32 of some")
+        raise ValueError(f"{name} is {x.dtype} of {x.dim()} dimensions, not bf16 or fp32 of one "
+                         "or more")
+
 
 
 # ---- SwiGLU -------------------------------------------------------------------------------------
@@ -328,6 +336,8 @@ PRODUCT = dict(BLOCK=128, DEPTH=64, num_warps=8, num_stages=3)
 def _symmetric_kernel(x, out, rows, columns, matrix_stride, row_stride, column_stride, b, c,
                       POLYNOMIAL: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
                       DEPTH: tl.constexpr):
+    """Tile (i, j) of x x^T, and tile (j, i), its transpose. POLYNOMIAL: b x + c x x^T instead, for
+    a symmetric x."""
     i, j = tl.program_id(0), tl.program_id(1)
     if j > i:
         return
@@ -339,21 +349,21 @@ def _symmetric_kernel(x, out, rows, columns, matrix_stride, row_stride, column_s
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, columns, DEPTH):
         k = (start + tl.arange(0, DEPTH))[None, :]
-        below = tl.load(x + at_i[:, None] * row_stride + k * column_stride,
-                        mask=inside_i & (k < columns), other=0.0)
-        right = tl.load(x + at_j[:, None] * row_stride + k * column_stride,
-                        mask=inside_j & (k < columns), other=0.0)
+        tile_i = tl.load(x + at_i[:, None] * row_stride + k * column_stride,
+                         mask=inside_i & (k < columns), other=0.0)
+        tile_j = tl.load(x + at_j[:, None] * row_stride + k * column_stride,
+                         mask=inside_j & (k < columns), other=0.0)
         if EXACT:
-            below, right = below.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(below, tl.trans(right), total, input_precision="ieee")
-    tile = at_i[:, None] * rows + at_j[None, :]
+            tile_i, tile_j = tile_i.to(tl.float32), tile_j.to(tl.float32)
+        total = tl.dot(tile_i, tl.trans(tile_j), total, input_precision="ieee")
+    place = at_i[:, None] * rows + at_j[None, :]
     mask = inside_i & (at_j[None, :] < rows)
     if POLYNOMIAL:      # here x is square
         own = x + at_i[:, None] * row_stride + at_j[None, :] * column_stride
         total = b * tl.load(own, mask=mask, other=0.0).to(tl.float32) + c * total
     total = total.to(out.dtype.element_ty)
-    tl.store(out + tile, total, mask=mask)
-    if j < i:
+    tl.store(out + place, total, mask=mask)
+    if j < i:       # the tile above the diagonal; on the diagonal the two are one
         tl.store(out + at_j[:, None] * rows + at_i[None, :], tl.trans(total),
                  mask=inside_j & (at_i[None, :] < rows))
 
@@ -401,7 +411,7 @@ def _check_matrices(name: str, x: Tensor):
     _check_floats(name, x)
 
 
-# For each kernel what lab/kernels.py compiles: the types of its arguments and its constants.
+# lab/kernels.py compiles each kernel with these types of its arguments and these constants.
 _NORM = {name: "*bf16" for name in ("x", "total", "inner", "weight")}
 _NORM |= {"x_scales": "*fp32", "total_scales": "*fp32", "width": "i32"}
 _STRIDES = {"gate_stride": "i32", "up_stride": "i32", "width": "i32"}
