@@ -59,6 +59,7 @@ def check_task(task: Task):
 
 
 def save(picture, path: str):
+    """Write a picture and print its path. Raises UserError if the path names no known format."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         picture.save(path, optimize=True)
@@ -215,7 +216,8 @@ def play(args: Play):
     check_task(task)
     episode, replies = drive(make(task)), read_replies(args.script)
     messages = next(episode)
-    # Where the right reply stands between box marks, these are added: they are tedious to type.
+    # Box marks are tedious to type: where the right reply has them, they are put around what is
+    # typed.
     boxed = verify.BEGIN in play_out(task)[1][0]
     try:
         while True:
@@ -280,6 +282,7 @@ def check(args: Check):
             broken += [f"{name}, level {level}: {clause}" for clause in violations]
             if row:
                 tasks += [Task(name, seed, level, args.split, args.pixels) for seed in range(5)]
+    # The same five fields must give the same bytes in every process.
     there, here = in_fresh_process("fingerprints", tasks), fingerprints(tasks)
     differ = [task for task, one, other in zip(tasks, there, here) if one != other]
     broken += dict.fromkeys(f"{task.category}, level {task.level}: not the same in a fresh process"
@@ -304,7 +307,7 @@ def bench(args: Bench):
     for name in args.names:
         check_task(Task(name, 0, split=args.split, pixels=args.pixels))
     print(f"{'category':16} pixels  a second  ms each  ms a step")
-    rates, warmup = [], 5                       # the first ones fill the caches of masks
+    rates, warmup = [], 5                       # the first 5 fill the caches of masks: not counted
     for name in args.names or names():
         draws, steps = [], []
         for seed in range(-warmup, args.count):

@@ -217,15 +217,13 @@ def asked(args: Ask) -> tuple[str, tuple]:
     """The question and the pictures of the options, one of which may come from standard input."""
     if args.image.count("-") + (args.question == "-") > 1:
         raise UserError("standard input holds either the question or one picture, not both")
-    question, images = args.question, []
+    question, images, name = args.question, [], "standard input"
     for path in args.image:
         if path == "-":
-            name = "standard input"
             images.append(Picture(read_all(sys.stdin.buffer, name), name).open())
         else:
             images.append(open_image(path))
     if question == "-":
-        name = "standard input"
         question = decode(read_all(sys.stdin.buffer, name), name).strip()
     return question, tuple(images)
 
@@ -330,8 +328,9 @@ def agent(args: Agent):
             print(on_terminal(watched.recorder.goal))
         if shot.thought:
             print(indent(on_terminal(shot.thought), "     thought: "))
-        said = on_terminal(shot.action).replace("\n", "\n     ")
-        result = "\n     " * ("\n" in said) + on_terminal(shot.result)
+        said, result = on_terminal(shot.action), on_terminal(shot.result)
+        if "\n" in said:        # a call of several lines: the result comes below it
+            said, result = said.replace("\n", "\n     "), "\n     " + result
         print(f"{number:>3}  {said:<28}  {result}", flush=True)
     score = watched.episode.score
     end = Verdict(score.solved, score.error or f"reward {score.reward:.2f}")
@@ -411,25 +410,26 @@ def evaluation(args: Eval):
     checkpoints are compared on the same tasks, and with --harness several ways to ask one. With
     --data the questions are those of a file. `python -m lab.report FOLDER` makes a page of the
     folder with the figures."""
-    names = [name for text in args.ckpt for name in text.split(",") if name.strip()] or [""]
-    if len(names) > 1 and (args.data or args.card or args.harness or len({*names}) < len(names)):
+    ckpts = [ckpt for text in args.ckpt for ckpt in text.split(",") if ckpt.strip()] or [""]
+    if len(ckpts) > 1 and (args.data or args.card or args.harness or len({*ckpts}) < len(ckpts)):
         raise UserError("several of --ckpt must differ, and take no --data, --card or --harness")
     if args.data:
-        return own_evaluation(args, names[0])
+        return own_evaluation(args, ckpts[0])
     if args.card and not (Path(args.card) / "model.safetensors").exists():
         raise UserError(f"--card={args.card} holds no weights that a card could describe")
     harnesses = read_harnesses(args.harness)
     if harnesses and (args.card or args.passes or args.drafts):
         raise UserError("--harness takes no --card, --passes or --drafts")
-    folders = [find_checkpoint(name or SHIPPED) for name in names]
+    folders = [find_checkpoint(ckpt or SHIPPED) for ckpt in ckpts]
     mix, levels, source = known_tasks(folders, args.mix, args.levels)
     if not args.mix:
         print(f"what it was trained on, by {source}: {mix}")
     played = {"levels": levels} | {name: getattr(args, name) for name in (
         "count", "split", "seed", "slots", "pixels", "context", "max_new")}
     began, tables = time.time(), {}
-    for name in (name or "ckpt/gym" for name in names):
-        model, tokens, hw = load("" if names == [""] else name, args.device, args.dtype)
+    for ckpt in ckpts:
+        model, tokens, hw = load(ckpt, args.device, args.dtype)
+        name = ckpt or "ckpt/gym"
         print(f"{name}, {hw.description}")
         if harnesses:
             tables = evaluate_harnesses(model, tokens, mix, harnesses, **played)
@@ -437,11 +437,11 @@ def evaluation(args: Eval):
             tables[name] = evaluate(model, tokens, mix, **played, passes=args.passes,
                                     drafts=args.drafts)
             show(tables[name])
-    facts = {"ckpt": name if len(names) == 1 else names, "split": args.split, "levels": levels,
+    facts = {"ckpt": name if len(ckpts) == 1 else ckpts, "split": args.split, "levels": levels,
              "seed": args.seed, "hardware": hw.description}
-    if harnesses or len(names) > 1:
+    if harnesses or len(ckpts) > 1:
         facts |= comparison(tables, "history" if "history" in harnesses else next(iter(tables)))
-    else:
+    else:                                   # one checkpoint: `name` is its name
         show_summary(tables[name])
         facts |= {"trained_levels": trained_on(folders[0])[1], "table": tables[name],
                   "summary": summary(tables[name]), "not_played": not_played(tables[name])}

@@ -115,7 +115,7 @@ class EngineThread(threading.Thread):
         self.places = threading.BoundedSemaphore(slots + waiting)
         self.inbox: SimpleQueue = SimpleQueue()
         self.jobs: dict[int, Job] = {}      # by the number that the engine has given to each
-        self.lock = threading.Lock()        # no job may come into the inbox behind the stop
+        self.lock = threading.Lock()        # no job may come into the inbox after the stop
         self.stopping = self.aborting = False
         self.made = 0                       # tokens
         self.speeds = deque(maxlen=100)     # (tokens, seconds) of the last steps
@@ -145,7 +145,8 @@ class EngineThread(threading.Thread):
 
     def figures(self) -> dict:
         """Requests that run and wait, and the speed of the last steps."""
-        tokens, seconds = map(sum, zip(*self.speeds.copy() or [(0, 0)]))
+        speeds = self.speeds.copy()         # the engine's thread appends to it meanwhile
+        tokens, seconds = sum(t for t, _ in speeds), sum(s for _, s in speeds)
         running = len(self.engine.running) if self.engine else 0
         return {"running": running, "waiting": max(0, len(self.jobs) - running),
                 "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0}
@@ -153,6 +154,7 @@ class EngineThread(threading.Thread):
     # ---- the loop ---------------------------------------------------------------------------
 
     def run(self):
+        """Step until `stop` is called and all jobs have ended."""
         while self.jobs or not (self.stopping and self.inbox.empty()):
             try:
                 self._drop()
@@ -174,7 +176,7 @@ class EngineThread(threading.Thread):
         with contextlib.suppress(Empty):
             while True:
                 job = self.inbox.get(block=not self.jobs and not self.stopping)
-                if job:
+                if job:         # None comes from `stop`, to end the wait
                     self._enter(job)
 
     def _enter(self, job: Job):
@@ -231,7 +233,7 @@ class EngineThread(threading.Thread):
             self._end(number, last)
 
     def _failed(self, error: Exception, count: int) -> ApiError:
-        """Print what has gone wrong; returns what the clients are told."""
+        """Print what has gone wrong; returns the error that the clients get."""
         self.say(f"the engine has failed, and {count} requests with it: {web.place_of(error)}: "
                  f"{first_sentence(error)}")
         return ApiError(500, "server_error", "the model's engine has failed; the server goes on")
@@ -298,7 +300,7 @@ class Handler(web.Handler):
         if error.kind in ("overloaded", "stopping"):
             headers["Retry_After"] = 1
         if error.kind == "overloaded" and protocol is self.server.app.anthropic:
-            # 429 says there that one client asks too often.
+            # Anthropic's 429 says that this client asks too often, its 529 that too many ask.
             error = ApiError(529, error.kind, error.message)
         self.send(error.status, json.dumps(protocol.error(error)).encode(), **headers)
 
