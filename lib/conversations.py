@@ -334,8 +334,8 @@ def reply_of(turn: dict) -> str:
 # ---- videos -------------------------------------------------------------------------------------
 
 def shown(mark: Mark, pictures: dict, record: Record, pairs: int) -> list[tuple]:
-    """[(image, text after it), ...]: the picture that a Mark stands for, or a video as pairs of
-    frames, each with the time of its first frame behind it [R: GLM-4.5V]."""
+    """[(image, text after it), ...]: the picture of a Mark; or its video as pairs of frames, where
+    the text after a pair is the time of its first frame [R: GLM-4.5V]."""
     name = mark.name
     if name is None:
         if not pictures[mark.kind]:

@@ -124,7 +124,7 @@ class Env:
     min_pixels = 64             # the smallest size at which a question has one right answer
     verifier = ""               # for the table: EX, NUM, ED, HIT, STATE, ...
     layout = "append"           # append: one growing stream; segment: a fresh prompt every turn
-    why = ""                    # the thought behind the oracle's last reply; "" if there is none
+    why = ""                    # the reason for the oracle's last reply, as a thought; "": none
     more: list = []             # further (question, reply) about this picture, for pretraining
     blind: tuple = ()           # see `chance`: five values, one for each level
 

@@ -5,7 +5,7 @@ from . import CATEGORIES
 from .base import Env, IMAGE, Message, OneShot, Task
 from .draw import cached_by_size
 
-MOST_PIXELS = 1024
+MOST_PIXELS = 1024      # side of the largest picture that a task may have
 
 
 def names(pixels: int = MOST_PIXELS) -> list[str]:
@@ -35,7 +35,7 @@ def make(task: Task) -> Env:
     return kind(task)
 
 
-# 300,000: about what the attributes other than the pictures take
+# 300,000: about the bytes that an environment takes without its pictures
 @cached_by_size(lambda drawn: 300_000 + sum(3 * i.width * i.height for i in drawn["obs"].images))
 def _drawn(kind, task: Task) -> dict:
     """The attributes of a one-shot environment after its picture has been drawn."""
@@ -104,6 +104,7 @@ def demonstrate(task: Task, think: bool = False, parts: bool = False) -> list[li
             messages = episode.send(reply)
         except StopIteration:
             break
+    # In the append layout each conversation contains the ones before it.
     return conversations if env.layout == "segment" else conversations[-1:]
 
 

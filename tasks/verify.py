@@ -326,14 +326,14 @@ def key_verb(evidence: dict) -> float:
 def key_place(evidence: dict) -> float:
     """1 if a click is in the box of a right click. Actions without a place always get 1."""
     name, args, gold = action_and_gold(evidence)
-    areas = gold.get("click", [])
+    areas = gold.get("click", [])       # boxes
     return float(name != "click" or is_point(args) and any(inside(args, area) for area in areas))
 
 
 def key_text(evidence: dict) -> float:
     """1 if an action has the same text as a right action, or neither has one."""
     name, args, gold = action_and_gold(evidence)
-    if name == "click":
+    if name == "click":                 # it has a place and no text
         return float(len(args) <= 2)
     said = plain(str(args[0])) if args else ""
     return float(len(args) <= 1 and said in map(plain, gold.get(name, [])))
