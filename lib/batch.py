@@ -78,16 +78,18 @@ def images_of(documents: list[Document]) -> list:
 
 def collate(documents: list[Document], config: Config, room: int = 0,
             arriving: list | None = None) -> Batch:
-    """Join documents to one row, filled up to `room` tokens by a tail of weight 0.
+    """Join documents into one row, filled up to `room` tokens by a tail of weight 0.
 
-    arriving: the images of the documents in the order in which other ranks will send what they have
-    encoded. Only shapes are needed then, and there are no patches. Raises ValueError where the
-    image tokens are not as many as the groups of patches.
+    arriving: the images of the documents, in the order in which other ranks will send them encoded.
+    Only shapes are needed then, and there are no patches. Raises ValueError where the image tokens
+    are not as many as the groups of patches.
     """
+
     parts = list(documents)
     used = sum(len(d.ids) for d in parts)
     if room > used:
-        tail = np.full(room - used, config.n_ranks or 0, np.int32)      # <|endoftext|>
+        # <|endoftext|>, the first id after the ranks (0 with a released tokenizer: no one reads it)
+        tail = np.full(room - used, config.n_ranks, np.int32)
         parts.append(Document(tail, np.zeros(len(tail), np.float32), source=-1))
     tokens = torch.from_numpy(np.concatenate([d.ids for d in parts]).astype(np.int64))
     weights = torch.from_numpy(np.concatenate([d.weights for d in parts]))
@@ -108,8 +110,10 @@ def collate(documents: list[Document], config: Config, room: int = 0,
     order = torch.tensor([number[id(image)] for image in shown], dtype=torch.long)
     counts = grids.prod(1) // config.vision.spatial_merge_size ** 2
     starts, counts = (counts.cumsum(0) - counts)[order], counts[order]
-    first = torch.repeat_interleave(starts - counts.cumsum(0) + counts, counts)
-    visual = first + torch.arange(len(first))
+    # Slot s of the row is slot s - before of its image, which has `before` slots before it.
+    before = counts.cumsum(0) - counts
+    visual = torch.repeat_interleave(starts - before, counts)
+    visual += torch.arange(len(visual))
     slots = (tokens == config.image_token_id).nonzero()[:, 0]
     if len(slots) != len(visual):
         raise ValueError(f"{len(slots)} image tokens for {len(visual)} groups of patches")

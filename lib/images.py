@@ -79,7 +79,7 @@ class Picture:
         return str(self.source)
 
     def file(self, most: int | None = None):
-        """The picture's bytes as an open file. most: of a stretch, read no more than this."""
+        """The picture's bytes as an open file. most: read no more bytes than this of a stretch."""
         if isinstance(self.source, bytes):
             return io.BytesIO(self.source)
         if self.length is None:
@@ -92,7 +92,8 @@ class Picture:
         """(width, height) of the upright picture, from the file's header alone."""
         if self.known_size:
             return self.known_size
-        with contextlib.suppress(BadRecord):    # few headers are longer, or at the file's end
+        # The start of the file is enough, unless its header is longer or at its end.
+        with contextlib.suppress(BadRecord):
             return self._size(HEADER)
         return self._size()
 
@@ -128,8 +129,8 @@ class Picture:
 
     @contextlib.contextmanager
     def _opened(self, most: int | None = None):
-        """The picture as a Pillow image that has read the header; what goes wrong while the block
-        runs is a BadRecord."""
+        """The picture as a Pillow image of which only the header is read. Any error in the `with`
+        block becomes a BadRecord."""
         try:
             with self.file(most) as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")     # Pillow warns of any odd metadata
@@ -145,7 +146,8 @@ class Picture:
                             f"{self} can't be read as a picture: {self._reason(error)}") from None
 
     def _reason(self, error: Exception) -> str:
-        with contextlib.suppress(OSError, ValueError), self.file() as file:     # also an odd name
+        # ValueError: a name that no file can have
+        with contextlib.suppress(OSError, ValueError), self.file() as file:
             if not file.read(1):
                 return "it is empty"
         if isinstance(error, UnidentifiedImageError):
@@ -161,13 +163,13 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
     try:
         # The method of the PNG class would read all pixels, to look for a block after them.
         return TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
-    except Exception:               # a damaged block says nothing
+    except Exception:               # a damaged block is taken for none
         return None
 
 
 def opaque(image: Image.Image) -> Image.Image:
     """A Pillow image of any mode as RGB, with transparent parts in white."""
-    if image.mode.startswith("I"):      # 16 bits: Pillow's conversion clips them at 255
+    if image.mode.startswith("I"):      # 16 bits: Pillow's conversion would clip them at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -266,15 +268,16 @@ class Unread:
 
 
 def pack(images: list, c: VitConfig) -> tuple[Tensor, Tensor]:
-    """Images (h, w, 3), or two frames (2, h, w, 3) -> patches (P, F, 3*p*p) uint8, grids (N, 3), an
-    image after the other without padding. F is 2 if any is a video; stills then repeat theirs."""
+    """Images (h, w, 3), or two frames (2, h, w, 3) -> patches (P, F, 3*p*p) uint8, grids (N, 3),
+    image after image without padding. F is 2 if any is a video; then stills are doubled."""
     cut = [patchify(image, c.patch_size, c.spatial_merge_size) for image in images]
     frames = max((patches.shape[1] for patches, _ in cut), default=1)
-    rows = [np.zeros((0, frames, 3 * c.patch_size ** 2), np.uint8)]     # a batch may be empty
+    parts = [np.zeros((0, frames, 3 * c.patch_size ** 2), np.uint8)]    # there may be no image
     for patches, _ in cut:
-        rows.append(patches if patches.shape[1] == frames else patches.repeat(frames, 1))
+        parts.append(patches if patches.shape[1] == frames else patches.repeat(frames, 1))
     grids = torch.tensor([grid for _, grid in cut], dtype=torch.long).view(-1, 3)
-    return torch.from_numpy(np.concatenate(rows)), grids
+    return torch.from_numpy(np.concatenate(parts)), grids
+
 
 
 def budgeted(image: Image.Image, c: VitConfig, budget: int) -> np.ndarray:
