@@ -1,11 +1,14 @@
 """Attention inside the documents of a packed row.
 
-There are three ways to compute it. In plain PyTorch, documents of one length at a time: this runs
-on a CPU, and says what the others compute. By the library's varlen kernel, on a GPU in half
-precision: it is faster than what fits into a page of Triton. By the Triton kernels of this file,
-which are there to be read: they run where the library's kernel is missing (in fp32, or in an older
-torch), and everywhere with NANOGLMV_ATTENTION=triton. That is an environment variable, as
-NANOGLMV_KERNELS is, because an argument would have to pass through every layer of both towers.
+There are three ways to compute it:
+- Plain PyTorch takes the documents of one length at a time. It runs on a CPU, and says what the
+  others compute.
+- torch's varlen kernel runs on a GPU in half precision. It is faster than what fits into a page of
+  Triton.
+- The Triton kernels of this file are here to be read. They run where torch's kernel is missing (in
+  fp32, or in an older torch), and everywhere with NANOGLMV_ATTENTION=triton. That is an environment
+  variable, as NANOGLMV_KERNELS is: an argument would have to pass through every layer of both
+  towers.
 
 Letters: T tokens of a packed row, D documents in it, L length of a document, H query heads, G
 key-value heads, C channels of a head.
@@ -67,11 +70,11 @@ class Segments:
 
     def spans(self, total: int) -> tuple[Tensor, Tensor]:
         """For each of the row's `total` tokens, where its document begins and where it ends: two
-        (T,) int32, made on the device. Tokens behind the last border count as one more document."""
+        (T,) int32, made on the device. Tokens after the last border count as one more document."""
         if self.made is None:
             borders = F.pad(self.cu_seqlens, (0, 1), value=total)
             tokens = torch.arange(total, device=borders.device, dtype=borders.dtype)
-            after = torch.searchsorted(borders, tokens, right=True)     # the border behind a token
+            after = torch.searchsorted(borders, tokens, right=True)     # which border comes next
             self.made = borders[after - 1], borders[after]
         return self.made
 
@@ -99,6 +102,7 @@ class Segments:
             return [(len(lengths), int(lengths[0]))], None
         room = (lengths + 15) // 16 * 16 if self.causal else lengths
         sizes, counts = room.unique(return_counts=True)
+        # Where each document begins when they are laid end to end, the shortest first.
         order = room.argsort(stable=True)
         begins = torch.empty_like(room)
         begins[order] = room[order].cumsum(0) - room[order]
@@ -123,8 +127,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     # Wider heads than 256 in half precision and 128 in fp32 are left to plain PyTorch.
     kernels = use_kernels(q) and q.dtype != torch.float64 and (
         power_of_2(q.shape[2]) * q.element_size() <= 512)
-    library = varlen_attn is not None and (q.is_cuda or q.is_meta and kernels) and (
-        q.dtype in (torch.bfloat16, torch.float16) and CHOICE != "triton")
+    # On meta tensors lib/roofline.py looks at what a GPU would run.
+    on_gpu = q.is_cuda or (q.is_meta and kernels)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    library = varlen_attn is not None and on_gpu and half and CHOICE != "triton"
     if kernels or library:
         expect("segments.cu_seqlens", segments.cu_seqlens, (None,), q, torch.int32)
     if library:
@@ -296,7 +302,7 @@ def _attention_dq_kernel(q, k, v, out, grad, lse, delta, dq, start, stop, qt_str
         dp = tl.dot(tile_g, tl.trans(tile_v), input_precision=PRECISION)
         ds = p * (dp - row_delta[:, None])
         sums += tl.dot(ds.to(tile_k.dtype), tile_k, input_precision=PRECISION)
-    # scale holds log2 e for the powers of 2, which the gradient has not.
+    # scale contains log2 e, for the powers of 2; the gradient does not. Times ln 2 undoes it.
     sums = sums * (scale * 0.6931471805599453)
     _store_tile(dq + h * C, sums, first, heads * C, total, C, CHANNELS, OWN)
 
@@ -331,7 +337,7 @@ def _attention_dkv_kernel(q, k, v, grad, lse, delta, dk, dv, start, stop, qt_str
             row_lse = tl.load(lse + row, query < total, other=0.0)
             row_delta = tl.load(delta + row, query < total, other=0.0)
             scores = tl.dot(tile_k, tl.trans(tile_q), input_precision=PRECISION) * scale
-            # The two see each other if they are of one document: the key's limits do as well.
+            # Both are in one document if the query lies between the limits of the key's.
             seen = (query[None] >= begin[:, None]) & (query[None] < end[:, None])
             if CAUSAL:
                 seen = seen & (query[None] >= key[:, None])
@@ -340,7 +346,8 @@ def _attention_dkv_kernel(q, k, v, grad, lse, delta, dk, dv, start, stop, qt_str
             dp = tl.dot(tile_v, tl.trans(tile_g), input_precision=PRECISION)
             ds = p * (dp - row_delta[None])
             sums_k += tl.dot(ds.to(tile_q.dtype), tile_q, input_precision=PRECISION)
-    sums_k = sums_k * (scale * 0.6931471805599453)
+    sums_k = sums_k * (scale * 0.6931471805599453)      # ln 2, as in the kernel for dq
+
     _store_tile(dk + g * C, sums_k, first, groups * C, total, C, CHANNELS, OWN)
     _store_tile(dv + g * C, sums_v, first, groups * C, total, C, CHANNELS, OWN)
 

@@ -33,7 +33,8 @@ def _softmax_kernel(logits, targets, weights, losses, entropies, stride, vocabul
     logits += row * stride
     target = tl.load(targets + row)
     # A target outside the vocabulary gives a loss of NaN; reading there would give any number.
-    right = tl.load(logits + target, mask=(target >= 0) & (target < vocabulary), other=float("nan"))
+    known = (target >= 0) & (target < vocabulary)
+    target_logit = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
     top = float("-inf")
     mass = 0.0          # the sum of exp(logit - top)
     moment = 0.0        # the sum of exp(logit - top) * logit
@@ -43,11 +44,11 @@ def _softmax_kernel(logits, targets, weights, losses, entropies, stride, vocabul
         higher = tl.maximum(top, tl.max(x, 0))
         power, scale = tl.exp(x - higher), tl.exp(top - higher)
         mass = mass * scale + tl.sum(power, 0)
-        if not GRADIENT:    # behind the row's end x is -inf, and power 0
+        if not GRADIENT:    # after the row's end x is -inf and power 0, and their product NaN
             moment = moment * scale + tl.sum(power * tl.where(at < vocabulary, x, 0.0), 0)
         top = higher
     log_mass = top + tl.log(mass)
-    tl.store(losses + row, log_mass - right.to(tl.float32))
+    tl.store(losses + row, log_mass - target_logit)
     if GRADIENT:
         weight = tl.load(weights + row)
         for start in range(0, vocabulary, BLOCK):
@@ -62,14 +63,14 @@ def _softmax_kernel(logits, targets, weights, losses, entropies, stride, vocabul
 def plain_softmax_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """What softmax_gradient computes."""
     full = logits.float()       # the tensor itself, if it is fp32 already
-    right, top = full.gather(1, targets[:, None]), full.amax(-1, keepdim=True)
+    target_logits, top = full.gather(1, targets[:, None]), full.amax(-1, keepdim=True)
     powers = full.sub_(top).exp_()
     mass = powers.sum(-1, keepdim=True)
     grad = powers.mul_(weights[:, None] / mass)
     grad.scatter_add_(1, targets[:, None], -weights[:, None])
     if full is not logits:
         logits.copy_(grad)
-    return (mass.log_().add_(top).sub_(right))[:, 0]
+    return mass.log_().add_(top).sub_(target_logits)[:, 0]
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -160,12 +161,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(i, i + chunk)
             logits = hidden[rows] @ weight.T
             losses[rows] = softmax_gradient(logits, targets[rows], weights[rows])
-            torch.mm(logits, weight, out=d_hidden[rows])    # they are their gradient now
+            torch.mm(logits, weight, out=d_hidden[rows])    # `logits` holds their gradient now
             if d_weight is not None:
                 _add_product(d_weight, logits.T, hidden[rows])
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
-        every = losses.new_zeros(shape.numel()).index_copy(0, used, losses * weights)
-        return every.view(shape).sum(-1)
+        # Rows that are not used count 0; the last dimension of `shape` is that of the tokens.
+        terms = losses.new_zeros(shape.numel()).index_copy(0, used, losses * weights)
+        return terms.view(shape).sum(-1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -258,7 +260,8 @@ def linear_logp(hidden: Tensor, weight: Tensor, targets: Tensor,
     return _LinearLogp.apply(hidden, weight, targets, chunk or _chunk(hidden, weight))
 
 
-# For each kernel what lab/kernels.py compiles: the types of its arguments and its constants.
+# lab/kernels.py compiles each kernel with these types of its arguments and these constants.
+
 KERNELS = [
     (_softmax_kernel, dict(logits="*bf16", targets="*i64", weights="*fp32", losses="*fp32",
                            entropies="*fp32", stride="i32", vocabulary="i32"),
