@@ -341,7 +341,7 @@ class Engine:
         if self.tuner.best:
             rows = slice(first, first + len(new))
             self.state[rows] = self._start_head(first, batch, hidden, cache, chosen)
-        made = self._fetch(chosen[:, None], torch.zeros_like(chosen), logits, first)
+        made = self._fetch(chosen[:, None], torch.zeros_like(chosen), logits, first)  # no drafts
         return self._append(*made, first)
 
     def _start_head(self, first: int, batch, hidden, cache: Prefill, chosen):
@@ -389,7 +389,7 @@ class Engine:
         logits = self.model.lm_head(self._forward(self.last[:n, None]))
         chosen = self._sample(logits[:, 0], 0)
         self.steps, self.tokens = self.steps + n, self.tokens + n
-        made = self._fetch(chosen[:, None], torch.zeros_like(chosen), logits, 0)
+        made = self._fetch(chosen[:, None], torch.zeros_like(chosen), logits, 0)    # no drafts
         return self._append(*made, 0)
 
     def _speculate(self, n: int) -> list[Result]:

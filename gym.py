@@ -121,7 +121,8 @@ def list_actions(args: Actions):
     for name, category in CATEGORIES.items():
         if category.env.family == "agent":
             kinds = known_goals(name)
-            goals = [" | ".join(forms[:2 if len(kinds) > 2 else 5]) for forms in kinds]
+            most = 2 if len(kinds) > 2 else 5       # wordings of each kind that are printed
+            goals = [" | ".join(forms[:most]) for forms in kinds]
             if not kinds:
                 text = make(Task(name, 0)).reset().text.replace(IMAGE, "")
                 goals = [f"such as: {text.splitlines()[0]}"]

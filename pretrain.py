@@ -194,9 +194,9 @@ def plan(args: Args, hw, config: Config, stream: Stream, workers: int):
     flops = model.flops(tokens, patches, learnt)
     if args.mtp:
         flops += args.mtp_share * (model.flops(tokens, patches, learnt, args.mtp) - flops)
-    # Weights in the model's dtype; of what learns, gradients in fp32, and ranks share master and
-    # moments, 12 bytes. What is kept for the backward pass of a row counts 2 bytes a value; a
-    # frozen tower keeps nothing.
+    # Bytes: weights in the model's dtype; for each that learns a gradient, 4, and master and
+    # moments, 12, which the ranks share; 2 for each value that is kept for the backward pass of a
+    # row. A frozen tower keeps nothing.
     row_patches = args.row_tokens * patches / tokens * learns(model.model.visual.blocks)
     kept = parse_memory(args.memory, args.chunk_patches).kept(config, args.row_tokens, row_patches)
     counts = model.counts() | {"learning": count_learning(model)}
@@ -322,12 +322,12 @@ class Rows:
     position: dict          # of the packer after these rows: a resumed run starts from there
 
 
-def load_rows(packer: Packer, load: PixelLoader, args: Args, config: Config, hw) -> Rows:
+def load_rows(packer: Packer, pixels: PixelLoader, args: Args, config: Config, hw) -> Rows:
     """Pack the global batch, the same on any number of ranks, and load this rank's part of it."""
     rows = packer.batch()
     steps = plan_steps(rows, args.row_tokens, Costs.of(config), hw.world, args.partition)
-    load.move_drawn(steps, hw.rank)
-    batches = [load_batch(step, hw.rank, config, load, args.row_tokens) for step in steps]
+    pixels.move_drawn(steps, hw.rank)
+    batches = [load_batch(step, hw.rank, config, pixels, args.row_tokens) for step in steps]
     if hw.device.type == "cuda":
         batches = [batch.pinned() for batch in batches]
     weight = sum(float(d.weights[1:].sum()) for row in rows for d in row)

@@ -126,7 +126,7 @@ class Env:
     layout = "append"           # append: one growing stream; segment: a fresh prompt every turn
     why = ""                    # the reason for the oracle's last reply, as a thought; "": none
     more: list = []             # further (question, reply) about this picture, for pretraining
-    blind: tuple = ()           # see `chance`: five values, one for each level
+    blind: tuple = ()           # what `chance` returns at each of the five levels
 
     def __init__(self, task: Task):
         self.task, self.level, self.rng = task, task.level, stream(task)
