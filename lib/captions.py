@@ -50,11 +50,12 @@ def patch_labels(image: Image.Image, items: list[Item], patch: int) -> Tensor:
     """What each patch shows, (P,) int64 in stored order: 1 + the number of the shape that covers
     at least half of the patch, otherwise 0 for the ground. A small star may own no patch."""
     pixels = np.asarray(image).astype(int)
-    ground = np.median(pixels.reshape(-1, 3), axis=0)
+    ground = np.median(pixels.reshape(-1, 3), axis=0)       # most of a scene is its ground
     is_shape = np.abs(pixels - ground).sum(-1) > 60
     covered = rearrange(is_shape, "(y i) (x j) -> y x (i j)", i=patch, j=patch).mean(-1)
     labels = np.zeros(covered.shape, int)
     for item in items:
+        # an area is given in coordinates from 0 to 999: here in patches
         x0, y0, x1, y1 = (round(c * len(covered) / 999) for c in item.area)
         labels[y0:y1, x0:x1] = 1 + SHAPES.index(item.shape)
     labels[covered < 0.5] = 0
@@ -100,8 +101,10 @@ def quality(image: np.ndarray) -> float:
     neighbouring pixels. Low for flat or blurred pictures, high for sharp and busy ones. [O]"""
     grey = image.mean(-1)
     steps = np.concatenate([np.diff(grey, axis=axis).ravel() for axis in (0, 1)])
+    # the share of each of 64 bins, of 8 steps each from -255 to 255
     shares = np.bincount((steps.astype(int) + 255) // 8, minlength=64) / len(steps)
-    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
+    shares = shares[shares > 0]
+    return float(-(shares * np.log2(shares)).sum())
 
 
 def random_mask(rng, h: int, w: int, share: float, kind: str) -> np.ndarray:
@@ -110,14 +113,15 @@ def random_mask(rng, h: int, w: int, share: float, kind: str) -> np.ndarray:
     kind `random` hides each patch by itself; `block` places rectangles, a quarter to half a side
     long, until they cover enough, so that a hidden patch can't be copied from its neighbours. [O]
     """
-    n, order = round(share * h * w), rng.random((h, w))
+    n = round(share * h * w)
+    order = rng.random((h, w))
     covered = np.zeros((h, w), bool)
     while kind == "block" and covered.sum() < n:
         high, wide = (int(rng.integers(side // 4, side // 2 + 1)) for side in (h, w))
         y, x = int(rng.integers(h - high + 1)), int(rng.integers(w - wide + 1))
         covered[y:y + high, x:x + wide] = True
-    # Hide the n patches of highest order. Those inside a rectangle come first (1 + random); if the
-    # rectangles cover too many, some of theirs stay visible.
+    # Hide the n patches of highest order. Those in a rectangle get 1 more, so they come first; if
+    # the rectangles cover more than n, some of theirs stay visible.
     order += covered
     hidden = order >= np.sort(order, axis=None)[h * w - n]
     return rearrange(hidden, "(y b) (x d) -> (y x b d)", b=2, d=2)
@@ -211,6 +215,7 @@ CLIP_PARTS = (("color", "shape"), ("shape",), ())
 
 
 def choose(rng, options):
+    """One of the options at random."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -237,6 +242,7 @@ class Captions:
 
     def __call__(self, i: int) -> Pair:
         rng = np.random.default_rng([self.seed, i])
+        # The same for all samples of a batch; no sample has this seed for its own generator.
         batch_rng = np.random.default_rng([self.seed, 2 ** 32, i // self.batch])
         budget = choose(batch_rng, self.budgets)
         if self.pairs:
@@ -286,13 +292,18 @@ class Pairs:
 
 
 def collate_pairs(pairs: list[Pair], c: VitConfig) -> Pairs:
-    return Pairs(*pack([pair.image for pair in pairs], c), *pack_texts([p.ids for p in pairs]))
+    """Samples of stage 2 as one packed batch."""
+    patches, grids = pack([pair.image for pair in pairs], c)
+    ids, cu_seqlens = pack_texts([pair.ids for pair in pairs])
+    return Pairs(patches, grids, ids, cu_seqlens)
 
 
 def pack_texts(texts: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Token ids of N captions -> (T,) one after the other, and where each begins, (N+1,)."""
+    """Token ids of N captions -> (T,) int64, one caption after the other, and cu_seqlens (N+1,)
+    int32, where each begins, and T."""
     borders = np.cumsum([0] + [len(ids) for ids in texts]).astype(np.int32)
     return torch.from_numpy(np.concatenate(texts).astype(np.int64)), torch.from_numpy(borders)
+
 
 
 # ---- the models of stage 2 ----------------------------------------------------------------------
