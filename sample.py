@@ -1,9 +1,10 @@
 """Using a model: ask it, chat with it, or evaluate it on the gym or on questions of your own.
 
     python sample.py ask                                 lists the questions that it was trained on
-    python sample.py ask --image=docs/example.png "What color is the diamond?"
+    python sample.py ask --ckpt=ckpt/demo --image=docs/example.png "What color is the diamond?"
     python sample.py ask --image=docs/example.png "List all." --temperature=0.7
-    python sample.py ask --image=docs/example.png "List all." --drafts=3    speculative decoding
+    python sample.py ask --ckpt=ckpt/demo --image=docs/example.png "List all." --drafts=3
+                                                         speculative decoding
     python sample.py ask --ckpt=FOLDER --image=page.png "Text Recognition:" --max_new=2048
                                                          GLM-OCR's folder, as it is released
     echo "List all." | python sample.py ask --image=docs/example.png -      a question from a pipe
@@ -14,8 +15,7 @@
     python sample.py agent --screenshot=FILE --goal="Click OK."     one action on your picture
     python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
-    python sample.py eval --mix=gym --levels=5 --passes=8 --drafts=3    all categories and levels;
-                                                         pass@8; tokens a step with drafts
+    python sample.py eval --mix=gym --levels=5 --passes=8           all categories and levels; pass@8
     python sample.py eval --ckpt=ckpt/demo --ckpt=out/pretrain --mix=point    compared, paired
     python sample.py eval --ckpt=ckpt/demo --harness=plain,history,tools,verify
                                                          ways to ask an agent: lib/harness.py
