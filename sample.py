@@ -15,7 +15,7 @@
     python sample.py agent --screenshot=FILE --goal="Click OK."     one action on your picture
     python sample.py eval --count=300                    held-out tasks of what it was trained on
     python sample.py eval --ckpt=out/pretrain --mix=point,gui_click --levels=3
-    python sample.py eval --mix=gym --levels=5 --passes=8           all categories and levels; pass@8
+    python sample.py eval --mix=gym --levels=5 --passes=8          all categories and levels; pass@8
     python sample.py eval --ckpt=ckpt/demo --ckpt=out/pretrain --mix=point    compared, paired
     python sample.py eval --ckpt=ckpt/demo --harness=plain,history,tools,verify
                                                          ways to ask an agent: lib/harness.py
