@@ -252,7 +252,6 @@ def accept(p: Tensor, q: Tensor, drafts: Tensor, uniforms: Tensor) -> tuple[Tens
     row = torch.arange(len(p), device=p.device)
     rest = p[row, count]
     # q is padded with zeros after the last draft: there the token is sampled from p itself.
-
     rest = (rest - F.pad(q, (0, 0, 0, 1))[row, count]).clamp_min(0)
     # Rounding can leave nothing of p - q where the two are nearly equal.
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[row, count])

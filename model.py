@@ -208,7 +208,6 @@ class DecoderLayer(nn.Module):
         out = self.self_attn(self.input_layernorm(x), rope, segments, layer, cache)
         # In one pass over memory: the new x is x + post_self_attn_layernorm(out), and `normed` is
         # post_attention_layernorm of the new x.
-
         x, normed = add_norm(out, x, self.post_attention_layernorm.weight, self.eps,
                              inner=self.post_self_attn_layernorm.weight)
         return norm_add(self.mlp(normed), x, self.post_mlp_layernorm.weight, self.eps)

@@ -17,7 +17,6 @@ import heapq
 import json
 import math
 import re
-
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path

@@ -294,7 +294,6 @@ class CogViT(nn.Module):
         # Every frame is a segment of its own: attention stays inside a frame.
         areas = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
         borders = F.pad(areas.cumsum(0), (1, 0)).int()
-
         segments = Segments(send(borders, patches.device), causal=False, host=borders)
         x = self.patch_embed(patches)
         if mask is not None:
