@@ -32,7 +32,13 @@ from lib.cli import UserError
 from lib.common import clock, read_json, ROOT, setup, write_json, write_text
 
 FOLDER = ROOT / "lab" / "sheets"
-VERDICTS = ("reproduced", "underpowered", "not at this scale", "contradicted")  # best to worst
+MEANING = {                         # of the verdicts, from the best to the worst
+    "reproduced": "the effect is there, and not smaller than the claim's; where the claim is that "
+                  "little is lost: no more is lost than it allows",
+    "underpowered": "these runs can't tell; more seeds or longer runs could",
+    "not at this scale": "an effect as large as the claim's would have been seen, but was not",
+    "contradicted": "the opposite is there"}
+VERDICTS = tuple(MEANING)
 
 # Student's t: its 97.5% and 80% quantiles, by the number of seeds.
 T = {2: (12.706, 1.376), 3: (4.303, 1.061), 4: (3.182, 0.978), 5: (2.776, 0.941),
@@ -153,8 +159,8 @@ def check_sources(folder: Path):
     before = read_json(path) if path.exists() else {}
     for name, was in before.items():
         if digest(name) != was:
-            raise UserError(f"{name} has changed since the runs in {folder} were made: take another "
-                            "folder, such as --out=out/changed")
+            raise UserError(f"{name} has changed since the runs in {folder} were made: take "
+                            "another folder, such as --out=out/changed")
     write_json(path, before | {name: digest(name) for name in sources()})
 
 
@@ -328,11 +334,14 @@ def page(name: str, found: dict, drawn: dict[str, dict]) -> str:
     return drawing.page_html(f"{name}: {found['verdict']}", [
         f"<h1>{escape(found['claim'])}</h1>",
         drawing.tiles_html([("verdict", found["verdict"]), ("sheet", escape(name))]),
+        f'<p class="quiet">{found["verdict"].capitalize()}: {MEANING[found["verdict"]]}. '
+        "Of several tests the worst verdict counts.</p>",
         *(f"<p>{part}</p>" for part in paragraphs),
         "<h2>Effects</h2>", drawing.text_table(("effect", "found", "source", "verdict"), rows),
         forest(found["tests"]),
         '<p class="quiet">Dots: seeds. Diamond and bar: mean and 95% interval. Dashed: the effect '
-        "that the claim speaks of, or the loss that it allows.</p>",
+        "that the claim speaks of, or the loss that it allows. Detectable: the least effect that "
+        "so many seeds would show in four of five studies.</p>",
         *(drawing.curve(series, key) for key, series in drawn.items()),
         "<h2>Runs</h2>", drawing.figures_html(found["runs"]),
         f'<p class="quiet">Equal in all arms: {escape(load(name).SHEET.equal)}. '
