@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from lib import PACKAGES, where_packages_are
 from lib.cli import check_options, cli, main, UserError
 
 ROOT = Path(__file__).resolve().parent.parent   # lib.common has it too, but imports torch
@@ -298,9 +299,9 @@ def progress(text: str):
 def run(args: Args) -> bool:
     """Grade the exercises that are wanted, print the table, and return whether all are green."""
     check_options(args)
-    if importlib.util.find_spec("pytest") is None:
-        raise UserError("this Python has no pytest: use .venv/bin/python, which `make .venv/ready` "
-                        "makes")
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(where_packages_are(package))
     chosen, green = choose(args), 0
     differing = changed(chosen)
     if differing:

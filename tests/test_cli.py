@@ -456,3 +456,13 @@ def test_from_another_folder_in_a_terminal_without_utf8(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr and b"Warning" not in done.stderr
     assert done.stdout.isascii() and done.stdout.strip()
+
+
+@pytest.mark.parametrize("words", ["sample.py agent", "-m lab list", "gym.py list",
+                                   "-m lab.grade 2"])
+def test_a_python_without_the_packages(words):
+    """-S hides the installed packages."""
+    done = subprocess.run([sys.executable, "-S", *words.split()], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode in (1, 2) and done.stderr.count("\n") == 1
+    assert "use .venv/bin/python" in done.stderr
