@@ -35,11 +35,11 @@ def print_list():
     """A line for each sheet: name, kind, minutes, verdict; then its claim."""
     for name in sheet.names():
         plan, found = sheet.load(name).SHEET, sheet.kept(name)
-        verdict = found["verdict"] if found else "not yet measured"
+        verdict = found["verdict"] if found else "not yet run"
         print(f"{name:<15} {plan.kind:<6} {clock(60 * plan.minutes):>9}  {verdict}\n"
               f"{'':<15} {sheet.claim(name)}")
-    print("\ntimes: of all runs on one core; `python -m lab NAME` runs one, `show NAME` prints our "
-          "answer")
+    print("\nbench: 20 minutes of two cores at most; night: longer. Times are those of all runs on one "
+          "core.\n`python -m lab NAME` runs a sheet, `python -m lab show NAME` prints our answer.")
 
 
 def run(args: Args):
@@ -52,7 +52,7 @@ def run(args: Args):
             if found := sheet.kept(name):
                 sheet.show(name, found)
             else:
-                print(f"\n{sheet.claim(name)}\nnot yet measured")
+                print(f"\n{sheet.claim(name)}\nnot yet run")
         return
     chosen = [first, *others]
     if chosen == ["all"]:

@@ -121,7 +121,7 @@ def test_the_command_line(toy, tmp_path, capsys):
     run(Args(what=["toy"], seed=3, out=str(tmp_path)))
     assert toy.calls[1:] == [(arm, seed) for seed in (3, 4, 5) for arm in ("old", "new")]
     run(Args(what=["show", "toy"]))
-    assert "not yet measured" in capsys.readouterr().out
+    assert "not yet run" in capsys.readouterr().out
     with pytest.raises(UserError, match="no sheet 'tay'"):
         run(Args(what=["toy", "tay"]))
 
