@@ -38,8 +38,8 @@ def print_list():
         verdict = found["verdict"] if found else "not yet run"
         print(f"{name:<15} {plan.kind:<6} {clock(60 * plan.minutes):>9}  {verdict}\n"
               f"{'':<15} {sheet.claim(name)}")
-    print("\nbench: 20 minutes of two cores at most; night: longer. Times are those of all runs on one "
-          "core.\n`python -m lab NAME` runs a sheet, `python -m lab show NAME` prints our answer.")
+    print("\nbench: 20 minutes of two cores at most; night: longer. Times are those of all runs on "
+          "one core.\n`python -m lab NAME` runs one, `python -m lab show NAME` prints our answer.")
 
 
 def run(args: Args):

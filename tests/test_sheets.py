@@ -149,11 +149,15 @@ def test_a_sheet_says_what_it_needs_to(name):
 
 
 def rule_in(source: str) -> str:
-    """The `SHEET = ...` of a sheet's source, without its minutes, which are no part of the rule."""
-    node = next(node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)
-                and node.targets[0].id == "SHEET")
-    node.keywords = [word for word in node.keywords if word.arg not in ("minutes", "equal")]
-    return ast.dump(node)
+    """The tests in a sheet's source, `SHEET = Sheet(..., tests=...)`, without the words that give
+    the source of a number."""
+    sheets = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)
+              and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "SHEET"]
+    tests = next(word.value for word in sheets[0].keywords if word.arg == "tests")
+    for node in ast.walk(tests):
+        if isinstance(node, ast.Call):
+            node.keywords = [word for word in node.keywords if word.arg != "source"]
+    return ast.dump(tests)
 
 
 KEPT = [name for name in sheet.names() if sheet.kept(name)]
