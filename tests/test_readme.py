@@ -53,7 +53,7 @@ def test_the_readme_counts_files_and_lines():
 
 def test_what_one_step_needs_of_lib_is_short():
     """The files that the README names for following one step of each stage."""
-    sentence = re.search(r"To follow one step of each stage(.*?) less than 1,000", README, re.S)[1]
+    sentence = re.search(r"To follow one step of each stage(.*?) about 1,000", README, re.S)[1]
     files, parts = re.findall(r"`(lib/\w+\.py)`", sentence), re.findall(r"`(\w+)`", sentence)
     lines = sum(len(lines_of(Path(name))) for name in files)
     sizes = {node.name: node.end_lineno - node.lineno + 1
@@ -62,7 +62,7 @@ def test_what_one_step_needs_of_lib_is_short():
              if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
     lines += sum(sizes[name] for name in parts)
     print(f"{files}, {parts}: {lines} lines")
-    assert files and parts and lines < 1000
+    assert files and parts and lines < 1050
 
 
 def test_the_table_is_the_checkpoints_own_evaluation():
