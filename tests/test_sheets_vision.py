@@ -26,7 +26,7 @@ def in_small(name, tmp_path, arms):
     """Run one seed of a sheet whose constants are small by now; returns its figures by arm."""
     found = sheet.run(name, first=5, seeds=1, out=tmp_path)
     assert found["verdict"] == "underpowered" and (tmp_path / name / "report.html").exists()
-    runs = {run.split(",")[0]: figures for run, figures in found["runs"].items()}
+    runs = {run.rpartition(",")[0]: figures for run, figures in found["runs"].items()}
     assert list(runs) == list(arms)
     assert all(math.isfinite(x) for row in runs.values() for x in row.values())
     return runs
