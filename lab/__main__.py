@@ -67,7 +67,7 @@ def run(args: Args):
             sheet.keep(name, found)
         left = sum(sheet.load(other).SHEET.minutes for other in chosen[i + 1:])
         if left:
-            print(f"\n{len(chosen) - i - 1} sheets left, about {clock(60 * left)}")
+            print(f"\nsheets left: {len(chosen) - i - 1}, about {clock(60 * left)}")
 
 
 if __name__ == "__main__":
