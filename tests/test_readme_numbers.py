@@ -84,9 +84,10 @@ CHECKED = [
      lambda: [float(x) for x in re.search(
          r"is at least 75% \| met \| ([\d.]+)% \[([\d.]+) to ([\d.]+)\]", RESULTS).groups()]),
     (r"`make demo` \| (\d+) minutes", lambda: [demo_minutes()]),
-    (r"`bash runs/night.sh` \| (\d+) idle hours.*?(\d+) of (\d+) categories learned", lambda: [
-        float(in_file("runs/night.sh", r"HOURS=\$\{HOURS:-(\d+)\}")[0]), learned_by_ckpt_gym(),
-        len(gym.names())]),
+    (r"`bash runs/night.sh` \| (\d+) idle hours.*?(\d+) of (\d+) categories learned.*?after (\d+) "
+     r"hours", lambda: [
+         float(in_file("runs/night.sh", r"HOURS=\$\{HOURS:-(\d+)\}")[0]), learned_by_ckpt_gym(),
+         len(gym.names()), int(in_file("ckpt/gym/README.md", r"(\d+) hours of one CPU core")[0])]),
     (r"half an hour, \$([\d.]+) on an H100 at \$([\d.]+) \| a model of (\d+)M", lambda: [
         half_an_hour() * price(), price(), parameters("small")]),
     (r"\| ([\d.]+) hours, \$(\d+), computed \| a model of GLM-OCR's size, ([\d.]+)B", lambda: [
