@@ -20,6 +20,7 @@ def ratios(result, folder):
     return [case["ratio"] for case in written["cases"].values()]
 
 
+@pytest.mark.slow
 def test_training_compares_equal_losses_and_gradients(tmp_path, capsys):
     pytest.importorskip("transformers", exc_type=ImportError)
     result = run(Args("train", out=str(tmp_path), **few))

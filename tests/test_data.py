@@ -53,6 +53,7 @@ def test_a_sample_depends_on_seed_and_index_only():
     assert sum(same(a, stream(seed=1, levels=3)(i)) for i, a in enumerate(forward)) == 0
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_samples_and_survive_the_first_ctrl_c():
     """Two processes, bursts of 16, some samples skipped as after a resume; at first one burst at a
     time, then the next while the last is used. A terminal sends Ctrl-C to all processes of a run,

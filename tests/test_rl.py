@@ -904,6 +904,7 @@ def test_a_mix_without_any_signal_says_so():
         curriculum.record([episode(0)] * 8, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, dict(workers=2)])
 def test_a_silent_run_ends_within_20_steps(tmp_path, begin, monkeypatch, more):
     monkeypatch.setattr(gym.Rewards, "score_of", lambda *rest: gym.Score(0.0))
