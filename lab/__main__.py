@@ -59,6 +59,8 @@ def run(args: Args):
         chosen = [name for name in sheet.names() if sheet.load(name).SHEET.kind == args.kind]
     for name in chosen:
         sheet.load(name)            # refuses an unknown name before anything is run
+        if args.keep:
+            sheet.committed_rule(name)
     for i, name in enumerate(chosen):
         found = sheet.run(name, args.seed, args.seeds, Path(args.out))
         sheet.show(name, found)

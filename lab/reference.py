@@ -21,7 +21,6 @@ import json
 import math
 import re
 import shlex
-import subprocess
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -34,6 +33,7 @@ import train_vit
 from lab.compare import final, shortened, WITHOUT_EFFECT
 from lab.drawing import number
 from lab.fields import usable
+from lab.sheet import git
 from lib.cli import cli, main, UserError
 from lib.common import read_json, read_log, ROOT, write_text
 
@@ -186,15 +186,6 @@ def curve_of(logs: list[list[dict]], key: str) -> dict | None:
 
 # ---- to make a reference ------------------------------------------------------------------------
 
-def present_commit() -> str:
-    """The commit of the repository, short; `unknown` where git or the repository is missing."""
-    try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
-                              capture_output=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def reference_of(folders: list[Path], name: str, command: str = "", commit: str = "",
                  unfinished: bool = False) -> dict:
     """The reference of runs, which have to have ended unless `unfinished` ones are taken. Raises
@@ -230,7 +221,8 @@ def reference_of(folders: list[Path], name: str, command: str = "", commit: str 
     return {"name": name, "command": command or command_of(options), "config": options,
             "seeds": [config.get("seed") for config in configs], "reaches": reached, "band": band,
             "hardware": str(configs[0].get("hardware", "unknown")),
-            "commit": commit or present_commit(), "date": date.fromtimestamp(ended).isoformat(),
+            "commit": commit or git("rev-parse", "--short", "HEAD") or "unknown",
+            "date": date.fromtimestamp(ended).isoformat(),
             "final": finals, "curves": curves}
 
 

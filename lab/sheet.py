@@ -100,8 +100,7 @@ class NoLoss(Gain):
 class Sheet:
     """measure(arm, seed, folder) does one run in a folder of its own, or the rest of one that was
     interrupted, and returns {figure: number}; a figure may also be a list of points (x, y), which
-    is drawn as a curve. prepare(folder), if there is one, is called before each run and makes what
-    all of them begin from, unless it is there already; the runs find it in folder.parent / "start".
+    is drawn as a curve. What several runs begin from is made by the first one that needs it.
     """
     arms: tuple[str, ...]
     measure: Callable[[str, int, Path], dict]
@@ -110,7 +109,6 @@ class Sheet:
     minutes: float                  # of all runs on one core, measured
     kind: str = "bench"             # bench: 20 minutes on two cores at most; night: longer
     seeds: int = 3
-    prepare: Callable[[Path], object] | None = None
 
 
 def names() -> list[str]:
@@ -175,6 +173,13 @@ def rule_of(name: str) -> dict | None:
     return dict(zip(("commit", "date"), commit.split()))
 
 
+def committed_rule(name: str) -> dict:
+    """As `rule_of`. Raises UserError where there is no such commit."""
+    if (rule := rule_of(name)) is None:
+        raise UserError(f"lab/sheets/{name}.py is not committed: commit the rule, then run it")
+    return rule
+
+
 def git(*words: str) -> str | None:
     """What git prints, or None where there is no git or no repository."""
     try:
@@ -211,8 +216,6 @@ def run(name: str, first: int = 0, seeds: int = 0, out: Path = Path("out/lab")) 
         own = folder / f"{re.sub('[^A-Za-z0-9]', '_', arm)}-{seed}"
         path = own / "figures.json"
         if not path.exists():
-            if sheet.prepare:
-                sheet.prepare(folder / "start")
             found = sheet.measure(arm, seed, own)
             write_json(path, {"began": began, "figures": found})
             measured += 1

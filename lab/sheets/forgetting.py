@@ -34,7 +34,7 @@ def measure(arm, seed, folder):
 
 
 SHEET = Sheet(
-    arms=("rl", "sft"), measure=measure, prepare=tiers_start, minutes=10,
+    arms=("rl", "sft"), measure=measure, minutes=10,
     equal=f"the start, {STEPS} optimizer steps",
     tests=(Gain("points of the other categories, after RL minus after SFT",
                 lambda runs: runs["rl"]["others"] - runs["sft"]["others"],

@@ -45,7 +45,7 @@ def measure(arm, seed, folder):
 
 
 SHEET = Sheet(
-    arms=tuple(WAYS), measure=measure, prepare=tiers_start, minutes=10,
+    arms=tuple(WAYS), measure=measure, minutes=10,
     equal=f"the start, {STEPS} steps of a row of 2,048 tokens",
     tests=(Gain("points of held-out forms, tier by tier minus forms alone",
                 lambda runs: runs["turn"]["forms"] - runs["alone"]["forms"],

@@ -40,7 +40,7 @@ def measure(arm, seed, folder):
 
 
 SHEET = Sheet(
-    arms=("rl", "sft"), measure=measure, prepare=fallible_start, minutes=14,
+    arms=("rl", "sft"), measure=measure, minutes=14,
     equal=f"the start and {ARGS.minutes} CPU minutes of one thread",
     tests=(Gain("points of the mean of six categories, RL minus SFT",
                 lambda runs: runs["rl"]["mean"] - runs["sft"]["mean"],

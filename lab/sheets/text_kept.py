@@ -13,6 +13,7 @@ trained on). `picture loss`: of the answers, the mean over the last fifth of the
 """
 import json
 import math
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -29,13 +30,15 @@ STEPS, TOKENS, HELD_OUT = 240, 2048, 8      # steps of a run, tokens and held-ou
 PIECE = 2000                                # characters of the reference that stay together
 
 
-def prepare(folder):
-    """Write all texts into one file, a record for each file and each page of the reference."""
+def texts_file(folder) -> Path:
+    """The file with all texts, a record for each file and each page of the reference; it is written
+    unless it is there already."""
     path, pages = folder / "texts.jsonl", library_text()
     if not path.exists():
         texts = [pages[i:i + PIECE] for i in range(0, len(pages), PIECE)]
         texts += [file.read_text(encoding="utf-8", errors="replace") for file in library_files()]
         write_text(path, "\n".join(json.dumps({"text": text}) for text in texts))
+    return path
 
 
 def text_packer(config, path, seed, split):
@@ -44,7 +47,7 @@ def text_packer(config, path, seed, split):
 
 
 def measure(arm, seed, folder):
-    config, path = sized("tiny"), folder.parent / "start" / "texts.jsonl"
+    config, path = sized("tiny"), texts_file(folder.parent / "start")
     model = GLMV(config, seed)
     optimizer = Optimizer(model.named_parameters(), OptimConfig(4e-3, 0.05))   # as pretrain.py's
     optimizer.load_masters(model.state_dict())
@@ -74,7 +77,7 @@ def measure(arm, seed, folder):
 
 
 SHEET = Sheet(
-    arms=("text alone", "and pictures"), measure=measure, minutes=8, prepare=prepare,
+    arms=("text alone", "and pictures"), measure=measure, minutes=8,
     equal=f"the rows of text, {STEPS} steps of one",
     tests=(NoLoss("held-out text loss, nats, without pictures minus with them",
                   lambda runs: runs["text alone"]["text loss"] - runs["and pictures"]["text loss"],

@@ -29,7 +29,7 @@ def measure(arm, seed, folder):
 
 
 SHEET = Sheet(
-    arms=("aligned", "random"), measure=measure, prepare=start, kind="night", minutes=145,
+    arms=("aligned", "random"), measure=measure, kind="night", minutes=145,
     equal=f"CPU minutes: those of a tower by alignment alone and {PLAIN.steps} steps from it",
     tests=(Gain("mean accuracy in points, from the trained tower less from random weights",
                 lambda runs: runs["aligned"]["mean"] - runs["random"]["mean"], claimed=2,

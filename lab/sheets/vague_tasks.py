@@ -48,7 +48,7 @@ def measure(arm, seed, folder):
 
 
 SHEET = Sheet(
-    arms=tuple(VERIFIERS), measure=measure, prepare=form_start, minutes=12, seeds=6,
+    arms=tuple(VERIFIERS), measure=measure, minutes=12, seeds=6,
     equal=f"the start, {STEPS} steps of {ARGS.prompts} groups of 8, the exact examination",
     tests=(Gain("points of held-out forms, exact minus unreliable",
                 lambda runs: runs["exact"]["forms"] - runs["unreliable"]["forms"],

@@ -36,7 +36,7 @@ def measure(arm, seed, folder):
 
 
 SHEET = Sheet(
-    arms=("right", "weak"), measure=measure, prepare=fallible_start, minutes=12,
+    arms=("right", "weak"), measure=measure, minutes=12,
     equal=f"the start, {STEPS} steps of {ARGS.prompts} groups of 8",
     tests=(Gain("points lost in the other categories, right minus weak",
                 lambda runs: runs["right"]["others"] - runs["weak"]["others"],
