@@ -7,7 +7,7 @@
 backward) and counts the bytes that cross the cut: only `embed` has to send visual embeddings to the
 half with the head, and their gradients back. `train` is one run of the ablation: whatever the
 option, the same model learns from the same samples in the same order, with the head from the first
-step on. `acceptance` says how often the trunk would accept what the head of such a run drafts.
+step on.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
@@ -25,13 +25,12 @@ import mmtp
 import pretrain
 from data import collate, Packer, parse_mix, Stream
 from kernels import angles, linear_cross_entropy, Segments
-from lib.checkpoint import load_model
 from lib.cli import check_options, cli, main, Range, Seed, UserError
 from lib.common import read_json, read_log, ROOT, write_json
 from model import GLMV, sized
 
 MIX = "shape_attr,ocr_line,point,gui_click,text:0.5"    # of the ablation, as in pretrain.py
-KINDS = {"image-heavy": "point,gui_click,shape_attr,ocr_line", "text only": "text,code"}
+PICTURES = "point,gui_click,shape_attr,ocr_line"        # of the row whose bytes are counted
 
 
 @dataclass
@@ -56,29 +55,6 @@ def train(option: str, seed: int, steps: int, depths: int, out: Path, mix: str =
         raise UserError(f"{out}/log.jsonl has {len(log)} whole lines for {steps} steps: remove "
                         f"{out} to train it again")
     return log
-
-
-@torch.no_grad()
-def acceptance(folder: Path, option: str, mix: str, depths: int, seed: int = 7) -> list[float]:
-    """At each depth, how often the head predicts the trunk's own choice of a token that the loss
-    counts, where it did so at all smaller depths: the rates at which drafts would be accepted."""
-    model = load_model(folder)
-    packer = Packer(Stream(model.config, parse_mix(mix), seed, "test"), 2048)
-    tested, accepted = [0] * depths, [0] * depths
-    for _ in range(4):
-        batch = collate(packer.row(), model.config)
-        merged = model.encode_images(batch)
-        hidden = model(batch, merged)
-        choice = model.lm_head(hidden).argmax(-1)   # of token i+1, at position i
-        alive = torch.ones(len(hidden), dtype=torch.bool)
-        for k, state in enumerate(mmtp.states(model, hidden, batch, merged, depths, option), 1):
-            at = state.kept
-            right = mmtp.logits(model, state.hidden).argmax(-1) == choice.roll(-k)[at]
-            counts = alive[at] & state.counts & (batch.weights[state.target] > 0)
-            tested[k - 1] += int(counts.sum())
-            accepted[k - 1] += int((counts & right).sum())
-            alive = torch.zeros_like(alive).index_put((at,), counts & right)
-    return [a / max(1, t) for a, t in zip(accepted, tested)]
 
 
 # ---- what crosses a pipeline cut ----------------------------------------------------------------
@@ -142,7 +118,7 @@ def example(args: Args):
     """A model with a head, and a batch of tasks with pictures."""
     model = GLMV(sized("tiny"), args.seed)
     mmtp.attach(model, args.depths)
-    stream = Stream(model.config, parse_mix(KINDS["image-heavy"]), args.seed)
+    stream = Stream(model.config, parse_mix(PICTURES), args.seed)
     row = Packer(stream, 2048).row()
     return model, collate(row, model.config)
 
