@@ -1,4 +1,4 @@
-"""The README's section "Your own data", as it is printed, and the recipes that it speaks of."""
+"""docs/data.md, "Your own data", as it is printed, and the recipes that it speaks of."""
 import json
 import os
 import re
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from recipes import stamps
-from test_readme import README
 
 import pretrain
 import sample
@@ -19,6 +18,9 @@ from lib.cli import cli, UserError
 from lib.common import ROOT
 from lib.runs import checkpoints
 
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+COMMANDS = [line.split(" # ")[0] for line in
+            re.search(r"```sh\n(.*?)```", PAGE, re.S)[1].strip().splitlines()]
 FEW = {  # what is added to the printed commands, so that they take seconds
     "pretrain.py": "--steps=1 --rows=1 --mtp=0 --workers=0 --eval_every=0 --device=cpu",
     "train_vit.py": "--steps=1 --batch=8 --probes=16 --workers=0 --stage=align --device=cpu",
@@ -50,14 +52,11 @@ def draw_things(folder):
 def test_your_own_data_as_printed(tmp_path, monkeypatch, capsys):
     """A model that does not know the question answers it after 20 steps, and not to grey pictures;
     the other commands run."""
-    section = README.split("## Your own data")[1].split("\n## ")[0]
-    lines = [line.split(" # ")[0] for line in re.search(r"```sh\n(.*?)```", section, re.S)[1]
-             .strip().splitlines()]
     draw_things(tmp_path / "own")
     for path in ROOT.iterdir():         # a working folder like the repository's, but for out/
         if path.name not in ("out", "own", ".git"):
             (tmp_path / path.name).symlink_to(path)
-    done = subprocess.run(["bash", "-ec", "\n".join(lines[:2])], cwd=tmp_path, text=True,
+    done = subprocess.run(["bash", "-ec", "\n".join(COMMANDS[:2])], cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
                           env={**os.environ, "STEPS": "20", "PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout
@@ -71,7 +70,7 @@ def test_your_own_data_as_printed(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     scripts = []
-    for line in lines[2:]:
+    for line in COMMANDS[2:]:
         script, *words = shlex.split(line.removeprefix(".venv/bin/python "))
         scripts.append(script)
         words += FEW[script].split()
