@@ -75,7 +75,8 @@ def server_process(*words, seconds: float = 120):
         ready.wait(seconds)
         address = next((line.split()[0] for line in lines if " is ready" in line), None)
         if not address:
-            raise UserError(f"{' '.join(words)} does not serve: {lines[-1:] or 'it is silent'}")
+            said = lines[-1] if lines else "it is silent"
+            raise UserError(f"{' '.join(words)} does not serve: {said}")
         yield SimpleNamespace(port=int(address.rpartition(":")[2]), process=process, lines=lines)
     finally:
         process.terminate()
@@ -288,7 +289,11 @@ class Streams(threading.Thread):
     def run(self):
         while not self.left:
             for key, _ in self.selector.select(0.1):
-                data, now = key.fileobj.recv(2 ** 16), time.perf_counter()
+                now = time.perf_counter()
+                try:
+                    data = key.fileobj.recv(2 ** 16)
+                except ConnectionError:         # the server has died
+                    data = b""
                 self.ended = self.ended or not data or b"[DONE]" in data
                 key.data.extend([now] * data.count(b"data: {"))
         for key in list(self.selector.get_map().values()):

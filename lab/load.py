@@ -3,8 +3,9 @@
     python -m lab.load                      ten minutes
     python -m lab.load --minutes=1 --clients=4 --ckpt=ckpt/demo
 
-Starts serve.py in a process of its own, on loopback. First each good request of `good_requests`
-gets its answer while nothing else runs. Then for some minutes
+Starts serve.py in a process of its own, on loopback; Linux only, as its memory is read from /proc.
+First each good request of `good_requests` gets its answer while nothing else runs. Then for some
+minutes
 - half of the clients send good requests, whole and streamed, and compare with that answer;
 - the others, at random: leave in the middle of a request or of a reply; send what must be refused
   (`bad_requests`); read a stream in small pieces, slowly; or connect and say nothing.
@@ -205,15 +206,16 @@ class Load:
         self.counts, self.wrong, self.lock = Counter(), [], threading.Lock()
 
     def run(self, seconds: float, watch):
-        """Load the server for some seconds; watch() is called twice a second."""
+        """Load the server for some seconds; watch() is called twice a second, and the load ends
+        early where it returns False."""
         self.until = time.monotonic() + seconds
         clients = [threading.Thread(target=self.client, args=(i,), daemon=True)
                    for i in range(self.args.clients)]
         for client in clients:
             client.start()
-        while time.monotonic() < self.until:
-            watch()
+        while time.monotonic() < self.until and watch():
             time.sleep(0.5)
+        self.until = 0.0        # the clients end, also where the server has ended first
         for client in clients:
             client.join(PATIENT)
             if client.is_alive():
@@ -314,10 +316,11 @@ class Load:
 
 # ---- the report ---------------------------------------------------------------------------------
 
-def megabytes(process) -> float:
-    """The memory that a process holds."""
+def megabytes(process) -> float | None:
+    """The memory that a process holds; None where it has ended."""
     status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmRSS:\s*(\d+)", status)[1]) / 1024
+    found = re.search(r"VmRSS:\s*(\d+)", status)
+    return int(found[1]) / 1024 if found else None
 
 
 def growth(memory: list[float]) -> tuple[float, float]:
@@ -341,32 +344,41 @@ def becomes_idle(load: Load) -> dict:
 def run(args: Args) -> dict:
     """Load the server, print what was found and write it to out/load/load.json."""
     memory = []
+
+    def watch() -> bool:
+        held = megabytes(server.process)
+        memory.extend([] if held is None else [held])
+        return held is not None
+
     with server_process("serve.py", f"--ckpt={args.ckpt or 'ckpt/gym'}", f"--slots={args.slots}",
                         f"--timeout={PATIENCE}") as server:
         load = Load(server.port, args)
         print(f"{len(load.good)} good requests, {len(load.bad)} bad ones", flush=True)
-        load.run(60 * args.minutes, lambda: memory.append(megabytes(server.process)))
+        load.run(60 * args.minutes, watch)
         alive = server.process.poll() is None
         state = becomes_idle(load) if alive else {"running": 0, "waiting": 0}
-    wrong, (before, after) = load.wrong, growth(memory)
+    wrong = load.wrong
     if not alive or server.process.returncode != 0:
-        wrong.append(f"the server has ended with code {server.process.returncode}")
+        wrong.insert(0, f"the server has ended with code {server.process.returncode}")
     if state["running"] or state["waiting"]:
         wrong.append(f"requests are stuck: {state}")
-    if after > before + max(GROWTH * before, FEW_MB):
-        wrong.append(f"memory has grown from {before:.0f} to {after:.0f} MB")
     wrong += [f"in its log: {line}" for line in server.lines
               if re.search("Traceback|Error|failed", line)]
     for name, count in load.counts.most_common():
         print(f"{name:<12} {count:>8,}")
-    print(f"memory of the server: {before:.0f} MB in the second quarter of the time, {after:.0f} "
-          f"in the last, {max(memory):.0f} at most")
+    if alive:
+        before, after = growth(memory)
+        if after > before + max(GROWTH * before, FEW_MB):
+            wrong.append(f"memory has grown from {before:.0f} to {after:.0f} MB")
+        print(f"memory of the server: {before:.0f} MB in the second quarter of the time, "
+              f"{after:.0f} in the last, {max(memory):.0f} at most")
     for line in wrong[:10]:
         print(line)
     result = {"minutes": args.minutes, "counts": load.counts, "wrong": wrong, "memory": memory}
     write_json(Path(args.out) / "load.json", result)
     if wrong:
-        raise UserError(f"{len(wrong)} things have gone wrong under load: see {args.out}/load.json")
+        raise UserError(f"things have gone wrong under load ({len(wrong)}): see "
+                        f"{args.out}/load.json")
     return result
 
 

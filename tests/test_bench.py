@@ -1,8 +1,10 @@
 """lab.bench does the same work on both sides and reports a ratio, whose size is not tested."""
+import contextlib
 import importlib.util
 import json
+import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,6 +153,24 @@ def test_a_server_beside_generate_gives_equal_replies(tmp_path, capsys, monkeypa
     for kind in bench_serve.KINDS:
         assert result["cases"][f"{kind}, one at a time"]["equal"] == 3
     assert capsys.readouterr().out.count("3 of 3 replies") == 2
+
+
+def test_a_server_that_dies_under_load_is_reported(tmp_path, monkeypatch, capsys):
+    """At once, and not as an error of the test of load itself."""
+    @contextlib.contextmanager
+    def dying(*_):
+        process = subprocess.Popen([sys.executable, "-c", "exit(3)"])
+        yield SimpleNamespace(port=0, process=process, lines=[])
+        process.wait()
+
+    monkeypatch.setattr(load, "server_process", dying)
+    monkeypatch.setattr(load, "good_requests", lambda: [])
+    monkeypatch.setattr(load, "bad_requests", lambda: [])
+    monkeypatch.setattr(load.Load, "client", lambda self, number: None)
+    with pytest.raises(UserError, match=r"have gone wrong under load \(1\)"):
+        load.run(load.Args(out=str(tmp_path)))
+    assert "the server has ended with code 3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "load.json").read_text())["minutes"] == 10
 
 
 @pytest.mark.slow
