@@ -433,8 +433,10 @@ NAME = r"[A-Za-z_][A-Za-z0-9_.-]*"      # of a tool: OpenAI's names, and dotted 
 
 
 def literal(value) -> str:
-    """A JSON value as a Python literal."""
+    """A JSON value as a Python literal. Raises ValueError where it is none."""
     if isinstance(value, str):
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"{short(value)} has half of a surrogate pair")
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
         return f"[{', '.join(map(literal, value))}]"

@@ -98,10 +98,11 @@ def test_a_call_is_written_and_read_again(name, arguments, text):
 
 @pytest.mark.parametrize("text", [
     "press(1, 2)", "click(1, 2, 3)", "click(z=1)", "click(x)", "click(1, 2", "a click(1, 2)",
-    "click(__import__('os'))", "click(1, y=2)", "clicks(1)", "", "(", "click"])
+    "click(__import__('os'))", "click(1, y=2)", "clicks(1)", "", "(", "click",
+    'find("\\ud800")', 'find(word={"\\udfff": 1})'])    # halves of a surrogate pair
 def test_other_text_is_no_call(text):
     assert read_call(text, (CLICK, DONE, FIND)) is None
-    assert read_reply(text, (CLICK,)) == (text, [])
+    assert read_reply(text, (CLICK, FIND)) == (text, [])
 
 
 REPLIES = ["click(412, 377)", "  click(1, 2) \n", "Now:\nclick(1, 2)\nfind(\"a\")", "click on it",
@@ -620,6 +621,9 @@ OPENAI += [({"messages": messages}, place) for messages, place in [
      "messages[1].tool_calls[0].function.arguments"),
     ([USER, {"role": "assistant", "content": None, "tool_calls": [
         {**USE, "function": {"name": "a b", "arguments": "{}"}}]},
+      {"role": "tool", "tool_call_id": "c0", "content": "a"}], "messages"),
+    ([USER, {"role": "assistant", "content": None, "tool_calls": [
+        {**USE, "function": {"name": "find", "arguments": '{"word": "\\ud800"}'}}]},
       {"role": "tool", "tool_call_id": "c0", "content": "a"}], "messages"),
     ([{"role": "user", "content": [uri()] * 17}], "messages")]]
 ANTHROPIC = [
