@@ -210,11 +210,15 @@ def gains(runs: dict[str, dict]) -> dict[str, list[float]]:
     return found
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    """One value a seed as {mean, least, most}."""
+    return {"mean": float(np.mean(values)), "least": min(values), "most": max(values)}
+
+
 def figures(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """The gains, {mean, least, most} over the seeds; then the percentage of right answers by
-    category, at the start and at the end of each run."""
-    table = {name: {"mean": float(np.mean(found)), "least": min(found), "most": max(found)}
-             for name, found in gains(runs).items()}
+    """The `spread` of each gain; then the percentage of right answers by category, at the start and
+    at the end of each run."""
+    table = {name: spread(values) for name, values in gains(runs).items()}
     ends = {"start": runs["rl"][0][0][1]}
     for arm in runs:
         ends |= {f"{arm}, seed {seed}": points[-1][1] for seed, points in runs[arm].items()}
