@@ -32,7 +32,7 @@ from lib import forms
 from lib.cli import UserError
 from lib.conversations import NAME, plainly
 from lib.images import BadRecord, Picture
-from lib.tool_use import Entry, is_known, loosened, messages_of, Tool
+from lib.tool_use import Entry, is_known, loose, loosened, messages_of, Tool
 from lib.turns import ReplySettings, Turn
 from tasks.actions import ACTIONS
 from tasks.base import IMAGE, Message
@@ -62,6 +62,7 @@ class Limits:
     max_tools: int = 128
     max_depth: int = 64         # of lists and objects inside one another
     max_schema: int = 600       # values in a schema that a reply is held to: more take too long
+    max_schema_text: int = 30_000   # characters in all such schemas together
 
 
 @dataclass
@@ -364,17 +365,22 @@ def conversation(entries: list[Entry], tools, limits: Limits) -> list[Message]:
         raise bad("messages", f"a call can't be written: {error}") from None
 
 
-def check_schema(schema, name: str, path: str, limits: Limits):
-    if sum(1 for _ in values_in(schema)) > limits.max_schema:
-        raise bad(path, f"{name} is too large: at most {limits.max_schema} values",
-                  "unsupported_schema")
+def check_schemas(schemas: dict, path: str, limits: Limits):
+    """Raise ApiError where schemas, {name: schema}, are too large, their remarks left out."""
+    characters = 0
+    for name, schema in schemas.items():
+        values = [value for value, _ in values_in(loose(schema))]
+        characters += sum(len(value) for value in values if isinstance(value, str))
+        if len(values) > limits.max_schema or characters > limits.max_schema_text:
+            raise bad(path, f"{name} is too large: at most {limits.max_schema} values, and "
+                      f"{limits.max_schema_text:,} characters in all", "unsupported_schema")
 
 
 def form_of_call(tokens, tools, limits: Limits):
     """The form of a reply that must call one of these tools. Points of the gym's own actions are in
     0-999 then, whatever the schemas say."""
-    for tool in tools:
-        check_schema(tool.parameters, f"the schema of {tool.name}", "tools", limits)
+    check_schemas({f"the schema of {tool.name}": tool.parameters for tool in tools}, "tools",
+                  limits)
     same = [is_known(tool) and len(tool.arguments) == len(ACTIONS[tool.name].arguments)
             for tool in tools]
     try:
@@ -387,7 +393,7 @@ def form_of_call(tokens, tools, limits: Limits):
 
 def form_of_json(tokens, schema: dict | None, path: str, limits: Limits):
     """The form of a reply that must be JSON, of this schema if there is one."""
-    check_schema(schema, "the schema", path, limits)
+    check_schemas({"the schema": schema}, path, limits)
     try:
         return forms.json_form(tokens, schema)
     except UserError as error:

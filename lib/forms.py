@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lib.cli import UserError
-from lib.grammar import actions, boxed, JSON, PYTHON, shortest
+from lib.grammar import actions, boxed, JSON, MOST_SHORTEST, PYTHON, shortest
 from lib.json_grammar import call, document, mapping, properties_of, schema_item
 from lib.prefetch import send
 from tasks.actions import ACTIONS
@@ -337,8 +337,17 @@ def allowed_of(chosen: Tensor, logits: Tensor, free: Tensor) -> Tensor:
 
 
 def form_of(tokens: Tokenizer, *items, most: float = math.inf) -> Form:
-    """A new form, whose grammar is these items one after another, of at most so many characters."""
-    return Form(Machine(vocabulary_of(tokens)), frozenset(opened(items)), most)
+    """A new form, whose grammar is these items one after another, of at most so many characters.
+    Raises UserError where even its shortest texts are too long."""
+    state = frozenset(opened(items))
+    lengths = [len(shortest(stack)) for stack in state]     # one text for each way to begin
+    if min(lengths) > MOST_SHORTEST:
+        raise UserError(f"a reply of this form has at least {min(lengths):,} bytes, more than "
+                        f"{MOST_SHORTEST:,}")
+    if sum(lengths) > 4 * MOST_SHORTEST:
+        raise UserError(f"a reply of this form may begin in {len(lengths)} ways, which have "
+                        f"{sum(lengths):,} bytes together, more than {4 * MOST_SHORTEST:,}")
+    return Form(Machine(vocabulary_of(tokens)), state, most)
 
 
 @functools.lru_cache(16)

@@ -29,6 +29,7 @@ from tasks.verify import BEGIN, END
 
 DIGIT, FIRST_DIGIT = frozenset(b"0123456789"), frozenset(b"123456789")
 HEX = frozenset(b"0123456789abcdefABCDEF")
+MOST_SHORTEST = 4096    # bytes of the shortest text of a form, which each step looks at [O]
 
 
 # ---- the smallest rules -------------------------------------------------------------------------

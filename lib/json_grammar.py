@@ -12,7 +12,8 @@ from keyword import iskeyword
 
 from lib.cli import UserError
 from lib.conversations import literal
-from lib.grammar import either, gap, integer, joined, number, pause, shortest, string, Style
+from lib.grammar import (either, gap, integer, joined, MOST_SHORTEST, number, pause, shortest,
+                         string, Style)
 
 DEPTH = 32          # of lists and objects inside one another
 
@@ -168,6 +169,9 @@ def typed(kind, schema: dict, style: Style, where: str):
         most = math.inf if most is None else most
         if (least or 0) > most:
             raise UserError(f"{where} wants at least {least} and at most {most} items")
+        if least and least * len(shortest((entry,))) > MOST_SHORTEST:   # they multiply when nested
+            raise UserError(f"{where} wants {least} items, which have more than "
+                            f"{MOST_SHORTEST:,} bytes together")
         return (joined, b"[", (gap, style.white),
                 (listed, entry, b"]", style.white, least or 0, most))
     simple = {"string": (string, style), "integer": (integer,), "number": (number,),

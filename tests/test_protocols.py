@@ -587,6 +587,9 @@ OPENAI = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
         "enum": [*range(1000)]}}}}, "response_format.json_schema.schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
+        "type": "array", "items": {"const": 40_000 * "x"}}}}},
+     "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
         "type": "cat"}}}}, "response_format.json_schema.schema"),
     ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools[0].type"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
