@@ -21,8 +21,8 @@
 In `train`, `decode` and `vit`, both sides get the same random weights, documents, dtype, device and
 number of threads. First a check that both do the same work: equal losses, equal tokens. Then a few
 settings of each side are tried, and the fastest is kept. Then both sides run in turn, A B A B, and
-their medians are compared. Only useful tokens count: real tokens in training, requested tokens in
-generation, never padding.
+each round gives a ratio, of which the median counts. Only useful tokens count: real tokens in
+training, requested tokens in generation, never padding.
 
 The peer at its best: documents sorted by length, then padded in batches; sdpa or eager attention;
 tensors and positions made beforehand; no cache in training. It does not get torch.compile, which we
@@ -43,7 +43,6 @@ import lib  # first of all, before torch: see lib/__init__.py
 
 import dataclasses
 import importlib.util
-import statistics
 import sys
 import tempfile
 import time
@@ -62,6 +61,7 @@ from data import collate, Document, document, Stream
 from engine import Engine, Request
 from lab import (bench_busy, bench_loader, bench_loss, bench_memory, bench_partition,
                  bench_rl, bench_serve)
+from lab.bench_case import case_of_speeds, print_case
 from lib.checkpoint import save_model
 from lib.cli import check_options, cli, Count, Device, main, Natural, Positive, Seed, UserError
 from lib.common import setup, write_json
@@ -81,7 +81,7 @@ BUDGETS = (128, 256, 576, 784, 1024)  # patches of a picture, as SigLIP2 draws t
 @dataclass
 class Args:
     what: str = ""             # one of the words above
-    size: Literal["tiny", "mini", "small", "base"] = "tiny"
+    size: Literal["tiny", "mini", "small", "base"] = "tiny"     # not of rl, busy, partition, serve
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Device = "auto"    # auto, cpu, cuda or mps
     rounds: Positive = 5       # measurements of each side, in turn
@@ -174,8 +174,8 @@ def in_batches(items: list, size: int) -> list[list]:
 def seconds(work) -> float:
     began = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - began
 
 
@@ -186,18 +186,13 @@ def fastest(variants: dict):
 
 
 def compare_speeds(ours: dict, theirs: dict, useful: int, rounds: int) -> dict:
-    """Run the fastest variant of each side in turn. Returns useful tokens a second of each side
-    (median, least, most), the ratio of the medians, and the range of the ratios in one round."""
+    """Run the fastest variant of each side in turn: their useful tokens a second, as a case."""
     names = fastest(ours), fastest(theirs)
     rates = [[], []]
     for _ in range(rounds):
         for side, work in enumerate((ours[names[0]], theirs[names[1]])):
             rates[side].append(useful / seconds(work))
-    pairs = [a / b for a, b in zip(*rates)]
-    rows = [{"setting": n, "median": statistics.median(r), "least": min(r), "most": max(r)}
-            for n, r in zip(names, rates)]
-    return {"ours": rows[0], "theirs": rows[1], "useful": useful,
-            "ratio": rows[0]["median"] / rows[1]["median"], "ratios": [min(pairs), max(pairs)]}
+    return case_of_speeds(*rates, names, useful=useful)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -335,7 +330,7 @@ def decode(args: Args, hw) -> dict:
         sizes = sorted({min(n, len(prompts)) for n in (8, 16, 32, len(prompts))})
         batches = {size: batched(asked, size, key) for size in sizes}
         found = compare_replies(ours, prompts, our_replies(engines[slots[-1]], asked),
-                        their_replies(batches[sizes[-1]], "sdpa"), hw)
+                                their_replies(batches[sizes[-1]], "sdpa"), hw)
         agreement = {k: n + found[k] for k, n in agreement.items()}
         cases[name] = compare_speeds(
             {f"{n} slots": lambda e=engine: our_replies(e, asked) for n, engine in engines.items()},
@@ -505,19 +500,11 @@ UNITS = {"vit": "useful patches/s", "rl": "samples learnt/s", "busy": "seconds a
          "loader": "samples/s", "serve": "tokens/s, or as said"}
 
 
-def print_case(name: str, case: dict, aim: float):
-    """Print both sides of a case, their ratio with its range, and whether the aim is reached. A
-    case may have an aim of its own, or None."""
-    print(name)
-    for side, row in (case.get("sides") or {k: case[k] for k in ("ours", "theirs")}).items():
-        print(f"  {side:<24} {row['median']:>9,.4g} {row['least']:>9,.4g} {row['most']:>9,.4g}  "
-              f"{row['setting']}")
-    (low, high), aim, verdict = case["ratios"], case.get("aim", aim), ""
-    if aim is not None:
-        slowdown = "sides" in case      # then the aim is the largest ratio, otherwise the smallest
-        reached = case["ratio"] <= aim if slowdown else case["ratio"] >= aim
-        verdict = f"  aim {aim}: {'reached' if reached else 'missed'}"
-    print(f"  {'ratio':<24} {case['ratio']:>9.2f} {low:>9.2f} {high:>9.2f}{verdict}")
+def model_of(args: Args) -> str:
+    """The size that is measured, or the checkpoint's name: some measurements take no --size."""
+    if args.what == "serve":
+        return Path(args.ckpt or bench_serve.CKPT).resolve().name
+    return {"rl": "demo", "busy": "tiny", "partition": "base"}.get(args.what, args.size)
 
 
 def run(args: Args) -> dict:
@@ -525,14 +512,14 @@ def run(args: Args) -> dict:
     if args.what not in VERBS:
         raise UserError(f"lab.bench takes {', '.join(VERBS)}, not '{args.what}'")
     check_options(args)
-    if args.what == "partition":        # counted, not timed, and of this size only
-        args = dataclasses.replace(args, size="base", rounds=1)
+    if args.what == "partition":        # counted, not timed
+        args = dataclasses.replace(args, rounds=1)
     hw = setup("cpu" if args.what in ("rl", "busy", "partition") else args.device,
                "auto" if args.what == "busy" else args.dtype)
-    documents = f" {args.documents} documents,"
-    if args.what in ("rl", "busy", "loader", "partition", "serve"):
-        documents = ""
-    print(f"{hw.description}; {args.size},{documents} {args.rounds} rounds")
+    model, documents = model_of(args), ""
+    if args.what in ("train", "decode", "vit", "memory"):
+        documents = f" {args.documents} documents,"
+    print(f"{hw.description}; {model},{documents} {args.rounds} rounds")
     result = {"args": dataclasses.asdict(args), "hardware": hw.description, "aim": AIM,
               **VERBS[args.what](args, hw)}
     unit = UNITS.get(args.what, "useful tokens/s")
@@ -540,7 +527,7 @@ def run(args: Args) -> dict:
         print(f"{unit:<26} {'median':>9} {'least':>9} {'most':>9}  setting")
     for name, case in result["cases"].items():
         print_case(name, case, result["aim"])
-    where = Path(args.out) / f"{args.what}-{args.size}-{str(hw.dtype)[6:]}-{hw.device.type}.json"
+    where = Path(args.out) / f"{args.what}-{model}-{str(hw.dtype)[6:]}-{hw.device.type}.json"
     write_json(where, result)
     print(f"written to {where}")
     return result

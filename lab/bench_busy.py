@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 from data import collate, Packer, parse_mix, Stream
 from lab import demo
+from lab.bench_case import case_of_times
 from lib.cli import cli, main, Positive, UserError
 from lib.common import ROOT, setup
 from lib.loader import SampleLoader
@@ -43,8 +44,8 @@ ROWS = {            # name: environment; the variables that are not named are un
     "one thread": {"OMP_NUM_THREADS": "1"}}
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 
-# A busy process ends by itself after a minute, in case nobody is left to end it.
-LOOP = "import os, threading; threading.Timer(60, os._exit, [0]).start()\nwhile True: pass"
+# A busy process ends by itself if nobody is left to end it: an orphan gets another parent.
+LOOP = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(10_000))"
 
 
 @contextlib.contextmanager
@@ -53,7 +54,8 @@ def busy(count: int):
     processes = []
     try:
         for _ in range(count):
-            processes.append(subprocess.Popen([sys.executable, "-c", LOOP]))
+            processes.append(subprocess.Popen([sys.executable, "-c", LOOP,
+                                               str(os.getpid())]))
         time.sleep(0.2)             # until they have started
         yield processes
     finally:
@@ -100,20 +102,10 @@ def measure(args, hw) -> dict:
         for process in processes.values():
             process.kill()
             process.wait()
-    cases = {name: case(alone[name], beside[name]) for name in ROWS}
+    cases = {name: case_of_times({"alone": alone[name],
+                                  f"beside {BUSY} busy processes": beside[name]}) for name in ROWS}
     cases[next(iter(ROWS))]["aim"] = MOST       # the others are there for comparison
     return {"cases": cases}
-
-
-def case(alone: list[float], beside: list[float]) -> dict:
-    """One row for lab.bench: medians, their ratio, and the range of the ratios within a round."""
-    ratios = [b / a for a, b in zip(alone, beside)]
-    sides = {"alone": alone, f"beside {BUSY} busy processes": beside}
-    return {"sides": {name: {"setting": "", "median": statistics.median(seconds),
-                             "least": min(seconds), "most": max(seconds)}
-                      for name, seconds in sides.items()},
-            "ratio": statistics.median(beside) / statistics.median(alone),
-            "ratios": [min(ratios), max(ratios)], "aim": None}
 
 
 def training_step():

@@ -11,7 +11,8 @@ Four questions, about shards that it writes first:
     wait     Which share of its time does the trainer of `tiny` wait for two loading processes?
 
 resume and memory run in a process of their own: `python -m lab.bench_loader SHARDS START SAMPLES`
-reads that many samples from sample START on and prints what it has measured, as JSON.
+reads that many samples from sample START on and prints what it has measured, as JSON. Linux only,
+as the memory is read from /proc.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
@@ -19,7 +20,6 @@ import io
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image
 
 from data import collate, OwnData, Packer, Stream
+from lab.bench_case import case_of_speeds
 from lib.cli import main, UserError
 from lib.common import ROOT
 from lib.images import resize
@@ -114,12 +115,8 @@ def speed(folder: Path, config, args, count: int) -> dict:
             for _ in islice(side, CHUNK):
                 pass
             rates[name].append(CHUNK / (time.perf_counter() - began))
-    ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"])]
-    orders = {"ours": "shuffled over all shards", "theirs": "webdataset, front to back"}
-    rows = {name: {"setting": orders[name], "median": statistics.median(values),
-                   "least": min(values), "most": max(values)} for name, values in rates.items()}
-    return {**rows, "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)],
-            "aim": 1.0}
+    orders = "shuffled over all shards", "webdataset, front to back"
+    return case_of_speeds(rates["ours"], rates["theirs"], orders, aim=1.0)
 
 
 # ---- resume and memory --------------------------------------------------------------------------
@@ -227,5 +224,13 @@ def measure(args, hw) -> dict:
     return {"cases": cases, "rest": rest}
 
 
+def entry():
+    """The process of `resume` and `memory`: see the end of the docstring on top."""
+    words = sys.argv[1:]
+    if len(words) != 3 or not all(word.isdecimal() for word in words[1:]):
+        raise UserError("`python -m lab.bench loader` starts this, with SHARDS START SAMPLES")
+    print(json.dumps(read(words[0], int(words[1]), int(words[2]))))
+
+
 if __name__ == "__main__":
-    main(lambda: print(json.dumps(read(sys.argv[1], *map(int, sys.argv[2:])))))
+    main(entry)

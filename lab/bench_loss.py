@@ -78,8 +78,8 @@ def measure(args, hw) -> dict:
         for times, loss in zip(seconds, sides.values()):
             began = time.perf_counter()
             learn(loss, given)
-            if hw.device.type == "cuda":
-                torch.cuda.synchronize()
+            if hw.device.type != "cpu":
+                torch.accelerator.synchronize()
             times.append(time.perf_counter() - began)
     medians = [statistics.median(times) for times in seconds]
     for name, peak, median in zip(sides, peaks, medians):

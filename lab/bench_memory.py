@@ -107,8 +107,8 @@ def measure(args, hw) -> dict:
                 how.use_in(model)
                 began = time.perf_counter()
                 encode(model, *given)
-                if hw.device.type == "cuda":
-                    torch.cuda.synchronize()
+                if hw.device.type != "cpu":
+                    torch.accelerator.synchronize()
                 seconds[name].append(time.perf_counter() - began)
         for name, row in rows.items():
             row["time"].append(statistics.median(seconds[name])

@@ -14,6 +14,7 @@ FLIGHT / W a second; no more can be played, or learned from, than the seconds al
 learning takes, on the side where it takes less.
 """
 import json
+import math
 import random
 import re
 import statistics
@@ -24,10 +25,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 import gym
 import rl
+from lab.bench_case import case_of_speeds
 from lib import async_rl
 from lib.cli import cli, main, UserError
 from lib.common import read_log, ROOT, write_json
@@ -88,10 +88,12 @@ def one_run(world: str, staleness: int, seed: int, dtype: str, steps: int = 0,
                        flight=FLIGHT, slots=FLIGHT, workers=FLIGHT, max_staleness=staleness,
                        seed=seed, mtp=0, eval_every=steps + 1, eval_count=held_out, device="cpu",
                        dtype=dtype, out=out)
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
              "-m", "lab.bench_rl", world, str(WAIT), *(f"--{k}={v}" for k, v in options.items())],
-            cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            cwd=ROOT, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise UserError(f"a run of {world} has ended with code {done.returncode}: see above")
         lines, waits = read_log(Path(out) / "log.jsonl")[1:], Path(out) / "waits.json"
         wait = json.loads(waits.read_text()) if waits.exists() else {"count": 1, "seconds": 0.0}
         right = json.loads((Path(out) / "report.json").read_text())["figures"]["mean"]
@@ -122,25 +124,25 @@ def measure(args, hw) -> dict:
             for staleness in runs:
                 runs[staleness].append(one_run(world, staleness, args.seed + i, args.dtype))
         rates = {s: [run["rate"] for run in found] for s, found in runs.items()}
-        ratios = [a / b for a, b in zip(rates[2], rates[0])]
         mean = {s: {k: statistics.mean(run[k] for run in found) for k in found[0]}
                 for s, found in runs.items()}
         waiting = mean[0]["wait"]
-        bound = min(FLIGHT / waiting if waiting else np.inf,
+        bound = min(FLIGHT / waiting if waiting else math.inf,
                     *(1 / min(run[stage] for found in runs.values() for run in found)
                       for stage in ("playing", "training")))
-        spread = {s: 1.96 * (m["right"] * (1 - m["right"]) / HELD_OUT) ** 0.5
-                  for s, m in mean.items()}
-        cases[f"waiting for {world}"] = {
-            side: {"median": statistics.median(rates[s]), "least": min(rates[s]),
-                   "most": max(rates[s]), **mean[s], "setting":
-                       f"staleness {s}; engine idle {mean[s]['idle']:.0%}, loading weights "
-                       f"{mean[s]['stalled']:.1%}; trainer waits {mean[s]['waited']:.0%}, learns "
-                       f"{mean[s]['learning']:.0%}; held out {mean[s]['right']:.1%} "
-                       f"± {100 * spread[s]:.1f}"}
-            for side, s in (("ours", 2), ("theirs", 0))} | {
-                "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)],
-                "bound": bound, **({} if waiting else {"aim": 1.0})}
+        settings = []
+        for s in (2, 0):
+            spread = 1.96 * (mean[s]["right"] * (1 - mean[s]["right"]) / HELD_OUT) ** 0.5
+            settings.append(f"staleness {s}; engine idle {mean[s]['idle']:.0%}, loading weights "
+                            f"{mean[s]['stalled']:.1%}; trainer waits {mean[s]['waited']:.0%}, "
+                            f"learns {mean[s]['learning']:.0%}; held out {mean[s]['right']:.1%} "
+                            f"± {100 * spread:.1f}")
+        case = case_of_speeds(rates[2], rates[0], settings, bound=bound)
+        case["ours"] |= mean[2]
+        case["theirs"] |= mean[0]
+        if not waiting:
+            case["aim"] = 1.0
+        cases[f"waiting for {world}"] = case
         print(f"waiting for {world}: {waiting:.2f} s a sample in {mean[0]['turns']:.1f} waits; at "
               f"most {bound:.1f} samples/s, {bound / mean[0]['rate']:.2f} times theirs")
     return {"cases": cases, "aim": 2.5}

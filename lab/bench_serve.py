@@ -38,12 +38,14 @@ import torch
 import gym
 import serve
 from engine import Result
+from lab.bench_case import case_of_speeds, case_of_times
 from lib.cli import cli, main, UserError
 from lib.common import ROOT
 from tasks.base import IMAGE, Task
 from tokenizer import tokenizer_of
 
 SIDE_BY_SIDE = 16
+CKPT = "ckpt/gym"       # what is served without --ckpt
 AIM = 4.0               # tokens a second of SIDE_BY_SIDE requests at once over one at a time
 KINDS = {"text": ("text_code",), "pictures": ("scene_to_json", "ocr_document")}
 LENGTHS = {"text": 24, "pictures": 48}      # tokens of a reply, which is cut there
@@ -220,18 +222,6 @@ def equally_long(port: int, kind: str, seed: int) -> list[dict]:
 
 # ---- speed --------------------------------------------------------------------------------------
 
-def row(values: list[float], setting: str) -> dict:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values),
-            "setting": setting}
-
-
-def pair(ours: list[float], theirs: list[float], settings, **more) -> dict:
-    """A case of lab.bench: both sides, measured in turn, and their ratio."""
-    ratios = [a / b for a, b in zip(ours, theirs)]
-    return {"ours": row(ours, settings[0]), "theirs": row(theirs, settings[1]), **more,
-            "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)]}
-
-
 def speed(ports: dict, kind: str, args) -> dict:
     """Tokens a second of both servers, for one request at a time and for all at once."""
     bodies = equally_long(ports["ours"], kind, args.seed)
@@ -247,12 +237,13 @@ def speed(ports: dict, kind: str, args) -> dict:
             rates[side, order].append(len(bodies) * LENGTHS[kind] / (time.perf_counter() - began))
     one, many = "one at a time", f"{SIDE_BY_SIDE} at once"
     return {
-        f"{kind}, {one}": pair(rates["ours", in_turn], rates["theirs", in_turn],
-                               ("serve.py", "generate"), aim=None, equal=equal),
-        f"{kind}, {many}": pair(rates["ours", together], rates["theirs", together],
-                                ("serve.py", "generate"), aim=None),
-        f"{kind}, {many} over {one}": pair(rates["ours", together], rates["ours", in_turn],
-                                           (f"serve.py, {many}", f"serve.py, {one}"), aim=AIM)}
+        f"{kind}, {one}": case_of_speeds(rates["ours", in_turn], rates["theirs", in_turn],
+                                         ("serve.py", "generate"), aim=None, equal=equal),
+        f"{kind}, {many}": case_of_speeds(rates["ours", together], rates["theirs", together],
+                                          ("serve.py", "generate"), aim=None),
+        f"{kind}, {many} over {one}": case_of_speeds(
+            rates["ours", together], rates["ours", in_turn],
+            (f"serve.py, {many}", f"serve.py, {one}"), aim=AIM)}
 
 
 def first_tokens(ports: dict, args) -> dict:
@@ -262,10 +253,8 @@ def first_tokens(ports: dict, args) -> dict:
     for _ in range(args.rounds):
         for side, port in ports.items():
             found[side].append(statistics.mean(together(port, first_piece, bodies)))
-    names = {"generate": found["theirs"], "serve.py": found["ours"]}
-    ratios = [a / b for a, b in zip(found["ours"], found["theirs"])]
-    return {"sides": {name: row(values, "mean of the requests") for name, values in names.items()},
-            "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)], "aim": None}
+    return case_of_times({"generate": found["theirs"], "serve.py": found["ours"]},
+                         "mean of the requests")
 
 
 # ---- a new request at a running batch -----------------------------------------------------------
@@ -339,19 +328,16 @@ def arrivals(port: int, args) -> dict:
             streams.join()
     if not waits:
         raise UserError("the long replies of this checkpoint are too short for this")
-    ratios = [a / b for a, b in zip(waits, steps)]
     verdict = "reached" if statistics.median(grown) <= 2 else "missed"
     print(f"{len(waits)} requests came at a running batch; until their first token its replies "
           f"grew by {statistics.median(grown):g} tokens (at most {max(grown)})  aim 2: {verdict}")
-    return {"sides": {"a step of the batch": row([1000 * s for s in steps], "ms"),
-                      "first token": row([1000 * s for s in waits], "ms")},
-            "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)],
-            "aim": None, "grown": grown}
+    return case_of_times({"a step of the batch": [1000 * s for s in steps],
+                          "first token": [1000 * s for s in waits]}, "ms", grown=grown)
 
 
 def measure(args, hw) -> dict:
     """All cases, as lab.bench prints them."""
-    options = [f"--ckpt={args.ckpt or 'ckpt/gym'}", f"--device={hw.device.type}",
+    options = [f"--ckpt={args.ckpt or CKPT}", f"--device={hw.device.type}",
                f"--dtype={str(hw.dtype)[6:]}", f"--slots={SIDE_BY_SIDE}"]
     cases = {}
     with server_process("serve.py", *options) as ours, \

@@ -35,7 +35,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Annotated
 
-from lab.bench_serve import CHAT, question, server_process
+from lab.bench_serve import CHAT, CKPT, question, server_process
 from lib.cli import cli, main, Natural, Positive, Range, Seed, UserError
 from lib.common import write_json
 from tasks.base import Task
@@ -350,7 +350,7 @@ def run(args: Args) -> dict:
         memory.extend([] if held is None else [held])
         return held is not None
 
-    with server_process("serve.py", f"--ckpt={args.ckpt or 'ckpt/gym'}", f"--slots={args.slots}",
+    with server_process("serve.py", f"--ckpt={args.ckpt or CKPT}", f"--slots={args.slots}",
                         f"--timeout={PATIENCE}") as server:
         load = Load(server.port, args)
         print(f"{len(load.good)} good requests, {len(load.bad)} bad ones", flush=True)

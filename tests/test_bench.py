@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from lab import bench, bench_busy, bench_loader, bench_rl, bench_serve, load
+from lab import bench, bench_busy, bench_case, bench_loader, bench_rl, bench_serve, load
 from lab.bench import Args, run
 from lib.cli import UserError
 
@@ -120,6 +120,23 @@ def test_busy_processes_end_with_the_block():
     assert all(process.poll() is not None for process in processes)
 
 
+def test_a_process_of_a_bench_that_fails_is_one_line(monkeypatch):
+    monkeypatch.setattr(bench_rl.subprocess, "run",
+                        lambda words, **_: subprocess.CompletedProcess(words, 7))
+    with pytest.raises(UserError, match="a run of screens has ended with code 7"):
+        bench_rl.one_run("screens", 0, 0, "float32")
+    for words in ([], ["shards", "0"], ["shards", "0", "some"]):
+        monkeypatch.setattr(sys, "argv", ["lab.bench_loader", *words])
+        with pytest.raises(UserError, match="with SHARDS START SAMPLES"):
+            bench_loader.entry()
+
+
+def test_the_title_names_the_model_that_is_measured():
+    for args, model in ((Args("train", "mini"), "mini"), (Args("busy", "mini"), "tiny"),
+                        (Args("serve", "mini"), "gym"), (Args("serve", ckpt="ckpt/demo"), "demo")):
+        assert bench.model_of(args) == model
+
+
 @pytest.mark.slow
 def test_a_measuring_process_that_fails_is_one_line():
     process = bench_busy.start({}, "none")
@@ -130,9 +147,16 @@ def test_a_measuring_process_that_fails_is_one_line():
 @pytest.mark.parametrize("aim,ratio,said", [
     (3.0, 2.9, "  aim 3.0: reached\n"), (3.0, 3.1, "  aim 3.0: missed\n"), (None, 9.0, "9.00\n")])
 def test_a_slowdown_has_a_largest_ratio(aim, ratio, said, capsys):
-    case = bench_busy.case([1.0], [ratio]) | {"aim": aim}
-    bench.print_case("busy", case, bench.AIM)
+    case = bench_case.case_of_times({"alone": [1.0], "beside": [ratio]}, aim=aim)
+    bench_case.print_case("busy", case, bench.AIM)
     assert capsys.readouterr().out.endswith(said)
+
+
+def test_the_ratio_of_a_case_lies_within_its_range():
+    """It is the median of what the rounds gave: here the ratio of the medians would be 1."""
+    case = bench_case.case_of_speeds([1.0, 2.0, 3.0], [3.0, 1.0, 2.0], ("", ""))
+    assert (case["ratio"], case["ratios"]) == (1.5, [1 / 3, 2.0])
+    assert case["ours"]["median"] == case["theirs"]["median"] == 2.0
 
 
 @pytest.mark.parametrize("wrong,said", [
