@@ -830,7 +830,7 @@ def test_stamps_are_told_apart_by_the_folders_they_lie_in(tmp_path, stamps):
     shares, means = [], []
     for seed in range(3):
         out = tmp_path / f"run{seed}"
-        train(out, "align", pairs=str(stamps), steps=150, batch=64, warmup=10, budgets="64",
+        train(out, "align", pairs=str(stamps), steps=150, batch=32, warmup=10, budgets="64",
               save_every=150, seed=seed)
         model = two_towers(sized("tiny"))
         model.load_state_dict(load_tensors(checkpoints(out / "align")[-1]))
