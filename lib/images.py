@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,9 @@ TURNS = {   # EXIF's orientation: how to turn the stored picture upright
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 SIDEWAYS = {TURNS[5], TURNS[6], TURNS[7], TURNS[8]}     # these exchange width and height
 HEADER = 2 ** 16        # bytes of a file that are read to learn a picture's size
+# Pillow knows more formats. For EPS it runs Ghostscript: a file from the internet must not start a
+# program. A format is recognised by the file's content, whatever its name is.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA", "AVIF")
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -45,8 +49,10 @@ class BadRecord(UserError):
 
 
 def printable(text: str) -> str:
-    """A text as one line of valid Unicode: a file's name may be in another encoding."""
-    return " ".join(text.encode("utf-8", "replace").decode().splitlines())
+    """A text as one line of valid Unicode without control characters: a file's name may be in
+    another encoding, and a text from the internet may hold commands for the terminal."""
+    line = " ".join(text.encode("utf-8", "replace").decode().splitlines())
+    return re.sub(r"[\0-\x1f\x7f-\x9f]", "?", line)
 
 
 def read_part(path, offset: int, length: int) -> bytes:
@@ -135,7 +141,7 @@ class Picture:
             with self.file(most) as file, warnings.catch_warnings():
                 warnings.simplefilter("ignore")     # Pillow warns of any odd metadata
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                yield Image.open(file)
+                yield Image.open(file, formats=FORMATS)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise BadRecord("missing image", f"no picture at {self}") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -151,7 +157,7 @@ class Picture:
             if not file.read(1):
                 return "it is empty"
         if isinstance(error, UnidentifiedImageError):
-            return "it is in no format that Pillow knows"
+            return f"it is in none of the formats {', '.join(FORMATS)}"
         return first_sentence(error)
 
 
@@ -277,7 +283,6 @@ def pack(images: list, c: VitConfig) -> tuple[Tensor, Tensor]:
         parts.append(patches if patches.shape[1] == frames else patches.repeat(frames, 1))
     grids = torch.tensor([grid for _, grid in cut], dtype=torch.long).view(-1, 3)
     return torch.from_numpy(np.concatenate(parts)), grids
-
 
 
 def budgeted(image: Image.Image, c: VitConfig, budget: int) -> np.ndarray:

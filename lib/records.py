@@ -386,6 +386,9 @@ def tar_members(path: Path) -> tuple[list[Member], str]:
         with tarfile.open(path, "r:") as tar, progress(path, size, "B") as bar:
             while info := tar.next():
                 tar.members.clear()         # or they would all stay in memory
+                if info.size < 0 or tar.offset <= info.offset:
+                    # tarfile would go back by a negative size, and read the same again for ever.
+                    raise tarfile.ReadError(f"the size of {info.name} is negative")
                 if info.offset_data + info.size > size:
                     raise tarfile.ReadError(f"it is cut off in {info.name}")
                 if info.isreg() and not info.issparse():
@@ -397,7 +400,8 @@ def tar_members(path: Path) -> tuple[list[Member], str]:
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 damage = f"it has no end mark at byte {end:,}, so something is missing"
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError,
+            RecursionError) as error:       # of thousands of headers before a file
         damage = printable(str(error))
     return found, damage
 

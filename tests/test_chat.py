@@ -188,7 +188,7 @@ def test_save_adds_a_line_and_load_takes_the_last(chat, tmp_path):
     ("/sing", "there is no command /sing: /help lists them"), ("/images x", "no command /images"),
     ("/", "there is no command /"), ("/image", "the name of a file is missing"),
     ("/image DIR/nowhere.png", "no picture at"), ("/image DIR", "no picture at"),
-    ("/image DIR/text", "it is in no format that Pillow knows"), ("/image DIR/empty", "empty"),
+    ("/image DIR/text", "it is in none of the formats JPEG"), ("/image DIR/empty", "empty"),
     ("/image \0", "the name of a file is missing"), ("/image ~nobody/x.png", "no picture at"),
     ("/think", "/think takes on or off"), ("/save DIR", "Is a directory"),
     ("/save DIR/no/x", "No such file"), ("/save ''", "the name of a file is missing"),

@@ -226,7 +226,7 @@ def test_names_in_another_encoding_can_be_logged(tmp_path):
         record = open_shards(str(spec))[0]
         error = pytest.raises(BadRecord, record.pictures[0].open).value
         assert record.where.endswith("caf?") and "caf?.png" in str(error).encode().decode()
-    assert str(BadRecord("kind", "two\nlines")) == "two lines"
+    assert str(BadRecord("kind", "two\nlines, \x1b[31m")) == "two lines, ?[31m"
 
 
 def test_a_tar_is_cut_off_anywhere(tmp_path):
@@ -246,6 +246,30 @@ def test_a_tar_is_cut_off_anywhere(tmp_path):
     shards = open_shards(str(path))
     assert [shards[n].text for n in range(len(shards))] == ["number 0"]
     assert "byte 2,048" in shards.notes[0]
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, -2048])
+def test_a_size_in_a_tar_is_negative(tmp_path, size):
+    """The file after the first record. To skip -1024 bytes is to read the same header for ever."""
+    path = write_tar(tmp_path / "a.tar", pairs(2))
+    info = tarfile.TarInfo("000001.png")
+    info.size = size
+    data = path.read_bytes()
+    path.write_bytes(data[:2048] + info.tobuf(tarfile.GNU_FORMAT) + data[2560:])
+    shards = open_shards(str(path))
+    assert [shards[n].text for n in range(len(shards))] == ["number 0"]
+    assert "the size of 000001.png is negative" in shards.notes[0]
+
+
+def test_a_tar_has_thousands_of_long_names_before_a_file(tmp_path):
+    """tarfile reads each such header within the call for the one before."""
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 5
+    header = name.tobuf(tarfile.GNU_FORMAT) + b"a.txt".ljust(512, b"\0")
+    path = write_tar(tmp_path / "a.tar", pairs(1))
+    path.write_bytes(path.read_bytes()[:2048] + header * 2000)
+    shards = open_shards(str(path))
+    assert len(shards) == 1 and "recursion" in shards.notes[0]
 
 
 def test_bad_members_are_counted_by_kind(tmp_path, monkeypatch):
@@ -508,6 +532,14 @@ def test_a_size_is_that_of_the_upright_picture(tmp_path, monkeypatch, kind, orie
         decoded = spied(monkeypatch)
         assert source.size == expected and decoded == []
         assert source.open().size == expected and decoded != []
+
+
+def test_a_picture_starts_no_program():
+    """Pillow opens an EPS file, whatever its name is, with Ghostscript, which runs what is in it."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(eps)).size == (8, 6)       # Pillow would take it
+    assert kind_of(lambda: Picture(eps).size) == "damaged picture"
+    assert kind_of(Picture(eps).open) == "damaged picture"
 
 
 def test_only_the_header_of_a_stretch_is_read(tmp_path, monkeypatch):
