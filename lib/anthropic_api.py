@@ -26,8 +26,8 @@ import secrets
 
 from data import document
 from lib.api import (ApiError, bad, Chat, check_length, check_model, check_tools, conversation,
-                     event, Fields, FORMATS, form_of_call, form_of_json, joined, Limits, named_tool,
-                     picture, read_model, read_tool, refusing)
+                     event, Fields, FORMATS, form_of_call, form_of_json, joined, Limits,
+                     LONGEST_STOP, named_tool, picture, read_model, read_tool, refusing)
 from lib.tool_use import Call, CallStream, Entry, read_reply
 from lib.turns import ReplySettings, Turn
 
@@ -74,7 +74,7 @@ class Anthropic:
             max_new=min(max_new - think, limits.max_new), think=think,
             temperature=f.number("temperature", 0, 1, 0), top_p=f.number("top_p", 0, 1, 1),
             seed=secrets.randbits(63), prefix=prefix, form=call_form or json_form,
-            stop=f.texts("stop_sequences", MOST_STOPS))
+            stop=f.texts("stop_sequences", MOST_STOPS, LONGEST_STOP))
         stream = f.truth("stream")
         f.ignore(*IGNORED)
         f.refuse("not built: leave it out", "top_k", "container", "compaction", "fallbacks",
@@ -87,7 +87,7 @@ class Anthropic:
     def count(self, body: dict, limits: Limits) -> dict:
         """The answer to POST /v1/messages/count_tokens."""
         chat = self.read({"max_tokens": 10 ** 9, **body}, limits)     # it is no field of theirs
-        check_length(chat.messages, MOST_COUNTED)
+        check_length(chat, MOST_COUNTED)
         with refusing():
             prompt = document(chat.messages, self.tokens, self.config, answer=True, lazy=True)
         return {"input_tokens": len(prompt.ids)}
@@ -191,7 +191,7 @@ class Anthropic:
             if kind == "text":
                 parts.append(block.text("text", need=True))
             elif kind == "image":
-                parts.append(self._image(block, limits))
+                parts.append(self._image(block))
             elif kind == "tool_result":
                 results.append(self._result(block, limits))
             elif kind == "tool_use":
@@ -213,19 +213,19 @@ class Anthropic:
             kind = block.word("type", ["text", "image"], need=True)
             block.ignore(*IGNORED_IN_BLOCKS)
             parts.append(block.text("text", need=True) if kind == "text" else
-                         self._image(block, limits))
+                         self._image(block))
             block.end()
         text, images = joined(parts)
         failed = f.truth("is_error") or text.startswith("?")
         return Entry("observation", text, images, answers=f.text("tool_use_id", need=True),
                      failed=failed, place=f.path)
 
-    def _image(self, f: Fields, limits: Limits):
+    def _image(self, f: Fields):
         source = f.object("source", need=True)
         if source.text("type", need=True) != "base64":
             raise bad(source.at("type"), "must be base64: this server fetches no pictures",
                       "invalid_image_url")
-        found = picture(source.text("data", need=True), source.at("data"), limits)
+        found = picture(source.text("data", need=True), source.at("data"))
         kinds = [f"image/{name.lower()}" for name in FORMATS.values()]
         source.word("media_type", kinds, need=True)
         source.end()
@@ -270,17 +270,21 @@ class Anthropic:
 def combined(entries: list[Entry]) -> list[Entry]:
     """The conversation, of which messages of the user or of the assistant that follow on one
     another are one, as the service does it."""
-    found = []
+    groups: list[list[Entry]] = []
     for entry in entries:
-        before = found[-1] if found else None
-        if before and before.role == entry.role and entry.role in ("user", "assistant"):
-            found[-1] = Entry(
-                entry.role, "\n".join(filter(None, [before.text, entry.text])),
-                before.images + entry.images, before.thought + entry.thought,
-                before.calls + entry.calls, place=before.place)
+        if groups and groups[-1][0].role == entry.role and entry.role in ("user", "assistant"):
+            groups[-1].append(entry)
         else:
-            found.append(entry)
-    return found
+            groups.append([entry])
+    return [as_one(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def as_one(group: list[Entry]) -> Entry:
+    """Messages of the same role as one."""
+    return Entry(group[0].role, "\n".join(entry.text for entry in group if entry.text),
+                 tuple(image for entry in group for image in entry.images),
+                 "".join(entry.thought for entry in group),
+                 tuple(call for entry in group for call in entry.calls), place=group[0].place)
 
 
 class Events:

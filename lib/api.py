@@ -38,6 +38,7 @@ from tasks.actions import ACTIONS
 from tasks.base import IMAGE, Message
 
 MODEL = "nanoglm-v"         # a name to which every served model answers
+LONGEST_STOP = 200          # characters of a stop text, for which each step of a reply looks [O]
 
 
 class ApiError(Exception):
@@ -199,11 +200,13 @@ class Fields:
         return [Fields(value, form.format(self.at(name), n), self.dotted)
                 for n, value in enumerate(values)]
 
-    def texts(self, name: str, most: int) -> tuple[str, ...]:
-        """A list of texts, none of them empty."""
+    def texts(self, name: str, most: int, longest: int) -> tuple[str, ...]:
+        """A list of texts of at most `longest` characters, none of them empty or white space."""
         values = self.take(name, list, "a list", [])
-        if len(values) > most or not all(isinstance(v, str) and v.strip() for v in values):
-            raise bad(self.at(name), f"must be a list of at most {most} texts that are not empty")
+        if len(values) > most or not all(
+                isinstance(v, str) and v.strip() and len(v) <= longest for v in values):
+            raise bad(self.at(name), f"must be a list of at most {most} texts that are not empty, "
+                      f"of at most {longest} characters")
         return tuple(values)
 
     def ignore(self, *names: str):
@@ -280,8 +283,8 @@ def named_tool(name: str, tools, path: str) -> Tool:
 FORMATS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP"}
 
 
-def picture(data: str, path: str, limits: Limits) -> Picture:
-    """The picture in a text of base64. Its header is checked; it is decoded later."""
+def picture(data: str, path: str) -> Picture:
+    """The picture in a text of base64. `check_picture` reads its header; it is decoded later."""
     try:
         raw = base64.b64decode(data, validate=True)
     except ValueError:
@@ -289,24 +292,27 @@ def picture(data: str, path: str, limits: Limits) -> Picture:
     if not raw.startswith(tuple(FORMATS)):
         raise bad(path, f"this is no picture: {', '.join(FORMATS.values())} are read",
                   "invalid_image")
-    found = Picture(raw, path)
+    return Picture(raw, path)
+
+
+def check_picture(found: Picture, limits: Limits):
+    """Raise ApiError if the header of a picture is damaged, or says that it is too large."""
     try:
         width, height = found.size
-    except BadRecord as error:
-        raise bad(path, str(error), "invalid_image") from None
+    except BadRecord as error:      # its text begins with the picture's name, the path
+        raise ApiError(400, "invalid_image", str(error), found.name) from None
     if width * height > limits.max_pixels:
-        raise bad(path, f"a picture of {width}x{height} pixels: at most {limits.max_pixels:,} "
-                  "pixels are read", "image_too_large")
-    return found
+        raise bad(found.name, f"a picture of {width}x{height} pixels: at most "
+                  f"{limits.max_pixels:,} pixels are read", "image_too_large")
 
 
-def data_uri_picture(uri: str, path: str, limits: Limits) -> Picture:
+def data_uri_picture(uri: str, path: str) -> Picture:
     """The picture in a data URI. An address of any other kind is refused: nothing is fetched."""
     head, _, data = uri.partition(",")
     if not head.startswith("data:") or not head.endswith(";base64"):
         raise bad(path, f"{shown(uri)} is no data URI (data:image/png;base64,...), and this server "
                   "fetches no pictures", "invalid_image_url")
-    return picture(data, path, limits)
+    return picture(data, path)
 
 
 # ---- the conversation ---------------------------------------------------------------------------
@@ -328,8 +334,11 @@ def joined(parts: list) -> tuple[str, tuple]:
 def check_entries(entries: list[Entry], limits: Limits):
     """Raise ApiError unless the conversation is in an order that the model can answer: the user
     begins, a reply follows on something, each call has a result and each result a call."""
-    if sum(len(entry.images) for entry in entries) > limits.max_images:
+    images = [image for entry in entries for image in entry.images]
+    if len(images) > limits.max_images:
         raise bad("messages", f"more than {limits.max_images} pictures", "too_many")
+    for image in images:
+        check_picture(image, limits)
     before, waiting, begun = None, {}, False
     for entry in entries:
         if entry.role != "observation" and waiting:
@@ -411,25 +420,31 @@ def refusing():
         raise ApiError(400, "invalid_value", str(error)) from None
 
 
-def check_length(messages: list[Message], most: int):
+def check_length(chat: Chat, most: int):
     """Raise ApiError if the texts have more than `most` characters: to cut a text of many
     megabytes into tokens would take long."""
-    length = sum(len(message.text) for message in messages)
+    length = sum(len(message.text) for message in chat.messages) + len(chat.settings.prefix)
     if length > most:
         raise ApiError(400, "context_length_exceeded", f"the prompt is too long: {length:,} "
                        f"characters, and {most:,} are too many in any case", "messages")
 
 
-def start(chat: Chat, tokens, config, limits: Limits) -> Turn:
-    """The reply to a request, ready to be generated. Raises ApiError if a picture is damaged or
-    the prompt leaves no room for a reply."""
-    check_length(chat.messages, limits.context * max(map(len, tokens.words.values())))
-    with refusing():
-        turn = Turn(chat.messages, chat.settings, tokens, config)
-    length = len(turn.request.prompt.ids)
+def check_room(length: int, limits: Limits):
+    """Raise ApiError if a prompt of so many tokens leaves no room for a reply."""
     if length >= limits.context:
         raise ApiError(400, "context_length_exceeded", f"the prompt is too long: {length} tokens, "
                        f"and prompt and reply have {limits.context} together", "messages")
+
+
+def start(chat: Chat, tokens, config, limits: Limits) -> Turn:
+    """The reply to a request, ready to be generated. Raises ApiError if a picture is damaged or
+    the prompt leaves no room for a reply."""
+    check_length(chat, limits.context * max(map(len, tokens.words.values())))
+    # First the beginning of the reply: a Turn has its form read it letter by letter.
+    check_room(len(tokens.encode_reply(chat.settings.prefix)), limits)
+    with refusing():
+        turn = Turn(chat.messages, chat.settings, tokens, config)
+    check_room(len(turn.request.prompt.ids), limits)
     return turn
 
 

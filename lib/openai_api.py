@@ -23,8 +23,8 @@ import json
 import secrets
 
 from lib.api import (ApiError, bad, Chat, check_model, check_tools, conversation, data_uri_picture,
-                     event, Fields, form_of_call, form_of_json, joined, Limits, named_tool,
-                     read_model, read_tool)
+                     event, Fields, form_of_call, form_of_json, joined, Limits, LONGEST_STOP,
+                     named_tool, read_model, read_tool)
 from lib.tool_use import Call, CallStream, Entry, read_reply
 from lib.turns import ReplySettings, Turn
 
@@ -102,8 +102,9 @@ class OpenAI:
     def _stop(self, f: Fields) -> tuple[str, ...]:
         stop = f.take("stop", (str, list), "a text or a list of texts", [])
         stop = [stop] if isinstance(stop, str) else stop
-        if len(stop) > 4 or not all(isinstance(text, str) and text for text in stop):
-            raise bad("stop", "must be at most 4 texts that are not empty")
+        if len(stop) > 4 or not all(
+                isinstance(text, str) and 0 < len(text) <= LONGEST_STOP for text in stop):
+            raise bad("stop", f"must be at most 4 texts of 1 to {LONGEST_STOP} characters")
         return tuple(stop)
 
     def _tool(self, f: Fields):
@@ -184,17 +185,16 @@ class OpenAI:
         content = f.take("content", (str, list), "a text or a list of parts", "")
         if isinstance(content, str):
             return [content]
-        return [self._part(part, pictures, limits)
-                for part in f.objects("content", limits.max_messages)]
+        return [self._part(part, pictures) for part in f.objects("content", limits.max_messages)]
 
-    def _part(self, f: Fields, pictures: bool, limits: Limits):
+    def _part(self, f: Fields, pictures: bool):
         kinds = ["text", "image_url"] if pictures else ["text", "refusal"]
         kind = f.word("type", kinds, need=True)
         if kind != "image_url":
             part = f.text(kind, need=True)
         else:
             image = f.object("image_url", need=True)
-            part = data_uri_picture(image.text("url", need=True), image.at("url"), limits)
+            part = data_uri_picture(image.text("url", need=True), image.at("url"))
             image.ignore("detail")
             image.end()
         f.ignore("prompt_cache_breakpoint")

@@ -66,7 +66,7 @@ class TextStream:
 
     def _open_end(self, text: str) -> int:
         """How many characters at the end of a text may be the beginning of a stop text."""
-        return max((n for stop in self.stop for n in range(1, len(stop))
+        return max((n for stop in self.stop for n in range(1, min(len(stop), len(text) + 1))
                     if text.endswith(stop[:n])), default=0)
 
 

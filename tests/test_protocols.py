@@ -574,7 +574,7 @@ BOTH = [
     ({"cat": 1}, "cat"), ({"top_k": 3}, "top_k")]
 OPENAI = [
     ({"seed": 2 ** 64}, "seed"), ({"seed": 1.0}, "seed"), ({"stop": ["a"] * 5}, "stop"),
-    ({"stop": ""}, "stop"), ({"stop": [3]}, "stop"), ({"n": 2}, "n"),
+    ({"stop": ""}, "stop"), ({"stop": [3]}, "stop"), ({"stop": "a" * 201}, "stop"), ({"n": 2}, "n"),
     ({"logprobs": True}, "logprobs"),
     ({"logit_bias": {"5": 1}}, "logit_bias"), ({"frequency_penalty": 1}, "frequency_penalty"),
     ({"functions": []}, "functions"), ({"modalities": ["audio"]}, "modalities"),
@@ -633,6 +633,7 @@ ANTHROPIC = [
     ({"max_tokens": None}, "max_tokens"), ({"temperature": 1.5}, "temperature"),
     ({"system": 3}, "system"), ({"system": [block()]}, "system.0.type"),
     ({"stop_sequences": "a"}, "stop_sequences"), ({"stop_sequences": [" "]}, "stop_sequences"),
+    ({"stop_sequences": ["a" * 201]}, "stop_sequences"),
     ({"mcp_servers": [{}]}, "mcp_servers"), ({"container": "c"}, "container"),
     ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
     ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking.budget_tokens"),
@@ -692,6 +693,31 @@ def test_a_prompt_that_is_too_long():
         chat = read(protocol, ask(protocol, "cat " * 1_000_000))
         with pytest.raises(ApiError, match="the prompt is too long: 4,000,000 characters"):
             start(chat, TOKENS, CONFIG, LIMITS)
+
+
+def test_a_beginning_of_the_reply_that_is_too_long():
+    """Its form never reads it: letter by letter that would take seconds."""
+    schema = {"format": {"type": "json_schema", "schema": {"type": "string"}}}
+    for words, said in ((3000, "too long: .* tokens, .* 1024"), (10 ** 6, "too long: .* char")):
+        body = ask("anthropic", output_config=schema)
+        body["messages"].append({"role": "assistant", "content": '"' + "cat " * words + "x"})
+        with pytest.raises(ApiError, match=said):
+            start(read("anthropic", body), TOKENS, CONFIG, LIMITS)
+
+
+def test_messages_that_follow_on_one_another_are_one():
+    body = ask("anthropic") | {"messages": [
+        {"role": "user", "content": "a"}, {"role": "user", "content": [block()]},
+        {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"},
+        {"role": "assistant", "content": "d"}, {"role": "user", "content": "e"}]}
+    assert lines_of(read("anthropic", body).messages) == [
+        ("user", "a\n<|image|>\nb", 1), ("assistant", "c\nd", 0), ("user", "e", 0)]
+
+
+def test_pictures_are_counted_before_they_are_looked_at(monkeypatch):
+    monkeypatch.setattr("lib.images.Picture.size", property(lambda self: pytest.fail("looked at")))
+    for protocol, one in (("openai", uri()), ("anthropic", block())):
+        assert refused(protocol, ask(protocol, [one] * 17)).kind == "too_many"
 
 
 def test_a_damaged_picture_is_found_at_the_latest_when_it_is_decoded():
