@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from lab.git import git_or_none
 from lib import PACKAGES, where_packages_are
 from lib.cli import check_options, cli, main, UserError
 
@@ -159,22 +160,14 @@ def choose(args: Args) -> list[Exercise]:
 
 # ---- what was changed ---------------------------------------------------------------------------
 
-def git(*words: str) -> str | None:
-    """What git prints, or None where there is no git, no repository, or no such file in it."""
-    try:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True,
-                              errors="replace", check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def changed(exercises: list[Exercise]) -> list[str]:
     """What decides about green and red and differs from git's HEAD: files under tests/, pytest's
-    settings, and the tests that the comments of these exercises name."""
-    listed = git("status", "--porcelain", "--", "tests", "pytest.ini", "conftest.py") or ""
+    settings, and the tests that the comments of these exercises name. Without git, nothing."""
+    listed = git_or_none("status", "--porcelain", "--", "tests", "pytest.ini", "conftest.py",
+                         where=ROOT) or ""
     found = [line[3:] for line in listed.splitlines()]
     for source in dict.fromkeys(exercise.source for exercise in exercises):
-        before = git("show", f"HEAD:./{source}")
+        before = git_or_none("show", f"HEAD:./{source}", where=ROOT)
         now = (ROOT / source).read_text(encoding="utf-8", errors="replace")
         if before is not None and exercises_in(before, source) != exercises_in(now, source):
             found.append(f"the exercises in {source}")

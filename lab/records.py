@@ -33,10 +33,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from unittest import mock
+from zlib import crc32
 
 import pretrain
 from data import parse_mix
 from lab.demo import MIX, ROW_TOKENS
+from lab.git import git
 from lab.sheet import effect
 from lib.cli import check_options, cli, main, Positive, run_verb, UserError
 from lib.common import clock, read_json, ROOT, setup, write_json
@@ -287,31 +289,26 @@ class Verify:
     out: str = "out/records"      # a folder for each set of entries, with a folder a run
 
 
-def git(*words, where: Path | None = None) -> str:
-    """What a git command prints, here or in another tree. Raises UserError with the last line of
-    its message if it fails."""
-    done = subprocess.run(["git", *map(str, words)], cwd=where or ROOT, capture_output=True,
-                          text=True)
-    if done.returncode:
-        raise UserError(f"git {words[0]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
-    return done.stdout.strip()
-
-
 def source() -> str:
-    """The commit of this tree, with "-dirty" where a tracked file has changed since."""
-    return git("describe", "--always", "--dirty", "--exclude=*")
+    """The commit of this tree; where tracked files have changed since, with "-dirty-" and a
+    checksum of the changes."""
+    commit = git("rev-parse", "--short", "HEAD", where=ROOT)
+    changes = git("diff", "HEAD", where=ROOT)
+    return f"{commit}-dirty-{crc32(changes.encode()):08x}" if changes else commit
 
 
 def patched(entry: Entry, path: Path, tree: Path) -> Path:
     """A worktree of the present commit with the entry's patch, made anew. path: of the entry.
     Raises UserError where the patch does not apply or touches what is FIXED."""
-    if source().endswith("-dirty"):
+    if "-dirty-" in source():
         raise UserError("a patch is compared with a commit: commit your changes first")
     if tree.exists():
-        git("worktree", "remove", "--force", tree)
-    git("worktree", "add", "--force", "--detach", tree, "HEAD")
+        git("worktree", "remove", "--force", tree, where=ROOT)
+    git("worktree", "add", "--force", "--detach", tree, "HEAD", where=ROOT)
     git("apply", "--index", path.with_name(entry.patch).resolve(), where=tree)
-    for name in git("diff", "--cached", "--name-only", "HEAD", where=tree).splitlines():
+    # -z: names as they are, never in quotes. A file that is moved away counts as changed, too.
+    names = git("diff", "--cached", "--name-only", "--no-renames", "-z", "HEAD", where=tree)
+    for name in names.split("\0"):
         if name.startswith(FIXED):
             raise UserError(f"{entry.patch} changes {name}, which is the same for all entries")
     return tree
@@ -380,9 +377,14 @@ def verify(args: Verify):
     if len(tracks) != 1:
         raise UserError("give one entry, records/NAME.json, or several of the same track")
     [track] = tracks
-    out = Path(args.out).resolve() / "-".join(entry.name for entry in entries.values())
+    names = [entry.name for entry in entries.values()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two entries have the name '{twice[0]}': their runs would share a folder")
+    out = Path(args.out).resolve() / "-".join(names)
     commit = source()
-    asked = {"commit": commit, "entries": [asdict(entry) for entry in entries.values()]}
+    asked = {"commit": commit, "entries": [asdict(entry) for entry in entries.values()],
+             "patches": [path.with_name(entry.patch).read_text("utf-8", "replace")
+                         for path, entry in entries.items() if entry.patch]}
     os.environ["OMP_NUM_THREADS"] = "1"         # minutes are those of one thread
     with same_options(out / "config.json", asked):
         arms = {"baseline": (ROOT, {})}
@@ -392,7 +394,7 @@ def verify(args: Verify):
         runs = measure(arms, TRACKS[track], args.seeds, out)
         for tree, _ in arms.values():
             if tree != ROOT:
-                git("worktree", "remove", "--force", tree)
+                git("worktree", "remove", "--force", tree, where=ROOT)
     for path, entry in entries.items():
         result = {"entry": asdict(entry), "date": f"{datetime.now():%Y-%m-%d}", "commit": commit,
                   "hardware": setup("cpu").description, **compare(runs, entry.name)}

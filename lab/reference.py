@@ -33,7 +33,7 @@ import train_vit
 from lab.compare import final, shortened, WITHOUT_EFFECT
 from lab.drawing import number
 from lab.fields import usable
-from lab.sheet import git
+from lab.git import git_or_none
 from lib.cli import cli, main, UserError
 from lib.common import read_json, read_log, ROOT, write_text
 
@@ -221,7 +221,8 @@ def reference_of(folders: list[Path], name: str, command: str = "", commit: str 
     return {"name": name, "command": command or command_of(options), "config": options,
             "seeds": [config.get("seed") for config in configs], "reaches": reached, "band": band,
             "hardware": str(configs[0].get("hardware", "unknown")),
-            "commit": commit or git("rev-parse", "--short", "HEAD") or "unknown",
+            "commit": commit or git_or_none("rev-parse", "--short", "HEAD", where=ROOT)
+            or "unknown",
             "date": date.fromtimestamp(ended).isoformat(),
             "final": finals, "curves": curves}
 

@@ -224,6 +224,10 @@ def test_entries_of_one_track_only(tmp_path):
     for entries in ([], [f"{tmp_path}/a.json", f"{tmp_path}/b.json"]):
         with pytest.raises(UserError, match="same track"):
             records.verify(records.Verify(entries))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/a.json").write_text(json.dumps({**GOOD, "track": "short"}))
+    with pytest.raises(UserError, match="two entries have the name 'a'"):
+        records.verify(records.Verify([f"{tmp_path}/a.json", f"{tmp_path}/more/a.json"]))
 
 
 @pytest.fixture
@@ -265,6 +269,40 @@ def test_a_source_that_changes_ends_the_verification(repository, tmp_path, monke
     monkeypatch.setattr(records, "run_trial", run_trial)
     with pytest.raises(UserError, match="stays as it is"):
         records.measure({"baseline": (tmp_path, {})}, TRACK, 2, tmp_path / "out")
+
+
+def test_a_source_that_had_changes_before_and_gets_more(repository, tmp_path):
+    """Two states that are not committed have different names."""
+    found = [records.source()]
+    for text in ("three\n", "four\n", "one\n"):
+        (tmp_path / "optim.py").write_text(text)
+        found.append(records.source())
+    assert found[0] == found[3] and "dirty" not in found[0] and len(set(found)) == 3
+
+
+def test_a_patch_may_not_move_a_file_that_is_the_same_for_all(repository, tmp_path):
+    (tmp_path / "x.patch").write_text("diff --git a/tasks/draw.py b/draw.py\n"
+                                      "similarity index 100%\nrename from tasks/draw.py\n"
+                                      "rename to draw.py\n")
+    found = records.Entry("x", "A", "2026-11-30", "what", "short", patch="x.patch")
+    with pytest.raises(UserError, match="same for all"):
+        records.patched(found, tmp_path / "x.json", tmp_path / "tree")
+
+
+def test_a_verification_goes_on_with_the_same_patch_only(monkeypatch, tmp_path):
+    def measure(arms, track, seeds, out):
+        (out / "baseline0" / "step_000001").mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records, "source", lambda: "the same")
+    monkeypatch.setattr(records, "patched", lambda entry, path, tree: tree)
+    monkeypatch.setattr(records, "measure", measure)
+    (tmp_path / "x.json").write_text(json.dumps({**GOOD, "patch": "x.patch"}))
+    args = records.Verify([f"{tmp_path}/x.json"], 1, str(tmp_path / "out"))
+    for text, error in (("one", KeyboardInterrupt), ("one", KeyboardInterrupt), ("two", UserError)):
+        (tmp_path / "x.patch").write_text(text)
+        with pytest.raises(error):
+            records.verify(args)
 
 
 @pytest.mark.parametrize("name,line", [("tasks/draw.py", "same for all"), ("nowhere.py", "apply"),
