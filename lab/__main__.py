@@ -1,7 +1,7 @@
 """The paper's claims as lab sheets: a command each, an answer with an interval, a verdict.
 
     python -m lab list                      all sheets, how long they take, what we found
-    python -m lab show qk_norm              the answer that lies beside a sheet
+    python -m lab show qk_norm              the answer that lies beside a sheet; without a name, all
     python -m lab qk_norm muon              run sheets; an interrupted one goes on
     python -m lab qk_norm --seed=4711       with other seeds, such as your student number
     python -m lab all                       all that take less than 20 minutes on two cores
@@ -31,9 +31,9 @@ class Args:
     keep: bool = False            # put the answers beside the sheets, in lab/sheets/
 
 
-def print_list():
+def print_list(names: list[str]):
     """A line for each sheet: name, kind, minutes, verdict; then its claim."""
-    for name in sheet.names():
+    for name in names:
         plan, found = sheet.load(name).SHEET, sheet.kept(name)
         verdict = found["verdict"] if found else "not yet run"
         print(f"{name:<15} {plan.kind:<6} {clock(60 * plan.minutes):>9}  {verdict}\n"
@@ -45,7 +45,7 @@ def print_list():
 def run(args: Args):
     first, *others = args.what or ["list"]
     if first == "list":
-        return print_list()
+        return print_list(others or sheet.names())
     if first == "show":
         for name in others or sheet.names():
             sheet.load(name)
@@ -57,19 +57,19 @@ def run(args: Args):
     chosen = [first, *others]
     if chosen == ["all"]:
         chosen = [name for name in sheet.names() if sheet.load(name).SHEET.kind == args.kind]
-    for name in chosen:
-        sheet.load(name)            # refuses an unknown name before anything is run
-        if args.keep:
-            sheet.committed_rule(name)
-    for i, name in enumerate(chosen):
+    plans = [sheet.load(name).SHEET for name in chosen]     # refuses an unknown name at once
+    if args.keep:
+        for name, plan in zip(chosen, plans):
+            sheet.check_rule(name, sheet.rule_of(name), args.seeds or plan.seeds)
+    for done, name in enumerate(chosen, 1):
         found = sheet.run(name, args.seed, args.seeds, Path(args.out))
         sheet.show(name, found)
         print(f"the page is {Path(args.out) / name / 'report.html'}")
         if args.keep:
             sheet.keep(name, found)
-        left = sum(sheet.load(other).SHEET.minutes for other in chosen[i + 1:])
-        if left:
-            print(f"\nsheets left: {len(chosen) - i - 1}, about {clock(60 * left)}")
+        if left := plans[done:]:
+            minutes = sum(plan.minutes_of(args.seeds or plan.seeds) for plan in left)
+            print(f"\nsheets left: {len(left)}, about {clock(60 * minutes)}")
 
 
 if __name__ == "__main__":

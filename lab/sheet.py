@@ -19,7 +19,6 @@ import importlib
 import math
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from lab import drawing
+from lab.git import git_or_none
 from lib.cli import UserError
 from lib.common import clock, read_json, ROOT, setup, write_json, write_text
 
@@ -40,7 +40,8 @@ MEANING = {                         # of the verdicts, from the best to the wors
     "contradicted": "the opposite is there"}
 VERDICTS = tuple(MEANING)
 
-# Student's t: its 97.5% and 80% quantiles, by the number of seeds.
+# Student's t: its 97.5% and 80% quantiles, by the number of seeds; the degrees of freedom are one
+# less.
 T = {2: (12.706, 1.376), 3: (4.303, 1.061), 4: (3.182, 0.978), 5: (2.776, 0.941),
      6: (2.571, 0.920), 7: (2.447, 0.906), 8: (2.365, 0.896), 9: (2.306, 0.889),
      10: (2.262, 0.883)}
@@ -52,7 +53,7 @@ def effect(values: list[float]) -> dict[str, float]:
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return {"mean": mean}
-    sure, often = T.get(n, (1.96, 0.84))        # those of a normal distribution from eleven on
+    sure, often = T[min(n, max(T))]     # with more than ten seeds a little more than needed
     error = statistics.stdev(values) / math.sqrt(n)
     return {"mean": mean, "low": mean - sure * error, "high": mean + sure * error,
             "detectable": (sure + often) * error}
@@ -106,9 +107,13 @@ class Sheet:
     measure: Callable[[str, int, Path], dict]
     tests: tuple[Gain, ...]
     equal: str                      # what the arms have in common: steps, samples, CPU minutes
-    minutes: float                  # of all runs on one core, measured
+    minutes: float                  # of all runs, of `seeds` seeds, on one core; measured
     kind: str = "bench"             # bench: 20 minutes on two cores at most; night: longer
     seeds: int = 3
+
+    def minutes_of(self, seeds: int) -> float:
+        """Of all arms of so many seeds, on one core."""
+        return self.minutes * seeds / self.seeds
 
 
 def names() -> list[str]:
@@ -165,28 +170,12 @@ def check_sources(folder: Path):
 def rule_of(name: str) -> dict | None:
     """The commit in which a sheet's file was last changed: {commit, date}. None if it has changes
     that are not committed, or if git does not know it."""
-    files = [f"lab/sheets/{name}.py"]
-    status = git("status", "--porcelain", "--", *files)
-    commit = git("log", "-1", "--format=%h %cI", "--", *files)
-    if status or not commit:
+    path = f"lab/sheets/{name}.py"
+    changes = git_or_none("status", "--porcelain", "--", path, where=ROOT)
+    last = git_or_none("log", "-1", "--format=%h %cI", "--", path, where=ROOT)
+    if changes or not last:
         return None
-    return dict(zip(("commit", "date"), commit.split()))
-
-
-def committed_rule(name: str) -> dict:
-    """As `rule_of`. Raises UserError where there is no such commit."""
-    if (rule := rule_of(name)) is None:
-        raise UserError(f"lab/sheets/{name}.py is not committed: commit the rule, then run it")
-    return rule
-
-
-def git(*words: str) -> str | None:
-    """What git prints, or None where there is no git or no repository."""
-    try:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return dict(zip(("commit", "date"), last.split()))
 
 
 def answer(name: str, runs: dict[int, dict]) -> dict:
@@ -210,26 +199,28 @@ def run(name: str, first: int = 0, seeds: int = 0, out: Path = Path("out/lab")) 
     numbers = range(first, first + (seeds or sheet.seeds))
     todo = [(seed, arm) for seed in numbers for arm in sheet.arms]
     check_sources(folder)
-    hw, began, measured, start = setup("cpu"), time.time(), 0, time.time()
-    runs: dict[int, dict] = {}
-    for i, (seed, arm) in enumerate(todo):
+    hw, began, measured = setup("cpu"), time.time(), 0
+    runs, first_began = {}, began           # runs: {seed: {arm: figures}}
+    for done, (seed, arm) in enumerate(todo, 1):
         own = folder / f"{re.sub('[^A-Za-z0-9]', '_', arm)}-{seed}"
         path = own / "figures.json"
         if not path.exists():
-            found = sheet.measure(arm, seed, own)
-            write_json(path, {"began": began, "figures": found})
+            write_json(path, {"began": began, "figures": sheet.measure(arm, seed, own)})
             measured += 1
-        earlier = read_json(path)
-        runs.setdefault(seed, {})[arm], start = earlier["figures"], min(start, earlier["began"])
+        one = read_json(path)
+        runs.setdefault(seed, {})[arm] = one["figures"]
+        first_began = min(first_began, one["began"])
         # Runs that were there already say nothing about the time that the others will take.
-        each = (time.time() - began) / measured if measured else 60 * sheet.minutes / len(todo)
-        print(f"{name}: {i + 1} of {len(todo)} runs, seed {seed}, {arm}: "
+        each = 60 * sheet.minutes_of(1) / len(sheet.arms)
+        if measured:
+            each = (time.time() - began) / measured
+        print(f"{name}: {done} of {len(todo)} runs, seed {seed}, {arm}: "
               + ", ".join(f"{key} {drawing.number(value)}"
-                          for key, value in runs[seed][arm].items() if not is_curve(value))
-              + f"; about {clock(each * (len(todo) - i - 1))} left", flush=True)
+                          for key, value in one["figures"].items() if not is_curve(value))
+              + f"; about {clock(each * (len(todo) - done))} left", flush=True)
     found = answer(name, runs) | {
         "rule": rule_of(name), "where": hw.description,
-        "began": datetime.fromtimestamp(int(start), timezone.utc).isoformat(),
+        "began": datetime.fromtimestamp(int(first_began), timezone.utc).isoformat(),
         "runs": {f"{arm}, seed {seed}": {key: value for key, value in figures.items()
                                          if not is_curve(value)}
                  for seed, arms in runs.items() for arm, figures in arms.items()}}
@@ -238,17 +229,23 @@ def run(name: str, first: int = 0, seeds: int = 0, out: Path = Path("out/lab")) 
     return found
 
 
+def check_rule(name: str, rule: dict | None, seeds: int):
+    """Raise UserError unless an answer by this rule (see `rule_of`), from so many seeds, may be
+    kept."""
+    if rule is None:
+        raise UserError(f"lab/sheets/{name}.py is not committed: commit the rule, then run it")
+    if seeds < 3:
+        raise UserError("an answer needs three seeds")
+
+
 def keep(name: str, found: dict):
     """Put an answer beside the sheet. Raises UserError unless the rule was committed before the
     first run began, and at least three seeds were run."""
     rule = found["rule"]
-    if rule is None:
-        raise UserError(f"lab/sheets/{name}.py is not committed: commit the rule, then run it")
+    check_rule(name, rule, min(len(test["seeds"]) for test in found["tests"].values()))
     if datetime.fromisoformat(rule["date"]) > datetime.fromisoformat(found["began"]):
         raise UserError(f"lab/sheets/{name}.py was committed ({rule['date']}) after the first run "
                         f"began ({found['began']}): remove its runs and run it again")
-    if min(len(test["seeds"]) for test in found["tests"].values()) < 3:
-        raise UserError("an answer needs three seeds")
     write_json(FOLDER / f"{name}.json", found)
 
 
@@ -259,14 +256,15 @@ def is_curve(value) -> bool:
 
 
 def curves(runs: dict[int, dict]) -> dict[str, dict]:
-    """{figure: {arm: points}}, the means over the seeds, of the figures that are curves."""
+    """{figure: {arm: points}} of the figures that are curves: x and y are means over the seeds,
+    as x may be minutes, which differ."""
     found: dict[str, dict] = {}
     for arm in next(iter(runs.values())):
         rows = [arms[arm] for arms in runs.values()]
         for key in [key for key, value in rows[0].items() if is_curve(value)]:
-            points = zip(*(row[key] for row in rows))       # of all seeds at the same place
+            places = zip(*(row[key] for row in rows))       # at each the points of all seeds
             found.setdefault(key, {})[arm] = [
-                (same[0][0], statistics.fmean(y for _, y in same)) for same in points]
+                tuple(map(statistics.fmean, zip(*points))) for points in places]
     return found
 
 
@@ -325,7 +323,7 @@ def forest(tests: dict[str, dict]) -> str:
 
 
 def page(name: str, found: dict, drawn: dict[str, dict]) -> str:
-    """The answer of a sheet as one HTML page."""
+    """The answer of a sheet as one HTML page. drawn: what `curves` returns."""
     escape = drawing.html.escape
     text = load(name).__doc__.strip().split("\n\n")
     paragraphs = [re.sub("`([^`]+)`", r"<code>\1</code>", escape(" ".join(part.split())))

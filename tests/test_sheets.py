@@ -9,7 +9,7 @@ from datetime import datetime
 import pytest
 
 from lab import sheet
-from lab.__main__ import Args, print_list, run
+from lab.__main__ import Args, run
 from lib.cli import UserError
 from lib.common import read_json, ROOT, write_json
 
@@ -27,6 +27,12 @@ def test_an_effect_of_three_seeds():
     assert got == pytest.approx(found(2 - 2.484, 2, 2 + 2.484, 3.097), abs=1e-3)
     assert sheet.effect([4.0]) == {"mean": 4.0}
     assert sheet.effect([2.0, 2.0, 2.0]) == found(2, 2, 2, 0)
+
+
+def test_an_interval_of_many_seeds_is_not_too_narrow():
+    """Student's t of 11 values is 2.228, and that of a normal distribution 1.96."""
+    got = sheet.effect([float(i) for i in range(11)])       # their error is 1
+    assert 2.228 <= got["high"] - got["mean"] < 2.3
 
 
 @pytest.mark.parametrize("effect,verdict", [
@@ -88,6 +94,22 @@ def test_an_interrupted_sheet_goes_on(toy, tmp_path, capsys):
     assert "verdict: reproduced" in capsys.readouterr().out
 
 
+def test_runs_that_are_there_already_say_how_long_the_others_take(toy, tmp_path, capsys):
+    """A minute is for three seeds of two arms: ten seconds a run."""
+    toy.calls.append(None)
+    sheet.run("toy", seeds=1, out=tmp_path)
+    capsys.readouterr()
+    sheet.run("toy", seeds=1, out=tmp_path)
+    assert "1 of 2 runs, seed 0, old: x 0; about 10s left" in capsys.readouterr().out
+
+
+def test_a_curve_is_the_mean_over_the_seeds():
+    """Of x as well, which may be minutes."""
+    runs = {0: {"new": {"loss": [(1, 4.0), (2, 3.0)], "last": 3.0}},
+            1: {"new": {"loss": [(3, 2.0), (4, 1.0), (5, 0.0)], "last": 0.0}}}
+    assert sheet.curves(runs) == {"loss": {"new": [(2, 3.0), (3, 2.0)]}}
+
+
 def test_runs_of_other_code_are_not_mixed(toy, tmp_path):
     toy.calls.append(None)                          # so that nothing is interrupted
     sheet.run("toy", seeds=1, out=tmp_path)
@@ -126,14 +148,27 @@ def test_the_command_line(toy, tmp_path, capsys):
         run(Args(what=["toy", "tay"]))
 
 
+def test_what_can_not_be_kept_is_refused_before_it_is_run(toy, tmp_path, monkeypatch):
+    for rule, seeds, words in ((None, 3, "not committed"), ({"commit": "abc"}, 2, "three seeds")):
+        monkeypatch.setattr(sheet, "rule_of", lambda name: rule)
+        with pytest.raises(UserError, match=words):
+            run(Args(what=["toy"], seeds=seeds, keep=True, out=str(tmp_path)))
+    assert toy.calls == []
+
+
 # ---- the sheets and their answers ----------------------------------------------------------------
 
 def test_the_list_names_every_sheet(capsys):
-    print_list()
+    run(Args(what=["list"]))
     printed = capsys.readouterr().out
     assert len(sheet.names()) >= 20
     for name in sheet.names():
         assert name in printed and sheet.claim(name) in printed
+    run(Args(what=["list", "muon"]))
+    printed = capsys.readouterr().out
+    assert sheet.claim("muon") in printed and sheet.claim("qk_norm") not in printed
+    with pytest.raises(UserError, match="no sheet 'tay'"):
+        run(Args(what=["list", "tay"]))
 
 
 @pytest.mark.parametrize("name", sheet.names())
