@@ -16,10 +16,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lib import memory
-from lib.memory import HostCopy, parse_memory
+from lib.memory import HostCopy, parse_memory, POLICIES
 from model import GLMV, sized
-
-POLICIES = "none", "recompute", "offload"
 
 
 class SavedBytes(saved_tensors_hooks):
@@ -92,8 +90,9 @@ def measure(args, hw) -> dict:
     model = GLMV(config, args.seed).to(hw.device, hw.dtype)
     counts = sorted({n for n in (1, 4, 16) if n < args.documents} | {args.documents})
     chunk = 4 * len(pictures(1, config, hw.device)[0])      # four images
-    settings = {f"{policy}{', chunks of 4 images' * bool(limit)}": parse_memory(policy, limit)
-                for limit in (0, chunk) for policy in POLICIES}
+    settings = {policy + words: parse_memory(policy, limit)
+                for words, limit in (("", 0), (", chunks of 4 images", chunk))
+                for policy in POLICIES}
     rows = {name: {"MB": [], "host MB": [], "time": []} for name in settings}
     for count in counts:
         given, seconds = pictures(count, config, hw.device), {name: [] for name in settings}
@@ -115,8 +114,7 @@ def measure(args, hw) -> dict:
                                / statistics.median(seconds["none"]))
     print(f"{'images':<34}" + "".join(f"{count:>10}" for count in counts))
     for name, row in rows.items():
-        for what, form in (("MB", ",.2f"), ("host MB", ",.2f"), ("time", ",.2f")):
-            if any(row[what]):
-                print(f"{name + ': ' + what:<34}"
-                      + "".join(f"{value:>10{form}}" for value in row[what]))
+        for what, values in row.items():
+            if any(values):
+                print(f"{name + ': ' + what:<34}" + "".join(f"{x:>10,.2f}" for x in values))
     return {"cases": {}, "images": counts, "rows": rows}

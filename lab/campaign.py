@@ -92,6 +92,7 @@ class Ground:
     """Where a trial takes place."""
     ref: Path       # folder of the reference runs: ref/pretrain, ref/rl, ref/train_vit, whole
     folder: Path    # an empty folder of this trial's own
+    started: list = dataclasses.field(default_factory=list)     # its processes
 
     def start(self, name: str, *words: str, shell: str = "", limit: int = 0, **env: str):
         """Start a script in a process of its own and return the Popen.
@@ -112,10 +113,12 @@ class Ground:
         script = [sys.executable, str(ROOT / command[0]), *command[1:], *out, *words]
         if shell:
             script = ["bash", "-c", f'exec "$0" "$@" {shell}', *script]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             script, cwd=self.folder, preexec_fn=restrict, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+        self.started.append(process)
+        return process
 
     def steps(self, name: str, root: Path | None = None) -> dict[str, Path]:
         """{stage: the newest checkpoint of a run}; {} where nothing was saved."""
@@ -503,10 +506,10 @@ def attempt(kind: str, number: int, seed: int, ref: Path) -> tuple[str, str]:
     rng = np.random.default_rng([seed, list(KINDS).index(kind), number])
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(4 * LONGEST)               # trials that start scripts have limits of their own
-    folder = Path(tempfile.mkdtemp(prefix="campaign-"))
+    ground = Ground(ref, Path(tempfile.mkdtemp(prefix="campaign-")))
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return "survived", KINDS[kind][0](rng, Ground(ref, folder))
+            return "survived", KINDS[kind][0](rng, ground)
     except UserError as error:
         line = str(error)
         return ("clear line", line) if "\n" not in line else ("traceback", f"many lines: {line}")
@@ -516,7 +519,10 @@ def attempt(kind: str, number: int, seed: int, ref: Path) -> tuple[str, str]:
         return "traceback", traceback.format_exc()
     finally:
         signal.alarm(0)
-        shutil.rmtree(folder, ignore_errors=True)
+        for process in ground.started:      # a trial that fails leaves some that still run
+            process.kill()
+            process.wait()
+        shutil.rmtree(ground.folder, ignore_errors=True)
 
 
 def reference(ref: Path):

@@ -30,7 +30,7 @@ from lib.common import ROOT, setup
 from lib.images import open_image
 from lib.runs import find_checkpoint
 from model import Config
-from tasks.base import Message
+from tasks.base import IMAGE, Message
 from tokenizer import CORPUS, Tokenizer, tokenizer_of
 from vit import MEAN, STD
 
@@ -115,11 +115,11 @@ def some_strings(tokens: Tokenizer) -> list[str]:
 def as_chat(messages: list[Message]) -> list[dict]:
     """Messages in transformers' form; the pictures come first."""
     return [{"role": m.role, "content": [{"type": "image"}] * len(m.images) + [
-        {"type": "text", "text": m.text.replace("<|image|>", "")}]} for m in messages]
+        {"type": "text", "text": m.text.replace(IMAGE, "")}]} for m in messages]
 
 
 def conversations(image, question: str) -> list[list[Message]]:
-    asked = Message("user", "<|image|>" + question, (image,))
+    asked = Message("user", IMAGE + question, (image,))
     return [[asked], [Message("user", question)],
             [Message("system", "Be brief."), asked], [asked, asked]]
 

@@ -1,5 +1,8 @@
 """The demo, its page and the lab sheets, end to end at a few steps."""
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -336,20 +339,26 @@ def test_a_campaign_tells_its_outcomes_apart(monkeypatch, capsys):
     def wrong(rng, ground):
         raise campaign.Silent("other weights")
 
+    def leaves_a_process(rng, ground):
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"]))
+        ground.started += started
+        return 1 // 0
+
     def trial(rng, ground):
         drawn.append(int(rng.integers(10 ** 9)))
         (ground.folder / "file").write_text("left behind")
         folders.append(ground.folder)
 
-    drawn, folders = [], []
+    drawn, folders, started = [], [], []
     monkeypatch.setattr(campaign, "reference", lambda ref: None)
     monkeypatch.setattr(campaign, "KINDS", {
         "reply": (trial, 2), "page": (clear, 1), "bytes": (wrong, 1), "kill": (two_lines, 1),
-        "disk": (lambda rng, ground: 1 // 0, 1)})
+        "disk": (leaves_a_process, 1)})
     assert campaign.campaign(campaign.Args(minutes=0, seed=7)) == 3
     said = capsys.readouterr().out
     assert said.splitlines()[-2].split() == ["all", "6", "2", "1", "2", "1"]
     assert "seed 7" in said and not any(folder.exists() for folder in folders)
+    assert len(started) == 1 and started[0].returncode == -signal.SIGKILL
     again = campaign.Args(kind="reply", trial=1, seed=7)
     assert campaign.campaign(again) == 0 and drawn[0] != drawn[1] == drawn[2]
     with pytest.raises(UserError, match="--trial needs a --kind"):
