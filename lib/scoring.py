@@ -15,6 +15,8 @@ import math
 import re
 from string import ascii_uppercase
 
+import numpy as np
+
 from tasks import verify
 
 NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]{1,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})(?![0-9])")
@@ -173,14 +175,16 @@ def checked(metric: str, answers, choices=()) -> list:
 
 
 def chance(metric: str, answers, choices=()) -> float | None:
-    """The mean score of a guess without looking: among the choices, or a random point for boxes
+    """The mean score of a guess without looking: one of the choices, or a random point for boxes
     that are to be hit. None for the other metrics."""
     if choices:
-        return 1 / len(choices)
+        scores = [score(metric, guess, answers, choices) or 0.0 for guess in choices]
+        return sum(scores) / len(scores)
     if metric == "point-in-box":
-        inside = sum((math.floor(x1) - math.ceil(x0) + 1) * (math.floor(y1) - math.ceil(y0) + 1)
-                     for x0, y0, x1, y1 in answers)
-        return min(1.0, inside / 1000 ** 2)     # of all points with integers from 0 to 999
+        hit = np.zeros((1000, 1000), bool)      # [y, x]; boxes may overlap
+        for x0, y0, x1, y1 in answers:
+            hit[math.ceil(y0):math.floor(y1) + 1, math.ceil(x0):math.floor(x1) + 1] = True
+        return float(hit.mean())
     return None
 
 

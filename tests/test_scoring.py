@@ -97,9 +97,12 @@ def test_answers_may_be_one_or_several():
 
 def test_chance():
     assert scoring.chance("choice", ["A"], ["x", "y", "z", "w"]) == 0.25
+    assert scoring.chance("choice", ["A", "B"], ["x", "y", "z", "w"]) == 0.5    # either is right
+    assert scoring.chance("exact", ["3", "three"], ["one", "three", "4"]) == pytest.approx(1 / 3)
     assert scoring.chance("exact", ["a"]) is None
     assert scoring.chance("point-in-box", [[0, 0, 99, 9.5]]) == 100 * 10 / 1e6
     assert scoring.chance("point-in-box", [[0, 0, 999, 999], [0, 0, 9, 9]]) == 1
+    assert scoring.chance("point-in-box", [[0, 0, 99, 99], [50, 0, 149, 99]]) == 0.015
 
 
 @pytest.mark.parametrize("share,n,low,high", [
