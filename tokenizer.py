@@ -290,7 +290,7 @@ def read_stops(folder: Path) -> set[int]:
         except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
         ids = ids if isinstance(ids, list) else [ids]
-        if all(type(i) is int for i in ids):
+        if all(type(i) is int and 0 <= i < 2 ** 31 for i in ids):
             return set(ids)
         if ids != [None]:
             raise UserError(f"{path} is damaged: eos_token_id is {json.dumps(ids)[:60]}")

@@ -25,7 +25,7 @@ from lib.runs import checkpoints, step_of
 from lib.tensors import (check_digest, check_shapes, checked, is_whole, load_tensors, save_tensors,
                          shown, write_digests)
 from model import Config, GLMV, TextConfig
-from tokenizer import SPECIAL, tokenizer_of
+from tokenizer import N_RANKS, SPECIAL, tokenizer_of
 from vit import CogViT, MEAN, STD, VitConfig
 
 
@@ -293,6 +293,8 @@ def check_relations(config: Config):
         (vision.out_hidden_size == text.hidden_size,
          "vision_config.out_hidden_size is not text_config.hidden_size"),
         (config.image_token_id < text.vocab_size, "image_token_id is not below vocab_size"),
+        (config.n_ranks == 0 or 256 <= config.n_ranks <= N_RANKS,
+         f"nanoglmv.n_ranks is {config.n_ranks}; it must be 0, or 256 to {N_RANKS}"),
         (not config.n_ranks or config.image_token_id == image_id,
          f"image_token_id is not {image_id}, as nanoglmv.n_ranks {config.n_ranks} says")):
         if not holds:

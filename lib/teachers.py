@@ -36,6 +36,7 @@ from torch import nn, Tensor
 
 from kernels import angles, attention, rotary_half, Segments
 from lib.cli import UserError
+from lib.common import first_sentence
 from lib.prefetch import send
 from lib.tensors import check_digest, check_shapes, checked, load_tensors
 from vit import naflex, patchify
@@ -407,7 +408,12 @@ def load_teacher(folder, device="cpu", dtype=torch.float32) -> Teacher:
     that config.json describes.
     """
     cls, config = load_config(folder)
-    tensors = renamed(load_tensors(folder), cls is SiglipNaFlex)
+    tensors = load_tensors(folder)
+    try:
+        tensors = renamed(tensors, cls is SiglipNaFlex)
+    except (RuntimeError, IndexError) as error:     # a tensor has too few dimensions, or odd sides
+        raise UserError(f"{folder}: the weights are of no teacher: {first_sentence(error)}") \
+            from None
     with torch.device("meta"):
         teacher = cls(config)
     check_shapes(f"{folder}: the weights are not of the tower that config.json describes",

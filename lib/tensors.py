@@ -125,7 +125,7 @@ def load_shards(index: Path) -> dict[str, torch.Tensor]:
     check_digest(index)
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if any(Path(shard).name != shard or not shard for shard in shards):
+        if any(Path(shard).name != shard or (index.parent / shard).is_dir() for shard in shards):
             raise ValueError("a shard is not a file in the same folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is damaged or no index of shards ({error!r})") from None
@@ -175,8 +175,11 @@ def read_digests(folder: Path) -> dict[str, str]:
     """{file's name: digest}; {} where there is no digests.json."""
     path = folder / "digests.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError, RecursionError):
+        wanted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(wanted, dict) or any("/" in name for name in wanted):
+            raise ValueError("it does not list files of this folder")
+        return wanted
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged; remove it to load the files unchecked") from None
 
 

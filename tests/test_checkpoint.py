@@ -15,6 +15,7 @@ from lib.tensors import is_whole, load_tensors, save_tensors, write_digests
 from mmtp import attach, prefix
 from model import Config, GLMV
 from optim import OptimConfig, Optimizer
+from tokenizer import SPECIAL
 from vit import MEAN, STD
 
 
@@ -139,9 +140,10 @@ def test_a_flipped_bit_is_found_and_the_newest_whole_checkpoint_named(model, tmp
 
 def test_damaged_digests_say_so_and_a_folder_without_them_loads(model, tmp_path):
     save_model(model, tmp_path)
-    for text in ("{", "[1]", "5", "\udcff"):
+    for text in ("{", "[1]", "[[1, 2]]", "5", "\udcff", '{"/dev/zero": "0"}'):
         (tmp_path / "digests.json").write_text(text, errors="surrogateescape")
         assert "digests.json is damaged; remove it" in refused(load_model, tmp_path)
+        assert not is_whole(tmp_path)
     (tmp_path / "digests.json").unlink()
     load_model(tmp_path)
 
@@ -203,10 +205,12 @@ def test_a_header_that_is_cut_off(tmp_path, data):
 
 @pytest.mark.parametrize("shard,words", [
     ("", "no index"), ("../a.safetensors", "no index"), (5, "no index"), (None, "no index"),
+    ("..", "no index"), ("folder", "no index"),
     ("gone.safetensors", "no weights at"), ("b.safetensors", "repeats x of another shard")])
 def test_damaged_indices(tmp_path, shard, words):
     for name in "ab":
         save_tensors(tmp_path / f"{name}.safetensors", {"x": torch.ones(1)})
+    (tmp_path / "folder").mkdir()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": {"x": "a.safetensors", "y": shard}}))
     assert words in refused(load_tensors, tmp_path)
@@ -300,6 +304,17 @@ def test_the_released_config_is_read(tmp_path):
         "temporal_patch_size": 2, "merge_size": 2, "do_rescale": True, "image_mean": list(MEAN),
         "image_std": list(STD)}))
     assert load_config(tmp_path) == Config(mrope=(16, 24, 24))
+
+
+@pytest.mark.parametrize("n_ranks", [1, 255, 4097])
+def test_ranks_that_our_file_does_not_have(model, tmp_path, n_ranks):
+    save_model(model, tmp_path)
+    (tmp_path / "digests.json").unlink()
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["text_config"]["vocab_size"], raw["nanoglmv"]["n_ranks"] = 5000, n_ranks
+    raw["image_token_id"] = n_ranks + SPECIAL.index("<|image|>")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert f"n_ranks is {n_ranks}; it must be 0, or 256 to 4096" in refused(load_config, tmp_path)
 
 
 def leaves(values, path=()):

@@ -226,7 +226,8 @@ def test_stops(folder, file, values, more):
 
 
 @pytest.mark.parametrize("text", [
-    "{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}'])
+    "{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}', '{"eos_token_id": -1}',
+    '{"eos_token_id": [1, 100000000000000000000]}'])
 def test_damaged_stops(folder, text):
     (folder / "generation_config.json").write_text(text)
     assert "generation_config.json is damaged" in refused(ReleasedTokenizer,

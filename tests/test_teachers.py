@@ -279,6 +279,9 @@ def test_damaged_and_other_weights(tmp_path):
     assert "expected (48, 48), found (3, 5)" in refused(folder)
     save_tensors(path, {**tensors, "layer.7.norm1.weight": torch.zeros(48)})
     assert "1 tensors differ, blocks.7.norm1.weight" in refused(folder)
+    for name, shape in (("embeddings.cls_token", (48,)), ("layer.0.mlp.weights_in.weight", ())):
+        save_tensors(path, {**tensors, name: torch.zeros(shape)})
+        assert "the weights are of no teacher: " in refused(folder)
 
 
 def test_an_impossible_picture_is_refused():
