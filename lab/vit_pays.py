@@ -6,7 +6,8 @@
 `random`: no tower is trained, all minutes go into pretraining. `contrastive`: a tower is made by
 alignment alone, like `ckpt/semantic`. `aligned`: a tower is made by all four stages. `--steps` of
 pretraining follow the contrastive tower; the minutes of both together are the budget of each arm.
-Each tower is trained once and its time is charged to every seed. An interrupted run goes on.
+Each tower is trained once and its time is charged to every seed. An interrupted run goes on. The
+lab sheet `tower_pays` takes two of the arms, and draws their losses.
 """
 import re
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import pretrain
 import train_vit
 from lab import report
 from lab.demo import MIX
-from lab.worlds import pace, timed
+from lab.worlds import pace, spread, timed
 from lib.checkpoint import load_model
 from lib.cli import check_options, cli, Count, main, Positive, UserError
 from lib.common import read_log, setup, write_json
@@ -37,6 +38,27 @@ class Args:
     out: str = "out/vit_pays"     # run folder: report.json, report.html, a folder a run
 
 
+# ---- what equal minutes mean --------------------------------------------------------------------
+
+@dataclass
+class Budget:
+    """Equal minutes, as steps of pretraining. Dicts are {arm: value}."""
+    towers: dict[str, str]      # folder of the tower to begin with; "": random weights
+    spent: dict[str, float]     # CPU seconds that it took
+    steps: dict[str, int]       # of pretraining, which are left for it
+    each: float                 # CPU seconds of such a step
+
+
+def stage_steps(text: str) -> list[int]:
+    """The steps of the four stages in --tower. Raises UserError where they are none."""
+    steps = text.split(",")
+    right = all(re.fullmatch("[0-9]{1,9}", word) and int(word) for word in steps)
+    if len(steps) != len(train_vit.STAGES) or not right:
+        raise UserError("--tower takes the steps of semantic, texture, distill and align, as "
+                        "500,100,300,400")
+    return [int(word) for word in steps]
+
+
 def make_tower(out: Path, steps: list[int], hw) -> float:
     """Train the first len(steps) stages of a tower; returns the CPU seconds of all of them."""
     settings = train_vit.Args(resume=True, save_every=10 ** 6, eval_every=0, workers=0,
@@ -44,46 +66,17 @@ def make_tower(out: Path, steps: list[int], hw) -> float:
     for stage, n in zip(train_vit.STAGES, steps):
         seconds = timed(lambda s, stage=stage: train_vit.train(stage, train_vit.check(s), hw),
                         replace(settings, steps=n), f"{stage} {n}")
-    return seconds      # so far, all stages
-
-
-def mean_accuracy(table: dict[str, dict]) -> float:
-    """The mean over the categories of an evaluation."""
-    return float(np.mean([row["accuracy"] for row in table.values()]))
-
-
-def figures(tables: dict[str, dict]) -> dict[str, dict]:
-    """{run: {category: accuracy in percent}}, and each arm's gain over `random` in the mean."""
-    rows = {run: {name: 100 * row["accuracy"] for name, row in table.items()}
-            for run, table in tables.items()}
-    rows = {run: {"mean": 100 * mean_accuracy(tables[run]), **row} for run, row in rows.items()}
-    for arm in ("contrastive", "aligned"):
-        gains = [row["mean"] - rows[f"random, seed {run.split()[-1]}"]["mean"]
-                 for run, row in rows.items() if run.startswith(arm)]
-        rows[f"{arm} over random, points"] = {
-            "mean": float(np.mean(gains)), "least": min(gains), "most": max(gains)}
-    return rows
-
-
-@dataclass
-class Budget:
-    """What equal minutes mean: of each arm the tower's folder ("" for random weights), the CPU
-    seconds that it took, and the steps of pretraining that are left; CPU seconds of such a step."""
-    towers: dict[str, str]
-    spent: dict[str, float]
-    steps: dict[str, int]
-    each: float
+    return seconds      # of this stage and those before
 
 
 def budget(args: Args, out: Path) -> Budget:
     """Train the towers, or what is missing of them, and measure a step of pretraining. Raises
     UserError if a tower leaves no minute for pretraining."""
-    hw = setup("cpu", "float32")
+    stages, hw = stage_steps(args.tower), setup("cpu", "float32")
     asked = {name: getattr(args, name) for name in ("steps", "alone", "tower")}
     with same_options(out / "config.json", asked):
         spent = {"random": 0.0, "contrastive": make_tower(out / "contrastive", [args.alone], hw),
-                 "aligned": make_tower(out / "aligned", [int(n) for n in args.tower.split(",")],
-                                       hw)}
+                 "aligned": make_tower(out / "aligned", stages, hw)}
     each = pace(pretrain.run, plain(0, "", out), out / "pace", 100)
     seconds = spent["contrastive"] + args.steps * each
     steps = {arm: round((seconds - used) / each) for arm, used in spent.items()}
@@ -93,6 +86,8 @@ def budget(args: Args, out: Path) -> Budget:
                    "aligned": f"{out}/aligned/align"}, spent, steps, each)
 
 
+# ---- pretraining --------------------------------------------------------------------------------
+
 def plain(seed: int, tower: str, out: Path) -> pretrain.Args:
     """The options of all runs of pretraining."""
     return pretrain.Args(mix=MIX, levels=1, resume=True, mtp_alone=True, mtp_share=0.12,
@@ -101,8 +96,8 @@ def plain(seed: int, tower: str, out: Path) -> pretrain.Args:
 
 
 def pretrained(args: Args, left: Budget, arm: str, seed: int, out: Path) -> tuple[dict, list]:
-    """Pretrain within the budget. Returns the evaluation, {category: row}, and the held-out loss
-    over the minutes, those of the tower included."""
+    """Pretrain within the budget. Returns the evaluation, {category: row}, and the held-out loss as
+    [(CPU minutes, those of the tower included, loss), ...]."""
     pretrain.run(replace(plain(seed, left.towers[arm], out), steps=left.steps[arm]))
     model = load_model(find_checkpoint(out))
     table = evaluate(model, tokenizer_of(model.config), MIX, 1, args.count)
@@ -111,30 +106,42 @@ def pretrained(args: Args, left: Budget, arm: str, seed: int, out: Path) -> tupl
     return table, curve
 
 
+# ---- the report ---------------------------------------------------------------------------------
+
+def mean_accuracy(table: dict[str, dict]) -> float:
+    """The mean over the categories of an evaluation."""
+    return float(np.mean([row["accuracy"] for row in table.values()]))
+
+
+def figures(tables: dict[str, dict]) -> dict[str, dict]:
+    """{run: its mean and {category: accuracy}}, in percent, and what each tower gains over `random`
+    in the mean, in points. tables: {"arm, seed N": its evaluation}."""
+    rows = {run: {"mean": 100 * mean_accuracy(table)}
+            | {name: 100 * row["accuracy"] for name, row in table.items()}
+            for run, table in tables.items()}
+    gained = {}
+    for arm in ("contrastive", "aligned"):
+        gained[f"{arm} over random, points"] = spread([
+            row["mean"] - rows[run.replace(arm, "random")]["mean"]
+            for run, row in rows.items() if run.startswith(arm)])
+    return rows | gained
+
+
 def pays(args: Args):
     check_options(args)
-    steps = args.tower.split(",")
-    right = all(re.fullmatch("[0-9]{1,9}", n) and int(n) for n in steps)
-    if len(steps) != len(train_vit.STAGES) or not right:
-        raise UserError("--tower takes the steps of semantic, texture, distill and align, as "
-                        "500,100,300,400")
-    hw, out, tables, curves = setup("cpu", "float32"), Path(args.out), {}, {}
+    out, tables = Path(args.out), {}
     left = budget(args, out)
     minutes = (left.spent["contrastive"] + args.steps * left.each) / 60
     for seed in range(args.seeds):
         for arm in left.towers:
-            name = f"{arm}, seed {seed}"
-            tables[name], curves[name] = pretrained(args, left, arm, seed, out / f"{arm}{seed}")
-            print(f"{name}: {left.steps[arm]} steps after {left.spent[arm] / 60:.1f} minutes for "
-                  f"the tower, mean {100 * mean_accuracy(tables[name]):.1f}%")
+            run = f"{arm}, seed {seed}"
+            tables[run], _ = pretrained(args, left, arm, seed, out / f"{arm}{seed}")
+            print(f"{run}: {left.steps[arm]} steps after {left.spent[arm] / 60:.1f} minutes for "
+                  f"the tower, mean {100 * mean_accuracy(tables[run]):.1f}%", flush=True)
         write_json(out / "report.json", {
-            "title": f"Does a trained tower pay? {minutes:.1f} CPU minutes each", "unit": "minute",
-            "where": f"towers: {hw.description}; pretraining: {setup('cpu').description}",
-            "tower minutes": {k: v / 60 for k, v in left.spent.items()},
-            "figures": figures(tables), "curves": {
-                f"held-out loss over minutes, seed {s}": {
-                    name.split(",")[0]: line for name, line in curves.items()
-                    if name.endswith(f" {s}")} for s in range(seed + 1)}})
+            "title": f"Does a trained tower pay? {minutes:.1f} CPU minutes each",
+            "where": f"towers: {setup('cpu', 'float32').description}; pretraining: "
+                     f"{setup('cpu').description}", "figures": figures(tables)})
     print(f"the report is {report.write(out)}")
 
 
