@@ -21,6 +21,7 @@ or if there is nothing to test: no body, no function, or a file that Python can'
 is 0 if all are green, else 1. A test that was changed is named: it proves nothing.
 """
 import ast
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -263,21 +264,21 @@ def examine(exercise: Exercise) -> tuple[str, str]:
     if exercise.interpreted:
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        # A session of its own, so that the processes that a test starts can be ended as well.
-        child = subprocess.Popen(
-            command(exercise, str(report)), cwd=ROOT, env=environment, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace")
+        report, printed = Path(folder) / "report.xml", Path(folder) / "output.txt"
+        with open(printed, "wb") as output:
+            # A session of its own, so that the processes that a test starts can be ended as well.
+            child = subprocess.Popen(
+                command(exercise, str(report)), cwd=ROOT, env=environment, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
-            output, _ = child.communicate(timeout=LONGEST)
+            child.wait(LONGEST)
         except subprocess.TimeoutExpired:
             return "red", f"not done after {LONGEST} seconds"
-        finally:                # also after Ctrl-C
-            if child.poll() is None:
+        finally:                # also after Ctrl-C, and what a test that has ended left running
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        return outcome(report, output)
+            child.wait()
+        return outcome(report, printed.read_text(encoding="utf-8", errors="replace"))
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -319,6 +320,9 @@ def run(args: Args) -> bool:
 
 
 def entry():
+    for which in (signal.SIGTERM, signal.SIGHUP):       # the test that runs has to end as well
+        if signal.getsignal(which) != signal.SIG_IGN:
+            signal.signal(which, lambda number, _: sys.exit(128 + number))
     if not run(cli(Args, about=__doc__, positional="only")):
         sys.exit(1)
 

@@ -5,9 +5,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_house import files
@@ -170,6 +172,58 @@ def test_a_loop_without_an_end_is_red(tree, monkeypatch):
     began = time.monotonic()
     assert grade.examine(choose(arguments("right"))[0]) == ("red", "not done after 0.5 seconds")
     assert time.monotonic() - began < 20
+
+
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def ended(path) -> bool:
+    """Whether the process whose id is in this file has ended."""
+    try:
+        os.kill(int(path.read_text()), 0)
+    except ProcessLookupError:
+        return True
+    status = Path(f"/proc/{path.read_text()}/stat")     # a zombie, which nobody has waited for
+    return status.exists() and status.read_text().split()[2] == "Z"
+
+
+GREEN = "<testsuite><testcase name='test_right'/></testsuite>"
+LEAVES = """
+import pathlib, subprocess, sys
+left = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(99)"])
+pathlib.Path("left").write_text(str(left.pid))
+pathlib.Path(sys.argv[1]).write_text(sys.argv[2])
+"""
+LOOPS = "import os, pathlib; pathlib.Path('began').write_text(str(os.getpid()))\nwhile True: pass"
+
+
+def test_what_a_test_leaves_running_is_ended_and_not_waited_for(tree, monkeypatch):
+    monkeypatch.setattr(grade, "command", lambda exercise, report: [
+        sys.executable, "-S", "-c", LEAVES, report, GREEN])
+    assert grade.examine(choose(arguments("right"))[0]) == ("green", "")
+    wait_until(lambda: ended(tree / "left"))
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGHUP])
+def test_a_test_ends_with_the_process_that_grades(tree, which):
+    """Also where the terminal is closed: the test has a session of its own."""
+    program = f"""
+import pathlib, sys
+from lab import grade
+grade.ROOT, grade.LECTURES = pathlib.Path({str(tree)!r}), {{1: ("one.py", "right")}}
+grade.command = lambda *_: [sys.executable, "-S", "-c", {LOOPS!r}]
+sys.argv[1:] = ["1"]
+grade.entry()
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    wait_until(lambda: (tree / "began").exists() and (tree / "began").read_text())
+    process.send_signal(which)
+    assert process.wait(20) == 128 + which
+    wait_until(lambda: ended(tree / "began"))
 
 
 def test_the_exit_code_and_tests_that_were_changed(tree, monkeypatch, capsys):
