@@ -178,7 +178,7 @@ def probe_pairs(embed_images, embed_texts, probes: ProbeSet, pairs: PairSource,
     for n in numbers[::math.ceil(len(numbers) / count) or 1]:   # often sorted by kind: some of each
         try:
             image, captions = pairs.read(int(n))
-        except (BadRecord, OSError):        # training reports those that can't be used
+        except BadRecord:       # training reports those that can't be used
             continue
         images.append(budgeted(image, vision, (probes.side // vision.patch_size) ** 2))
         lines.append(captions[0])

@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.cli import UserError
+from lib.images import BadRecord
 from lib.index import SUFFIX
 from lib.parquet import Parquet
 from lib.records import files_below, Folder, Lines, PICTURES, Record, Tar, TextFolder, TEXTS
@@ -68,11 +69,14 @@ class Shards:
         return self.ends[-1]
 
     def __getitem__(self, n: int) -> Record:
-        """Record n. Raises BadRecord if it can't be used, or OSError if it can't be read."""
+        """Record n. Raises BadRecord if it can't be read or used."""
         if not 0 <= n < len(self):
             raise IndexError(f"record {n} of {len(self)}")
         s = bisect_right(self.ends, n)
-        return self.shards[s][int(n) - self.ends[s] + len(self.shards[s])]
+        try:
+            return self.shards[s][int(n) - self.ends[s] + len(self.shards[s])]
+        except OSError as error:        # a file that has been removed, a disk that is damaged
+            raise BadRecord("unreadable file", str(error)) from None
 
     def numbers(self, split: str) -> np.ndarray:
         """The numbers of the records of a split, `train` or `test`, in order, int64. The test split
@@ -191,7 +195,7 @@ def expand(spec: str) -> list[Path]:
             if line.strip() and not line.startswith("#"):
                 try:
                     listed += expand_pattern(str(path.parent / line.strip()))
-                except UserError as error:
+                except (UserError, ValueError) as error:    # a path with a NUL is a ValueError
                     raise UserError(f"each line of {spec} is the path of a shard, but {error}; to "
                                     "learn plain text, give its folder") from None
         if not listed:
@@ -200,7 +204,7 @@ def expand(spec: str) -> list[Path]:
     return expand_pattern(spec)
 
 
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 
 
 def expand_pattern(pattern: str) -> list[Path]:

@@ -333,6 +333,13 @@ def test_a_folder_of_text(tmp_path, monkeypatch):
     assert kinds == {"not UTF-8": 1, "NUL bytes": 1}
 
 
+def test_a_file_that_is_gone_is_a_record_that_cant_be_used(tmp_path):
+    (tmp_path / "a.txt").write_text("a line\n")
+    shards = open_shards(str(tmp_path))
+    (tmp_path / "a.txt").unlink()
+    assert kind_of(lambda: shards[0]) == "unreadable file"
+
+
 def test_a_folder_of_shards(tmp_path):
     write_tar(tmp_path / "b.tar", pairs(2, 2))
     write_tar(tmp_path / "a.tar", pairs(2))
@@ -397,10 +404,12 @@ def test_globs_ranges_and_lists(tmp_path):
     (tmp_path / "poem.txt").write_text("Roses are red\n")
     write_tar(tmp_path / "s.tar", pairs(1))
     (tmp_path / "mixed.list").write_text("s.tar\ns-001.jsonl\n")
+    (tmp_path / "nul.list").write_bytes(b"\0/*.tar\n")
     (tmp_path / "a.tar.gz").write_bytes(b"")
     for spec, said in {
             "t-*.jsonl": "matches no file", "s-{000..012}.jsonl": "s-012.jsonl is not there",
             "s-{5..4}.jsonl": "from 1 to 100,000", "s-{0..999999999}.jsonl": "from 1 to 100,000",
+            "s-{0..99999999999999999999}.jsonl": "is not there", "nul.list": "null byte",
             "s-000.jsonl": "has no record", "missing.jsonl": "is not there", "s-00?.???": "no file",
             "poem.txt": "give its folder", "mixed.list": "several kinds",
             "a.tar.gz": "gunzip a.tar.gz", "odd[1].json": "no file"}.items():
