@@ -176,7 +176,7 @@ def asked(value: dict) -> str:
 
 def answers_of(value: dict) -> list:
     """The right answers of a question as its metric takes them; without a metric they are texts."""
-    metric, answers = value.get("metric") or "exact", value.get("answers", value.get("answer"))
+    metric, answers = value.get("metric") or "exact", first_of(value, "answers", "answer")
     try:
         return checked(metric, answers, value.get("choices") or [])
     except ValueError as error:

@@ -31,7 +31,7 @@ from data import document
 from engine import Engine, Request
 from lib.batch import Document
 from lib.cli import UserError
-from lib.conversations import answers_of, asked
+from lib.conversations import answers_of, asked, first_of
 from lib.images import BadRecord, load
 from lib.scoring import chance, interval, METRICS, said, score
 from lib.shards import open_shards
@@ -77,7 +77,7 @@ def question_of(record, tokens: Tokenizer, config, room: int) -> Question:
         text, answers, choices = asked(value), answers_of(value), value.get("choices") or []
     except BadRecord as error:
         raise BadRecord(error.kind, f"{where}: {error}") from None
-    names = value.get("images", value.get("image")) or []
+    names = first_of(value, "images", "image") or []
     pictures = [record.find(name) for name in (names if isinstance(names, list) else [names])]
     message = Message("user", IMAGE * len(pictures) + text, tuple(pictures))
     prompt = document([message], tokens, config, answer=True, lazy=True)

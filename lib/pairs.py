@@ -57,7 +57,7 @@ class PairSource:
         return int(self.training[shuffled(seed, i, len(self.training))])
 
     def read(self, n: int) -> tuple[Image.Image, list[str]]:
-        """(picture, its captions). Raises BadRecord or OSError if either can't be used."""
+        """(picture, its captions). Raises BadRecord if either can't be used."""
         record = self.shards[n]
         picture = picture_of(record)
         captions = [text for language, text in captions_of(record) if self.wants(language)]
@@ -110,7 +110,8 @@ def captions_of(record: Record) -> list[tuple[str, str]]:
         language, mark, text = line.partition(".utf8=")
         found.append((language, text) if mark else ("", line))
     if not record.text:
-        value = next((fields[name] for name in CAPTIONS if name in fields), None)
+        value = next((fields[name] for name in CAPTIONS if fields.get(name) is not None),
+                     None)
         by_language = value if isinstance(value, dict) else {"": value}
         for language, texts in by_language.items():
             texts = texts if isinstance(texts, list) else [texts]
@@ -149,8 +150,6 @@ def choose_pair(rng, pairs: PairSource, n: int) -> tuple[Image.Image, str, list[
             return image, captions[int(rng.integers(len(captions)))], skipped
         except BadRecord as error:
             skipped.append(error)
-        except OSError as error:
-            skipped.append(BadRecord("unreadable file", str(error)))
         n = int(rng.choice(pairs.training))
     raise UserError(f"--pairs={pairs.shards.spec}: {MOST_SKIPPED} pairs in a row can't be used; "
                     f"the last: {skipped[-1]}")

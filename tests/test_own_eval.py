@@ -102,6 +102,12 @@ def test_boxes_count_from_half_an_overlap_on(tmp_path):
     assert row["unread"] == 1 and row["chance"] is None
 
 
+def test_a_field_that_is_null_is_as_if_it_were_left_out(tmp_path):
+    """A table has all columns in all rows."""
+    [question], _ = questions(written(tmp_path, asked(images=None, answers=None)))
+    assert len(question.prompt.images) == 1 and question.answers == ["pink"]
+
+
 @pytest.mark.parametrize("fields,kind", [
     ({"question": " "}, "no question"), ({"question": 5}, "no question"),
     ({"metric": None}, "unknown metric"), ({"metric": ["exact"]}, "unknown metric"),

@@ -78,6 +78,8 @@ FORMS = [
     ({"captions": ["one", "two ", ""]}, ["one", "two"]),
     ({"text": {"en": "thing", "zh-CN": ["东西", "物"], "de": "Ding"}}, ["thing", "东西", "物"]),
     ({"caption": {"fr": "chose"}, "text": "not read"}, []),
+    ({"caption": None, "text": "a column of another row is null"},
+     ["a column of another row is null"]),
     ({"caption": 7}, []), ({"caption": {"en": {"deep": "thing"}}}, []), ({}, [])]
 
 
