@@ -145,6 +145,8 @@ def setup(device: str = "auto", dtype: str = "auto", max_hours: float = 0,
         raise UserError(f"--device takes auto, cpu, cuda or mps, not '{device}'")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda, but torch sees no GPU here")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device=mps, but torch sees no Apple GPU here")
     # A batch system may show each task one GPU, its own: that is device 0, whatever LOCAL_RANK is.
     index = local if device == "cuda" and torch.cuda.device_count() > 1 else 0
     if device == "cuda" and index >= torch.cuda.device_count():
@@ -361,13 +363,14 @@ def print_plan_on(machine, parts: dict[str, int], tokens: float, steps: list, lo
 # ---- files --------------------------------------------------------------------------------------
 
 def write_text(path, text: str):
-    """Write a file under a temporary name, then rename it: nobody ever reads half of it. Raises
-    OSError that names the file."""
+    """Write a file under a temporary name, then rename it: nobody ever reads half of it. Half of a
+    surrogate pair, which JSON may hold and UTF-8 may not, becomes a question mark. Raises OSError
+    that names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="replace")
         os.replace(part, path)
     except OSError as error:        # of a full disk it has no name
         raise OSError(error.errno, error.strerror, str(path)) from None

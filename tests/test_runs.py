@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from test_pretrain import child_dies, dies_before
 
@@ -251,6 +252,13 @@ def test_threads_of_nested_loops(monkeypatch):
     assert "1 thread" in common.setup("cpu").description
 
 
+@pytest.mark.parametrize("device,backend", [("cuda", torch.cuda), ("mps", torch.backends.mps)])
+def test_a_device_that_is_not_there(monkeypatch, device, backend):
+    monkeypatch.setattr(backend, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"--device={device}, but torch sees no"):
+        common.setup(device)
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
@@ -259,6 +267,12 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left on device: .*config.json"):
         common.write_json(tmp_path / "config.json", {})
+
+
+def test_half_of_a_surrogate_pair_is_written_as_a_question_mark(tmp_path):
+    """JSON may hold it; figures of such a group must not be lost."""
+    common.write_json(tmp_path / "eval.json", {"\ud83d": "\U0001f600"})
+    assert common.read_json(tmp_path / "eval.json") == {"?": "\U0001f600"}
 
 
 @pytest.mark.parametrize("number,gone", [(5, True), (32, True), (28, False)])
