@@ -123,7 +123,8 @@ def random_mask(rng, h: int, w: int, share: float, kind: str) -> np.ndarray:
     # Hide the n patches of highest order. Those in a rectangle get 1 more, so they come first; if
     # the rectangles cover more than n, some of theirs stay visible.
     order += covered
-    hidden = order >= np.sort(order, axis=None)[h * w - n]
+    hidden = np.zeros((h, w), bool)
+    hidden.flat[np.argsort(order, axis=None)[h * w - n:]] = True
     return rearrange(hidden, "(y b) (x d) -> (y x b d)", b=2, d=2)
 
 
@@ -303,7 +304,6 @@ def pack_texts(texts: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     int32, where each begins, and T."""
     borders = np.cumsum([0] + [len(ids) for ids in texts]).astype(np.int32)
     return torch.from_numpy(np.concatenate(texts).astype(np.int64)), torch.from_numpy(borders)
-
 
 
 # ---- the models of stage 2 ----------------------------------------------------------------------

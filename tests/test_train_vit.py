@@ -65,7 +65,7 @@ def two_towers(config) -> TwoTowers:
 # ---- pictures and captions ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["block", "random"])
-@pytest.mark.parametrize("share", [0.1, 0.35, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.9, 1.0])
 def test_a_mask_hides_exactly_its_share(kind, share):
     rng = np.random.default_rng(0)
     for h, w in ((8, 8), (6, 10), (16, 4)):
