@@ -30,11 +30,11 @@ def convert(source: str):
             try:
                 name, instruction, (x, y, w, h) = (
                     entry[key] for key in ("img_filename", "instruction", "bbox"))
+                width, height = Picture(Path(source, IMAGES, name)).size
+                box = [999 * x / width, 999 * y / height,
+                       999 * (x + w) / width, 999 * (y + h) / height]
             except (KeyError, TypeError, ValueError):
                 raise UserError(f"{path} is not of ScreenSpot-v2: {str(entry)[:100]}") from None
-            width, height = Picture(Path(source, IMAGES, name)).size
-            box = [999 * x / width, 999 * y / height,
-                   999 * (x + w) / width, 999 * (y + h) / height]
             lines.append({
                 "images": [f"{IMAGES}/{name}"], "group": platform,
                 "question": f"{instruction}\nReply with click(x, y), both from 0 to 999.",

@@ -162,8 +162,10 @@ def test_screenspot(tmp_path):
     assert web.answers == [[749.2, 499.5, 999, 999]]            # cut at the picture's edge
     assert desktop.text.startswith("close this window\n")
     assert score("point-in-box", "click(200, 200)", desktop.answers) == 1
-    (tmp_path / "screenspot_web_v2.json").write_text('[{"bbox": [1, 2]}]')
-    with pytest.raises(UserError, match="is not of ScreenSpot-v2"):
-        screenspot.convert(str(tmp_path))
+    for odd in ({"bbox": [1, 2]}, {"bbox": [1, 2, 3, "4"]}, {"img_filename": None}):
+        entry = {"img_filename": "pc_1.png", "bbox": [1, 2, 3, 4], "instruction": "close", **odd}
+        (tmp_path / "screenspot_web_v2.json").write_text(json.dumps([entry]))
+        with pytest.raises(UserError, match="is not of ScreenSpot-v2"):
+            screenspot.convert(str(tmp_path))
     with pytest.raises(UserError, match="has no screenspot_mobile"):
         screenspot.convert(str(tmp_path / "screenspotv2_image"))
