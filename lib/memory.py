@@ -150,7 +150,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def on_gpu(x: Tensor) -> bool:
-    return x.is_cuda and not x.is_meta      # lib/roofline.py lets meta tensors look like CUDA's
+    return x.is_cuda and not x.is_meta      # lib/meta.py lets meta tensors look like CUDA's
 
 
 class HostCopy:

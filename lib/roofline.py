@@ -33,9 +33,8 @@ How a step is followed: it runs as it is, on meta tensors, which have shapes but
         trace.update(optimizer)
     trace.seconds, trace.total("backward"), trace.memory(), trace.dearest()
 
-PyTorch calls a mode before each operation, which notes its bytes and FLOPs and the line of ours
-that it comes from. Small integers that shapes depend on (tokens, borders of documents) are computed
-beside it on the CPU. Collectives of torch.distributed are noted as those of rank 0.
+lib/meta.py runs the operations; here the bytes and FLOPs of each are noted, with the line of ours
+that it comes from. Collectives of torch.distributed are noted as those of rank 0.
 """
 import contextlib
 import difflib
@@ -52,14 +51,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lib import dispatch
 from lib.cli import UserError
-from lib.common import ROOT
+from lib.meta import line_of_ours, MetaRun, name_of, remember_line, tensors, VALUELESS
 
 
 # ---- machines -----------------------------------------------------------------------------------
@@ -147,20 +142,13 @@ class Cost:
                     self.flops + other.flops, self.seconds + other.seconds)
 
 
-# Operations that launch nothing.
-FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided",
-        "_unsafe_view", "alias", "lift_fresh", "sym_size", "resize_", "set_",
-        "_record_function_enter_new", "_record_function_exit"}
+# Operations that launch nothing, and are no views by PyTorch's count.
+FREE = VALUELESS | {"detach", "_unsafe_view", "alias", "lift_fresh"}
 # They read as many values as they return, and not all that they are given.
 PICKS = {"embedding", "index", "index_select", "gather"}
 # They write their first argument without reading it.
 OVERWRITES = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_"}
-SMALL = 2 ** 22         # elements of the largest tensor whose values are computed
-
-
-def tensors(tree) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def size(some: Iterable[Tensor]) -> int:
@@ -180,7 +168,7 @@ class Trace:
         self.held = Counter()               # {kind: bytes that stay for the whole run}
         self.storages: dict[int, int] = {}  # {address: bytes} of what was made since
         self.live = self.peak = self.activations = 0
-        self.values = WeakIdKeyDictionary()     # {meta tensor: its values, on the CPU}
+        self.meta_run = MetaRun(self._note_operation)
 
     # ---- figures ------------------------------------------------------------------------------
 
@@ -243,7 +231,7 @@ class Trace:
         self.begin("")
 
     def hold_training(self, model, optimizer):
-        """The model, and the state of its optimizer."""
+        """Hold the model, and the state of its optimizer."""
         self.hold("weights", [*model.parameters(), *model.buffers()])
         self.hold("masters", optimizer.masters.values())
         self.hold("gradients", [optimizer.grad])
@@ -309,20 +297,19 @@ class Trace:
     def _free(self, address: int):
         self.live -= self.storages.pop(address)
 
-    # ---- running operations -------------------------------------------------------------------
+    # ---- operations ---------------------------------------------------------------------------
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
         self._replace(dispatch, noted=self.note_kernel)
-        # AdamW(fused=True) refuses other devices than these.
+        # AdamW(fused=True) refuses other devices; torch.optim does not export this module.
         self._replace(sys.modules["torch.optim.optimizer"],
                       _get_fused_kernels_supported_devices=lambda: ["meta", "cpu", "cuda"])
-        # _Functions does not see what the backward calls, to compute it again (lib/memory.py).
+        # Here and not in a mode for functions, which does not see what a backward computes again.
         self._replace(F, rms_norm=functools.partial(fused_rms_norm, self))
         if self.machine.count > 1:
             self._replace(dist, **collectives(self))
-        self.stack.enter_context(_Operations(self))
-        self.stack.enter_context(_Functions(self))
+        self.stack.enter_context(self.meta_run)
         return self
 
     def _replace(self, module, **others):
@@ -333,79 +320,17 @@ class Trace:
     def __exit__(self, *error):
         self.stack.close()
 
-    def value(self, x):
-        """The values of a meta tensor, None where they are not known; anything else as it is."""
-        return self.values.get(x) if isinstance(x, Tensor) and x.is_meta else x
-
-    def run(self, func, args, kwargs):
-        """Run an operation on meta tensors and note it; also on the values, where all are known."""
-        name = func._schema.name.split("::")[1]
-        given, to = tensors((args, kwargs)), str(kwargs.get("device", ""))
-        known = [self.value(t) for t in given]
-        if name == "_local_scalar_dense":       # what the host reads: float(x), x.item()
-            return known[0].item() if known[0] is not None else 1
-        if to.startswith("cpu") and given:      # x.cpu(): large ones stay as they are, on meta
-            small = given[0].numel() <= SMALL
-            kwargs = {**kwargs, "device": "cpu" if small else "meta"}
-            return func(known[0] if known[0] is not None
-                        else torch.zeros_like(args[0], device=kwargs["device"]), **kwargs)
-        if to != "meta" and not any(t.is_meta for t in given):
-            return func(*args, **kwargs)
-
-        if not all(t.is_meta or t.dim() == 0 for t in given):
-            args, kwargs = tree_map(self._on_meta, (args, kwargs))
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            args = (args[0], self._indices(args[1]), *args[2:])
-        real = None
-        if (given and all(v is not None and v.numel() <= SMALL for v in known)
-                and name not in FREE - {"detach", "alias", "lift_fresh", "_unsafe_view"}):
-            real = func(*tree_map(self.value, args), **tree_map(self.value, kwargs)
-                        | ({"device": "cpu"} if to else {}))
-        changes = func._schema.is_mutable
-        if real is not None and not changes and not func.is_view:
-            out = tree_map(lambda x: torch.empty_like(x, device="meta")
-                           if isinstance(x, Tensor) else x, real)
-        else:
-            out = func(*args, **kwargs)
-            if changes and real is None:        # values that are no longer known
-                for t in tensors(args[0]):
-                    self.values.pop(t, None)
-            if not given and not out.is_floating_point() and out.numel() <= SMALL:
-                real = func(*args, **kwargs | {"device": "cpu"})        # torch.arange
-        made = tensors(out)
-        if not changes and real is not None:
-            self.values.update(zip(made, tensors(real)))
+    def _note_operation(self, operation, args, kwargs, given: list[Tensor], made: list[Tensor]):
+        """Count what an operation has made and moved: see MetaRun."""
         for t in made:
             self._allocate(t)
-        if not func.is_view and name not in FREE:
-            into = kwargs.get("out")                # torch.mm(a, b, out=into) does not read it
-            self._note_operation(name, args, [t for t in given if t.is_meta and t is not into],
-                                 made, changes)
-        return out
-
-    def _on_meta(self, x):
-        return self.put(x) if isinstance(x, Tensor) and x.dim() and not x.is_meta else x
-
-    def _indices(self, indices: list) -> list:
-        """The indices of x[indices], with masks as the numbers of the elements that they choose."""
-        found = []
-        for x in indices:
-            if x is not None and x.dtype == torch.bool and self.value(x) is not None:
-                found += [self.put(chosen) for chosen in self.value(x).nonzero(as_tuple=True)]
-            else:
-                found.append(x)
-        return found
-
-    def put(self, x: Tensor) -> Tensor:
-        """A tensor of the CPU on meta, with known values."""
-        moved = x.to("meta")
-        self.values[moved] = x
-        return moved
-
-    def _note_operation(self, name: str, args, given: list[Tensor], made: list[Tensor],
-                        changes: bool):
+        name = name_of(operation)
+        if operation.is_view or name in FREE:
+            return
+        into = kwargs.get("out")                    # torch.mm(a, b, out=into) does not read it
+        given = [t for t in given if t.is_meta and t is not into]
         read, written = size(given), size(made)
-        if changes and not made:                    # torch._foreach_*: lists, and no result
+        if operation._schema.is_mutable and not made:       # torch._foreach_*: lists, no result
             written = size(tensors(args[0]))
         if name in PICKS:
             read = written + size(t for t in given if not t.is_floating_point())
@@ -433,7 +358,7 @@ class Trace:
         """Two matrix products forward, five backward; half of each where attention is causal."""
         whole = [x for x in args if isinstance(x, Tensor)]
         q = whole[1] if backward else whole[0]
-        borders = next((self.value(t) for t in whole if t.dtype == torch.int32), None)
+        borders = next((self.meta_run.value(t) for t in whole if t.dtype == torch.int32), None)
         causal = any(x is True for x in args)
         if borders is None:                         # dense: (B, H, L, C)
             pairs, heads, width = q.shape[0] * q.shape[2] ** 2, q.shape[1], q.shape[3]
@@ -446,7 +371,7 @@ def attention_products(products: int) -> Callable:
     """FLOPs of an attention kernel with so many products of all pairs of tokens in a document."""
     def flops(trace, given, constants):
         _, heads, width = given[0].shape
-        start, stop = (trace.value(t) for t in given if t.dtype == torch.int32)
+        start, stop = (trace.meta_run.value(t) for t in given if t.dtype == torch.int32)
         pairs = int((stop - start).sum()) / (1 + constants["CAUSAL"])
         return 2 * products * heads * width * pairs
     return flops
@@ -466,40 +391,7 @@ KERNEL_FLOPS = {
 KERNEL_BYTES = {"softmax": lambda given, constants: 2 * size(given[:1]) * constants["GRADIENT"]}
 
 
-# ---- how PyTorch calls it -----------------------------------------------------------------------
-
-class _Operations(TorchDispatchMode):
-    """Sees each operation that reaches the device, also those of the backward pass."""
-
-    def __init__(self, trace: Trace):
-        super().__init__()
-        self.trace = trace
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.trace.run(func, args, kwargs or {})
-
-
-class _Functions(TorchFunctionMode):
-    """Sees each call of a function of torch, before autograd, but for those in the backward."""
-
-    def __init__(self, trace: Trace):
-        super().__init__()
-        self.trace = trace
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, first = kwargs or {}, args[0] if args else None
-        if func == torch.Tensor.is_cuda.__get__:    # take the ways of a GPU
-            return first.is_meta
-        if func is torch.tensor and str(kwargs.get("device")) == "meta":
-            return self.trace.put(torch.tensor(*args, **kwargs | {"device": "cpu"}))
-        if func is torch.Tensor.tolist and first.is_meta:
-            known = self.trace.value(first)
-            return (torch.ones(first.shape, dtype=first.dtype) if known is None else known).tolist()
-        out = func(*args, **kwargs)
-        for t in tensors(out) if torch.is_grad_enabled() else ():
-            remember_line(t.grad_fn)
-        return out
-
+# ---- the fused norm -----------------------------------------------------------------------------
 
 class _RmsNorm(torch.autograd.Function):
     """The fused kernels that F.rms_norm has on a GPU; on meta tensors it would be ten operations.
@@ -528,42 +420,6 @@ def fused_rms_norm(trace: Trace, x: Tensor, shape, weight: Tensor, eps=None):
     out = _RmsNorm.apply(x, weight, trace)
     remember_line(out.grad_fn)
     return out
-
-
-# ---- lines of ours ------------------------------------------------------------------------------
-
-@functools.cache
-def short_name(path: str) -> str:
-    """A file's path in the repository; empty if it isn't ours, or one that only notes."""
-    name = path.removeprefix(f"{ROOT}/")
-    ours = name != path and "site-packages" not in path
-    return name if ours and name not in ("lib/roofline.py", "lib/dispatch.py") else ""
-
-
-def line_of_ours() -> str:
-    """The line of this repository that runs now. In the backward pass no line runs: the one that
-    the operation's forward came from."""
-    frame = sys._getframe(1)
-    while frame:
-        if frame.f_code.co_name == "_engine_run_backward":
-            node = torch._C._current_autograd_node()
-            return node.metadata.get("line", "backward") if node else "backward"
-        if name := short_name(frame.f_code.co_filename):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "elsewhere"
-
-
-def remember_line(node):
-    """Write the line that runs now on this node of the graph, and on those before it that have
-    none: one function of torch can make several."""
-    todo, line = [node], ""
-    while todo:
-        node = todo.pop()
-        if node is not None and "line" not in node.metadata:
-            line = line or line_of_ours()
-            node.metadata["line"] = line
-            todo += [before for before, _ in node.next_functions]
 
 
 # ---- several GPUs -------------------------------------------------------------------------------

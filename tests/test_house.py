@@ -31,7 +31,7 @@ FLOORS = {
     "lib.terminal": 5.2, "lib.film": 2.5, "lib.watch": 5.25,
     "lib.tool_use": 3.3, "lib.api": 5.2, "lib.openai_api": 5.3, "lib.anthropic_api": 5.3,
     "lib.own_eval": 5.1, "lib.curriculum": 5.1, "lib.probes": 5.1,
-    "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.roofline": 5.1, "lib.async_rl": 5.2,
+    "lib.rollout": 5.1, "lib.ranks": 5.1, "lib.meta": 1.1, "lib.roofline": 1.2, "lib.async_rl": 5.2,
     "pretrain": 6, "train_vit": 6, "rl": 6, "sample": 6, "serve": 6, "lab": 7, "recipes": 7,
     "course": 7}
 PACKAGES = {"torch", "numpy", "einops", "tiktoken", "PIL", "tqdm", "triton", "pytest"}

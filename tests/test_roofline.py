@@ -1,4 +1,4 @@
-"""lib/roofline.py and lab.roofline: sums that are known by hand, and a whole step of `tiny`."""
+"""lib/roofline.py, lib/meta.py, lab.roofline: sums known by hand, and a whole step of `tiny`."""
 import math
 import re
 from dataclasses import replace
