@@ -26,7 +26,7 @@ import pretrain
 from data import collate, Packer, parse_mix, Stream
 from kernels import angles, linear_cross_entropy, Segments
 from lib.cli import check_options, cli, main, Range, Seed, UserError
-from lib.common import read_json, read_log, ROOT, write_json
+from lib.common import read_json, read_log, ROOT, setup, write_json
 from model import GLMV, sized
 
 MIX = "shape_attr,ocr_line,point,gui_click,text:0.5"    # of the ablation, as in pretrain.py
@@ -42,12 +42,12 @@ class Args:
 
 # ---- the ablation -------------------------------------------------------------------------------
 
-def train(option: str, seed: int, steps: int, depths: int, out: Path, mix: str = MIX) -> list[dict]:
+def train(option: str, seed: int, steps: int, depths: int, out: Path) -> list[dict]:
     """Train one run of `steps` steps, a row each, in the folder `out`, or go on where an earlier
     call has stopped. Returns its log, a dict a step. Raises UserError where lines are missing."""
     if not (out / f"step_{steps:06d}").exists():
         pretrain.run(pretrain.Args(
-            steps=steps, rows=1, mix=mix, levels=1, seed=seed, mtp=depths, mtp_share=1.0,
+            steps=steps, rows=1, mix=MIX, levels=1, seed=seed, mtp=depths, mtp_share=1.0,
             image_option=option, out=str(out), resume=True, eval_every=0, log_every=100,
             workers=0, dtype="float32"))
     log = read_log(out / "log.jsonl")
@@ -60,7 +60,7 @@ def train(option: str, seed: int, steps: int, depths: int, out: Path, mix: str =
 # ---- what crosses a pipeline cut ----------------------------------------------------------------
 
 class Wire:
-    """Sends and receives tensors and counts the bytes sent: hidden states and gradients, no ids."""
+    """Sends and receives tensors, and counts the bytes that this process sends."""
     sent = 0
 
     @classmethod
@@ -86,21 +86,20 @@ def two_stages(option: str, model: GLMV, batch, depths: int) -> float:
     slots = (batch.tokens == c.image_token_id).nonzero()[:, 0]
     if rank == 0:
         merged = model.encode_images(batch)
-        x = decoder.embed_tokens(batch.tokens).index_copy(0, slots, merged)
+        h = decoder.embed_tokens(batch.tokens).index_copy(0, slots, merged)
         for i in range(cut):
-            x = decoder.layers[i](x, rope, segments, i)
-        Wire.send(x.detach(), 1)
-        if option == "embed":
-            Wire.send(merged.detach(), 1)
-        grads = [Wire.receive(shape, 1)]
-        if option == "embed":
-            grads.append(Wire.receive(merged.shape, 1))
-        torch.autograd.backward([x, merged][:len(grads)], grads)
+            h = decoder.layers[i](h, rope, segments, i)
+        sent = [h, merged] if option == "embed" else [h]
+        for x in sent:
+            Wire.send(x.detach(), 1)
+        torch.autograd.backward(sent, [Wire.receive(x.shape, 1) for x in sent])
         return 0.0
-    x, merged = Wire.receive(shape, 0).requires_grad_(), None
+
+    h, merged = Wire.receive(shape, 0).requires_grad_(), None
+    received = [h]
     if option == "embed":
         merged = Wire.receive((len(slots), shape[1]), 0).requires_grad_()
-    h = x
+        received.append(merged)
     for i in range(cut, c.text.num_hidden_layers):
         h = decoder.layers[i](h, rope, segments, i)
     hidden = decoder.norm(h)
@@ -108,9 +107,8 @@ def two_stages(option: str, model: GLMV, batch, depths: int) -> float:
                                 batch.weights[1:])
     loss = loss + 0.1 * sum(mmtp.losses(model, hidden, batch, merged, depths, option))
     loss.backward()
-    Wire.send(x.grad, 0)
-    if option == "embed":
-        Wire.send(merged.grad, 0)
+    for x in received:
+        Wire.send(x.grad, 0)
     return loss.item()
 
 
@@ -126,8 +124,7 @@ def example(args: Args):
 def stage(args: Args):
     """What each of the two processes that torchrun has started does: run all options. Rank 0 writes
     bytes.json."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    hw = setup("cpu", "float32")
     model, batch = example(args)
     slots = int((batch.tokens == model.config.image_token_id).sum())
     width, rows = model.config.text.hidden_size, {}
@@ -139,9 +136,8 @@ def stage(args: Args):
         formula = 2 * 4 * width * (len(batch.tokens) + (slots if option == "embed" else 0))
         rows[option] = {"bytes": int(total[0]), "formula": formula, "loss": float(total[1])}
     rows["row"] = {"tokens": len(batch.tokens), "visual": slots, "width": width}
-    if dist.get_rank() == 0:
+    if hw.rank == 0:
         write_json(Path(args.out) / "bytes.json", rows)
-    dist.destroy_process_group()
 
 
 def count_bytes(args: Args) -> dict:
@@ -150,11 +146,9 @@ def count_bytes(args: Args) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "-m", "lab.mmtp_options", f"--out={Path(args.out).resolve()}",
                f"--depths={args.depths}", f"--seed={args.seed}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          text=True, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise UserError(f"the two processes failed: {lines[-1]}")
+        raise UserError(f"the two processes ended with code {done.returncode}: see above")
     return read_json(Path(args.out) / "bytes.json")
 
 

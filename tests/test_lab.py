@@ -143,16 +143,22 @@ def test_two_stages_compute_what_one_process_does_and_send_what_the_formula_says
     assert rows["embed"]["bytes"] > rows["token"]["bytes"] == rows["mask"]["bytes"]
 
 
+def test_processes_that_fail_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(mmtp_options.sys, "executable", "false")
+    with pytest.raises(UserError, match="two processes ended with code 1: see above"):
+        mmtp_options.count_bytes(mmtp_options.Args(out=str(tmp_path)))
+
+
 @pytest.mark.slow
 def test_a_run_of_the_ablation(tmp_path):
     """A few steps, read again without training; a damaged log is refused."""
-    log = mmtp_options.train("token", 0, 4, 2, tmp_path, "point,text")
+    log = mmtp_options.train("token", 0, 4, 2, tmp_path)
     assert [line["step"] for line in log] == [1, 2, 3, 4] and log[-1]["mtp2"] > 0
-    assert mmtp_options.train("token", 0, 4, 2, tmp_path, "point,text") == log
+    assert mmtp_options.train("token", 0, 4, 2, tmp_path) == log
     path = tmp_path / "log.jsonl"
     path.write_text(path.read_text()[:-9])        # the last line is cut short
     with pytest.raises(UserError, match="has 3 whole lines for 4 steps"):
-        mmtp_options.train("token", 0, 4, 2, tmp_path, "point,text")
+        mmtp_options.train("token", 0, 4, 2, tmp_path)
 
 
 @pytest.mark.parametrize("question,reply,wrong", [
