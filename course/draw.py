@@ -4,7 +4,8 @@
     python -m course.draw patches row           some of them
     python -m course.draw retrieval --run=out/course/align/align      that of your own run
 
-retrieval needs a run of lecture 4, since the repository holds no text tower.
+retrieval needs a run of lecture 4, since the repository holds no text tower; without --run it is
+left out.
 """
 import lib  # first of all, before torch: see lib/__init__.py
 
@@ -26,7 +27,7 @@ from lib.cli import cli, main, UserError
 from lib.common import ROOT
 from lib.probes import pca_picture
 from lib.runs import find_checkpoint
-from lib.tensors import load_tensors
+from lib.tensors import check_shapes, load_tensors
 from model import GLMV, sized
 from tasks.draw import font
 from tasks.scenes import caption
@@ -40,7 +41,7 @@ FOLDER = Path("course") / "pictures"
 @dataclass
 class Args:
     what: list[str] = dataclasses.field(default_factory=list)   # names; default: all
-    run: str = ""       # of lecture 4; without it `all` leaves `retrieval` out
+    run: str = ""       # of lecture 4, for `retrieval`
     out: str = str(FOLDER)
 
 
@@ -134,9 +135,13 @@ def teachers(args: Args):
 @torch.no_grad()
 def retrieval(args: Args):
     """04: every held-out picture with every caption, after a run of lecture 4."""
+    if not args.run:
+        raise UserError("retrieval needs --run, the folder of a run of lecture 4")
     config = sized("tiny")
     model = TwoTowers(train_vit.tower(train_vit.Args(), config), config)
-    model.load_state_dict(load_tensors(find_checkpoint(args.run)))
+    weights = load_tensors(find_checkpoint(args.run))
+    check_shapes(f"--run={args.run} is no run of lecture 4", model.state_dict(), weights)
+    model.load_state_dict(weights)
     words, drawn, number = tokenizer_of(config), {}, 4_000_000
     while len(drawn) < 12:      # twelve different captions
         image, items = scene(number, "test")
@@ -198,15 +203,28 @@ PICTURES = {"tokens": (tokens, "01-tokens.png"), "patches": (patches, "02-patche
             "row": (row, "05-row.png")}
 
 
-def run(args: Args):
-    for name in args.what or [name for name in PICTURES if args.run or name != "retrieval"]:
-        if name not in PICTURES:
-            raise UserError(f"there is no picture '{name}', only {', '.join(PICTURES)}")
-        draw, file = PICTURES[name]
+def save_pictures(args, pictures: dict, without: str, colors: int = 0):
+    """Draw and save the pictures that args.what names, else all but the one named `without`, and
+    print their paths. pictures: {name: (function of args, file in args.out)}. colors: reduce each
+    picture to so many, 0: keep all. Raises UserError on an unknown name, before anything is
+    drawn."""
+    names = args.what or [name for name in pictures if name != without]
+    for name in names:
+        if name not in pictures:
+            raise UserError(f"there is no picture '{name}', only {', '.join(pictures)}")
+    for name in names:
+        draw, file = pictures[name]
         path = Path(args.out) / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw(args).save(path, optimize=True)
+        page = draw(args)
+        if colors:
+            page = page.quantize(colors, dither=Image.Dither.NONE)
+        page.save(path, optimize=True)
         print(path)
+
+
+def run(args: Args):
+    save_pictures(args, PICTURES, without="" if args.run else "retrieval")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import gym
+from course.draw import FOLDER, INK, save_pictures
 from data import document
 from engine import Engine, Request
 from lib.cli import cli, main, UserError
@@ -28,9 +29,8 @@ from tasks import verify
 from tasks.base import box
 from tasks.draw import font, sheet, tile
 
-INK, QUIET = "#1d2733", "#5f6b7a"
+QUIET = "#5f6b7a"
 GREEN, RED, BLUE = ("#15803d", "#dcfce7"), ("#b91c1c", "#fee2e2"), ("#1d4ed8", "#dbeafe")
-FOLDER = Path("course") / "pictures"
 
 
 @dataclass
@@ -155,6 +155,9 @@ def timeline(args: Args):
     logs = [read_log(folder / "log.jsonl") for folder in folders]
     if len(logs) != 2 or not all(logs):
         raise UserError("--runs takes two run folders with a comma: the synchronous run first")
+    if not all({"dt", "waited", "idle"} <= step.keys() for log in logs for step in log):
+        raise UserError(f"--runs={args.runs} are not the runs of lecture 9, with an actor and a "
+                        "learner each")
     longest = max(sum(step["dt"] for step in log) for log in logs)
     page = Image.new("RGB", (1900, 560), "white")
     pen = ImageDraw.Draw(page)
@@ -210,15 +213,8 @@ PICTURES = {"drafts": (drafts, "06-drafts.png"), "rewards": (rewards, "07-reward
 
 
 def run(args: Args):
-    for name in args.what or [name for name in PICTURES if args.runs or name != "timeline"]:
-        if name not in PICTURES:
-            raise UserError(f"there is no picture '{name}', only {', '.join(PICTURES)}")
-        draw, file = PICTURES[name]
-        path = Path(args.out) / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # 128 colours are enough, and make the files a third as large.
-        draw(args).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
-        print(path)
+    # 128 colours are enough, and make the files a third as large.
+    save_pictures(args, PICTURES, without="" if args.runs else "timeline", colors=128)
 
 
 if __name__ == "__main__":

@@ -220,8 +220,15 @@ def test_the_pictures_are_drawn_by_the_code_that_the_lectures_name(tmp_path):
         drawn, kept = (np.asarray(Image.open(folder / name).convert("RGB"), float)
                        for folder in (tmp_path, COURSE / "pictures"))
         assert drawn.shape == kept.shape and abs(drawn - kept).mean() < 2, name
-    with pytest.raises(UserError, match="no picture"):
-        draw.run(draw.Args(what=["other"], out=str(tmp_path)))
+
+
+@pytest.mark.parametrize("what,run,said", [
+    (["patches", "other"], "", "no picture 'other'"), (["retrieval"], "", "needs --run"),
+    (["retrieval"], "ckpt/demo", "--run=ckpt/demo is no run of lecture 4")])
+def test_what_can_not_be_drawn_is_one_clear_line(what, run, said, tmp_path):
+    with pytest.raises(UserError, match=said) as error:
+        draw.run(draw.Args(what=what, run=run, out=str(tmp_path)))
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.slow

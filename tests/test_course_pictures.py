@@ -34,6 +34,9 @@ def test_a_timeline_is_as_long_as_its_run(tmp_path):
 
 
 def test_what_can_not_be_drawn_is_one_clear_line(tmp_path):
-    for args in (draw_rl.Args(what=["other"]), draw_rl.Args(what=["timeline"], runs=str(tmp_path))):
-        with pytest.raises(UserError):
-            draw_rl.run(args)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "dt": 2.0}\n')
+    for what, runs, said in (("other", "", "no picture"), ("timeline", "", "two run folders"),
+                             ("timeline", str(tmp_path), "two run folders"),
+                             ("timeline", f"{tmp_path},{tmp_path}", "not the runs of lecture 9")):
+        with pytest.raises(UserError, match=said):
+            draw_rl.run(draw_rl.Args(what=[what], runs=runs))
