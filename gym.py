@@ -65,6 +65,8 @@ def save(picture, path: str):
         picture.save(path, optimize=True)
     except ValueError as error:                 # Pillow knows no format of that name
         raise UserError(f"{path} can't be written: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path} can't be written: Pillow can only read {error}") from None
     print(path)
 
 
@@ -273,9 +275,11 @@ def check(args: Check):
 
     broken, tasks = [], []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for i, (case, (row, violations)) in enumerate(zip(cases, pool.map(measure, cases))):
+        # A single job runs in this thread: Ctrl-C ends it at once, and would wait for another one.
+        results = pool.map(measure, cases) if args.jobs > 1 else map(measure, cases)
+        for i, (case, (row, violations)) in enumerate(zip(cases, results)):
             name, level, *_ = case
-            if i == 0:
+            if row and not tasks:               # the first row that could be measured
                 print(f"{'category':16} lv", *(f"{key:>8}" for key in row))
             print(f"{name:16} {level:2}", *(f"{value:8.3f}" for value in row.values()), flush=True)
             if sys.stderr.isatty():
@@ -316,7 +320,7 @@ def bench(args: Bench):
             start = time.perf_counter()
             env.reset()
             draws.append(time.perf_counter() - start)
-            if env.max_turns > 1 and seed < 20:
+            if env.max_turns > 1 and 0 <= seed < 20:
                 for reply in env.oracle():
                     start = time.perf_counter()
                     env.step(reply)

@@ -54,7 +54,9 @@ def fingerprints(tasks: list[Task]) -> list[str]:
 
 def in_fresh_process(function: str, *args):
     """Call tasks.contract.<function>(*args) in a new Python process and return its result."""
-    code = ("import pickle, sys; from tasks import contract; "
+    # SIG_DFL: on Ctrl-C it ends without a traceback of its own
+    code = ("import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+            "import pickle, sys; from tasks import contract; "
             "function, args = pickle.load(sys.stdin.buffer); "
             "sys.stdout.buffer.write(pickle.dumps(getattr(contract, function)(*args)))")
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps((function, args)),

@@ -48,7 +48,7 @@ class Score:
 
 def one_line(error: BaseException) -> str:
     """An exception in one line."""
-    return f"{type(error).__name__}: {error}"
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def attempt(verifiers: dict, evidence: dict) -> tuple[dict, str | None]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -446,6 +447,7 @@ def run(*words) -> int:
 @pytest.mark.parametrize("line", [
     "", "show", "show countng", "show point --level 9", "show point --level one", "fly", "check x",
     "play point --pixels 3", "show point --count 0", "show point --out /", "list --wat",
+    "show point --count 1 --out x.psd",         # Pillow reads this format and can't write it
     "check --jobs 0", "bench pont", "bench --pixels 2000 point", "check point --level -1"])
 def test_bad_command_lines_end_with_one_line_and_2(line, capsys):
     assert run(line) == 2
@@ -513,6 +515,23 @@ def test_a_broken_contract_ends_with_1(careless, capsys):
     out = capsys.readouterr().out
     assert "counting, level 1: no image 1.00 is too far above chance" in out
     assert "the contract holds" not in out
+
+
+def test_a_category_that_fails_hides_no_other_and_ctrl_c_need_not_wait(monkeypatch, capsys):
+    """A single job runs in the main thread, which is the one that Ctrl-C interrupts."""
+    def measured(name, *_):
+        assert threading.current_thread() is threading.main_thread()
+        if name == "counting":
+            raise LookupError("no\nroom")
+        return {"chance": 0.25}, []
+
+    monkeypatch.setattr(gym, "check_category", measured)
+    monkeypatch.setattr(gym, "in_fresh_process", lambda function, tasks: fingerprints(tasks))
+    assert run("check counting point --level=1") == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["counting", "1"] and out[1].split() == ["category", "lv", "chance"]
+    assert out[2].split() == ["point", "1", "0.250"]
+    assert out[3:] == ["counting, level 1: LookupError: no room"]
 
 
 def test_a_canvas_of_any_aspect_measures_each_axis_by_itself():
