@@ -122,6 +122,7 @@ def test_a_lecture_has_its_parts_in_order(path):
     assert re.findall(r"^## (.+)$", text, re.M) == HEADINGS
     questions = part(text, "Questions")
     assert questions.count("<details>") == questions.count("</details>") == 3
+    assert "`" not in questions, "between HTML tags it is shown as it stands: write <code>"
     for answer in re.findall(r"</summary>(.*?)</details>", questions, re.S):
         assert len(answer.split()) >= 10, answer
 
