@@ -124,7 +124,8 @@ def rope_positions(tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, image_toke
         h        0  1  2  2  3  3  4  5
         w        0  1  2  3  2  3  4  5
 
-    Raises ValueError if the tokens of an image do not lie side by side in one document.
+    Raises ValueError if the tokens of an image are not as many as its grid says, or do not lie side
+    by side in one document.
     """
     visual = (tokens == image_token).numpy()
     slots = np.flatnonzero(visual)

@@ -124,8 +124,8 @@ class Args:
 # ---- advantages ---------------------------------------------------------------------------------
 
 def advantages(rewards: list[float], std: bool = False) -> list[float]:
-    """Reward minus the mean of the group. An error (NaN) is left out of the mean and gets 0, and so
-    does a reward that is the only one. [1, NaN, 3] -> [-1, 0, 1]"""
+    """Reward minus the group's mean; std: divided by its std plus 1e-6. An error, which is not
+    finite, is left out and gets 0, and so does the only valid reward. [1, NaN, 3] -> [-1, 0, 1]"""
     r = np.array(rewards, float)
     valid = np.isfinite(r)
     if valid.sum() < 2:
