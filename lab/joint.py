@@ -15,7 +15,9 @@ effect that so many seeds, which differ so much, would show in four of five stud
 is not seen may still be there if it is smaller. With two seeds both are wide; where each seed has
 its own interval (`world`), it is over the tasks.
 
-If a study is started again, finished runs are not repeated and an interrupted one continues.
+If a study is started again, finished runs are not repeated and an interrupted one continues. So two
+processes can share the seeds (--first), once the start is trained; the report has those of the
+process that wrote it, until the study is started again with all seeds.
 """
 import functools
 import os
@@ -56,7 +58,7 @@ class Args:
     study: Literal["matrix", "tiers", "world"] = "matrix"   # which of the three
     arms: str = ""                # only these, separated by commas; default: all of the study
     seeds: Positive = 3           # runs of each arm
-    first: Natural = 0            # number of the first seed, so that two processes can share them
+    first: Natural = 0            # number of the first seed
     minutes: NonNegative = 1.6    # CPU minutes of each arm
     before: Positive = 400        # SFT steps that make the start
     prompts: Positive = 8         # tasks a step of RL that have a signal, eight rollouts each
@@ -248,7 +250,8 @@ def settings_of(phase: Phase, args: Args, init: Path, seed: int, out: Path):
                   mix=phase.mix, seed=seed, out=str(out))
     if phase.how == "sft":
         # ckpt/align is a tower without a decoder.
-        start = {"vit": str(init)} if "align" in init.parts else {"init": str(init)}
+        is_model = "text_config" in read_json(find_checkpoint(init) / "config.json")
+        start = {"init" if is_model else "vit": str(init)}
         return pretrain.run, pretrain.Args(**common, **start, lr=args.sft_lr, levels=1,
                                            curriculum=0, own_question=True, **phase.options)
     config, thought = load_config(init), phase.options.get("think", 0)
@@ -264,9 +267,13 @@ def train(phase: Phase, args: Args, minutes: float, *where) -> float:
     """Train for about so many CPU minutes, or for the phase's steps, or go on where that was
     interrupted; return the minutes. The pace is measured in the first steps and again in the
     middle, since long episodes are rare; in the second half the learning rate falls. A run that
-    ends because nothing has a signal is an outcome, too: it learns nothing in what is left.
+    ends because nothing has a signal is an outcome, too: it learns nothing in what is left. It is
+    not tried again.
     """
     work, settings = settings_of(phase, args, *where)
+    path = Path(settings.out) / "seconds.json"
+    if path.exists() and "without a signal" in (seconds := read_json(path)):
+        return seconds["without a signal"] / 60
     with phase.around():
         try:
             if phase.steps:
@@ -283,7 +290,9 @@ def train(phase: Phase, args: Args, minutes: float, *where) -> float:
             if "nothing is learned" not in str(error):
                 raise
             print(f"{settings.out}: {error}")
-            return read_json(Path(settings.out) / "seconds.json")["so far"] / 60
+            seconds = read_json(path)
+            write_json(path, seconds | {"without a signal": seconds["so far"]})
+            return seconds["so far"] / 60
 
 
 def examine(folder: Path, run: Path, study: Study, count: int, think: int = 0) -> dict[str, str]:

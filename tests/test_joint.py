@@ -10,10 +10,11 @@ import gym
 import pretrain
 import rl
 from data import parse_mix
-from lab import joint
+from lab import joint, worlds
 from lab.worlds import fallible
 from lib.checkpoint import save_model
 from lib.cli import UserError
+from lib.common import ROOT
 from model import GLMV, sized
 from tasks.base import Task
 
@@ -161,3 +162,34 @@ def test_a_silent_arm_is_an_outcome(small, tmp_path, monkeypatch, capsys):
     phase = joint.Phase("rl", "point")
     assert 0 <= joint.train(phase, small, 1.0, tmp_path / "model", 0, tmp_path / "run") < 1
     assert "had a signal" in capsys.readouterr().out
+    spent = json.loads((tmp_path / "run/seconds.json").read_text())["so far"]
+    monkeypatch.setattr(rl, "run", None)        # would fail if it were called: it is not repeated
+    again = joint.train(phase, small, 1.0, tmp_path / "model", 0, tmp_path / "run")
+    assert again == spent / 60
+
+
+def test_sft_begins_with_a_model_or_with_a_tower_wherever_they_are(small, tmp_path):
+    (tmp_path / "align").mkdir()
+    model = (tmp_path / "model").rename(tmp_path / "align/model")
+    phase = joint.Phase("sft", "point")
+    for init, option in ((model, "init"), (ROOT / "ckpt/align", "vit")):
+        settings = joint.settings_of(phase, small, init, 0, tmp_path / "run")[1]
+        assert {name: getattr(settings, name) for name in ("init", "vit")} == {
+            "init": "", "vit": "", option: str(init)}
+
+
+def test_the_time_of_an_interrupted_run_counts(tmp_path, monkeypatch):
+    clock, calls = [0.0], []
+
+    def work(settings):
+        calls.append(settings.steps)
+        clock[0] += 3
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(worlds.time, "process_time", lambda: clock[0])
+    run = pretrain.Args(steps=7, out=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        worlds.timed(work, run)
+    assert [worlds.timed(work, run) for _ in range(2)] == [6, 6] and calls == [7, 7]
+    assert worlds.timed(work, replace(run, steps=9)) == 9       # of both parts
