@@ -78,11 +78,9 @@ def rank(world: str, wait: float, args: rl.Args):
         write_json(Path(args.out) / "waits.json", {"count": slow.count, "seconds": slow.total})
 
 
-def one_run(world: str, staleness: int, seed: int, dtype: str, steps: int = 0,
-            held_out: int = 0) -> dict:
-    """One run: samples a second that were learned from, and how each stage spent its time. steps,
-    held_out: how many, 0 takes STEPS and HELD_OUT."""
-    steps, held_out = steps or STEPS, held_out or HELD_OUT
+def one_run(world: str, staleness: int, seed: int, dtype: str, steps: int, held_out: int) -> dict:
+    """One run: samples a second that were learned from, and how each stage spent its time.
+    held_out: tasks of its evaluations."""
     with tempfile.TemporaryDirectory() as out:
         options = dict(mix=WORLDS[world], steps=steps + 1, prompts=PROMPTS, group=SIZE,
                        flight=FLIGHT, slots=FLIGHT, workers=FLIGHT, max_staleness=staleness,
@@ -122,7 +120,8 @@ def measure(args, hw) -> dict:
         runs = {0: [], 2: []}
         for i in range(args.rounds):
             for staleness in runs:
-                runs[staleness].append(one_run(world, staleness, args.seed + i, args.dtype))
+                runs[staleness].append(one_run(world, staleness, args.seed + i, args.dtype, STEPS,
+                                               HELD_OUT))
         rates = {s: [run["rate"] for run in found] for s, found in runs.items()}
         mean = {s: {k: statistics.mean(run[k] for run in found) for k in found[0]}
                 for s, found in runs.items()}

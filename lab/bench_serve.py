@@ -44,6 +44,7 @@ from lib.common import ROOT
 from tasks.base import IMAGE, Task
 from tokenizer import tokenizer_of
 
+STARTING = 120          # seconds that a server may take to start
 SIDE_BY_SIDE = 16
 CKPT = "ckpt/gym"       # what is served without --ckpt
 AIM = 4.0               # tokens a second of SIDE_BY_SIDE requests at once over one at a time
@@ -57,7 +58,7 @@ CHAT = "/v1/chat/completions"
 # ---- a server in a process of its own -----------------------------------------------------------
 
 @contextlib.contextmanager
-def server_process(*words, seconds: float = 120):
+def server_process(*words):
     """`python words` until the end of the block, with a free port: yields an object with `port`,
     `process` and `lines`, what it has printed. Raises UserError if it doesn't begin to serve."""
     process = subprocess.Popen(
@@ -74,7 +75,7 @@ def server_process(*words, seconds: float = 120):
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        ready.wait(seconds)
+        ready.wait(STARTING)
         address = next((line.split()[0] for line in lines if " is ready" in line), None)
         if not address:
             said = lines[-1] if lines else "it is silent"
@@ -163,9 +164,9 @@ def question(task: Task, max_new: int, **fields) -> dict:
             "max_tokens": max_new, **fields}
 
 
-def post(connection: HTTPConnection, body: dict, path: str = CHAT) -> dict:
+def post(connection: HTTPConnection, body: dict) -> dict:
     """The answer to a request. Raises UserError where it is an error."""
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    connection.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     answer = json.loads(response.read())
     if response.status != 200:

@@ -154,7 +154,7 @@ def chart_html(chart: Chart, key: str, name: str, groups: dict[str, list[list[di
     for group, logs in groups.items():
         series[group], bands[group] = group_curve(logs, key, chart.smooth)
     title = chart.title if len(chart.lines) == 1 else f"{chart.title}: {name}"
-    return curve(series, title, high=220 if chart.minor else 300, clip="loss" in chart.lines,
+    return curve(series, title, height=220 if chart.minor else 300, clip="loss" in chart.lines,
                  bands=bands)
 
 

@@ -70,9 +70,9 @@ def inline(path: Path) -> str:
 
 # ---- charts -------------------------------------------------------------------------------------
 
-def smooth(points: list, share: float = 0.02) -> list:
-    """Means over consecutive stretches of `share` of the points, 50 points by default."""
-    size = max(1, int(len(points) * share))
+def smooth(points: list) -> list:
+    """Means of x and y over consecutive stretches: of a long series 50 to 100 of them."""
+    size = max(1, len(points) // 50)
     stretches = [points[i:i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
             for part in stretches]
@@ -85,7 +85,7 @@ def ticks(most: float, count: int) -> list[float]:
     return [i * step for i in range(int(most / step + 1e-9) + 1)]
 
 
-def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 300,
+def curve(series: dict[str, list], title: str, unit: str = "step", height: int = 300,
           clip: bool = False, bands: dict[str, list] | None = None,
           dashed: dict[str, str] | None = None) -> str:
     """{name: [(x, y), ...]} as a chart of full width, axes from 0 to the largest x and y; nothing
@@ -111,7 +111,7 @@ def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 3
 
     def at_y(y):
         share = (min(y, most) - least) / (most - least)
-        return high - BOTTOM - share * (high - BOTTOM - TOP)
+        return height - BOTTOM - share * (height - BOTTOM - TOP)
 
     parts = []
     for y in ticks(most, 5):
@@ -119,9 +119,9 @@ def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 3
                      f'<text x="{LEFT - 9}" y="{at_y(y) + 5:.1f}" text-anchor="end">'
                      f"{number(y)}</text>")
     for x in ticks(right, 8):
-        parts.append(f'<text x="{at_x(x):.1f}" y="{high - BOTTOM + 21}" text-anchor="middle">'
+        parts.append(f'<text x="{at_x(x):.1f}" y="{height - BOTTOM + 21}" text-anchor="middle">'
                      f"{number(x)}</text>")
-    parts.append(f'<text x="{(LEFT + WIDE - RIGHT) / 2}" y="{high - 5}" text-anchor="middle">'
+    parts.append(f'<text x="{(LEFT + WIDE - RIGHT) / 2}" y="{height - 5}" text-anchor="middle">'
                  f"{html.escape(unit)}</text>")
     legend = []
     own = [name for name in series if name not in dashed]       # those with a color of their own
@@ -148,7 +148,7 @@ def curve(series: dict[str, list], title: str, unit: str = "step", high: int = 3
         legend.append(f"<span>values above {number(most)} are cut off</span>")
     return (f"<figure><figcaption>{html.escape(title)}</figcaption>"
             f'<div class="legend quiet">{"".join(legend)}</div>'
-            f'<svg viewBox="0 0 {WIDE} {high}" role="img" aria-label="{html.escape(title)}" '
+            f'<svg viewBox="0 0 {WIDE} {height}" role="img" aria-label="{html.escape(title)}" '
             f'font-size="15" fill="#5f6b7a">{"".join(parts)}</svg></figure>')
 
 

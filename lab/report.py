@@ -68,7 +68,7 @@ def charts(lines: list[dict], known: dict | None = None) -> str:
                 series[beside] = [(step, mean) for step, mean, _, _ in rows]
                 bands[beside] = [(step, low, high) for step, _, low, high in rows]
                 dashed[beside] = name
-        drawn = curve(series, chart.title, high=220 if chart.minor else 300,
+        drawn = curve(series, chart.title, height=220 if chart.minor else 300,
                       clip="loss" in chart.lines, bands=bands, dashed=dashed)
         (folded if chart.minor else shown).append(drawn)
     if any(folded):

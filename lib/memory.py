@@ -36,8 +36,9 @@ from torch.autograd.function import once_differentiable
 
 from lib.cli import UserError
 
-POLICIES = "none", "recompute", "offload"
-KEPT = dict(zip(POLICIES, (34, 1, 0)))      # values of each channel, token and layer, about
+# How many values of each channel, token and layer every policy keeps on the device, about.
+KEPT = {"none": 34, "recompute": 1, "offload": 0}
+POLICIES = tuple(KEPT)
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Memory:
         text, vision = config.text, config.vision
         patches = min(patches, self.chunk_patches or patches)
         # A block that is run again keeps everything until its own backward is done.
-        layers = KEPT[self.decoder] * text.num_hidden_layers + 34 * (self.decoder != "none")
-        blocks = KEPT[self.vit] * vision.depth + 34 * (self.vit != "none")
+        layers = KEPT[self.decoder] * text.num_hidden_layers
+        layers += KEPT["none"] * (self.decoder != "none")
+        blocks = KEPT[self.vit] * vision.depth + KEPT["none"] * (self.vit != "none")
         return tokens * text.hidden_size * layers + patches * vision.hidden_size * blocks
 
 
@@ -234,11 +236,12 @@ def in_chunks(encode, parameters, limit: int, patches: Tensor, grids: Tensor, *o
     """encode(patches, grids, *others) for some images at a time: the results, one after the other.
     Where there are several chunks, each is encoded again in the backward.
 
-    patches (P, ...), grids (N, 3); others: None, or (P, ...) too; parameters: of `encode`.
+    patches (P, ...), grids (N, 3); others: None, or (P, ...) too; parameters: of `encode`; limit:
+    patches of a chunk, 0 for one chunk of all.
     """
     sizes = grids.prod(1).tolist() if limit else []
-    chunks = chunks_of(sizes, limit)
-    if len(chunks) == 1:
+    chunks = chunks_of(sizes, limit) if limit else []
+    if len(chunks) < 2:
         return encode(patches, grids, *others)
     parts, at, parameters = [], 0, list(parameters)
     for first, end in chunks:

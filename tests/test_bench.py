@@ -124,7 +124,7 @@ def test_a_process_of_a_bench_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(bench_rl.subprocess, "run",
                         lambda words, **_: subprocess.CompletedProcess(words, 7))
     with pytest.raises(UserError, match="a run of screens has ended with code 7"):
-        bench_rl.one_run("screens", 0, 0, "float32")
+        bench_rl.one_run("screens", 0, 0, "float32", steps=1, held_out=1)
     for words in ([], ["shards", "0"], ["shards", "0", "some"]):
         monkeypatch.setattr(sys, "argv", ["lab.bench_loader", *words])
         with pytest.raises(UserError, match="with SHARDS START SAMPLES"):
