@@ -8,10 +8,11 @@
 
 For each K: the share p of drafts that are accepted; tokens in a step of the trunk, beside the
 formula (1 - p^(K+1)) / (1 - p) with the mean share; the cost of a step in plain steps; and useful
-tokens a second as a ratio to plain decoding (the median over rounds, each of which runs all K in
-turn). `auto` is the engine's own choice of K; it changes on the way, so there is no formula for it.
-The replies are compared with those of plain decoding. transformers pads its batches: `slots`
-prompts, sorted by length, in each.
+tokens a second as a ratio to plain decoding. Cost and ratio are medians over rounds, each of which
+runs all K in turn; their times include the reading of the prompts. `auto` is the engine's own
+choice of K; it changes on the way, so there is no formula for it, and its p and tokens are those of
+the last round. The replies are compared with those of plain decoding. transformers pads its
+batches: `slots` prompts, sorted by length, in each.
 
 With --size the trunk is random, so it would accept nothing. The drafts are then replaced by the
 known reply, each token wrong with probability 1 - p; everything else is computed and timed as it
@@ -162,7 +163,8 @@ def made_up(engine, replies: dict, p: float, seed: int):
 
 
 def decode(engine, requests: list, replies: list | None, args: Args):
-    """Serve all requests. Returns the replies in their order, and the seconds."""
+    """Serve all requests. Returns the replies in their order, and the seconds. replies: the known
+    ones, from which drafts are then made up."""
     began = time.perf_counter()
     order = {engine.submit(r): i for i, r in enumerate(requests)}
     if replies:
@@ -204,10 +206,12 @@ def expected(p: float, k: int) -> float:
 
 
 def table_row(k: int, times: dict, facts: dict) -> dict:
-    """The figures of one setting: k drafts, none, or at most -k where the engine chooses."""
-    ratios = [plain / own for plain, own in zip(times[0], times[k])]
+    """The figures of one setting: k drafts, none, or at most -k where the engine chooses. times:
+    {k: (seconds, steps) of each round}; facts: {k: figures of the last round}."""
+    ratios = [plain / own for (plain, _), (own, _) in zip(times[0], times[k])]
     p = mean_rate(facts[k]["rates"])
-    cost, plain_cost = (statistics.median(times[i]) / facts[i]["steps"] for i in (k, 0))
+    cost, plain_cost = (statistics.median(seconds / steps for seconds, steps in times[i])
+                        for i in (k, 0))
     return {"p": p, "tokens": facts[k]["tokens"],
             "formula": expected(p, k) if k >= 0 else None,
             "ratio": statistics.median(ratios), "rates": facts[k]["rates"],
@@ -245,18 +249,18 @@ def run(args: Args):
         raise UserError("every reply ends with its first token, which the forward over its prompt "
                         "gives: there is no step to measure")
     useful, times, facts = sum(map(len, plain)), {k: [] for k in settings}, {}
-    theirs = peer(model, hw).eval() if args.peer else None
+    theirs, peer_times = peer(model, hw).eval() if args.peer else None, []
     for _ in range(args.rounds):
         if theirs:
             found, took = generate(theirs, prompts, model.config, tokens, args, hw)
-            times.setdefault("peer", []).append(took)
+            peer_times.append(took)
             agree = sum(a == b for a, b in zip(found, plain))
         for k in settings:
             made = engine(k)
             found, took = decode(made, requests, plain if args.size and k else None, args)
-            times[k].append(took)
-            facts[k] = {"tokens": made.tokens / made.steps, "steps": made.steps,
-                        "best": made.tuner.best, "rates": made.tuner.rates,
+            times[k].append((took, made.steps))
+            facts[k] = {"tokens": made.tokens / made.steps, "best": made.tuner.best,
+                        "rates": made.tuner.rates,
                         "same": sum(a == b for a, b in zip(found, plain))}
     rows = {str(k) if k >= 0 else f"auto {facts[k]['best']}/{-k}": table_row(k, times, facts)
             for k in settings}
@@ -268,7 +272,7 @@ def run(args: Args):
               f"{r['ratio']:>7.2f}  {r['range'][0]:.2f}-{r['range'][1]:<7.2f}{r['equal']}"
               f"/{args.prompts}")
     if theirs:
-        ratios = [a / b for a, b in zip(times["peer"], times[0])]
+        ratios = [took / own for took, (own, _) in zip(peer_times, times[0])]
         print(f"plain decoding beside transformers: {statistics.median(ratios):.2f} "
               f"[{min(ratios):.2f}-{max(ratios):.2f}], equal replies {agree}/{args.prompts}")
         rows["peer"] = {"ratio": 1 / statistics.median(ratios), "equal": agree}

@@ -428,6 +428,18 @@ def test_a_traced_step_for_the_terminal():
     assert drafts.step_lines(1, ["<|user|>"], 1, "'b'", True)[-1].endswith("reply has ended")
 
 
+def test_cost_and_ratio_are_medians_over_rounds():
+    """Where the engine chooses K, a round has as many steps as it needs."""
+    facts = {k: {"rates": [0.5] * abs(k), "tokens": 1.75, "same": 9} for k in (0, 2, -2)}
+    times = {0: [(10.0, 100), (12.0, 100), (11.0, 100)], 2: [(8.0, 50), (9.0, 50), (20.0, 50)],
+             -2: [(10.0, 100), (6.0, 40), (11.0, 100)]}
+    row = drafts.table_row(2, times, facts)
+    assert row["cost"] == pytest.approx(9 / 50 / 0.11) and row["ratio"] == 10 / 8
+    assert row["range"] == [11 / 20, 12 / 9] and row["formula"] == row["tokens"] == 1.75
+    auto = drafts.table_row(-2, times, facts)
+    assert auto["cost"] == pytest.approx(1) and auto["formula"] is None
+
+
 def test_a_traced_reply_is_the_plain_one():
     """Drafts that the trace calls accepted, and the trunk's tokens, make up the reply."""
     model = load_model(find_checkpoint(DEMO)).eval()
