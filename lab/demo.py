@@ -75,14 +75,12 @@ WORLDS = {
     "fallible": ("wrong demonstrations", "", 80, "mean"),
     "untold": ("no demonstrations of forms", "ckpt/untold", 5, "gui_form")}
 
-# The figure of lib/probes.py that each stage of the tower improves; what it means; the stage whose
-# tower it starts from ("": random weights).
+# The figure of lib/probes.py that each stage of the tower improves, and what it means.
 IMPROVES = {
-    "semantic": ("i2t_en", f"finds the caption of a picture, among {PROBES // 2}", ""),
-    "texture": ("dense", "tells which shape a patch shows", ""),
-    "distill": ("linear", "colour and shape, by a linear probe", ""),
-    "align": ("zero_shot_en", f"names a shape, among {len(PAIRS)} names", "distill")}
-CHANCE = {"i2t_en": "chance_en", "zero_shot_en": 1 / len(PAIRS)}    # of figures that need captions
+    "semantic": ("i2t_en", f"finds the caption of a picture, among {PROBES // 2}"),
+    "texture": ("dense", "tells which shape a patch shows"),
+    "distill": ("linear", "colour and shape, by a linear probe"),
+    "align": ("zero_shot_en", f"names a shape, among {len(PAIRS)} names")}
 
 
 @dataclass
@@ -124,16 +122,20 @@ def train_tower(args: Args) -> dict:
 
 
 def improvements(figures: dict[str, dict]) -> dict[str, dict]:
-    """The figure that each stage of the tower improves, in percent: {stage: {figure, random (the
-    tower with random weights, or a blind guess), before, after}}."""
+    """The figure that each stage of the tower improves, in percent: {stage: {figure, random,
+    before, after}}. Before it stands the tower with random weights; of a figure that needs
+    captions, a blind guess, as only stages with a text tower have it."""
     rows = {}
-    for stage, (key, meaning, start) in IMPROVES.items():
-        if stage not in figures:
+    for stage, (key, meaning) in IMPROVES.items():
+        if stage not in figures:        # a full disk is no reason to end here
             continue
-        chance = CHANCE.get(key)        # a number, or the key of a figure of the stage
-        random = figures[stage].get(chance, chance) if chance else figures[RANDOM][key]
-        before = figures[start].get(key, random) if start in figures else random
-        rows[stage] = {"figure": f"{meaning}, %", "random": 100 * random, "before": 100 * before,
+        if key == "i2t_en":
+            before = figures[stage]["chance_en"]
+        elif key == "zero_shot_en":
+            before = 1 / len(PAIRS)
+        else:
+            before = figures[RANDOM][key]
+        rows[stage] = {"figure": f"{meaning}, %", "random": 100 * before, "before": 100 * before,
                        "after": 100 * figures[stage][key]}
     return rows
 
@@ -239,9 +241,8 @@ def demo(args: Args):
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > cores():
         print(f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores()} cores): "
               "everything will take longer than announced")
-    asked = {name: getattr(args, name)
-             for name in ("tower_steps", "steps", "rows", "row_tokens", "own_question",
-                                                "levels", "seed")}
+    asked = {name: getattr(args, name) for name in (
+        "tower_steps", "steps", "rows", "row_tokens", "own_question", "levels", "seed")}
     stages, pictures = {}, []
     with same_options(out / "config.json", asked):
         if args.tower_steps:

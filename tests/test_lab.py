@@ -62,7 +62,7 @@ def test_the_demo_trains_evaluates_answers_and_reports(tmp_path, small_towers, s
         demo.demo(replace(args, seed=1))
 
 
-def test_each_tower_stage_is_compared_with_its_start_and_with_random_weights():
+def test_each_tower_stage_is_compared_with_random_weights_or_a_blind_guess():
     rows = demo.improvements({
         "random weights": {"dense": 0.3, "linear": 0.7},
         "texture": {"dense": 0.6, "linear": 0.5}, "distill": {"dense": 0.5, "linear": 0.8},
