@@ -149,15 +149,15 @@ def digest(name: str) -> str:
 
 def sources() -> list[str]:
     """The files of this repository that are imported now."""
-    paths = {Path(module.__file__).resolve() for module in list(sys.modules.values())
-             if getattr(module, "__file__", None)}
+    names = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    paths = [Path(name).resolve() for name in names if "site-packages" not in name]
     return sorted(str(path.relative_to(ROOT)) for path in paths
-                  if path.is_relative_to(ROOT) and ".venv" not in path.parts and path.is_file())
+                  if path.is_relative_to(ROOT) and path.is_file())
 
 
 def check_sources(folder: Path):
-    """Note the code that a sheet's runs are made with. Raises UserError if the runs in `folder`
-    were made with other code: they would be taken for runs of this one."""
+    """Note in `folder` the code that its runs are made with. Raises UserError if the runs that are
+    there were made with other code: they would be taken for runs of this one."""
     path = folder / "code.json"
     before = read_json(path) if path.exists() else {}
     for name, was in before.items():
@@ -165,6 +165,15 @@ def check_sources(folder: Path):
             raise UserError(f"{name} has changed since the runs in {folder} were made: take "
                             "another folder, such as --out=out/changed")
     write_json(path, before | {name: digest(name) for name in sources()})
+
+
+def shared_start(folder: Path, name: str) -> Path:
+    """The folder of a model that runs of several sheets begin from: beside the sheets' own folders.
+    folder: that of a run. Raises UserError if the model was made with other code, for whichever
+    sheet."""
+    start = folder.parent.parent / name
+    check_sources(start)
+    return start
 
 
 def rule_of(name: str) -> dict | None:

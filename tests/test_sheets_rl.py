@@ -11,6 +11,8 @@ from data import parse_mix
 from lab import bench_rl, joint, sheet
 from lab.sheets import (async_rl, forgetting, hierarchy, rl_beats_sft, transfer, vague_tasks,
                         weak_verifier)
+from lib.cli import UserError
+from lib.common import write_json
 from tasks.base import Task
 
 SHEETS = (forgetting, hierarchy, rl_beats_sft, transfer, vague_tasks, weak_verifier)
@@ -41,6 +43,17 @@ def test_arms_take_as_many_steps_or_minutes(module):
     played = {name for phases in study.arms.values() for phase in phases
               for name, _ in parse_mix(phase.mix)}
     assert played <= set(study.names.split(",")) <= set(gym.names())
+
+
+def test_a_start_of_other_code_is_not_taken_for_that_of_another_sheet(tmp_path, monkeypatch):
+    monkeypatch.setattr(joint, "make_start", lambda study, args, out: out)
+    monkeypatch.setattr(sheet, "sources", lambda: ["pretrain.py"])
+    for start_of in (rl_beats_sft.fallible_start, hierarchy.tiers_start):
+        start = start_of(tmp_path / "one" / "arm-0")
+        assert start == start_of(tmp_path / "other" / "arm-0") and start.parent == tmp_path
+        write_json(start / "code.json", {"pretrain.py": "as it was before"})
+        with pytest.raises(UserError, match="pretrain.py has changed"):
+            start_of(tmp_path / "other" / "arm-0")
 
 
 def test_transfer_does_not_play_what_it_claims():
@@ -101,7 +114,7 @@ def test_a_sheet_in_miniature(name, tmp_path, monkeypatch, capsys):
     found = sheet.run(name, first=5, seeds=1, out=tmp_path)
     assert found["verdict"] == "underpowered" and len(found["runs"]) == 2
     assert (tmp_path / name / "report.html").exists()
-    start = next(tmp_path.glob("*_start"))
+    start = next(tmp_path.rglob("*_start"))
     assert json.loads((start / "seconds.json").read_text())["step 1"] > 0
     assert len(list(tmp_path.glob("**/phase0/log.jsonl"))) == len(module.STUDY.arms)
     with mock.patch.object(joint, "run_arm", None):     # would fail if it were called

@@ -16,7 +16,7 @@ import functools
 
 from lab import joint
 from lab.joint import Phase, share, TIERS
-from lab.sheet import Gain, Sheet
+from lab.sheet import Gain, shared_start, Sheet
 
 STEPS = 160
 ARGS = joint.Args(before=250, count=150)
@@ -30,8 +30,8 @@ STUDY = joint.Study(TOGETHER, WAYS, joint.tiers(ARGS).init, joint.tiers(ARGS).st
 
 
 def tiers_start(folder):
-    """The start lies beside the sheets' own folders: `forgetting` has the same."""
-    return joint.make_start(STUDY, ARGS, folder.parent.parent / "tiers_start")
+    """The start, which `forgetting` has as well."""
+    return joint.make_start(STUDY, ARGS, shared_start(folder, "tiers_start"))
 
 
 def figures(solved):

@@ -14,7 +14,7 @@ demonstrations are right; greedy. `minutes`: CPU minutes that were spent, `steps
 """
 from lab import joint
 from lab.joint import Phase, share
-from lab.sheet import Gain, Sheet
+from lab.sheet import Gain, shared_start, Sheet
 from lab.worlds import fallible, MIX, NAMES
 from lib.common import read_log, ROOT
 
@@ -25,9 +25,8 @@ STUDY = joint.Study(",".join(NAMES), {"rl": [Phase("rl", MIX)], "sft": [SFT]},
 
 
 def fallible_start(folder):
-    """The start lies beside the sheets' own folders: `transfer` and `weak_verifier` have it,
-    too."""
-    return joint.make_start(STUDY, ARGS, folder.parent.parent / "fallible_start")
+    """The start, which `transfer` and `weak_verifier` have as well."""
+    return joint.make_start(STUDY, ARGS, shared_start(folder, "fallible_start"))
 
 
 def measure(arm, seed, folder):

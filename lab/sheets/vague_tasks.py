@@ -33,13 +33,8 @@ STUDY = joint.Study(
           around=functools.partial(fallible, names=("gui_form",))))
 
 
-def form_start(folder):
-    """The start, beside the sheets' own folders."""
-    return joint.make_start(STUDY, ARGS, folder.parent.parent / "form_start")
-
-
 def measure(arm, seed, folder):
-    start = form_start(folder)
+    start = joint.make_start(STUDY, ARGS, folder.parent / "form_start")
     before = joint.examine(start, folder.parent / "start", STUDY, ARGS.count)
     solved = joint.run_arm(arm, seed, start, STUDY, ARGS, folder)["solved"]
     log = read_log(folder / f"{arm}{seed}" / "phase0" / "log.jsonl")
