@@ -40,8 +40,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from lib.captions import (Captions, collate_pairs, LabelledScenes, Pair, PatchClassifier, Picture,
-                          Pictures, stack_masks, TextTower, TwoTowers)
+from lib.captions import (Captions, collate_pairs, LabelledScenes, MaskedPicture, Pair,
+                          PatchClassifier, Pictures, stack_masks, TextTower, TwoTowers)
 from lib.checkpoint import export_tower, load_tower, restore
 from lib.cli import (check_options, cli, Device, Dtype, main, Natural, NonNegative, Positive, Range,
                      Schedule, Seed, Share, UserError)
@@ -203,7 +203,8 @@ def measure_teachers(model: Distiller, stream: Pictures):
         getattr(model, f"std_{name}").copy_(features.std(0) + 1e-6)
 
 
-def distill_loss(model: Distiller, pictures: list[Picture], args: Args) -> tuple[Tensor, dict]:
+def distill_loss(model: Distiller, pictures: list[MaskedPicture],
+                 args: Args) -> tuple[Tensor, dict]:
     """--cosine x (1 - cosine) + the rest x smooth-L1 between what the student's heads predict and
     what the teachers see, the mean over patches and teachers [O]: this micro-batch's part of the
     mean over the global batch, and of the mean cosine to each teacher."""

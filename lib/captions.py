@@ -129,7 +129,7 @@ def random_mask(rng, h: int, w: int, share: float, kind: str) -> np.ndarray:
 
 
 @dataclass
-class Picture:
+class MaskedPicture:
     """One sample of stage 1: an image (h, w, 3), its hidden patches (P,) bool, its source."""
     image: np.ndarray
     mask: np.ndarray
@@ -137,7 +137,7 @@ class Picture:
     skipped: list = field(default_factory=list)     # BadRecords passed over for this one
 
 
-def stack_masks(pictures: list[Picture]) -> Tensor:
+def stack_masks(pictures: list[MaskedPicture]) -> Tensor:
     """The masks of several pictures, one after the other: (P,) bool."""
     return torch.from_numpy(np.concatenate([picture.mask for picture in pictures]))
 
@@ -157,7 +157,7 @@ class Pictures:
     pairs: str = ""
     languages: str = "en,zh"
 
-    def __call__(self, i: int) -> Picture:
+    def __call__(self, i: int) -> MaskedPicture:
         rng = np.random.default_rng([self.seed, i])
         borders = np.cumsum([share for share, _ in KINDS.values()])
         number = int(np.searchsorted(borders, rng.random(), "right"))
@@ -174,7 +174,7 @@ class Pictures:
         image = max(map(np.asarray, candidates), key=quality)
         side = self.side // self.config.vision.patch_size
         mask = random_mask(rng, side, side, self.share, self.mask)
-        return Picture(image, mask, source, skipped)
+        return MaskedPicture(image, mask, source, skipped)
 
     def _render(self, rng, source: str) -> Image.Image:
         names = KINDS[source][1]

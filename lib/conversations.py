@@ -299,7 +299,7 @@ def message_of(turn: dict, pictures: dict, record: Record, pairs: int) -> Messag
         if isinstance(part, str):
             said += part
             continue
-        for image, after in shown(part, pictures, record, pairs):
+        for image, after in images_for(part, pictures, record, pairs):
             text, said = text + plainly(said) + IMAGE, after
             images.append(image)
     text += plainly(said)
@@ -333,7 +333,7 @@ def reply_of(turn: dict) -> str:
 
 # ---- videos -------------------------------------------------------------------------------------
 
-def shown(mark: Mark, pictures: dict, record: Record, pairs: int) -> list[tuple]:
+def images_for(mark: Mark, pictures: dict, record: Record, pairs: int) -> list[tuple]:
     """[(image, text after it), ...]: the picture of a Mark; or its video as pairs of frames, where
     the text after a pair is the time of its first frame [R: GLM-4.5V]."""
     name = mark.name
@@ -342,12 +342,12 @@ def shown(mark: Mark, pictures: dict, record: Record, pairs: int) -> list[tuple]
             raise BadRecord("image marks", f"more <{mark.kind}> than {mark.kind}s")
         name = pictures[mark.kind].pop(0)
     if mark.kind == "image":
-        return [(found(name, record), "")]
+        return [(picture_named(name, record), "")]
     if isinstance(name, list):
-        frames = [found(frame, record) for frame in name]
+        frames = [picture_named(frame, record) for frame in name]
         times = [n / mark.fps if mark.fps else 0.0 for n in range(len(frames))]
     else:
-        picture = found(name, record)
+        picture = picture_named(name, record)
         frames, times = picture.frames(), picture.times()
     if not frames:
         raise BadRecord("empty content", "a video without frames")
@@ -359,7 +359,7 @@ def shown(mark: Mark, pictures: dict, record: Record, pairs: int) -> list[tuple]
              f"{seconds:.1f} seconds") for couple, seconds in couples]
 
 
-def found(name, record: Record):
+def picture_named(name, record: Record) -> Picture:
     """The Picture of this name, or the Picture that `name` is already."""
     return name if isinstance(name, Picture) else record.find(name)
 

@@ -216,10 +216,11 @@ def resample(features: Tensor, own: tuple[int, int], grid: tuple[int, int, int])
 
 # ---- the families -------------------------------------------------------------------------------
 
-def stretch(table: Tensor, grids: list, **how) -> Tensor:
+def stretch(table: Tensor, grids: list, **interpolation) -> Tensor:
     """A square table of positions (n*n, W), resized to each grid (h, w) -> (P, W)."""
     square = rearrange(table.float(), "(h w) c -> 1 c h w", h=math.isqrt(len(table)))
-    made = {grid: F.interpolate(square, grid, align_corners=False, **how) for grid in set(grids)}
+    made = {grid: F.interpolate(square, grid, align_corners=False, **interpolation)
+            for grid in set(grids)}
     return torch.cat([rearrange(made[g], "1 c h w -> (h w) c") for g in grids]).to(table.dtype)
 
 
@@ -229,19 +230,19 @@ class Siglip(Teacher):
     mean = std = (0.5, 0.5, 0.5)
     kind = "semantic"
     scaled = False
-    how = {"mode": "bicubic"}
+    interpolation = {"mode": "bicubic"}
 
     def __init__(self, c: TeacherConfig):
         super().__init__(c)
         self.position = nn.Parameter(torch.zeros(self.budget, c.hidden_size))
 
     def place(self, grids):
-        return stretch(self.position, grids, **self.how), None
+        return stretch(self.position, grids, **self.interpolation), None
 
 
 class SiglipNaFlex(Siglip):
     """SigLIP2 of any size and shape (`siglip2_vision_model`)."""
-    how = {"mode": "bilinear", "antialias": True}
+    interpolation = {"mode": "bilinear", "antialias": True}
 
 
 class DinoV2(Teacher):
@@ -251,7 +252,7 @@ class DinoV2(Teacher):
     training and in its preprocessor.
     """
     resampling = Image.Resampling.BICUBIC
-    how = {"mode": "bicubic"}
+    interpolation = {"mode": "bicubic"}
 
     def __init__(self, c: TeacherConfig):
         bias = c.qkv_bias
@@ -270,12 +271,12 @@ class DinoV2(Teacher):
         return self.cls + self.position[:1]
 
     def place(self, grids):
-        return stretch(self.position[1:], grids, **self.how), None
+        return stretch(self.position[1:], grids, **self.interpolation), None
 
 
 class DinoV2Registers(DinoV2):
     """DINOv2 with registers (`dinov2_with_registers`), which have no row in the table."""
-    how = {"mode": "bicubic", "antialias": True}
+    interpolation = {"mode": "bicubic", "antialias": True}
 
     def __init__(self, c: TeacherConfig):
         super().__init__(c)
