@@ -123,11 +123,14 @@ def train() -> str:
 
 # ---- encoding -----------------------------------------------------------------------------------
 
-def cut(text: str, longest: int = 100_000) -> list[str]:
+LONGEST = 100_000       # characters that are encoded at a time
+
+
+def cut(text: str) -> list[str]:
     """Cut a text into parts that are encoded one by one; most texts are a single part. In a run of
     a million marks or spaces, tiktoken's search for words overflows its stack: an error that
     `except Exception` does not catch."""
-    return [text[i:i + longest] for i in range(0, len(text), longest)]
+    return [text[i:i + LONGEST] for i in range(0, len(text), LONGEST)]
 
 
 class Tokenizer:

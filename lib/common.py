@@ -49,7 +49,6 @@ class Hardware:
     price: float            # $/h of one device
     rank: int = 0
     world: int = 1          # number of ranks
-    local_rank: int = 0     # rank among the processes of this machine
     store: object = None    # torch.distributed's key-value store, shared by all ranks
     deadline: float = math.inf      # on time.monotonic's clock: when --max_hours are over
 
@@ -192,7 +191,7 @@ def setup(device: str = "auto", dtype: str = "auto", max_hours: float = 0,
     description = f"{where} in {str(chosen)[6:]}: {because}"
     if world > 1:
         description += f", {world} processes"
-    return Hardware(where, chosen, description, peak, price, rank, world, local, store, deadline)
+    return Hardware(where, chosen, description, peak, price, rank, world, store, deadline)
 
 
 def check_own_gpu(store, rank: int, world: int, gpu: str):
@@ -480,12 +479,12 @@ def first_sentence(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def heartbeat(what: str, every: float = 20):
-    """Print every `every` seconds what the program is waiting for, until the block ends."""
+def heartbeat(what: str):
+    """Print every 20 seconds what the program is waiting for, until the block ends."""
     done, began = threading.Event(), time.time()
 
     def beat():
-        while not done.wait(every):
+        while not done.wait(20):
             print(f"... waiting for {what} ({clock(time.time() - began)})", file=sys.stderr)
 
     thread = threading.Thread(target=beat, daemon=True)

@@ -124,7 +124,7 @@ def _expect_floats(name: str, x: Tensor, dimensions: int):
 
 # ---- with the output matrix ---------------------------------------------------------------------
 
-def _chunk(hidden: Tensor, weight: Tensor) -> int:
+def _chunk(hidden: Tensor) -> int:
     """How many tokens to take at a time, in chunks of nearly equal size.
 
     The gradient of the output matrix, 365 MB in fp32 at the vocabulary of `base`, is read and
@@ -148,7 +148,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """See linear_cross_entropy. The backward only scales gradients that the forward has made."""
+    """See linear_cross_entropy. Of the rows of `shape` it gets those of `used`. The backward only
+    scales gradients that the forward has made; that of a frozen weight is None."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, used, shape, chunk):
@@ -208,7 +209,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weight
         used = weights.nonzero()[:, 0]
     expect("used", used, (None,), hidden, torch.int64)
     hidden, targets, weights = (x.index_select(0, used) for x in (hidden, targets, weights))
-    chunk = chunk or _chunk(hidden, weight)
+    chunk = chunk or _chunk(hidden)
     return _LinearCrossEntropy.apply(hidden, weight, targets, weights, used, shape, chunk)
 
 
@@ -257,11 +258,10 @@ def linear_logp(hidden: Tensor, weight: Tensor, targets: Tensor,
     _expect_floats("hidden", hidden, 2)
     expect("weight", weight, (None, hidden.shape[1]), hidden, hidden.dtype)
     expect("targets", targets, hidden.shape[:1], hidden, torch.int64)
-    return _LinearLogp.apply(hidden, weight, targets, chunk or _chunk(hidden, weight))
+    return _LinearLogp.apply(hidden, weight, targets, chunk or _chunk(hidden))
 
 
 # lab/kernels.py compiles each kernel with these types of its arguments and these constants.
-
 KERNELS = [
     (_softmax_kernel, dict(logits="*bf16", targets="*i64", weights="*fp32", losses="*fp32",
                            entropies="*fp32", stride="i32", vocabulary="i32"),

@@ -50,10 +50,10 @@ def checkpoints(run) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def save_checkpoint(run: Path, step: int, write, keep: int = 2) -> Path | None:
+def save_checkpoint(run: Path, step: int, write) -> Path | None:
     """Save run/step_NNNNNN by calling write(folder), so that a kill at any moment loses nothing.
 
-    The folder gets its name only once it is complete; then all but the newest `keep` are removed. A
+    The folder gets its name only once it is complete; then all but the newest two are removed. A
     write that fails (a full disk) leaves the earlier checkpoints as they are and returns None.
     """
     final = Path(run) / f"step_{step:06d}"
@@ -73,7 +73,7 @@ def save_checkpoint(run: Path, step: int, write, keep: int = 2) -> Path | None:
         print(f"could not save {final}: {error.strerror or error}; the earlier checkpoint is kept",
               file=sys.stderr)
         return None
-    for old in checkpoints(run)[:-keep]:
+    for old in checkpoints(run)[:-2]:
         try:
             shutil.rmtree(old)
         except OSError as error:    # a link, no permission, or a file that another machine has open
@@ -262,7 +262,7 @@ class Checkpointer:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.hw.rank == 0:
-            print(f"step {self.done}: loss {loss}, gradient norm {norm}: step skipped "
+            print(f"step {self.done + 1}: loss {loss}, gradient norm {norm}: step skipped "
                   f"({self.skipped_in_a_row} in a row)")
         if self.skipped_in_a_row == 5:
             raise UserError(f"five steps in a row were not finite: try a lower --lr; "
