@@ -501,7 +501,6 @@ def pack_rows(documents: list[Document], room: int, ranks: int = 1) -> list[list
 
     ranks: how many share the rows. Then rows become shorter, so that each rank gets equally many:
     of 9 full rows, one of 8 ranks would compute two, while the others wait for it.
-
     """
     lengths = [len(d.ids) for d in documents]
     if ranks > 1 and documents:

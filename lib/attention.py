@@ -347,7 +347,6 @@ def _attention_dkv_kernel(q, k, v, grad, lse, delta, dk, dv, start, stop, qt_str
             ds = p * (dp - row_delta[None])
             sums_k += tl.dot(ds.to(tile_q.dtype), tile_q, input_precision=PRECISION)
     sums_k = sums_k * (scale * 0.6931471805599453)      # ln 2, as in the kernel for dq
-
     _store_tile(dk + g * C, sums_k, first, groups * C, total, C, CHANNELS, OWN)
     _store_tile(dv + g * C, sums_v, first, groups * C, total, C, CHANNELS, OWN)
 

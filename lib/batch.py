@@ -84,7 +84,6 @@ def collate(documents: list[Document], config: Config, room: int = 0,
     Only shapes are needed then, and there are no patches. Raises ValueError where the image tokens
     are not as many as the groups of patches.
     """
-
     parts = list(documents)
     used = sum(len(d.ids) for d in parts)
     if room > used:
