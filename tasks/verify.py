@@ -13,12 +13,14 @@ the limits.
 import ast
 import json
 import re
+import threading
 import warnings
 
 BEGIN, END = "<|begin_of_box|>", "<|end_of_box|>"
 LONGEST_REPLY, LONGEST_ACTION, LONGEST_LIST = 4000, 400, 40     # characters, and entries
 KEYS = ("color", "shape", "size", "at")         # the keys of one thing in scene_to_json
 MOVES = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}
+PARSING = threading.Lock()
 
 
 # ---- parsing a reply ----------------------------------------------------------------------------
@@ -42,7 +44,9 @@ def answer_and_gold(evidence: dict) -> tuple:
 
 def parse_python(code: str, mode: str = "exec") -> ast.AST:
     """The syntax tree of code, without Python's warnings about it, such as for type("\\d")."""
-    with warnings.catch_warnings(action="ignore"):
+    # All threads share the filters of warnings. Two that change and restore them at the same time
+    # would leave all warnings ignored for good.
+    with PARSING, warnings.catch_warnings(action="ignore"):
         return ast.parse(code, mode=mode)
 
 

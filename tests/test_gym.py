@@ -1,5 +1,7 @@
 """The contract of every category, the known hacks, and the driver. `python -m pytest tests`"""
+import ast
 import hashlib
+import itertools
 import os
 import pickle
 import re
@@ -7,6 +9,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -269,6 +275,24 @@ def test_parse_action():
                  "click(*[1])", "click(1); click(2)", "click(1 + open('f'))", "(" * 399, "-" * 399,
                  "click(" + "9" * 5000 + ")", "click(" + "1" * 390 + ")" * 4, "f(" * 199, "é(1"):
         assert verify.parse_action(text) is None, text
+
+
+def test_threads_that_parse_leave_the_filters_of_warnings_as_they_were(monkeypatch):
+    """Asynchronous RL takes the steps of its environments in threads. Here two parse at the same
+    time, if they can, and the one that began first ends first."""
+    before, both, order, parse = [*warnings.filters], threading.Barrier(2), itertools.count(), ast.parse
+
+    def parse_slowly(*args, **options):
+        place = next(order)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.05)
+        time.sleep(0.05 * place)
+        return parse(*args, **options)
+
+    monkeypatch.setattr(ast, "parse", parse_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(verify.parse_action, ["back()"] * 2)] == [("back", [])] * 2
+    assert [*warnings.filters] == before
 
 
 @pytest.mark.parametrize("verifier,right,wrong,gold", [
