@@ -23,6 +23,7 @@ PAGES = sorted(COURSE.glob("[0-9][0-9]-*.md"))
 HEADINGS = ["The idea", "Read", "One picture", "Run it", "Exercise", "Homework: a lab sheet",
             "Questions"]
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in [*PAGES, COURSE / "README.md"]}
+GUIDES = ("docs/using.md", "docs/data.md", "CONTRIBUTING.md")   # their commands are checked, too
 # The sheet of each lecture, and the field that bare words are for where a script has one.
 SHEETS = {1: "muon", 2: "naflex", 3: "collapse", 4: "big_batch", 5: "text_kept", 6: "mmtp_loss",
           7: "vague_tasks", 8: "rl_beats_sft", 9: "async_rl", 10: "harness"}
@@ -149,9 +150,9 @@ def test_pictures_exist_and_are_small(path):
         assert name.startswith("http") or (COURSE / name).exists(), name
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", [*TEXTS, *GUIDES])
 def test_commands_are_understood(name):
-    found = commands(TEXTS[name])
+    found = commands(TEXTS[name] if name in TEXTS else (ROOT / name).read_text(encoding="utf-8"))
     assert found
     for words in found:
         check_command(words)
