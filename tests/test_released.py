@@ -153,6 +153,7 @@ def test_our_own_tokenizer_json_gives_our_ids():
     ("pre_tokenizer.pretokenizers.0.pattern", {"String": " "}, "'Regex' is missing"),
     ("pre_tokenizer.pretokenizers.0.pattern.Regex", "(", "can't be used"),
     ("pre_tokenizer.pretokenizers.0.pattern.Regex", r"\p{L}+", "leaves out parts of"),
+    ("pre_tokenizer.pretokenizers.0.pattern.Regex", r"\s*", "matches an empty text"),
     ("pre_tokenizer.pretokenizers.1.add_prefix_space", True, "ByteLevel.add_prefix_space"),
     ("pre_tokenizer.pretokenizers.1.use_regex", True, "ByteLevel.use_regex"),
     ("added_tokens.0.lstrip", True, "added token <|endoftext|>.lstrip"),
