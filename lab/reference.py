@@ -189,7 +189,8 @@ def curve_of(logs: list[list[dict]], key: str) -> dict | None:
 def reference_of(folders: list[Path], name: str, command: str = "", commit: str = "",
                  unfinished: bool = False) -> dict:
     """The reference of runs, which have to have ended unless `unfinished` ones are taken. Raises
-    UserError where one has not, or where they differ in more than the seed."""
+    UserError where one has not, where they differ in more than the seed, or where two have the same
+    seed: they would make the band too narrow."""
     options, logs = options_of(folders[0]), []
     for folder in folders:
         other = options_of(folder)
@@ -203,27 +204,32 @@ def reference_of(folders: list[Path], name: str, command: str = "", commit: str 
         if logs[-1][-1]["step"] < steps and not unfinished:
             raise UserError(f"{folder} has not ended: its log does not reach step {steps}; "
                             "--unfinished takes it as far as it goes")
+    configs = [read_json(folder / "config.json") for folder in folders]
+    seeds = [config.get("seed") for config in configs]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise UserError(f"two of the runs have the same seed, {twice[0]}: a reference needs "
+                        "different ones")
     curves = {key: curve for key in CURVES if (curve := curve_of(logs, key))}
     finals = {}
     for key in CURVES:
         values = [value for lines in logs if (value := final(lines, key)) is not None]
         if values:
             finals[key] = [float(f"{value:.4g}") for value in values]
-    configs = [read_json(folder / "config.json") for folder in folders]
-    band = (f"from the least to the most of {len(logs)} runs, each widened by twice the standard "
-            "deviation between them" if len(logs) > 1 else "one run only: its curve, two points "
-            "earlier to two points later, widened by twice the standard deviation of single steps "
-            "around it; other seeds may leave it")
+    if len(logs) > 1:
+        band = (f"from the least to the most of {len(logs)} runs, each widened by twice the "
+                "standard deviation between them")
+    else:
+        band = ("one run only: its curve, two points earlier to two points later, widened by twice "
+                "the standard deviation of single steps around it; other seeds may leave it")
     reached = min(lines[-1]["step"] for lines in logs)
     if reached < options["steps"]:
         band += f"; not ended: it knows {reached} of {options['steps']} steps"
+    present = git_or_none("rev-parse", "--short", "HEAD", where=ROOT)
     ended = max((folder / "log.jsonl").stat().st_mtime for folder in folders)
     return {"name": name, "command": command or command_of(options), "config": options,
-            "seeds": [config.get("seed") for config in configs], "reaches": reached, "band": band,
+            "seeds": seeds, "reaches": reached, "band": band,
             "hardware": str(configs[0].get("hardware", "unknown")),
-            "commit": commit or git_or_none("rev-parse", "--short", "HEAD", where=ROOT)
-            or "unknown",
-            "date": date.fromtimestamp(ended).isoformat(),
+            "commit": commit or present or "unknown", "date": date.fromtimestamp(ended).isoformat(),
             "final": finals, "curves": curves}
 
 

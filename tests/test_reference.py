@@ -208,6 +208,12 @@ def test_runs_that_differ_make_no_reference(tmp_path, change, message):
         reference.run(reference.Args(run=[str(first), str(run)], name="x", out=str(tmp_path)))
 
 
+def test_two_runs_of_one_seed_make_no_reference(tmp_path):
+    runs = [str(leave(tmp_path / name, losses(0), seed=3)) for name in ("one", "copy")]
+    with pytest.raises(UserError, match="have the same seed, 3"):
+        reference.run(reference.Args(run=runs, name="x", out=str(tmp_path)))
+
+
 def test_what_is_no_finished_run_is_one_line(known, tmp_path):
     run = str(leave(tmp_path / "run", losses(0)[:200]))
     for args, message in (
