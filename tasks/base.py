@@ -44,7 +44,6 @@ class Step:
     obs: Obs | None
     done: bool
     truncated: bool = False
-    info: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,6 @@ class Env:
     def glance(self, rng) -> str:
         """The reply of a baseline that sees the picture but ignores the question (contract.py)."""
         raise NotImplementedError
-
-    def close(self):
-        """Release the resources of the instance; by default there are none."""
 
 
 class OneShot(Env):

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -87,17 +86,18 @@ def pass_at_k(right: int, n: int, k: int) -> float:
 
 
 def tally(groups: dict[Task, list[Score]], k: int = 1) -> dict[str, dict]:
-    """{category: number of tasks, mean reward, pass@k, number of errors}. Errors count neither for
-    the reward nor for pass@k.
+    """{category: {"tasks": their number, "reward": the mean, "pass": pass@k, "errors": how many
+    scores are errors}}.
 
-    Tasks with fewer than k valid samples are left out of `pass_at_k`. [C] for watching rewards and
+    Errors count neither for the reward nor for pass@k, and a task with fewer than k other scores
+    does not count for pass@k. Where nothing counts, a mean is nan. [C] for watching rewards and
     pass@k by category.
     """
     table = {}
     for task, scores in groups.items():
         row = table.setdefault(task.category, {"tasks": 0, "reward": [], "pass": [], "errors": 0})
         good = [score.reward for score in scores if not score.error]
-        n, right = len(good), sum(reward > 0.999 for reward in good)
+        n, right = len(good), sum(score.solved for score in scores)
         row["tasks"] += 1
         row["errors"] += len(scores) - n
         row["reward"] += good
@@ -113,13 +113,12 @@ class Rewards:
 
     workers: the number of processes that run the verifiers; a process that needs more than
     `deadline` seconds for one item is killed. With 0 workers they run in this process, without a
-    limit. judge: a Judge, or None. `errors` counts the failures by category. One thread at a time
-    may use it. [O]
+    limit. judge: a Judge, or None. Several threads may use it. [O]
     """
 
     def __init__(self, categories: dict = CATEGORIES, workers: int = 0, deadline: float = 5.0,
                  judge=None):
-        self.categories, self.judge, self.errors = categories, judge, Counter()
+        self.categories, self.judge = categories, judge
         self.pool = Pool(workers, deadline) if workers else None
 
     def score(self, task: Task, evidence: dict) -> Score:
@@ -153,7 +152,6 @@ class Rewards:
                 return Score(combine(category.combine, values, weights), parts)
         except Exception as fault:
             error = one_line(fault)
-        self.errors[task.category] += 1
         return Score(math.nan, {}, error)
 
     def close(self):

@@ -280,7 +280,8 @@ def test_parse_action():
 def test_threads_that_parse_leave_the_filters_of_warnings_as_they_were(monkeypatch):
     """Asynchronous RL takes the steps of its environments in threads. Here two parse at the same
     time, if they can, and the one that began first ends first."""
-    before, both, order, parse = [*warnings.filters], threading.Barrier(2), itertools.count(), ast.parse
+    before, both, order = [*warnings.filters], threading.Barrier(2), itertools.count()
+    parse = ast.parse
 
     def parse_slowly(*args, **options):
         place = next(order)
