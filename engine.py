@@ -20,7 +20,6 @@ that decoding reads one dense block of the cache.
 Letters: S cache slots, n running requests, K drafts, T tokens of a packed row, D documents in it,
 W width of the model, H query heads, G key-value heads, C channels of a head, V vocabulary.
 """
-import itertools
 import math
 import time
 from collections import deque
@@ -213,10 +212,10 @@ class Result:
     logps: the log-probability of each token at temperature 1 among all tokens, also where a form
     allows only some. versions: the version of the weights that made each token."""
     id: int
-    ids: list
+    ids: list[int]
     finish: str
-    logps: list
-    versions: list
+    logps: list[float]
+    versions: list[int]
 
 
 @dataclass
@@ -234,8 +233,8 @@ class _Sequence:
 @dataclass
 class _NewTokens:
     """New tokens of running requests, with the fields of a Batch that the model's forward reads."""
-    tokens: torch.Tensor
-    positions: torch.Tensor
+    tokens: Tensor              # (n*k,)
+    positions: Tensor           # (3, n*k)
     cu_seqlens: None = None
 
 
@@ -273,7 +272,7 @@ class Engine:
         self.last = torch.zeros(slots, dtype=torch.long, device=self.device)  # token to read next
         self.state = weight.new_zeros(slots, weight.shape[1])   # of the MTP head, at token `last`
         self.steps = self.tokens = 0    # steps, summed over running requests; tokens they gave
-        self.trace = None               # called as trace(drafts, accepted, chosen) in every step
+        self.trace = None               # called as trace(drafts, accepted, chosen) if it drafts
 
     @property
     def busy(self) -> bool:
@@ -339,13 +338,13 @@ class Engine:
         logits = self.model.lm_head(hidden[ends])[:, None]
         chosen = self._sample(logits[:, 0], first)
         if self.tuner.best:
-            rows = slice(first, first + len(new))
-            self.state[rows] = self._start_head(first, batch, hidden, cache, chosen)
+            self._start_head(first, batch, hidden, cache, chosen)
         made = self._fetch(chosen[:, None], torch.zeros_like(chosen), logits, first)  # no drafts
         return self._append(*made, first)
 
     def _start_head(self, first: int, batch, hidden, cache: Prefill, chosen):
-        """Let the head read the prompts of the slots from `first` on; returns its states (n, W).
+        """Let the head read the prompts of the slots from `first` on. The first drafts begin from
+        its state at their ends.
 
         At position i of a prompt the head joins h_i with token i+1, so at the last one it needs the
         first token of the reply, `chosen` (n,). There equal prompts differ, so the head reads each
@@ -357,8 +356,9 @@ class Engine:
         ends = borders[1:].long() - 1
         ahead = batch.tokens[row].roll(-1).index_copy(0, ends, chosen)
         own = self.cache.prefill(first, host, batch.host.positions[:, cache.row_on_cpu])
-        return mmtp.draft(self.model, hidden[row], ahead, batch.positions[:, row],
-                          Segments(borders, causal=True, host=host), own)[ends]
+        states = mmtp.draft(self.model, hidden[row], ahead, batch.positions[:, row],
+                            Segments(borders, causal=True, host=host), own)
+        self.state[first:first + len(chosen)] = states[ends]
 
     # ---- a step -----------------------------------------------------------------------------
 
@@ -367,8 +367,7 @@ class Engine:
         """Admit waiting requests, then give every running one a token or more. Returns the requests
         that have ended."""
         ended = self._admit()
-        if self.running:
-            n = len(self.running)
+        if n := len(self.running):
             ended += self._speculate(n) if self.tuner.best else self._decode(n)
         return ended
 
@@ -461,8 +460,7 @@ class Engine:
     # ---- sampling ---------------------------------------------------------------------------
 
     def _shaping(self, sequences) -> list[Tensor] | None:
-        """Temperature and top-p of each sequence, (n,) each on the CPU; None where all are greedy.
-        """
+        """Temperatures and top-p, (n,) each on the CPU; None where all sequences are greedy."""
         requests = [sequence.request for sequence in sequences]
         if all(r.temperature <= 0 for r in requests):
             return None
@@ -511,11 +509,10 @@ class Engine:
             drafted = draft_probs.isfinite().flatten(1).all(1)
         table = torch.cat([chosen, logps, accepted[:, None], drafted[:, None]], 1).tolist()
         check_finite(all(row[-1] for row in table), "MTP head")
-        logps = [row[new:2 * new] for row in table]
-        # nan where any of the logits is nan or inf
-        check_finite(all(map(math.isfinite, itertools.chain(*logps))), "model")
-        return ([list(map(int, row[:new])) for row in table], logps,
-                [int(row[2 * new]) for row in table])
+        ids = [[int(id) for id in row[:new]] for row in table]
+        logps = [row[new:2 * new] for row in table]     # nan where any of the logits is nan or inf
+        check_finite(all(math.isfinite(logp) for row in logps for logp in row), "model")
+        return ids, logps, [int(row[2 * new]) for row in table]
 
     def _append(self, ids, logps, counts, first: int) -> list[Result]:
         """Append new tokens, which `_fetch` has returned, to the slots from `first` on: in each the

@@ -145,10 +145,11 @@ class EngineThread(threading.Thread):
 
     def figures(self) -> dict:
         """Requests that run and wait, and the speed of the last steps."""
-        speeds = self.speeds.copy()         # the engine's thread appends to it meanwhile
+        speeds, engine = self.speeds.copy(), self.engine    # the engine's thread changes both
         tokens, seconds = sum(t for t, _ in speeds), sum(s for _, s in speeds)
-        running = len(self.engine.running) if self.engine else 0
-        return {"running": running, "waiting": max(0, len(self.jobs) - running),
+        running = len(engine.running) if engine else 0
+        waiting = max(0, len(self.jobs) + self.inbox.qsize() - running)
+        return {"running": running, "waiting": waiting,
                 "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0}
 
     # ---- the loop ---------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def figures(tasks, shown, blanked) -> dict | None:
     accuracy, blank = (sum(e.score.solved for e in played) / max(1, len(played))
                        for played in (valid, grey))
     low, high = interval(accuracy, len(valid))
-    chance = sum(type(gym.make(t)).chance(t.level) for t in tasks) / len(tasks)
+    chance = sum(gym.CATEGORIES[t.category].env.chance(t.level) for t in tasks) / len(tasks)
     return {"accuracy": accuracy, "low": low, "high": high, "blank": blank, "chance": chance,
             "reward": sum(e.score.reward for e in valid) / len(valid),
             "errors": len(shown) - len(valid), "n": len(tasks)}
