@@ -1,7 +1,7 @@
 """Does a model click outside its gym? The gym's small screens, drawn by a browser as HTML.
 
-    python -m lab.out_of_gym                     the demo's checkpoint, less than a minute
-    python -m lab.out_of_gym --ckpt=out/rl --count=500
+    python -m lab.out_of_gym                     the model in ckpt/gym, a minute or two
+    python -m lab.out_of_gym --ckpt=ckpt/demo    the demo's, which knows fewer categories
 
 Held-out tasks of `gui_click` at level 0, answered greedily. `gym` is the gym's own picture,
 `browser` the same buttons at the same places as HTML in Chromium, without the gym's decoration.
@@ -200,7 +200,7 @@ def screen_html(screen: Screen, x: int = 0, y: int = 0) -> str:
     parts = []
     for label, paint, area in zip(screen.labels, screen.paints, screen.areas.tolist()):
         width, height = area[2] - area[0], area[3] - area[1]
-        # as large as its button allows: a capital is 0.72 of a common font's size, as of ours
+        # As large as the button allows. A capital has 0.72 of a common font's size, as of ours.
         size = min(height, 0.8 * width * 32 / font(32).getlength(label or "-"))
         style = f"{place(*area)};font-size:{size:.3g}px"
         if paint:
@@ -266,7 +266,7 @@ def screens_of(name: str, tasks: list[Task], browser: str, folder: Path) -> tupl
 # ---- measuring ----------------------------------------------------------------------------------
 
 def ask(model, tokens, questions: list[str], pictures: list[Image.Image]) -> list[str]:
-    """The model's greedy replies to questions, each about one picture."""
+    """The model's greedy replies to questions, each about the picture at the same place."""
     prompts = [document([Message("user", IMAGE + question, (picture,))], tokens, model.config,
                         answer=True) for question, picture in zip(questions, pictures)]
     context = max(len(prompt.ids) for prompt in prompts) + MAX_NEW + 1
@@ -288,7 +288,7 @@ def point(reply: str) -> tuple | None:
 
 
 def right(screen: Screen, reply: str) -> bool:
-    """HIT: whether the reply clicks in the target."""
+    """Whether the reply clicks in the target."""
     at = point(reply)
     return at is not None and inside(at, screen.gold())
 
@@ -334,7 +334,8 @@ def out_of_gym(args: Args):
     check_options(args)
     browser, out = find_browser(), Path(args.out)
     model, tokens, hw = load(args.ckpt, args.device, args.dtype)
-    version = subprocess.run([browser, "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run([browser, "--version"], capture_output=True, text=True,
+                             errors="replace").stdout
     where = f"{hw.description}; {version.strip()}"
     out.mkdir(parents=True, exist_ok=True)
     side = task_pixels("gui_click", model.config)
