@@ -352,6 +352,8 @@ def report(args: Args):
     if len(args.run) > 1:
         return print(compare.write([Path(run) for run in args.run], args.out))
     run = Path(args.run[0])
+    if args.out != Args.out:
+        raise UserError(f"--out is for the page of several runs; that of one is {run}/report.html")
     config = read_json(run / "config.json") if (run / "config.json").exists() else {}
     if script_of(config)[0] == "pretrain.py":
         try:

@@ -184,6 +184,8 @@ def test_an_empty_folder_is_one_clear_line(tmp_path):
         report.write(tmp_path)
     with pytest.raises(UserError, match="no run folder"):
         report.write(tmp_path / "missing")
+    with pytest.raises(UserError, match=f"that of one is {tmp_path}/report.html"):
+        report.report(report.Args([str(tmp_path)], out="elsewhere.html"))
 
 
 # ---- pages of real runs -------------------------------------------------------------------------
