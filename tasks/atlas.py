@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .base import box, held, IMAGE, Obs, OneShot, pick, worded
-from .draw import cached_mask, Canvas, COLORS, ink_on, plain, plate_mask, shades, SHAPES, UNITS
+from .draw import (cached_mask, Canvas, COLORS, ground_and_ink, ink_on, plate_mask, shades, SHAPES,
+                   UNITS)
 from .words import invent, some_of
 
 MARKS = {"country": "flag", "yard": "emblem"}
@@ -253,7 +254,7 @@ class WorldKnowledge(OneShot):
         """Draw one large flag or emblem, or two smaller ones, one above the other -> picture."""
         n, moves = len(self.pages), None
         colors = shades(self.rng, self.heldout)
-        ground = plain(self.rng, self.heldout, self.level)[0]
+        ground = ground_and_ink(self.rng, self.heldout, self.level)[0]
         canvas, height = Canvas(self.pixels, ground), 40 if n == 1 else 28
         while not moves or held(f"{moves}") != self.heldout:
             moves = self.rng.integers(-3, 4, (n, 2)).tolist()

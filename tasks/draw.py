@@ -56,7 +56,7 @@ def shades(rng, heldout: bool, spread: int = 14) -> dict:
             for (name, pair), move in zip(COLORS.items(), moves)}
 
 
-def plain(rng, heldout: bool, level: int) -> tuple:
+def ground_and_ink(rng, heldout: bool, level: int) -> tuple:
     """(background, ink): light ink on a dark background or dark ink on a light one. Half of the
     backgrounds are grey, black or white, the others slightly tinted.
 

@@ -12,7 +12,7 @@ from string import ascii_uppercase
 import numpy as np
 
 from .base import held, IMAGE, Obs, OneShot, pick, worded
-from .draw import blend, Canvas, plain, shades, UNITS
+from .draw import blend, Canvas, ground_and_ink, shades, UNITS
 
 # How a user may word a question; level 0 has the first of each.
 ANGLE = ("How many degrees is the angle {}?", "How large is the angle {}, in degrees?",
@@ -268,7 +268,7 @@ class Geometry(OneShot):
             forms, gold, self.why = maker(figure)
             labels = figure.place_labels()
         self.shown = re.findall(r"\d+", self.why)       # the numbers in the calculation
-        ground, ink = plain(self.rng, self.heldout, self.level)
+        ground, ink = ground_and_ink(self.rng, self.heldout, self.level)
         color = pick(self.rng, list(shades(self.rng, self.heldout).values()))
         canvas = Canvas(4 * self.pixels, ground)        # reduced by 4 below, for smooth lines
         flat = [[c for z in stroke for c in canvas.at(z.real, z.imag)]

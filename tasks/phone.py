@@ -12,7 +12,7 @@ from collections import namedtuple
 from typing import Any
 
 from .base import held, pick
-from .draw import blend, Canvas, CELL, DARK, ink_on, LIGHT, plain, shades, UNITS
+from .draw import blend, Canvas, CELL, DARK, ground_and_ink, ink_on, LIGHT, shades, UNITS
 from .verify import inside, is_point
 from .words import CONTROLS, DAYS, invent, NAMES, some, some_of, THINGS
 
@@ -46,7 +46,7 @@ def theme(rng, heldout: bool, level: int) -> dict:
     """Random colours, {role: RGB}: a light or a dark theme with an accent colour. "round" is not a
     colour, but the radius of corners as a share of the roundest."""
     if level:
-        ground, ink = plain(rng, heldout, level)
+        ground, ink = ground_and_ink(rng, heldout, level)
     else:
         dark = bool(rng.integers(2))
         ground, ink = (pair[heldout] for pair in ((DARK, LIGHT) if dark else (LIGHT, DARK)))

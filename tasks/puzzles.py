@@ -9,7 +9,7 @@ from itertools import accumulate, permutations, product
 import numpy as np
 
 from .base import box, held, IMAGE, Obs, OneShot, pick, worded
-from .draw import blend, Canvas, CELL, COLORS, glyph_mask, plain, shades, SHAPES, UNITS
+from .draw import blend, Canvas, CELL, COLORS, glyph_mask, ground_and_ink, shades, SHAPES, UNITS
 from .verify import ahead, MOVES, runs
 from .words import some_of
 
@@ -82,7 +82,7 @@ class MapRoute(OneShot):
     def paint(self, n, streets, bars, marks):
         """Draw the streets -> (names of the two marks, picture)."""
         rng, step = self.rng, UNITS / n
-        ground, ink = plain(rng, self.heldout, self.level)
+        ground, ink = ground_and_ink(rng, self.heldout, self.level)
         colors, canvas = shades(rng, self.heldout), Canvas(self.pixels, ground)
         for roads, long, half, color in ((streets, 0.67, 0.17, blend(ground, ink, 0.4)),
                                          (bars, 0.07, 0.25, colors.pop("red"))):
@@ -154,7 +154,7 @@ class MatrixPuzzle(OneShot):
     def paint(self, matrix):
         """Draw the matrix and, below it, the choices -> picture."""
         rng, cell, lines = self.rng, 11.5, len(self.choices) // 4
-        ground, ink = plain(rng, self.heldout, self.level)
+        ground, ink = ground_and_ink(rng, self.heldout, self.level)
         colors, canvas = shades(rng, self.heldout), Canvas(self.pixels, ground)
         top = (UNITS - (3 + lines) * cell - 1.5 * lines - 2) / 2
         cells = [(UNITS / 2 + (c - 1.5) * (cell + 0.5), top + r * (cell + 0.5),
@@ -222,7 +222,7 @@ class GridLogic(OneShot):
 
     def make(self):
         self.colors = shades(self.rng, self.heldout)
-        self.ground, self.ink = plain(self.rng, self.heldout, self.level)
+        self.ground, self.ink = ground_and_ink(self.rng, self.heldout, self.level)
         self.canvas = Canvas(self.pixels, self.ground)
         question, told, gold = self.sudoku() if self.rng.integers(2) else self.nonogram()
         self.why = " ".join([*told[:2], "The rest follows."])

@@ -14,8 +14,8 @@ from itertools import combinations
 from math import sqrt
 
 from .base import box, IMAGE, middle, Obs, OneShot, pick, worded
-from .draw import (aspect, Canvas, CELL, COLORS, GRID, PAIRS, plain, shades, SHAPES, SQUARE,
-                   TRAIN_PAIRS)
+from .draw import (aspect, Canvas, CELL, COLORS, GRID, ground_and_ink, PAIRS, shades, SHAPES,
+                   SQUARE, TRAIN_PAIRS)
 
 # How a user may word a question; level 0 has the first two of each. screens.py asks the same about
 # screens.
@@ -173,7 +173,7 @@ class Scene(OneShot):
 
     def palette(self):
         """(RGB of each colour, background, ink)"""
-        return shades(self.rng, self.heldout), *plain(self.rng, self.heldout, self.level)
+        return shades(self.rng, self.heldout), *ground_and_ink(self.rng, self.heldout, self.level)
 
     def place(self, n, sizes=()):
         """A random (x, y, size), in units, for each of n things. sizes: those of level 1 on, if

@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw
 
 from .base import (box, click, Env, held, IMAGE, middle, Obs, OneShot, pick, recap, Step,
                    worded)
-from .draw import (blend, cached_mask, Canvas, CELL, COLORS, font, GRID, ink_on, OBLONG, plain,
-                   shades, SHAPES, SQUARE, UNITS)
+from .draw import (blend, cached_mask, Canvas, CELL, COLORS, font, GRID, ground_and_ink, ink_on,
+                   OBLONG, shades, SHAPES, SQUARE, UNITS)
 from .scenes import COLOR_OF, HOW_MANY, POINT_AT
 from .verify import inside, is_point, parse_action
 from .words import CONTROLS, some, some_of
@@ -78,7 +78,7 @@ class Theme:
 
     def __init__(self, rng, heldout: bool, level: int):
         self.colors = shades(rng, heldout)
-        self.ground, self.ink = plain(rng, heldout, level)
+        self.ground, self.ink = ground_and_ink(rng, heldout, level)
         self.round = pick(rng, (0, 0.2, 0.2, 0.5))      # radius of the corners / height
         self.shadow, self.bold = rng.integers(4) == 0, rng.integers(3) == 0
         self.tinted = bool(rng.integers(2))             # flat buttons: a faint plate, or a line

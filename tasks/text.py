@@ -1,7 +1,7 @@
 """Reading: a short line of large characters. At level 0 each has a cell of the grid for itself;
 from level 1 on the line lies anywhere, in many sizes, and half of the pictures are not square."""
 from .base import box, click, held, IMAGE, middle, Obs, OneShot, pick, worded
-from .draw import aspect, Canvas, CELL, GRID, plain, SQUARE
+from .draw import aspect, Canvas, CELL, GRID, ground_and_ink, SQUARE
 from .scenes import CLICK_ON, POINT_AT
 
 UPPER = "ABCDEFGHJKLMNPRTUVWXY2346789"      # without O and 0, I and 1, S and 5, Z, Q
@@ -30,7 +30,7 @@ class OcrLine(OneShot):
         gold = ""
         while not gold or held(gold) != self.heldout:
             gold = "".join(pick(rng, letters) for _ in range(int(rng.integers(low, high + 1))))
-        ground, ink = plain(rng, self.heldout, self.level)
+        ground, ink = ground_and_ink(rng, self.heldout, self.level)
         bold = 0.02 if self.heldout else pick(rng, (0.0, 0.04))
         grid, x, y, side = self.place(len(gold))
         canvas, areas = Canvas(self.pixels, ground, grid), []

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 
 from .atlas import ASPECT, draw_emblem, world, YEAR
 from .base import Env, held, IMAGE, middle, Obs, pick, Step
-from .draw import Canvas, CELL, GRID, PAIRS, plain, shades, TRAIN_PAIRS, UNITS
-from .verify import inside, iou, parse_action, parse_python, plain as normal
+from .draw import Canvas, CELL, GRID, ground_and_ink, PAIRS, shades, TRAIN_PAIRS, UNITS
+from .verify import inside, iou, parse_action, parse_python, plain
 from .words import some_of
 
 USES = {"crop": "x0, y0, x1, y1", "zoom": "x, y", "draw_box": "x0, y0, x1, y1",
@@ -180,7 +180,7 @@ class Board(Toolbox):
         `self.cells` and `self.spots` (the middles of the cards), in the order of the texts."""
         rng, n, labels, self.spots = self.rng, len(texts), {}, []
         self.colors = shades(rng, self.heldout)
-        ground = plain(rng, self.heldout, self.level)[0]
+        ground = ground_and_ink(rng, self.heldout, self.level)[0]
         paper, ink = (PAPER, INK) if sum(ground) < 384 else (INK, PAPER)
         canvas, self.cells = Canvas(self.large, ground), None
         while not self.cells or held(str(self.cells)) != self.heldout:
@@ -255,7 +255,7 @@ class Library(Toolbox):
 
     def open(self, name):
         """The text of a page."""
-        page = self.pages.get(normal(name).capitalize())
+        page = self.pages.get(plain(name).capitalize())
         if page is None:
             return Obs("There is no page of that name.")
         self.log[-1].append(page.name)
@@ -382,8 +382,8 @@ class ImageMining(Library, Board):
 
     def open(self, name):
         """The text of a page, and its picture; or, for "board", the first picture again."""
-        obs, page = super().open(name), self.pages.get(normal(name).capitalize())
-        if normal(name) == "board":
+        obs, page = super().open(name), self.pages.get(plain(name).capitalize())
+        if plain(name) == "board":
             self.photo = self.first
             return Obs(IMAGE, [self.whole()])
         if page is None:

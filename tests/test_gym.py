@@ -30,7 +30,7 @@ from lib.cli import main
 from tasks import CATEGORIES, Category, contract, Obs, OneShot, Step, Task, verify
 from tasks.base import box, click, held, IMAGE, quoted, recap
 from tasks.contract import CategoryCheck, fingerprints, in_fresh_process
-from tasks.draw import Canvas, HELD_PAIRS, OBLONG, plain, shades
+from tasks.draw import Canvas, ground_and_ink, HELD_PAIRS, OBLONG, shades
 from tasks.hostile import hostile_reply
 from tasks.phone import Device
 from tokenizer import SPECIAL
@@ -222,14 +222,14 @@ def test_grounds_are_light_and_dark_and_no_colour_is_lost_on_them():
     rng, seen = np.random.default_rng(0), {True: set(), False: set()}
     for i in range(2000):
         level, heldout = i % 5, i % 3 == 0
-        ground, ink = plain(rng, heldout, level)
+        ground, ink = ground_and_ink(rng, heldout, level)
         grey = np.mean(ground)
         seen[heldout].add(ground)
         assert abs(grey - np.mean(ink)) > 100 and not 70 < grey < 180
         for color in shades(rng, heldout).values():
             assert np.abs(np.subtract(color, ground)).sum() > 75
     assert not seen[True] & seen[False] and {(255,) * 3, (0,) * 3} <= seen[False]
-    light = [np.mean([np.mean(plain(rng, False, level)[0]) > 128 for _ in range(400)])
+    light = [np.mean([np.mean(ground_and_ink(rng, False, level)[0]) > 128 for _ in range(400)])
              for level in range(5)]
     assert light == pytest.approx([0, 0.5, 0.5, 0.5, 0.5], abs=0.09)
 
