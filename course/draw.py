@@ -63,7 +63,7 @@ def tokens(args: Args):
         pen.rectangle((x, y, x + wide - 4, y + high), fill=fill)
         name = words.decode([token]).replace("\n", "\\n")
         name = "image" if visual else name.strip("<|>") or "space"
-        pen.text((x + 4, y + 5), name, INK, font(11 if len(name) > 9 else 14))
+        pen.text((x + 4, y + 5), name, INK, font(10 if len(name) > 9 else 14))
         if weight:
             before, after = (abs(loss[t].item()) for loss in losses)
             pen.text((x + 4, y + 26), f"{before:.1f}, {after:.2f}", INK, font(14))
