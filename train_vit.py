@@ -203,22 +203,21 @@ def measure_teachers(model: Distiller, stream: Pictures):
         getattr(model, f"std_{name}").copy_(features.std(0) + 1e-6)
 
 
-def distill_loss(model: Distiller, pictures: list[MaskedPicture],
-                 args: Args) -> tuple[Tensor, dict]:
+def distill_loss(model: Distiller, samples: list[MaskedPicture], args: Args) -> tuple[Tensor, dict]:
     """--cosine x (1 - cosine) + the rest x smooth-L1 between what the student's heads predict and
     what the teachers see, the mean over patches and teachers [O]: this micro-batch's part of the
     mean over the global batch, and of the mean cosine to each teacher."""
-    device, images = model.token.device, [picture.image for picture in pictures]
+    device, images = model.token.device, [sample.image for sample in samples]
     patches, grids = pack(images, model.visual.config)
     # The student sees the mask token in place of 35% of the patches [C]: enough that it has to
     # infer what is there from the rest. The teachers see the whole picture.
-    mask = stack_masks(pictures)
+    mask = stack_masks(samples)
     features = model.visual(send(patches, device), grids, send(mask, device), model.token)  # (P, W)
     # The paper rebuilds the hidden patches. With the loss on all patches a small student learns
     # more: linear probe 92.5 against 68.1. [O]
     chosen = mask if args.supervise == "masked" else torch.ones_like(mask)
     chosen = send(chosen.nonzero()[:, 0], device)
-    share, loss, figures = len(pictures) / args.batch, 0.0, {}
+    share, loss, figures = len(samples) / args.batch, 0.0, {}
     for name, target in model.targets(images).items():
         target, predicted = target[chosen], model.heads[name](features[chosen]).float()
         cosine = F.cosine_similarity(predicted, target, dim=-1).mean()
