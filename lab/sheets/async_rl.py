@@ -8,8 +8,8 @@ Whole runs of rl.py on two processes, one that plays and one that learns (lab/be
 `ckpt/demo`, on counting. Each verdict takes a random time, a second on average, so that most of a
 run is waiting, as with a judge or a page that has to be drawn. 32 rollouts are played at once, and
 12 updates learn from 4 groups of 8. `synchronous`: all groups are back before an update begins.
-`asynchronous`: a sample may lag two updates behind. Clocks of the wall are compared, so nothing
-else should run on the machine.
+`asynchronous`: a sample may lag two updates behind. Wall-clock times are compared, so nothing else
+should run on the machine.
 
 `rate`: samples a second that were learned from. `right`: percent of 400 held-out tasks after the
 same number of updates. `lag`: the most updates that a sample was late. `waited`: the share of the

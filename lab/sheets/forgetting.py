@@ -6,9 +6,9 @@ to replies that are not its own.
 
 From the start of the sheet `hierarchy`, which knows seven categories of four tiers, training goes
 on with forms alone, by RL or by SFT, for 30 steps. A step of RL has 8 groups of 8 episodes, a step
-of SFT a row of 2,048 tokens, some fifteen episodes: SFT sees a quarter of them, and so the
-comparison is on its side [O]. The rates are those of lab/joint.py, 4e-4 and 2e-3, which were chosen
-for what each of them learns.
+of SFT a row of 2,048 tokens, some fifteen episodes: SFT sees a quarter as many, and so the
+comparison favours it [O]. The learning rates are those of lab/joint.py, 4e-4 and 2e-3, which were
+chosen for what each of them learns.
 
 `forms`: percent of 150 held-out forms, greedy; `others`: the mean of the six other categories;
 `before`: the same of the start.

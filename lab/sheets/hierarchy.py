@@ -10,7 +10,8 @@ every step on all seven categories. They begin with the tower of `ckpt/align` an
 `turn` the learning rate rises and falls in each tier [O].
 
 `forms`: percent of 150 held-out forms, greedy. `below`: the mean of the six categories of the three
-tiers below. `all` shows whether it is the order that matters, or the company.
+tiers below. `all` shows whether the order matters, or only that the other
+categories are learned too.
 """
 import functools
 
