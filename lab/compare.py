@@ -80,7 +80,7 @@ def read_run(folder: Path) -> Run:
 
 
 def differing(configs: list[dict]) -> list[str]:
-    """The options that have not the same value in all configs, in the configs' order."""
+    """The options whose values differ between the configs, in the configs' order."""
     names = dict.fromkeys(name for config in configs for name in config)
     return [name for name in names if name not in WITHOUT_EFFECT
             and len({json.dumps(config.get(name), sort_keys=True) for config in configs}) > 1]
@@ -98,6 +98,7 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def shortened(text: str, most: int = 60) -> str:
+    """The text, cut off after `most` characters."""
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
@@ -120,8 +121,9 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def final(lines: list[dict], key: str) -> float | None:
-    """The final figure of a run: of a field that most steps have the mean over the last twentieth
-    of the steps, since single steps vary; otherwise its last value. None if it has none."""
+    """The final figure of a field. Where most steps have it, that is the mean over the last
+    twentieth of the steps, since single steps vary; otherwise its last value. None if no step has
+    it."""
     values = [line[key] for line in lines if key in line]
     if len(values) <= len(lines) / 2:
         return values[-1] if values else None

@@ -4,9 +4,10 @@
     python -m lab.dino --steps=240 --without=both     no centring, no scaling: it collapses
     python -m lab.dino --steps=240 --init=random      from random weights
 
-The student predicts what its own running mean says of the same picture: of another crop, and behind
-the mask [R: DINO, iBOT]. Nothing outside says what is right, so the cheapest answer is the same one
-for every picture. Two things prevent it: targets are centred, so that a prototype that everybody
+The teacher is the running mean of the student's weights. The student sees a part of a picture and
+predicts what the teacher says: of another crop, and of the patches that are hidden from the student
+[R: DINO, iBOT]. Nothing outside says what is right, so the cheapest answer is the same one for
+every picture. Two things prevent it: targets are centred, so that a prototype that everybody
 chooses loses its lead; and each prototype's logits are divided by their own std, so that targets
 stay sharp while features become more alike [O].
 
@@ -128,6 +129,7 @@ def sharpen(logits: Tensor, centre: Tensor, std: Tensor, without: str) -> Tensor
 
 
 def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
+    """Of the student's logits (M, K) with target distributions (M, K): the mean over M."""
     return -(target * (logits / STUDENT).log_softmax(-1)).sum(-1).mean()
 
 
@@ -137,7 +139,8 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def load(stream: Views, indices, config: Config, device):
-    """Samples -> patches and mask (P,) of all their views, on the device, and grids on the CPU."""
+    """Samples -> (patches, grids, mask) of all their views. mask (P,) says which patches are hidden;
+    grids are on the CPU, the others on the device."""
     views, masks = zip(*(stream(i) for i in indices))
     patches, grids = pack([view for pair in views for view in pair], config.vision)
     mask = torch.from_numpy(np.concatenate([m for pair in masks for m in pair]))

@@ -91,7 +91,7 @@ FIELDS = {
         Field("pg_loss", "", "The policy-gradient loss. It is near 0 by construction, since the "
                              "advantages of a group add up to 0, and does not measure progress."),
         Field("no_signal", "share", "Groups without signal: all their rollouts earned the same "
-                                 "reward, so there is nothing to learn from."),
+                                    "reward, so there is nothing to learn from."),
         Field("truncated", "share", "Rollouts that were cut off because a reply or the "
                                     "conversation grew too long."),
         Field("errors", "share", "Rollouts that ended in an error of the environment or of the "
