@@ -119,8 +119,7 @@ class Picture:
     def frames(self) -> list["Picture"]:
         """The frames of an animated GIF, WebP or PNG; a still picture is its own only frame."""
         with self._opened() as image:
-            moves = image.format in ("GIF", "WEBP", "PNG")      # other formats have several pages
-            count = getattr(image, "n_frames", 1) if moves else 1
+            count = count_frames(image)
         return [replace(self, frame=k) for k in range(count)] if count > 1 else [self]
 
     def times(self) -> list[float]:
@@ -128,7 +127,7 @@ class Picture:
         still one. A frame that says nothing is shown for a tenth of a second, as browsers do."""
         times = [0.0]
         with self._opened() as image:
-            for k in range(getattr(image, "n_frames", 1) - 1):
+            for k in range(count_frames(image) - 1):
                 image.seek(k)
                 times.append(times[-1] + (image.info.get("duration") or 100) / 1000)
         return times
@@ -159,6 +158,12 @@ class Picture:
         if isinstance(error, UnidentifiedImageError):
             return f"it is in none of the formats {', '.join(FORMATS)}"
         return first_sentence(error)
+
+
+def count_frames(image: Image.Image) -> int:
+    """The number of frames of an animated picture; 1 of any other. What Pillow calls the frames of
+    other formats are pages."""
+    return getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG") else 1
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:

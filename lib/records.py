@@ -468,6 +468,8 @@ def next_piece(file) -> bytes:
     letter, which has up to four bytes in UTF-8."""
     piece = file.read(PIECE)
     piece += file.readline(PIECE)
-    while (following := file.peek(1)[:1]) and following[0] & 0xC0 == 0x80:
-        piece += file.read(1)
+    for _ in range(3):
+        following = file.peek(1)[:1]
+        if following and following[0] & 0xC0 == 0x80:       # inside of a letter
+            piece += file.read(1)
     return piece

@@ -316,7 +316,8 @@ def test_a_folder_of_text(tmp_path, monkeypatch):
     (folder / ".git").mkdir(parents=True)
     long = "".join(f"line {i} über\n" for i in range(40)) + "猫" * 300
     for name, data in {"a.py": b"print()\n", "long.md": long.encode(), "b.TXT": b"\xff",
-                       "c.sh": b"a\0b", ".git/config.txt": b"x", "data.bin": b"x"}.items():
+                       "c.sh": b"a\0b", ".git/config.txt": b"x", "data.bin": b"x",
+                       "no_letter_begins.c": 10 * (64 + 64 + 3) * b"\x80"}.items():
         (folder / name).write_bytes(data)
     shards = open_shards(str(folder))
     texts, kinds = {}, Counter()
@@ -330,7 +331,7 @@ def test_a_folder_of_text(tmp_path, monkeypatch):
     assert shards.kind == "text" and set(texts) == {"a.py", "long.md"}
     assert "".join(texts["long.md"]) == long and len(texts["long.md"]) > 10
     assert all(text.endswith("\n") for text in texts["long.md"][:5])
-    assert kinds == {"not UTF-8": 1, "NUL bytes": 1}
+    assert kinds == {"not UTF-8": 1 + 10, "NUL bytes": 1}
 
 
 def test_a_file_that_is_gone_is_a_record_that_cant_be_used(tmp_path):
@@ -574,7 +575,10 @@ def test_frames_of_a_gif(tmp_path):
     assert [frame.open().getpixel((1, 1)) for frame in shown] == [
         (255, 0, 0), (0, 255, 0), (0, 0, 255)]
     still = Picture(picture())
-    assert still.frames() == [still]
+    assert still.frames() == [still] and still.times() == [0.0]
+    frames[0].save(file := io.BytesIO(), "tiff", save_all=True, append_images=frames[1:])
+    pages = Picture(file.getvalue())
+    assert pages.frames() == [pages] and pages.times() == [0.0]
     assert kind_of(Picture(b"GIF89a").frames) == "damaged picture"
 
 
