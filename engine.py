@@ -91,8 +91,8 @@ class Cache:
         return Extend(self, slots, n)
 
     def rewind(self, slots: int, tokens: int | Tensor):
-        """Take back the last `tokens` text tokens of each of the first `slots` slots; one number
-        for all, or one a slot (S,), on the CPU.
+        """Take back the last `tokens` text tokens of each of the first `slots` slots: one number
+        for all of them, or one for each, (slots,) on the CPU.
 
         Only the two integers of a slot go back. The keys and values beyond `length` stay in
         memory, where no query attends to them, until the next tokens overwrite them.

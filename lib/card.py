@@ -17,7 +17,7 @@ from lib.cli import UserError
 from lib.common import read_json, write_json, write_text
 from lib.images import resize
 from lib.summary import ahead, groups, mean_of
-from tasks.base import Task
+from tasks.base import IMAGE, Task
 from tasks.draw import COLORS, SHAPES
 from tasks.scenes import plural
 
@@ -114,7 +114,7 @@ def seen(folder: Path, config) -> Seen | None:
             lights += [float(np.median(image)) for image in images]
             sizes |= {image.shape[:2] for image in images}
             examples = questions[FURTHER if i else task.category]
-            text = message.text.replace("<|image|>", "").strip()
+            text = message.text.replace(IMAGE, "").strip()
             examples.setdefault(wording(text), text)
     return Seen(questions, (min(lights, default=0.0), max(lights, default=255.0)), sizes, source)
 

@@ -55,8 +55,8 @@ def digits(least, most):
 
 
 def gap(white, most=32):
-    """White space of at most 32 characters, a line break and its indent. JSON has no such limit,
-    but a model that has not learnt JSON would fill its whole reply with white space. [O]"""
+    """White space of at most 32 characters: enough for a line break and its indent. JSON has no
+    such limit, but a model that has not learnt JSON would fill its whole reply with it. [O]"""
     return [(), (white, (gap, white, most - 1))] if most else [()]
 
 

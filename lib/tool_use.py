@@ -11,9 +11,10 @@ Points are integers in 0-999 of the picture's width and height, never pixels. A 
 never evaluated. A reply may be text and then calls, one a line; calls of tools that were not
 declared, and calls with arguments that the tool does not have, stay text.
 
-**What the prompt says about tools.** Its replies on screens are calls that it knows from training
-(tasks/actions.py): it says nothing. Where any other tool is among them, the first question gets
-the line that the gym writes below its own, with names and arguments and nothing else:
+**What the prompt says about tools.** Actions on screens (tasks/actions.py) are calls that the model
+knows from training, so the prompt says nothing about them. Where any other tool is among the tools,
+the first question gets the line that the gym writes below its own questions, with names and
+arguments and nothing else:
 
     One call a turn: find("word", limit), open("name").
 
