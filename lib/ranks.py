@@ -153,7 +153,7 @@ class Remote:
             if count != self.alive[rank][0]:
                 self.alive[rank] = count, now
             elif now - self.alive[rank][1] > self.silence:
-                raise UserError(f"rank {rank}, which plays, has not been heard of for "
+                raise UserError(f"rank {rank}, which plays, has not been heard from for "
                                 f"{self.silence:g} seconds")
 
     def _check_and_leave(self) -> bool:
