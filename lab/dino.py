@@ -139,7 +139,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def load(stream: Views, indices, config: Config, device):
-    """Samples -> (patches, grids, mask) of all their views. mask (P,) says which patches are hidden;
+    """Samples -> (patches, grids, mask) of all their views. mask (P,): which patches are hidden.
     grids are on the CPU, the others on the device."""
     views, masks = zip(*(stream(i) for i in indices))
     patches, grids = pack([view for pair in views for view in pair], config.vision)
