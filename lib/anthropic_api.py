@@ -23,6 +23,7 @@ in the address, changes how a request is read.
 """
 import json
 import secrets
+from itertools import groupby
 
 from data import document
 from lib.api import (ApiError, bad, Chat, check_length, check_model, check_tools, conversation,
@@ -270,21 +271,17 @@ class Anthropic:
 def combined(entries: list[Entry]) -> list[Entry]:
     """The conversation, of which messages of the user or of the assistant that follow on one
     another are one, as the service does it."""
-    groups: list[list[Entry]] = []
-    for entry in entries:
-        if groups and groups[-1][0].role == entry.role and entry.role in ("user", "assistant"):
-            groups[-1].append(entry)
-        else:
-            groups.append([entry])
-    return [as_one(group) if len(group) > 1 else group[0] for group in groups]
-
-
-def as_one(group: list[Entry]) -> Entry:
-    """Messages of the same role as one."""
-    return Entry(group[0].role, "\n".join(entry.text for entry in group if entry.text),
-                 tuple(image for entry in group for image in entry.images),
-                 "".join(entry.thought for entry in group),
-                 tuple(call for entry in group for call in entry.calls), place=group[0].place)
+    found = []
+    for role, group in groupby(entries, key=lambda entry: entry.role):
+        several = list(group)
+        if role in ("user", "assistant") and len(several) > 1:
+            several = [Entry(role, "\n".join(entry.text for entry in several if entry.text),
+                             tuple(image for entry in several for image in entry.images),
+                             "".join(entry.thought for entry in several),
+                             tuple(call for entry in several for call in entry.calls),
+                             place=several[0].place)]
+        found += several
+    return found
 
 
 class Events:

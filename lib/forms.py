@@ -340,13 +340,10 @@ def form_of(tokens: Tokenizer, *items, most: float = math.inf) -> Form:
     """A new form, whose grammar is these items one after another, of at most so many characters.
     Raises UserError where even its shortest texts are too long."""
     state = frozenset(opened(items))
-    lengths = [len(shortest(stack)) for stack in state]     # one text for each way to begin
-    if min(lengths) > MOST_SHORTEST:
-        raise UserError(f"a reply of this form has at least {min(lengths):,} bytes, more than "
-                        f"{MOST_SHORTEST:,}")
-    if sum(lengths) > 4 * MOST_SHORTEST:
-        raise UserError(f"a reply of this form may begin in {len(lengths)} ways, which have "
-                        f"{sum(lengths):,} bytes together, more than {4 * MOST_SHORTEST:,}")
+    lengths = [len(shortest(stack)) for stack in state]     # one for each way to begin
+    if min(lengths) > MOST_SHORTEST or sum(lengths) > 4 * MOST_SHORTEST:
+        raise UserError(f"a reply of this form has at least {min(lengths):,} bytes, and may begin "
+                        f"in {len(lengths)} ways, which have {sum(lengths):,} together: too many")
     return Form(Machine(vocabulary_of(tokens)), state, most)
 
 
