@@ -545,7 +545,7 @@ def test_a_size_is_that_of_the_upright_picture(tmp_path, monkeypatch, kind, orie
 
 
 def test_a_picture_starts_no_program():
-    """Pillow opens an EPS file, whatever its name is, with Ghostscript, which runs what is in it."""
+    """Pillow runs what is in an EPS file, whatever its name is, with Ghostscript."""
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n"
     assert Image.open(io.BytesIO(eps)).size == (8, 6)       # Pillow would take it
     assert kind_of(lambda: Picture(eps).size) == "damaged picture"
