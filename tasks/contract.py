@@ -9,9 +9,10 @@ For one category at one level, averaged over `count` tasks:
     no image    the best guess from the text of the question earns no more than chance
     echo        the question, repeated as the reply, earns nothing
     empty       an empty reply earns nothing
-    hacks       known tricks (verify.hacks) earn nothing
+    hacks       known tricks (verify.hacks) earn nothing: the best of them, on four tasks
     glance      a baseline that sees the picture but ignores the question earns less at level 4
                 than at level 0, so that higher levels are harder
+    chance      what the category declares is not above what `majority` and `no image` earn
 
 Besides, the same task gives the same bytes in a fresh process, evidence survives pickling, and a
 step after the end changes nothing. The list is our own [O].
@@ -229,11 +230,11 @@ class CategoryCheck:
             broken.append("the declared chance is above what guessing without the picture earns")
         if not row["glance 4"] < row["glance 0"]:       # also true of nan, a verifier's error
             broken.append("level 4 is not harder than level 0 for the glance baseline")
-        for task, solved in list(zip(self.tasks, self.solved))[:10]:
-            broken += self.misbehaviour(task, *solved)
+        for task, (_, replies, evidence) in list(zip(self.tasks, self.solved))[:10]:
+            broken += self.misbehaviour(task, replies, evidence)
         return broken
 
-    def misbehaviour(self, task, prompt, replies, evidence) -> list[str]:
+    def misbehaviour(self, task, replies, evidence) -> list[str]:
         """What is wrong with the evidence of one solved task, or with steps after its end."""
         wrong, env = [], make(task)
         if pickle.loads(pickle.dumps(evidence)) != evidence:

@@ -1,8 +1,10 @@
 """An interpreter for a subset of Python: numbers, texts, flat lists, if, for, while, functions.
 
 It walks the syntax tree and never hands a program to Python. The number of steps, the depth and the
-sizes are bounded; a program that exceeds a bound fails. A program that runs here gives the same
-result as in Python, except that a tuple becomes a list, and x += y means x = x + y. [O]
+sizes are bounded; a program that exceeds a bound fails. A Python program that runs here gives the
+same result as in Python, with four exceptions: a tuple becomes a list, x += y means x = x + y, the
+arguments of a method are evaluated before its owner, and print ignores sep and end. Some programs
+that fail in Python run here, such as one that calls sum() after sum = 3. [O]
 """
 import ast
 import copy
@@ -25,6 +27,7 @@ FUNCTIONS = {f.__name__: f for f in (abs, all, any, bool, chr, int, len, list, m
                                      range, sorted, str, sum)}
 METHODS = {list: "append copy count extend index insert pop remove reverse sort".split(),
            str: "count find index isalpha isdigit join lower replace split strip upper".split()}
+# The value of each kind of expression: functions of (m, the Machine; n, the node of the tree).
 EXPRESSIONS = {
     ast.Name: lambda m, n: m.names[n.id],
     ast.Constant: lambda m, n: bound(n.value),
@@ -104,7 +107,11 @@ class Machine:
     def run(self, body):
         """Run statements -> why they were left: "break", "continue", (the result,), None."""
         self.tick(deeper=1)
-        way = next(filter(None, map(self.do, body)), None)
+        way = None
+        for statement in body:
+            way = self.do(statement)
+            if way:             # it leaves the block: what follows in it is not run
+                break
         self.depth -= 1
         return way
 
