@@ -1,7 +1,7 @@
 """Code that runs on meta tensors as it would on a GPU: what PyTorch has to be told for that.
 
-A tensor on `meta` has a shape and a type, but no memory, so a whole step of any size can be run in
-seconds. Two things are missing then, and `MetaRun` provides them:
+A tensor on `meta` has a shape and a type, but no memory, so a step of any size runs in seconds. Two
+things are missing then, and are provided here:
 
     values      Shapes can depend on small integers: tokens, the borders of documents, sizes of
                 pictures. Where all values that an operation takes are known, it runs on the CPU as
@@ -9,8 +9,8 @@ seconds. Two things are missing then, and `MetaRun` provides them:
     lines       Of each operation, the line of this repository that it comes from. No line runs in
                 a backward pass, so a node of the graph remembers that of its forward.
 
-Two of PyTorch's modes tell what is called: a function mode each function of torch, before autograd;
-a dispatch mode each operation that reaches the device, also those of the backward pass.
+Two of PyTorch's modes tell what is called: `Functions` each function of torch, before autograd, and
+`Operations` each operation that reaches the device, also those of the backward pass.
 """
 import functools
 import sys
@@ -42,25 +42,17 @@ def name_of(operation) -> str:
     return operation._schema.name.split("::")[1]
 
 
-class MetaRun:
-    """While the block runs, operations on meta tensors run as described on top.
+class Operations(TorchDispatchMode):
+    """Runs each operation, on meta tensors and on their values where all of them are known.
 
-    ran: called after each of them, as ran(operation, args, kwargs, given, made): its arguments, the
-    tensors among them, and the tensors that it has returned.
+    ran: called after each on meta tensors, as ran(operation, args, kwargs, given, made): its
+    arguments, the tensors among them, and the tensors that it has returned.
     """
 
     def __init__(self, ran: Callable):
+        super().__init__()
         self.ran = ran
         self.values = WeakIdKeyDictionary()     # {meta tensor: its values, on the CPU}
-        self.modes = _Operations(self), _Functions(self)
-
-    def __enter__(self):
-        for mode in self.modes:
-            mode.__enter__()
-
-    def __exit__(self, *error):
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
 
     def value(self, x):
         """The values of a meta tensor, None where they are not known; anything else as it is."""
@@ -72,8 +64,8 @@ class MetaRun:
         self.values[moved] = x
         return moved
 
-    def run(self, operation, args, kwargs):
-        """Run an operation on meta tensors, and on their values where all of them are known."""
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         name, to = name_of(operation), str(kwargs.get("device", ""))
         given = tensors((args, kwargs))
         known = [self.value(t) for t in given]
@@ -131,32 +123,22 @@ class MetaRun:
         return found
 
 
-class _Operations(TorchDispatchMode):
-    """Sees each operation that reaches the device, also those of the backward pass."""
+class Functions(TorchFunctionMode):
+    """Sees each call of a function of torch, but for those in the backward: it remembers the lines,
+    and answers where the answer is no operation."""
 
-    def __init__(self, meta_run: MetaRun):
+    def __init__(self, operations: Operations):
         super().__init__()
-        self.meta_run = meta_run
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.meta_run.run(func, args, kwargs or {})
-
-
-class _Functions(TorchFunctionMode):
-    """Sees each call of a function of torch, before autograd, but for those in the backward."""
-
-    def __init__(self, meta_run: MetaRun):
-        super().__init__()
-        self.meta_run = meta_run
+        self.operations = operations
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, first = kwargs or {}, args[0] if args else None
         if func == torch.Tensor.is_cuda.__get__:    # take the ways of a GPU
             return first.is_meta
         if func is torch.tensor and str(kwargs.get("device")) == "meta":
-            return self.meta_run.put(torch.tensor(*args, **kwargs | {"device": "cpu"}))
+            return self.operations.put(torch.tensor(*args, **kwargs | {"device": "cpu"}))
         if func is torch.Tensor.tolist and first.is_meta:
-            known = self.meta_run.value(first)
+            known = self.operations.value(first)
             return (torch.ones(first.shape, dtype=first.dtype) if known is None else known).tolist()
         out = func(*args, **kwargs)
         for t in tensors(out) if torch.is_grad_enabled() else ():

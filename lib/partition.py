@@ -411,8 +411,7 @@ class PixelLoader:
 
     def _sources(self, images: list) -> list:
         """The arrays and Unreads of the images. A record that another rank has read is read again:
-        a sample is a function of its number.
-        """
+        a sample is a function of its number."""
         made, sources = {}, []
         for image in images:
             if isinstance(image, Stub) and image.source is None:

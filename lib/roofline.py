@@ -54,7 +54,8 @@ from torch import Tensor
 
 from lib import dispatch
 from lib.cli import UserError
-from lib.meta import line_of_ours, MetaRun, name_of, remember_line, tensors, VALUELESS
+from lib.meta import (Functions, line_of_ours, name_of, Operations, remember_line, tensors,
+                      VALUELESS)
 
 
 # ---- machines -----------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class Trace:
         self.held = Counter()               # {kind: bytes that stay for the whole run}
         self.storages: dict[int, int] = {}  # {address: bytes} of what was made since
         self.live = self.peak = self.activations = 0
-        self.meta_run = MetaRun(self._note_operation)
+        self.operations = Operations(self._note_operation)
 
     # ---- figures ------------------------------------------------------------------------------
 
@@ -309,7 +310,8 @@ class Trace:
         self._replace(F, rms_norm=functools.partial(fused_rms_norm, self))
         if self.machine.count > 1:
             self._replace(dist, **collectives(self))
-        self.stack.enter_context(self.meta_run)
+        self.stack.enter_context(self.operations)
+        self.stack.enter_context(Functions(self.operations))
         return self
 
     def _replace(self, module, **others):
@@ -321,7 +323,7 @@ class Trace:
         self.stack.close()
 
     def _note_operation(self, operation, args, kwargs, given: list[Tensor], made: list[Tensor]):
-        """Count what an operation has made and moved: see MetaRun."""
+        """Count what an operation has made and moved: see lib.meta.Operations."""
         for t in made:
             self._allocate(t)
         name = name_of(operation)
@@ -358,7 +360,7 @@ class Trace:
         """Two matrix products forward, five backward; half of each where attention is causal."""
         whole = [x for x in args if isinstance(x, Tensor)]
         q = whole[1] if backward else whole[0]
-        borders = next((self.meta_run.value(t) for t in whole if t.dtype == torch.int32), None)
+        borders = next((self.operations.value(t) for t in whole if t.dtype == torch.int32), None)
         causal = any(x is True for x in args)
         if borders is None:                         # dense: (B, H, L, C)
             pairs, heads, width = q.shape[0] * q.shape[2] ** 2, q.shape[1], q.shape[3]
@@ -371,7 +373,7 @@ def attention_products(products: int) -> Callable:
     """FLOPs of an attention kernel with so many products of all pairs of tokens in a document."""
     def flops(trace, given, constants):
         _, heads, width = given[0].shape
-        start, stop = (trace.meta_run.value(t) for t in given if t.dtype == torch.int32)
+        start, stop = (trace.operations.value(t) for t in given if t.dtype == torch.int32)
         pairs = int((stop - start).sum()) / (1 + constants["CAUSAL"])
         return 2 * products * heads * width * pairs
     return flops
