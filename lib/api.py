@@ -205,8 +205,7 @@ class Fields:
         values = self.take(name, list, "a list", [])
         if len(values) > most or not all(
                 isinstance(v, str) and v.strip() and len(v) <= longest for v in values):
-            raise bad(self.at(name), f"must be a list of at most {most} texts that are not empty, "
-                      f"of at most {longest} characters")
+            raise bad(self.at(name), f"must be at most {most} texts of 1 to {longest} characters")
         return tuple(values)
 
     def ignore(self, *names: str):
@@ -381,15 +380,14 @@ def check_schemas(schemas: dict, path: str, limits: Limits):
         values = [value for value, _ in values_in(loose(schema))]
         characters += sum(len(value) for value in values if isinstance(value, str))
         if len(values) > limits.max_schema or characters > limits.max_schema_text:
-            raise bad(path, f"{name} is too large: at most {limits.max_schema} values, and "
-                      f"{limits.max_schema_text:,} characters in all", "unsupported_schema")
+            raise bad(path, f"the schema of {name} is too large: {limits.max_schema} values and "
+                      f"{limits.max_schema_text:,} characters at most", "unsupported_schema")
 
 
 def form_of_call(tokens, tools, limits: Limits):
     """The form of a reply that must call one of these tools. Points of the gym's own actions are in
     0-999 then, whatever the schemas say."""
-    check_schemas({f"the schema of {tool.name}": tool.parameters for tool in tools}, "tools",
-                  limits)
+    check_schemas({tool.name: tool.parameters for tool in tools}, "tools", limits)
     same = [is_known(tool) and len(tool.arguments) == len(ACTIONS[tool.name].arguments)
             for tool in tools]
     try:
@@ -402,7 +400,7 @@ def form_of_call(tokens, tools, limits: Limits):
 
 def form_of_json(tokens, schema: dict | None, path: str, limits: Limits):
     """The form of a reply that must be JSON, of this schema if there is one."""
-    check_schemas({"the schema": schema}, path, limits)
+    check_schemas({"the reply": schema}, path, limits)
     try:
         return forms.json_form(tokens, schema)
     except UserError as error:

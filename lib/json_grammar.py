@@ -170,8 +170,7 @@ def typed(kind, schema: dict, style: Style, where: str):
         if (least or 0) > most:
             raise UserError(f"{where} wants at least {least} and at most {most} items")
         if least and least * len(shortest((entry,))) > MOST_SHORTEST:   # they multiply when nested
-            raise UserError(f"{where} wants {least} items, which have more than "
-                            f"{MOST_SHORTEST:,} bytes together")
+            raise UserError(f"{where} wants {least} items: over {MOST_SHORTEST:,} bytes together")
         return (joined, b"[", (gap, style.white),
                 (listed, entry, b"]", style.white, least or 0, most))
     simple = {"string": (string, style), "integer": (integer,), "number": (number,),

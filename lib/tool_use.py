@@ -12,9 +12,8 @@ never evaluated. A reply may be text and then calls, one a line; calls of tools 
 declared, and calls with arguments that the tool does not have, stay text.
 
 **What the prompt says about tools.** Actions on screens (tasks/actions.py) are calls that the model
-knows from training, so the prompt says nothing about them. Where any other tool is among the tools,
-the first question gets the line that the gym writes below its own questions, with names and
-arguments and nothing else:
+knows from training: the prompt says nothing about them. Where there is any other tool, the first
+question gets the line that the gym writes below its own ones, with names and arguments only:
 
     One call a turn: find("word", limit), open("name").
 
@@ -256,8 +255,7 @@ def usage_line(tools, picture: bool) -> str:
 
 
 def usage(tool: Tool) -> str:
-    """How a call of a tool looks: the gym's own words of its tools, find("word", limit) of others.
-    """
+    """How a call looks: the gym's own words for its tools, find("word", limit) for others."""
     if is_known(tool) and tool.name in USES:
         return f"{tool.name}({USES[tool.name]})"
     return f"{tool.name}({', '.join(shown_argument(tool, name) for name in tool.arguments)})"
