@@ -28,8 +28,6 @@ from lib.common import ROOT
 # These operations give memory as it is, or nothing: there are no values to know.
 VALUELESS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "sym_size",
              "resize_", "set_", "_record_function_enter_new", "_record_function_exit"}
-# x[indices] and its kind: the shape can depend on the values of the indices.
-INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 SMALL = 2 ** 22         # elements of the largest tensor whose values are computed
 
 
@@ -71,14 +69,16 @@ class Operations(TorchDispatchMode):
         known = [self.value(t) for t in given]
         if name == "_local_scalar_dense":       # what the host reads: float(x), x.item()
             return known[0].item() if known[0] is not None else 1
-        if to.startswith("cpu") and given:
-            return self._to_cpu(operation, args, kwargs, known[0])
+        if to.startswith("cpu") and given:      # x.cpu(): a large tensor stays on meta
+            kwargs = {**kwargs, "device": "cpu" if args[0].numel() <= SMALL else "meta"}
+            return operation(known[0] if known[0] is not None
+                             else torch.zeros_like(args[0], device=kwargs["device"]), **kwargs)
         if to != "meta" and not any(t.is_meta for t in given):
             return operation(*args, **kwargs)
 
         if not all(t.is_meta or t.dim() == 0 for t in given):
             args, kwargs = tree_map(self._on_meta, (args, kwargs))
-        if name in INDEXED:
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             args = (args[0], self._indices(args[1]), *args[2:])
         values = None
         if (given and all(v is not None and v.numel() <= SMALL for v in known)
@@ -102,13 +102,6 @@ class Operations(TorchDispatchMode):
         self.ran(operation, args, kwargs, given, made)
         return out
 
-    def _to_cpu(self, operation, args, kwargs, values: Tensor | None):
-        """x.cpu(): the values, or zeros where they are not known; a large tensor stays on meta."""
-        kwargs = {**kwargs, "device": "cpu" if args[0].numel() <= SMALL else "meta"}
-        if values is None:
-            values = torch.zeros_like(args[0], device=kwargs["device"])
-        return operation(values, **kwargs)
-
     def _on_meta(self, x):
         return self.put(x) if isinstance(x, Tensor) and x.dim() and not x.is_meta else x
 
@@ -124,8 +117,7 @@ class Operations(TorchDispatchMode):
 
 
 class Functions(TorchFunctionMode):
-    """Sees each call of a function of torch, but for those in the backward: it remembers the lines,
-    and answers where the answer is no operation."""
+    """Sees each call of a function of torch, but for those that the backward makes."""
 
     def __init__(self, operations: Operations):
         super().__init__()
