@@ -23,7 +23,6 @@ from tasks.rewards import tally
 from tasks.webdev import relative_rewards
 from tokenizer import Tokenizer
 
-
 IMAGES: WeakValueDictionary = WeakValueDictionary()
 
 

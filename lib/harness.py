@@ -88,10 +88,8 @@ class HarnessRollout(Rollout):
 
     def _request(self, max_new: int, thinking: bool) -> Request | None:
         request = super()._request(max_new, thinking)
-        if request is None:
-            return None
-        return replace(request, form=self.form,
-                       temperature=1.0 if self.again else request.temperature)
+        return request and replace(request, form=self.form,
+                                   temperature=1.0 if self.again else request.temperature)
 
 
 def evaluate_harnesses(model, tokens, mix, harnesses, levels=1, count=200, split="test",
@@ -135,4 +133,3 @@ def read_harnesses(text: str) -> list[str]:
         raise UserError(f"--harness takes {', '.join(HARNESSES)} or several of them with commas, "
                         f"not '{text}'")
     return list(dict.fromkeys(names))
-
