@@ -384,9 +384,9 @@ class PixelLoader:
                       f"{self.damaged}", file=sys.stderr)
         return arrays
 
+    def move_drawn(self, steps: list[MicroStep], rank: int):
         """Send the pixels of pictures that were drawn here to the ranks that encode them, where the
         plan has found too much for their home, and receive those of others; all ranks call it."""
-        was too much for their home, and receive those of others; all ranks call this together."""
         ranks = range(len(steps[0].rows))
         moving = [(image, encoder) for step in steps for encoder in ranks
                   for image in step.encoded[encoder]
