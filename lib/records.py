@@ -207,10 +207,6 @@ class Member:
     length: int
     size: tuple[int, int] | None = None     # (width, height) of a picture, where it is known
 
-    @property
-    def is_picture(self) -> bool:
-        return is_picture(self.name)
-
 
 def is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in PICTURES    # pathlib would be slower
@@ -238,12 +234,12 @@ def index_groups(path: Path, groups: list, picture) -> dict[str, np.ndarray]:
             group.sort(key=lambda member: natural(member.name))
             # The first picture decides, or its first part: what is asked about one picture is on
             # one side then. If the text decided, all pictures of a label would be.
-            checked = next((member for member in group if member.is_picture), group[0])
+            checked = next((member for member in group if is_picture(member.name)), group[0])
             with picture(checked).file(HEADER) as file:
                 held.append(crc32(file.read(HEADER)) % HELD_OUT == 0)
             for member in group:
                 size = (0, 0)
-                if member.is_picture:
+                if is_picture(member.name):
                     with contextlib.suppress(BadRecord):    # whoever reads it will count it
                         size = picture(member).size
                 names.append(member.name.encode("utf-8", "surrogateescape"))
@@ -287,7 +283,7 @@ class Groups:
         members = [self.member(m) for m in self.members(k)]
         record = Record(self.where(members[0]), folder=self.folder(members[0]))
         for member in members:
-            if member.is_picture:
+            if is_picture(member.name):
                 record.pictures.append(self.picture(member))
                 record.names.append(member.name)
                 continue
@@ -320,7 +316,7 @@ class Folder(Groups):
             groups.setdefault(name.removesuffix(file.suffix), []).append(member)
         pairs, alone = [], 0
         for group in groups.values():
-            pictures = sum(member.is_picture for member in group)
+            pictures = sum(is_picture(member.name) for member in group)
             if 0 < pictures < len(group):
                 pairs.append(group)
             else:
@@ -353,7 +349,7 @@ class Tar(Groups):
         last: dict[str, dict] = {}          # the last group of each key
         for member in members:
             found = KEY.fullmatch(member.name)
-            if not found or not (member.is_picture or is_text(member.name)):
+            if not found or not (is_picture(member.name) or is_text(member.name)):
                 continue
             key, ending = found.groups()
             # A name that comes again, as in tars that were joined, begins another record.

@@ -413,8 +413,7 @@ def load_teacher(folder, device="cpu", dtype=torch.float32) -> Teacher:
     try:
         tensors = renamed(tensors, cls is SiglipNaFlex)
     except (RuntimeError, IndexError) as error:     # a tensor has too few dimensions, or odd sides
-        raise UserError(f"{folder}: the weights are of no teacher: {first_sentence(error)}") \
-            from None
+        raise UserError(f"{folder} has no teacher's weights: {first_sentence(error)}") from None
     with torch.device("meta"):
         teacher = cls(config)
     check_shapes(f"{folder}: the weights are not of the tower that config.json describes",

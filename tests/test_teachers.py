@@ -281,7 +281,7 @@ def test_damaged_and_other_weights(tmp_path):
     assert "1 tensors differ, blocks.7.norm1.weight" in refused(folder)
     for name, shape in (("embeddings.cls_token", (48,)), ("layer.0.mlp.weights_in.weight", ())):
         save_tensors(path, {**tensors, name: torch.zeros(shape)})
-        assert "the weights are of no teacher: " in refused(folder)
+        assert "has no teacher's weights: " in refused(folder)
 
 
 def test_an_impossible_picture_is_refused():
