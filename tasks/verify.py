@@ -335,12 +335,14 @@ def key_place(evidence: dict) -> float:
 
 
 def key_text(evidence: dict) -> float:
-    """1 if an action has the same text as a right action, or neither has one."""
+    """1 if an action has the very text of a right action, or neither has one: the phone takes
+    open("settings") and remember(3) for wrong. Only answers are compared as in `answered`."""
     name, args, gold = action_and_gold(evidence)
     if name == "click":                 # it has a place and no text
         return float(len(args) <= 2)
-    said = plain(str(args[0])) if args else ""
-    return float(len(args) <= 1 and said in map(plain, gold.get(name, [])))
+    if name == "answer" and len(args) == 1 and type(args[0]) in (str, int):
+        return float(plain(str(args[0])) in map(plain, gold.get(name, [])))
+    return float(args in [[text] if text else [] for text in gold.get(name, [])])
 
 
 def state(evidence: dict) -> float:
