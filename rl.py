@@ -427,7 +427,7 @@ def train(args: Args, hw):
                     if signal:
                         groups.append(group)
             except UserError:   # too many errors, or no signal at all: what was learned is saved
-                checkpointer.save()
+                checkpointer.close()
                 raise
         waited = time.perf_counter() - began
         # 4. Advantages, and demonstrations of the same gym: abilities that get no reward decline

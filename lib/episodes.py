@@ -156,7 +156,7 @@ def figures_of(groups: list[list[Episode]], has_signal) -> dict:
     rewards = [e.score.reward for e in episodes if not e.score.error]
     figures = {"reward": float(np.mean(rewards))} if rewards else {}
     figures |= {
-        "pass1": sum(reward > 0.999 for reward in rewards) / max(1, len(rewards)),
+        "pass1": sum(e.score.solved for e in episodes) / max(1, len(rewards)),
         "no_signal": sum(not has_signal(group) for group in groups) / len(groups),
         "truncated": sum(e.status == "truncated" for e in episodes) / count,
         "errors": 1 - len(rewards) / count, "samples": count, "by": {}}

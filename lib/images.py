@@ -29,6 +29,7 @@ HEADER = 2 ** 16        # bytes of a file that are read to learn a picture's siz
 # Pillow knows more formats. For EPS it runs Ghostscript: a file from the internet must not start a
 # program. A format is recognised by the file's content, whatever its name is.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA", "AVIF")
+warnings.filterwarnings("ignore", module="PIL")     # it warns of any odd metadata
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -137,13 +138,14 @@ class Picture:
         """The picture as a Pillow image of which only the header is read. Any error in the `with`
         block becomes a BadRecord."""
         try:
-            with self.file(most) as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # Pillow warns of any odd metadata
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                yield Image.open(file, formats=FORMATS)
+            with self.file(most) as file:
+                image = Image.open(file, formats=FORMATS)
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise Image.DecompressionBombError
+                yield image
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise BadRecord("missing image", f"no picture at {self}") from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        except Image.DecompressionBombError:
             raise BadRecord("huge picture", f"{self} unpacks to over {Image.MAX_IMAGE_PIXELS:,} "
                             "pixels: refused") from None
         except Exception as error:  # Pillow reports damage by more than ten types of exception

@@ -265,6 +265,7 @@ class Checkpointer:
             print(f"step {self.done + 1}: loss {loss}, gradient norm {norm}: step skipped "
                   f"({self.skipped_in_a_row} in a row)")
         if self.skipped_in_a_row == 5:
+            self.stop_signal.restore()
             raise UserError(f"five steps in a row were not finite: try a lower --lr; "
                             f"{self._newest()}")
         return False

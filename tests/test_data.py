@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import select
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -18,6 +20,7 @@ from conftest import odd_config, random_document
 from data import (collate, document, Document, one_turn, pack_rows, Packer, parse_mix, sight,
                   Stream, task_pixels, unit_of)
 from lib.cli import UserError
+from lib.common import ROOT
 from lib.images import open_image, resize
 from lib.loader import SampleLoader
 from model import sized
@@ -574,7 +577,6 @@ def test_files_that_are_no_pictures_are_refused(tmp_path):
     assert "no picture at" in refused(tmp_path)
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tiff", "webp", "ico", "ppm", "tga"])
 def test_damaged_pictures_are_refused_or_read(tmp_path, kind):
     """Cut off at any byte, or with any byte changed: a picture or one clear line."""
@@ -594,6 +596,19 @@ def test_damaged_pictures_are_refused_or_read(tmp_path, kind):
     assert refusals > 10
 
 
+def test_nothing_is_printed_about_odd_metadata(tmp_path):
+    """In a process of its own, as pytest has filters of its own for warnings."""
+    path = tmp_path / "odd.jpg"
+    Image.new("RGB", (8, 8)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+    ours = f"import lib; from lib.images import open_image; open_image({str(path)!r})"
+    plain = f"from PIL import Image; Image.open({str(path)!r}).getexif()"
+    for program, warned in ((plain, True), (ours, False)):
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
+                              text=True, timeout=100)
+        assert done.returncode == 0 and ("UserWarning" in done.stderr) == warned, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize("most", [60, 20])
 def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch, most):
     """Pillow warns above the limit and raises above twice the limit; we refuse both."""
