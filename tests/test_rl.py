@@ -872,8 +872,10 @@ def test_a_run_that_ends_for_its_errors_is_saved(tmp_path, begin, monkeypatch, m
     with monkeypatch.context() as patch:
         after_step(patch, lambda step: step == 2 and broken.append(step))
         patch.setattr(Curriculum, "record", record)
+        before = signal.getsignal(signal.SIGINT)
         with pytest.raises(UserError, match="60% of all"):
             go(tmp_path / "parts", begin, steps=4, **more)
+        assert signal.getsignal(signal.SIGINT) is before      # Ctrl-C ends what comes next
     assert [p.name for p in checkpoints(tmp_path / "parts")] == ["step_000002"]
     parts = go(tmp_path / "parts", begin, steps=4, resume=True, **more)
     assert [x["step"] for x in parts] == [1, 2, 3, 4]

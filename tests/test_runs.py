@@ -103,12 +103,13 @@ def test_the_same_step_saved_twice_and_killed_at_any_operation(tmp_path):
 
 @pytest.mark.parametrize("saved,words", [(0, "run has no checkpoint"), (2, "step 2, from before")])
 def test_what_is_said_after_five_steps_that_were_not_finite(tmp_path, capsys, saved, words):
+    before = signal.getsignal(signal.SIGINT)
     watch = runs.Checkpointer(tmp_path / "run", common.setup("cpu"), 99, 1, saved, write)
     with pytest.raises(UserError, match=f"try a lower --lr; .*{words}"):
         for step in range(saved, 99):
             watch.check_loss(math.nan, 1.0)
             watch.after_step(step + 1)
-    watch.stop_signal.restore()
+    assert signal.getsignal(signal.SIGINT) is before
     assert capsys.readouterr().out.startswith(f"step {saved + 1}: loss nan, ")    # as in the log
     assert not checkpoints(tmp_path / "run")
 
