@@ -144,7 +144,8 @@ def test_a_next_action_is_judged_by_verb_place_and_text():
                          ('open("Shop", "Notes")', (1, 1, 0)), ("back()", (0, 1, 0))):
         assert tuple(key({"reply": reply, "gold": clicks}) for key in keys) == right, reply
     for gold, replies in (
-            ({"done": ["infeasible"]}, {"done()": 0, 'done("infeasible")': 1, 'done("Infeasible")': 0}),
+            ({"done": ["infeasible"]}, {"done()": 0, 'done("infeasible")': 1,
+                                        'done("Infeasible")': 0}),
             ({"back": [""]}, {"back()": 1, 'back("")': 0}),
             ({"remember": ["3"]}, {'remember("3")': 1, "remember(3)": 0}),
             ({"type": ["Nadia"]}, {'type("Nadia")': 1, 'type("NADIA")': 0}),
