@@ -352,7 +352,8 @@ def page(name: str, found: dict, drawn: dict[str, dict]) -> str:
         '<p class="quiet">Dots: seeds. Diamond and bar: mean and 95% interval. Dashed: the effect '
         "that the claim speaks of, or the loss that it allows. Detectable: the least effect that "
         "so many seeds would show in four of five studies.</p>",
-        *(drawing.curve(series, key) for key, series in drawn.items()),
+        *(drawing.curve(series, key, "CPU minute" if "minutes" in key else "step")
+          for key, series in drawn.items()),
         "<h2>Runs</h2>", drawing.figures_html(found["runs"]),
         f'<p class="quiet">Equal in all arms: {escape(load(name).SHEET.equal)}. '
         f"{escape(found['where'])}; {when}, first run {found['began']}.</p>"])

@@ -67,7 +67,8 @@ def toy(monkeypatch, tmp_path):
         if calls == [("old", 0), ("new", 0), ("old", 1)] and not (tmp_path / "once").exists():
             (tmp_path / "once").touch()
             raise KeyboardInterrupt
-        return {"x": seed + (10 if arm == "new" else 0), "curve of x": [(1, 0.0), (2, 1.0)]}
+        return {"x": seed + (10 if arm == "new" else 0), "curve of x": [(1, 0.0), (2, 1.0)],
+                "x over CPU minutes": [(0.5, 0.0), (0.7, 1.0)]}
 
     module = types.ModuleType("lab.sheets.toy", "New is better than old.\n\nThe paper says so.")
     module.SHEET = sheet.Sheet(arms=("old", "new"), measure=measure, tests=(GAIN,), minutes=1,
@@ -90,6 +91,7 @@ def test_an_interrupted_sheet_goes_on(toy, tmp_path, capsys):
     assert "left" in capsys.readouterr().out
     page = (tmp_path / "toy" / "report.html").read_text(encoding="utf-8")
     assert "The paper says so." in page and "<svg" in page and "reproduced" in page
+    assert [page.count(f">{unit}</text>") for unit in ("step", "CPU minute")] == [1, 1]
     sheet.show("toy", got)
     assert "verdict: reproduced" in capsys.readouterr().out
 
