@@ -93,6 +93,19 @@ def on_ranks(world: int, work, *args):
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
 
 
+@pytest.fixture(autouse=True)
+def same_signals():
+    """A run that a test breaks off keeps its handlers, and its thread that ends the process at the
+    second signal: put back what was there before, or a later test may end all of pytest."""
+    which = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    held, pipe = [signal.getsignal(number) for number in which], signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(pipe)
+    yield
+    for number, handler in zip(which, held):
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(pipe)
+
+
 @pytest.fixture
 def config():
     return odd_config()

@@ -42,15 +42,6 @@ SMALL = dict(steps=10, rows=2, row_tokens=256, warmup=3, eval_every=0, workers=0
              device="cpu", dtype="float32")
 
 
-@pytest.fixture(autouse=True)
-def own_signals():
-    """A run sets its own handlers of SIGTERM and SIGINT; put the earlier ones back."""
-    held = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for which, handler in held.items():
-        signal.signal(which, handler)
-
-
 def train(out, **changes) -> list[dict]:
     """Run, and return the log."""
     pretrain.run(Args(**{**SMALL, "out": str(out), **changes}))
