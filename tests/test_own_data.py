@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from test_pretrain import after_step, alike, own_signals, SMALL, state_of  # noqa: F401
+from test_pretrain import after_step, alike, SMALL, state_of
 
 import pretrain
 from data import Packer, parse_data, Stream

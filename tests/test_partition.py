@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from conftest import on_ranks, random_document
 from PIL import Image
-from test_pretrain import log_of, own_signals, train  # noqa: F401 (a fixture)
+from test_pretrain import log_of, train
 
 from data import Document, document, Packer, parse_mix, Stream
 from lab import bench, bench_partition

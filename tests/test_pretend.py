@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import random_document
 from pretend import Book, pretend
-from test_pretrain import after_step, alike, own_signals, state_of, train  # noqa: F401 (a fixture)
+from test_pretrain import after_step, alike, state_of, train
 
 import gym
 import pretrain

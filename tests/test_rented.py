@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from test_pretrain import log_of, own_signals  # noqa: F401 (a fixture)
+from test_pretrain import log_of
 
 import pretrain
 import rl
