@@ -441,11 +441,11 @@ def train(args: Args, hw):
         rate = schedule(step, args.steps, args.warmup, args.schedule, args.decay)
         values = update(model, optimizer, samples, args, rate, reference)
         took = time.perf_counter() - began
-        progress.step = checkpointer.done = done = step + 1
         # A loss that is not finite has changed nothing; the fifth in a row ends the run. A step
         # without samples has no norm, and says nothing about the weights.
         if "norm" in values:
             checkpointer.check_loss(values["pg_loss"], values["norm"])
+        progress.step = checkpointer.done = done = step + 1
         values = figures_of(seen, has_signal) | values | {
             "lr": args.lr * rate, "groups": len(groups), "waited": waited,
             "learning": took - waited, "dt": took, "tok/s": values["tokens"] / took}

@@ -464,9 +464,9 @@ class AsyncTrainer:
                 checkpointer.stopping = True
                 break
             values = self.learn(groups, step)
-            progress.step = checkpointer.done = done = step + 1
             if "norm" in values:        # there were samples
                 checkpointer.check_loss(values["pg_loss"], values["norm"])
+            progress.step = checkpointer.done = done = step + 1
             if self.collector:
                 with self.noting_errors():
                     self.after_update(values | staleness_of(groups, step), done, began, log)

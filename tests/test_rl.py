@@ -7,6 +7,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -920,12 +921,16 @@ def replace_task(e: Episode, name: str) -> Episode:
     return e
 
 
-def test_steps_that_are_not_finite_end_the_run(tmp_path, begin, monkeypatch):
+@pytest.mark.parametrize("more", [{}, dict(max_staleness=1)])
+def test_steps_that_are_not_finite_end_the_run(tmp_path, begin, monkeypatch, capsys, more):
+    """In either driver; the steps are named by the numbers that they have in the log."""
     some_reward(monkeypatch)
     monkeypatch.setattr(rl, "update", lambda *rest: {
         "pg_loss": 0.0, "norm": math.nan, "tokens": 1})
     with pytest.raises(UserError, match="five steps in a row were not finite"):
-        go(tmp_path, begin, steps=9)
+        go(tmp_path, begin, steps=9, **more)
+    said = re.findall(r"step (\d+): loss 0.0, gradient norm nan", capsys.readouterr().out)
+    assert said == ["1", "2", "3", "4", "5"]
 
 
 FATAL = f"""
